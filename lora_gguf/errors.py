@@ -1,0 +1,70 @@
+"""Every refusal of the program, one exit code each.
+
+    LoraGgufError            1
+    ├── UsageError           2   the command line, or a call, makes no sense
+    ├── MalformedError       3   an input file is not what its format says
+    ├── UnsupportedError     4   a type, an architecture or a kind of adapter that we do not handle
+    ├── MismatchError        5   the adapter does not fit the base
+    ├── NumericError         6   NaN, infinity, overflow, or too little of the adapter kept
+    ├── FileError            7   reading or writing failed, no space, output exists
+    ├── HubError             8   the Hub or the network
+    └── IntegrityError       9   a hash or a size differs; an input changed under us
+
+SIGINT ends with 130, SIGHUP with 129, SIGTERM with 143.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class LoraGgufError(Exception):
+    """A refusal. The message says where, what was expected, what was found and the fix, in one line.
+
+    ``details`` lists the offenders where there are several; they are printed below the line.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, details: Iterable[str] = ()):
+        super().__init__(message)
+        self.details = tuple(details)
+
+
+class UsageError(LoraGgufError):
+    exit_code = 2
+
+
+class MalformedError(LoraGgufError):
+    exit_code = 3
+
+
+class UnsupportedError(LoraGgufError):
+    exit_code = 4
+
+
+class MismatchError(LoraGgufError):
+    exit_code = 5
+
+
+class NumericError(LoraGgufError):
+    exit_code = 6
+
+
+class FileError(LoraGgufError):
+    exit_code = 7
+
+
+class HubError(LoraGgufError):
+    exit_code = 8
+
+
+class IntegrityError(LoraGgufError):
+    exit_code = 9
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """``text`` on one line with no control characters, cut at ``limit`` characters: safe for a terminal."""
+    line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text))
+    line = line.encode("utf-8", "backslashreplace").decode()
+    return line if len(line) <= limit else line[: limit - 1] + "…"
