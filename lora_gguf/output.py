@@ -1,0 +1,181 @@
+"""Write a file so that its path holds the old content or the whole new one, never a part.
+
+The bytes go to a temporary file in the target's folder; ``commit`` syncs it, renames it into place and syncs the folder.
+The temporary file is locked while it is written, so a later run on the same target can tell a stale one, which a killed
+process left, from one in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_gguf.errors import FileError, printable
+
+try:
+    import fcntl
+except ImportError:  # Windows: no advisory locks, so stale files stay
+    fcntl = None
+
+SUFFIX = ".lora-gguf-tmp"
+_COPY_CHUNK = 8 << 20
+
+
+def check_target(path: str | os.PathLike, *, force: bool = False, inputs: Iterable[os.PathLike | str] = ()) -> Path:
+    """The real path to write to, symbolic links followed; ``FileError`` where writing there would lose something."""
+    target = Path(os.path.realpath(path))
+    label = printable(path)
+    if os.path.islink(path) and not target.exists():
+        raise FileError(f"{label}: a link to nowhere: remove it or name another output")
+    if target.exists():
+        for source in inputs:
+            if os.path.exists(source) and os.path.samefile(source, target):
+                raise FileError(f"{label}: the output is also an input ({printable(source)}): name another output")
+        if not stat.S_ISREG(os.stat(target).st_mode):
+            raise FileError(f"{label}: expected a path for a file, found a directory or device: name a file")
+        if not force:
+            raise FileError(f"{label}: exists already: name another output, or replace it with --force")
+    if not target.parent.is_dir():
+        raise FileError(f"{label}: the folder {printable(target.parent)} does not exist: make it first")
+    if not os.access(target.parent, os.W_OK):
+        raise FileError(f"{label}: the folder {printable(target.parent)} is not writable: name an output elsewhere")
+    return target
+
+
+def check_space(target: Path, n_bytes: int) -> None:
+    """Raise ``FileError`` unless the target's file system has room for ``n_bytes`` more."""
+    free = shutil.disk_usage(target.parent).free
+    if n_bytes > free:
+        raise FileError(
+            f"{printable(target)}: needs {n_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free: make room or write elsewhere"
+        )
+
+
+class OutputFile:
+    """A file under way to ``path``. A context manager: left without ``commit``, nothing remains of it.
+
+    ``write_at`` may be called from several threads for ranges that do not overlap.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, force: bool = False, inputs: Iterable[os.PathLike | str] = ()):
+        self.path, self.force = Path(path), force
+        self.label = printable(path)
+        self.target = check_target(path, force=force, inputs=inputs)
+        self.fd, self.temporary = -1, None
+        _remove_stale(self.target)
+
+    def __enter__(self) -> OutputFile:
+        self.temporary = self.target.with_name(f".{self.target.name[:200]}.{os.getpid()}{SUFFIX}")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        try:
+            self.fd = os.open(self.temporary, flags, 0o666)
+        except OSError as error:
+            self.temporary = None
+            raise FileError(f"{self.label}: cannot write in its folder: {error.strerror}") from error
+        if fcntl:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        if self.temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(self.temporary)
+            self.temporary = None
+
+    def write_at(self, position: int, buffer) -> None:
+        """Write all of ``buffer`` (contiguous bytes) at ``position`` bytes from the file's start."""
+        view, done = memoryview(buffer).cast("B"), 0
+        while done < len(view):
+            try:
+                done += os.pwrite(self.fd, view[done:], position + done)
+            except OSError as error:
+                raise self._failed("write", error) from error
+
+    def copy_at(self, position: int, source_fd: int, source_position: int, n_bytes: int) -> None:
+        """Copy ``n_bytes`` from another open file, inside the kernel where the system can."""
+        done = 0
+        while done < n_bytes:
+            n = self._copy_some(position + done, source_fd, source_position + done, min(n_bytes - done, _COPY_CHUNK))
+            if n == 0:
+                raise FileError(f"{self.label}: an input became shorter while it was copied: run again when nothing writes to it")
+            done += n
+
+    def _copy_some(self, position: int, source_fd: int, source_position: int, n_bytes: int) -> int:
+        if hasattr(os, "copy_file_range"):
+            with contextlib.suppress(OSError):
+                return os.copy_file_range(source_fd, self.fd, n_bytes, source_position, position)
+        try:
+            chunk = os.pread(source_fd, n_bytes, source_position)
+        except OSError as error:
+            raise self._failed("read an input", error) from error
+        self.write_at(position, chunk)
+        return len(chunk)
+
+    def commit(self) -> None:
+        """Make the file durable and put it in place."""
+        try:
+            os.fsync(self.fd)
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+            self._place()
+            _sync_folder(self.target.parent)
+        except FileExistsError as error:
+            raise FileError(f"{self.label}: appeared while this ran: left as it is; replace it with --force") from error
+        except OSError as error:
+            raise self._failed("finish", error) from error
+
+    def _place(self) -> None:
+        if not self.force and hasattr(os, "link"):
+            try:
+                os.link(self.temporary, self.target)  # unlike rename, never replaces what appeared in the meantime
+                os.unlink(self.temporary)
+                self.temporary = None
+                return
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
+                if self.target.exists():
+                    raise FileExistsError(self.target) from None
+        os.replace(self.temporary, self.target)
+        self.temporary = None
+
+    def _failed(self, verb: str, error: OSError) -> FileError:
+        return FileError(f"{self.label}: cannot {verb}: {error.strerror or error}: nothing was written there")
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove the temporary files that killed runs left for this target; those of running processes are locked."""
+    if not fcntl:
+        return
+    prefix = f".{target.name[:200]}."
+    for entry in target.parent.iterdir():
+        middle = entry.name[len(prefix) : -len(SUFFIX)]
+        if entry.name.startswith(prefix) and entry.name.endswith(SUFFIX) and middle.isdigit() and not entry.is_symlink():
+            with contextlib.suppress(OSError), open(entry, "rb") as stale:
+                fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                entry.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def write_bytes(path: str | os.PathLike, content: bytes, *, force: bool = False, inputs: Iterable[os.PathLike | str] = ()) -> None:
+    """Put ``content`` at ``path``, whole or not at all."""
+    with OutputFile(path, force=force, inputs=inputs) as output:
+        output.write_at(0, content)
+        output.commit()
