@@ -1,0 +1,3 @@
+from lora_gguf.cli import main
+
+main()

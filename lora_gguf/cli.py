@@ -1,0 +1,173 @@
+"""The command line: parse, call, print. ``main`` is the only place that catches."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lora_gguf import __version__
+from lora_gguf.errors import LoraGgufError, printable
+
+_ClickUsageError = typer.BadParameter.__base__  # typer brings its own click
+
+app = typer.Typer(
+    name="lora-gguf",
+    help="Convert LoRA adapters to GGUF, and merge them into quantized GGUF models without losing the fine-tune.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=True,
+)
+
+
+class Rounding(str, Enum):
+    dither = "dither"
+    nearest = "nearest"
+
+
+class OutType(str, Enum):
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lora-gguf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def fetch(
+    repo: Annotated[str, typer.Argument(metavar="REPO[@REVISION]", help="The adapter's Hub id, such as user/adapter@main.")],
+    subfolder: Annotated[Optional[str], typer.Option(help="The adapter's folder in the repository.")] = None,
+    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Copy the files here; default: the Hub cache.")] = None,
+) -> None:
+    """Download a PEFT adapter from the Hugging Face Hub and print where it lies."""
+    from lora_gguf.fetch import fetch as fetch_adapter
+
+    print(fetch_adapter(repo, subfolder=subfolder, output=output))
+
+
+@app.command()
+def convert(
+    adapter: Annotated[str, typer.Argument(help="A PEFT adapter's folder or Hub id.")],
+    base: Annotated[Optional[Path], typer.Option("--base", help="The base model's GGUF: the best source of names and shapes.")] = None,
+    base_config: Annotated[Optional[Path], typer.Option(help="Without a GGUF: the folder with the base's config.json.")] = None,
+    output: Annotated[Optional[Path], typer.Option("-o", "--outfile", help="Default: ADAPTER.gguf in this folder.")] = None,
+    outtype: Annotated[OutType, typer.Option(help="The type of the tensors.")] = OutType.f16,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+) -> None:
+    """Turn a PEFT adapter into a GGUF adapter for llama.cpp's --lora."""
+    from lora_gguf.convert import convert as convert_adapter
+    from lora_gguf.sources import adapter_name, locate
+
+    source = locate(adapter)
+    out = output or Path(f"{adapter_name(adapter)}.gguf")
+    accounts = convert_adapter(source, out, base=base, base_config=base_config, outtype=outtype.value, force=force)
+    _say(f"{printable(out)}: {accounts}")
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE.gguf", help="The quantized model.")],
+    adapter: Annotated[str, typer.Argument(help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")],
+    output: Annotated[Optional[Path], typer.Option("-o", "--outfile", help="Default: BASE-ADAPTER.gguf in this folder.")] = None,
+    scale: Annotated[float, typer.Option(help="Multiplies the adapter's own scale.")] = 1.0,
+    rounding: Annotated[Rounding, typer.Option(help="How weights get back on the base's grid.")] = Rounding.dither,
+    seed: Annotated[int, typer.Option(min=0, help="Of the dither; the same seed gives the same bytes.")] = 0,
+    threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Add an adapter to a quantized model and write one standalone GGUF."""
+    from lora_gguf.gguf_writer import check_target
+    from lora_gguf.sources import adapter_name, locate, pairs_of
+
+    out = output or Path(f"{base.stem}-{adapter_name(adapter)}.gguf")
+    if not dry_run:
+        check_target(out, force=force, inputs=[base])
+    source = locate(adapter)
+    from lora_gguf.merge import merge as merge_adapter
+
+    report = merge_adapter(
+        base, lambda reader: pairs_of(source, reader), None if dry_run else out, scale=scale, rounding=rounding.value, seed=seed,
+        threads=threads, force=force, inputs=[source], provenance={"adapter": adapter_name(adapter)},
+    )  # fmt: skip
+    _print_report(report, as_json)
+    if not dry_run:
+        _say(f"wrote {printable(out)} ({os.path.getsize(out) / 1e6:.0f} MB)")
+
+
+def _print_report(report, as_json: bool) -> None:
+    from lora_gguf import tables
+
+    print(json.dumps(tables.as_dict(report), indent=1) if as_json else tables.retention_table(report))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived; ``args[0]`` is its number."""
+
+
+def _terminate(number: int, _frame) -> None:
+    raise _Terminated(number)
+
+
+def main() -> None:
+    """The console script: run the command line, turn every refusal into one line on stderr and its exit code."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _terminate)
+    sys.exit(_run())
+
+
+def _run(arguments: list[str] | None = None) -> int:
+    try:
+        return app(args=arguments or sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+    except LoraGgufError as error:
+        _complain(str(error))
+        for detail in error.details:
+            _say(f"  {printable(detail)}")
+        return error.exit_code
+    except _ClickUsageError as error:
+        command = error.ctx.command_path if error.ctx else "lora-gguf"
+        _complain(f"{error.format_message()} See '{command} --help'.")
+        return 2
+    except typer.Exit as error:
+        return error.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        _complain("interrupted: nothing was written")
+        return 130
+    except _Terminated as error:
+        _complain("terminated: nothing was written")
+        return 128 + error.args[0]
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except MemoryError:
+        _complain("out of memory: lower --threads")
+        return 7
+
+
+def _complain(line: str) -> None:
+    _say(f"lora-gguf: error: {printable(line, 600)}")

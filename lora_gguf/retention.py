@@ -1,0 +1,64 @@
+"""How much of the adapter survived: per tensor, per kind of tensor, per file.
+
+``kept`` is the projection of the achieved change onto the intended one, Σ delta·achieved / Σ delta²: 1 means that the
+adapter acts at full strength, 0 that rounding erased it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_BLOCK = re.compile(r"^(?:(enc|dec)\.)?blk\.\d+\.")
+_SUFFIX = re.compile(r"\.weight$")
+
+
+def kind_of(name: str) -> str:
+    """What a GGUF tensor is, whatever its layer: ``blk.3.attn_q.weight`` is an ``attn_q``."""
+    return _SUFFIX.sub("", _BLOCK.sub(lambda match: f"{match[1]}." if match[1] else "", name))
+
+
+@dataclass
+class Retention:
+    """Sums over some weights; ``sums`` (4,) f64: Σ delta·achieved, Σ delta², Σ achieved², number of changed codes."""
+
+    n_weights: int = 0
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(4))
+
+    def add(self, n_weights: int, sums: np.ndarray) -> None:
+        self.n_weights += n_weights
+        self.sums = self.sums + sums
+
+    @property
+    def kept(self) -> float:
+        return float(self.sums[0] / self.sums[1]) if self.sums[1] > 0 else 1.0
+
+    @property
+    def changed(self) -> float:
+        """The share of the codes that changed."""
+        return float(self.sums[3] / self.n_weights) if self.n_weights else 0.0
+
+    @property
+    def delta_rms(self) -> float:
+        return float(np.sqrt(self.sums[1] / self.n_weights)) if self.n_weights else 0.0
+
+    @property
+    def noise(self) -> float:
+        """The rms of what rounding added, relative to the rms of the delta."""
+        error = self.sums[2] - 2 * self.sums[0] + self.sums[1]
+        return float(np.sqrt(max(error, 0.0) / self.sums[1])) if self.sums[1] > 0 else 0.0
+
+    def as_dict(self) -> dict:
+        return {
+            "weights": self.n_weights, "kept": self.kept, "changed": self.changed, "delta_rms": self.delta_rms, "noise": self.noise,
+        }  # fmt: skip
+
+
+def total(parts: Iterable[Retention]) -> Retention:
+    whole = Retention()
+    for part in parts:
+        whole.add(part.n_weights, part.sums)
+    return whole
