@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from lora_gguf import hparams
-from lora_gguf.adapter import Adapter
+from lora_gguf.adapter import Adapter, read_adapter
 from lora_gguf.adapter_config import read_json
 from lora_gguf.errors import UsageError
 from lora_gguf.gguf_reader import GgufReader
@@ -15,39 +15,41 @@ from lora_gguf.placement import Placement, gguf_pairs
 
 
 def convert(
-    adapter: Adapter,
+    directory: str | os.PathLike,
     out: str | os.PathLike,
-    base: GgufReader | None = None,
+    base: str | os.PathLike | None = None,
     base_config: str | os.PathLike | None = None,
     outtype: str = "f32",
     *,
     force: bool = False,
 ) -> Placement:
-    """Write ``adapter`` as a GGUF to ``out`` and return the account of its tensors.
+    """Write the PEFT adapter in ``directory`` as a GGUF to ``out`` and return the account of its tensors.
 
-    The layout follows ``base``, an open GGUF, or else ``base_config``: a ``config.json`` or the folder that holds it.
-    ``outtype`` is one of ``OUT_TYPES``; F32, the default, is exact.
+    The layout follows the header of ``base``, a GGUF, or else ``base_config``: a ``config.json`` or the folder that holds
+    it. ``outtype`` is one of ``OUT_TYPES``; F32, the default, is exact.
     """
     if outtype not in OUT_TYPES:
         raise UsageError(f"--outtype {outtype}: expected one of {', '.join(OUT_TYPES)}")
+    adapter = read_adapter(directory)
     model = base_model(base, base_config)
     placement = gguf_pairs(adapter, model)
-    inputs = [base.path] if base else []
+    inputs = [adapter.directory, *([base] if base else [])]
     write_adapter_gguf(out, placement.pairs, model.architecture, outtype, metadata(adapter), force=force, inputs=inputs)
     return placement
 
 
-def base_model(base: GgufReader | None, base_config: str | os.PathLike | None) -> hparams.Hparams:
+def base_model(base: str | os.PathLike | None, base_config: str | os.PathLike | None) -> hparams.Hparams:
     """The base's dimensions from its GGUF, or else from its ``config.json``."""
     if base is not None:
-        return hparams.from_base(base)
+        with GgufReader(base) as reader:
+            return hparams.from_base(reader)
     if base_config is None:
         raise UsageError("the layout depends on the base: give --base BASE.gguf or --base-config DIR")
     path = Path(base_config)
     return hparams.from_config(read_json(path / "config.json" if path.is_dir() else path))
 
 
-def metadata(adapter: Adapter) -> list[tuple[str, str, str]]:
+def metadata(adapter: Adapter) -> list[tuple[str, object, str]]:
     """Further keys of the file: what it is called and what it was trained on."""
     found = [("general.name", adapter.label, "str")]
     if adapter.base_model:

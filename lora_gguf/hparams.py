@@ -55,7 +55,8 @@ def from_base(base: GgufReader) -> Hparams:
         raise MalformedError(f"{base.label}: expected general.architecture, found none: it is no model")
     if base.get("general.type", "model") != "model":
         raise MalformedError(f"{base.label}: expected a model, found general.type {printable(base.get('general.type'), 40)}")
-    return Hparams(base.architecture, base.hparam, base.tensors, base.label)
+    values = {key.removeprefix(f"{base.architecture}."): base.get(key) for key in base.kv if key.startswith(f"{base.architecture}.")}
+    return Hparams(base.architecture, values.get, base.tensors, base.label)
 
 
 def from_config(config: dict) -> Hparams:

@@ -6,12 +6,16 @@ fit is reported at once.
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lora_gguf.adapter import Adapter
 from lora_gguf.errors import MalformedError, MismatchError, printable
-from lora_gguf.hparams import Hparams
-from lora_gguf.lora import EMBEDDING, LoraPair
+from lora_gguf.gguf_reader import GgufReader
+from lora_gguf.hparams import Hparams, from_base
+from lora_gguf.lora import EMBEDDING, LoraPair, read_adapter_gguf
 from lora_gguf.names import is_other_tower, pieces
 from lora_gguf.transforms import cut
 
@@ -33,12 +37,17 @@ class Placement:
     pairs: list[LoraPair] = field(default_factory=list)
     accounts: list[Account] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        counts = Counter(account.outcome for account in self.accounts)
+        return f"{len(self.pairs)} tensors updated; of the adapter's, " + ", ".join(f"{n} {what}" for what, n in counts.items())
 
-def gguf_pairs(adapter: Adapter, hparams: Hparams) -> Placement:
-    """Place all updates of ``adapter`` in the model that ``hparams`` describes.
+
+def gguf_pairs(adapter: Adapter, base: GgufReader | Hparams) -> Placement:
+    """Place all updates of ``adapter`` in ``base``: an open GGUF, or the dimensions in a ``config.json``.
 
     Raises ``MismatchError`` that lists every update which does not fit, with the likely cause.
     """
+    hparams = from_base(base) if isinstance(base, GgufReader) else base
     placement = Placement(accounts=[Account(name, "ignored", "", why) for name, why in adapter.ignored.items()])
     errors: list[str] = []
     for pair in adapter.pairs:
@@ -49,6 +58,22 @@ def gguf_pairs(adapter: Adapter, hparams: Hparams) -> Placement:
     if not placement.pairs:
         raise MismatchError(f"{adapter.label}: nothing in it belongs to the text model: it adapts other parts only")
     return placement
+
+
+def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader) -> Placement:
+    """The pairs of the adapter GGUF at ``path``, checked against the open ``base``. Raises as ``gguf_pairs`` does."""
+    pairs, architecture = read_adapter_gguf(path)
+    hparams = from_base(base)
+    label = printable(Path(path).name)
+    if architecture != hparams.architecture:
+        raise MismatchError(
+            f"{label}: expected an adapter for {hparams.architecture} ({base.label}), found one for "
+            f"{printable(architecture, 40)}: is it for another base model?"
+        )
+    errors = [error for pair in pairs if (error := misfit(pair, hparams))]
+    if errors:
+        raise MismatchError(f"{label}: {errors[0]}: is {base.label} the base it was trained on?", errors)
+    return Placement(pairs, [Account(name, "applied", pair.name) for pair in pairs for name in pair.sources])
 
 
 def place(pair: LoraPair, hparams: Hparams, placement: Placement) -> list[str]:
