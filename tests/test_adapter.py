@@ -1,0 +1,163 @@
+"""``adapter`` and ``adapter_config``: PEFT directories, good and broken."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lora_gguf.adapter import read_adapter
+from lora_gguf.errors import FileError, MalformedError, NumericError, UnsupportedError
+
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none", "use_dora": None}
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+def tensors(module=MODULE, r=4, n_in=6, n_out=10, middle=""):
+    rng = np.random.default_rng(len(module))
+    return {
+        f"base_model.model.{module}.lora_A{middle}.weight": rng.standard_normal((r, n_in), np.float32),
+        f"base_model.model.{module}.lora_B{middle}.weight": rng.standard_normal((n_out, r), np.float32),
+    }
+
+
+def directory(path, weights=None, **config):
+    (path / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}))
+    save_file(tensors() if weights is None else weights, path / "adapter_model.safetensors")
+    return path
+
+
+def test_reads_pairs_by_module_path(tmp_path):
+    adapter = read_adapter(directory(tmp_path))
+    (pair,) = adapter.pairs
+    assert (pair.name, pair.shape, pair.rank, pair.scale) == (MODULE, (10, 6), 4, 2.0)
+    assert pair.sources == tuple(tensors())
+    np.testing.assert_array_equal(pair.b, list(tensors().values())[1])
+
+
+def test_reads_the_folder_of_a_file_and_a_named_adapter(tmp_path):
+    directory(tmp_path, tensors(middle=".default"))
+    assert read_adapter(tmp_path / "adapter_model.safetensors").pairs[0].name == MODULE
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({}, 2.0),
+        ({"lora_alpha": 3.5}, 3.5 / 4),
+        ({"use_rslora": True}, 8 / math.sqrt(4)),
+        ({"alpha_pattern": {"k_proj": 1, "q_proj": 32, "self_attn.q_proj": 2}}, 8.0),
+        ({"alpha_pattern": {r".*layers\.1\..*": 1}}, 2.0),
+        ({"r": 64, "rank_pattern": {"layers.0.self_attn.q_proj": 4}}, 2.0),
+        ({"r": 64, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 6}, "use_rslora": True}, 3.0),
+    ],
+)
+def test_scale_of_a_module(tmp_path, config, scale):
+    assert read_adapter(directory(tmp_path, **config)).pairs[0].scale == scale
+
+
+def test_embeddings_become_vocabulary_by_width(tmp_path):
+    a, b = np.ones((4, 100), np.float32), np.arange(24, dtype=np.float32).reshape(6, 4)
+    prefix = "base_model.model.model.embed_tokens.lora_embedding_"
+    (pair,) = read_adapter(directory(tmp_path, {f"{prefix}A": a, f"{prefix}B": b})).pairs
+    np.testing.assert_array_equal(pair.delta(), 2 * (b @ a).T)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0), ("r", -1), ("r", "8"), ("r", 8.5), ("r", True), ("r", 10**9), ("r", None),
+        ("lora_alpha", "16"), ("lora_alpha", True), ("lora_alpha", None), ("lora_alpha", []),
+        ("use_rslora", 1), ("rank_pattern", []), ("rank_pattern", {"q": "4"}), ("alpha_pattern", {"q": None}),
+        ("peft_type", 3), ("base_model_name_or_path", ["x"]), ("target_modules", 3), ("bias", False),
+        ("rank_pattern", {"(": 4}), ("r", 8),
+    ],
+)  # fmt: skip
+def test_refuses_fields_of_a_wrong_type(tmp_path, field, value):
+    with pytest.raises(MalformedError) as error:
+        read_adapter(directory(tmp_path, **{field: value}))
+    assert "\n" not in str(error.value) and "adapter" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"r": 4, "r": 5}', '{"r": NaN}', '{"lora_alpha": Infinity}', "[" * 100_000, '{"lora_alpha": 1e400}'],
+)
+def test_refuses_what_is_no_configuration(tmp_path, text):
+    directory(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(MalformedError):
+        read_adapter(tmp_path)
+
+
+def test_reads_a_configuration_with_a_byte_order_mark(tmp_path):
+    directory(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_adapter(tmp_path).pairs
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("peft_type", "PROMPT_TUNING"), ("use_qalora", True), ("layer_replication", [[0, 4]]), ("init_lora_weights", "pissa_niter_4")],
+)
+def test_refuses_kinds_by_name_with_a_way_out(tmp_path, field, value):
+    with pytest.raises(UnsupportedError, match=field):
+        read_adapter(directory(tmp_path, **{field: value}))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("factor", [0, 1])
+def test_refuses_numbers_that_are_none_and_names_their_place(tmp_path, value, factor):
+    weights = tensors()
+    name = list(weights)[factor]
+    weights[name][1, 2] = value
+    with pytest.raises(NumericError) as error:
+        read_adapter(directory(tmp_path, weights))
+    assert f"{name}[1, 2]" in str(error.value)
+
+
+def test_reports_all_offenders_at_once(tmp_path):
+    weights = tensors() | tensors("model.layers.1.self_attn.q_proj") | {"base_model.model.what.ever": np.ones(3, np.float32)}
+    del weights["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
+    weights |= {name: array for name, array in tensors("model.layers.2.self_attn.q_proj", r=8).items()}
+    with pytest.raises(MalformedError) as error:
+        read_adapter(directory(tmp_path, weights))
+    assert len(error.value.details) == 3
+
+
+@pytest.mark.parametrize(
+    "shapes", [((4, 6), (10, 5)), ((4, 6, 1), (10, 4)), ((4,), (10, 4)), ((0, 6), (10, 0)), ((4, 0), (10, 4))]
+)
+def test_refuses_factors_that_do_not_multiply(tmp_path, shapes):
+    weights = {name: np.ones(shape, np.float32) for name, shape in zip(tensors(), shapes, strict=True)}
+    with pytest.raises(MalformedError):
+        read_adapter(directory(tmp_path, weights))
+
+
+def test_refuses_integers_as_weights(tmp_path):
+    with pytest.raises(MalformedError, match="int32"):
+        read_adapter(directory(tmp_path, {name: array.astype(np.int32) for name, array in tensors().items()}))
+
+
+def test_missing_files_say_what_to_do(tmp_path):
+    with pytest.raises(FileError, match="no such directory"):
+        read_adapter(tmp_path / "nowhere")
+    with pytest.raises(FileError, match="adapter_config.json"):
+        read_adapter(tmp_path)
+    (tmp_path / "inner").mkdir()
+    directory(tmp_path / "inner")
+    with pytest.raises(FileError, match="inner"):
+        read_adapter(tmp_path)
+    (tmp_path / "inner" / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileError, match="adapter_model.safetensors"):
+        read_adapter(tmp_path / "inner")
+
+
+def test_copies_of_the_base_are_ignored_with_a_reason(tmp_path):
+    name = f"base_model.model.{MODULE}.base_layer.weight"
+    adapter = read_adapter(directory(tmp_path, tensors() | {name: np.ones((10, 6), np.float32)}))
+    assert len(adapter.pairs) == 1 and name in adapter.ignored

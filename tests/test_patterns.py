@@ -1,0 +1,62 @@
+"""``patterns``: the same answers as PEFT's own expression in Python's engine, without its worst case."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+
+import pytest
+
+from lora_gguf.errors import MalformedError, UnsupportedError
+from lora_gguf.patterns import first_match, matcher
+
+KEYS = (
+    "q_proj", ".*q_proj", "self_attn.q_proj", r"layers\.[0-3]\..*", "(q|k)_proj", r".*\.gate_up_proj", "", "^model.*",
+    r"layers\.\d+\.mlp\.\w+", r"[^.]+_proj", "a{2,3}_proj|q_proj", "(?:model.)?layers.1.*", "x*?q_proj", "(q_proj)?",
+    "q_proj|k_proj$", r"\w+\.\D+", "model.layers.0.self_attn.q_proj", "(a|b)*c+", "[a-c]{2}", "q_pro[^k]",
+)  # fmt: skip
+MODULES = (
+    "model.layers.0.self_attn.q_proj", "model.layers.11.mlp.gate_up_proj", "q_proj", "aa_proj", "xq_proj", "lm_head",
+    "model.layers.1.self_attn.k_proj", "a.b-q_proj", ".", "", "ababcc", "x.bb",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_matches_as_peft_does(key):
+    for module in MODULES:
+        assert matcher(key)(module) == bool(re.match(rf"(.*\.)?({key})$", module)), module
+
+
+def test_matches_as_peft_does_on_random_keys():
+    rng = random.Random(1)
+    pieces = ["a", "b", ".", r"\.", "(a|b)", "[ab]", ".*", "a?", "b+", "(ab)*", "c{1,2}", r"\w", "$"]
+    for _ in range(300):
+        key = "".join(rng.choices(pieces, k=rng.randint(1, 5)))
+        for _ in range(20):
+            module = "".join(rng.choices("abc.", k=rng.randint(0, 7)))
+            assert matcher(key)(module) == bool(re.match(rf"(.*\.)?({key})$", module)), (key, module)
+
+
+@pytest.mark.parametrize("key", ["(.*)*(.*)*x", "([a-z_.0-9]+)+!", "(a|a)*b", "((a*)*)*b"])
+def test_is_immune_to_backtracking(key):
+    start = time.perf_counter()
+    assert not matcher(key)("a" * 200)
+    assert time.perf_counter() - start < 0.5
+
+
+@pytest.mark.parametrize("key", ["(?=x)", r"(x)\1", "x{100000}", "(?i:x)", r"\bq", "(x{1000}){1000}", "a" * 20000])
+def test_refuses_what_it_cannot_match_in_linear_time(key):
+    with pytest.raises(UnsupportedError):
+        matcher(f"({key})*")
+
+
+@pytest.mark.parametrize("key", ["(", "[a", "*", "a{2,1}", "(?P<x"])
+def test_refuses_what_is_no_expression(key):
+    with pytest.raises(MalformedError):
+        matcher(key)
+
+
+def test_the_first_key_wins():
+    assert first_match({"k_proj": 1, ".*_proj": 2, "q_proj": 3}, "model.q_proj") == ".*_proj"
+    assert first_match({"k_proj": 1}, "model.q_proj") is None
