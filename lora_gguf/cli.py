@@ -70,17 +70,17 @@ def convert(
     base: Annotated[Optional[Path], typer.Option("--base", help="The base model's GGUF: the best source of names and shapes.")] = None,
     base_config: Annotated[Optional[Path], typer.Option(help="Without a GGUF: the folder with the base's config.json.")] = None,
     output: Annotated[Optional[Path], typer.Option("-o", "--outfile", help="Default: ADAPTER.gguf in this folder.")] = None,
-    outtype: Annotated[OutType, typer.Option(help="The type of the tensors.")] = OutType.f16,
+    outtype: Annotated[OutType, typer.Option(help="The type of the tensors; f32 is exact.")] = OutType.f32,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
 ) -> None:
     """Turn a PEFT adapter into a GGUF adapter for llama.cpp's --lora."""
     from lora_gguf.convert import convert as convert_adapter
-    from lora_gguf.sources import adapter_name, locate
+    from lora_gguf.fetch import fetch as fetch_adapter
+    from lora_gguf.sources import adapter_name
 
-    source = locate(adapter)
     out = output or Path(f"{adapter_name(adapter)}.gguf")
-    accounts = convert_adapter(source, out, base=base, base_config=base_config, outtype=outtype.value, force=force)
-    _say(f"{printable(out)}: {accounts}")
+    placement = convert_adapter(fetch_adapter(adapter), out, base, base_config, outtype.value, force=force)
+    _say(f"wrote {printable(out)} ({os.path.getsize(out) / 1e6:.1f} MB): {placement}")
 
 
 @app.command()
@@ -97,19 +97,19 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Add an adapter to a quantized model and write one standalone GGUF."""
-    from lora_gguf.gguf_writer import check_target
-    from lora_gguf.sources import adapter_name, locate, pairs_of
+    from lora_gguf.fetch import fetch as fetch_adapter
+    from lora_gguf.output import check_target
+    from lora_gguf.sources import adapter_name
 
     out = output or Path(f"{base.stem}-{adapter_name(adapter)}.gguf")
     if not dry_run:
         check_target(out, force=force, inputs=[base])
-    source = locate(adapter)
+    source = fetch_adapter(adapter)
     from lora_gguf.merge import merge as merge_adapter
 
     report = merge_adapter(
-        base, lambda reader: pairs_of(source, reader), None if dry_run else out, scale=scale, rounding=rounding.value, seed=seed,
-        threads=threads, force=force, inputs=[source], provenance={"adapter": adapter_name(adapter)},
-    )  # fmt: skip
+        base, [(source, scale)], None if dry_run else out, rounding=rounding.value, seed=seed, threads=threads, force=force
+    )
     _print_report(report, as_json)
     if not dry_run:
         _say(f"wrote {printable(out)} ({os.path.getsize(out) / 1e6:.0f} MB)")

@@ -15,10 +15,12 @@ from lora_gguf.errors import NumericError, UsageError
 from lora_gguf.gguf_reader import GgufReader
 from lora_gguf.gguf_writer import GgufWriter, key_value, raw_key_values
 from lora_gguf.lora import LoraPair
+from lora_gguf.placement import Account
 from lora_gguf.plan import Plan, TensorPlan, make_plan
 from lora_gguf.requantize import recode
 from lora_gguf.retention import Retention, kind_of, total
 from lora_gguf.rounding import low_rank
+from lora_gguf.sources import adapter_name, placement_of
 
 CHUNK_WEIGHTS = 1 << 18
 COPY_BYTES = 16 << 20
@@ -27,9 +29,10 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass
 class MergeReport:
-    """What a merge did: the plan that was carried out, and per merged tensor what was kept of the adapter."""
+    """What a merge did: its plan, the account of each adapter's tensors, and per merged tensor what was kept."""
 
     plan: Plan
+    accounts: list[Account]
     retention: dict[str, Retention] = field(default_factory=dict)
 
     @property
@@ -39,39 +42,35 @@ class MergeReport:
 
 def merge(
     base: str | os.PathLike,
-    pairs_of: Callable[[GgufReader], Sequence[LoraPair]],
+    adapters: Sequence[tuple[str | os.PathLike, float]],
     out: str | os.PathLike | None,
     *,
-    scale: float = 1.0,
     rounding: str = "dither",
     seed: int = 0,
     threads: int | None = None,
     force: bool = False,
-    inputs: Sequence[str | os.PathLike] = (),
-    provenance: dict[str, object] | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Add ``scale`` times the adapter's update to ``base`` and write the result, in the base's own types, to ``out``.
+    """Add the updates of ``adapters`` to ``base`` and write the result, in the base's own types, to ``out``.
 
-    ``pairs_of`` gives the adapter's pairs for the opened base. ``rounding`` is dither or nearest (see ``rounding``);
-    ``out`` None only plans. ``progress`` is called with (bytes done, bytes in all, tensor name).
-    Raises the subclasses of ``LoraGgufError`` before the first byte is written, wherever possible.
+    Each adapter is a PEFT directory or an adapter GGUF with the factor that multiplies its own scale; their updates are
+    summed in f32 and rounded once. ``rounding`` is one of ``requantize.SPREADS``; ``out`` None only plans. ``progress`` is
+    called with (bytes done since the last call, bytes in all, tensor name).
+    Raises the subclasses of ``LoraGgufError``, before the first byte is written wherever that is possible.
     """
     with GgufReader(base) as reader:
-        pairs = [LoraPair(pair.name, pair.a, pair.b, pair.scale * scale) for pair in pairs_of(reader)]
-        plan = make_plan(reader, pairs, rounding=rounding, seed=seed)
-        report = MergeReport(plan)
+        placements = [placement_of(path, reader, scale) for path, scale in adapters]
+        plan = make_plan(reader, [pair for placement in placements for pair in placement.pairs], rounding=rounding, seed=seed)
+        report = MergeReport(plan, [account for placement in placements for account in placement.accounts])
         if out is None:
             return report
-        key_values = merged_key_values(reader, {"scale": float(scale), "rounding": rounding, "seed": seed, **(provenance or {})})
+        key_values = merged_key_values(reader, adapters, rounding, seed)
         targets = [tensor.target for tensor in plan.tensors]
-        with GgufWriter(
-            out, key_values, targets, alignment=reader.alignment, force=force, inputs=[base, *inputs]
-        ) as writer:
+        inputs = [base, *(path for path, _ in adapters)]
+        with GgufWriter(out, key_values, targets, alignment=reader.alignment, force=force, inputs=inputs) as writer:
             for tensor, n_bytes, outcome in run(jobs(plan, reader, writer), threads):
                 if outcome is not None:
-                    n_weights, sums = outcome
-                    report.retention.setdefault(tensor.source.name, Retention()).add(n_weights, sums)
+                    report.retention.setdefault(tensor.source.name, Retention()).add(*outcome)
                 if progress:
                     progress(n_bytes, reader.size - reader.data_position, tensor.source.name)
             reader.check_unchanged()
@@ -79,12 +78,17 @@ def merge(
     return report
 
 
-def merged_key_values(reader: GgufReader, provenance: dict[str, object]) -> list[bytes]:
+def merged_key_values(reader: GgufReader, adapters, rounding: str, seed: int) -> list[bytes]:
     """The base's key/value pairs as they are, then how this file was made."""
-    kinds = {str: "str", float: "f32", int: "u64", bool: "bool"}
     earlier = [key for key in reader.kv if key.startswith("lora_gguf.")]
-    made = {"version": __version__, **provenance}
-    return raw_key_values(reader, earlier) + [key_value(f"lora_gguf.{key}", value, kinds[type(value)]) for key, value in made.items()]
+    return [
+        *raw_key_values(reader, earlier),
+        key_value("lora_gguf.version", __version__, "str"),
+        key_value("lora_gguf.adapter.names", [adapter_name(path) for path, _ in adapters], "str"),
+        key_value("lora_gguf.adapter.scales", [float(scale) for _, scale in adapters], "f32"),
+        key_value("lora_gguf.rounding", rounding, "str"),
+        key_value("lora_gguf.seed", seed, "u64"),
+    ]
 
 
 Job = tuple[TensorPlan, int, Callable[[], tuple | None]]
