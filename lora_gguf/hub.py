@@ -1,0 +1,349 @@
+"""Files of a Hub repository: listed, downloaded into huggingface_hub's own cache, and checked against their hashes.
+
+Token, cache, ``HF_ENDPOINT`` and offline mode are those of huggingface_hub, and so are the retries. What it does not do
+is done here: the content of every file is hashed and compared (its LFS sha256, or its git blob id), partial files of
+killed runs are removed, and each failure becomes one line that says what to do. No server text and no header, so no
+token, is ever part of such a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lora_gguf.errors import FileError, HubError, IntegrityError, LoraGgufError, printable
+
+RETRY_WAITS = (1, 2, 4)
+MAX_RETRY_AFTER = 60
+RETRY_STATUS = {408, 429, 500, 502, 503, 504}
+DEFAULT_REVISION = "main"
+LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+
+# class name of the client's error, first match wins -> what to say
+EXPLANATIONS = (
+    ("GatedRepoError", "access is restricted: ask for it at {page}, then " + LOG_IN),
+    ("DisabledRepoError", "the Hub has disabled this repository: see {page}"),
+    ("RevisionNotFoundError", "there is no revision '{revision}': see the branches and tags at {page}/tree/main"),
+    ("RepositoryNotFoundError", "no such repository at {host}, or a private one: check the name, or " + LOG_IN),
+    ("RemoteEntryNotFoundError", "there is no file {file} in revision '{revision}': see {page}/tree/main"),
+    ("OfflineModeIsEnabled", "not in the cache, and offline mode is on: unset HF_HUB_OFFLINE to download it"),
+    ("HFValidationError", "not the name of a repository: expected OWNER/NAME"),
+    ("FileMetadataError", "{host} does not answer as a Hub does: check HF_ENDPOINT and any proxy"),
+    ("JSONDecodeError", "{host} answered with something else than JSON: check HF_ENDPOINT, and whether a proxy asks for a login"),
+    ("TooManyRedirects", "{host} redirects without end: check HF_ENDPOINT"),
+    ("UnsupportedProtocol", "{host} redirects to something that is not http: check HF_ENDPOINT"),
+    ("ProxyError", "the proxy refused the connection: check HTTPS_PROXY"),
+    ("TimeoutException", "{host} did not answer in time: try again, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds"),
+    ("ConnectError", "cannot connect to {host} ({reason}): check the network, or set HF_HUB_OFFLINE=1 to use the cache"),
+    ("RemoteProtocolError", "{host} keeps breaking the connection: try again later"),
+    ("NetworkError", "the connection to {host} failed ({reason}): try again"),
+    ("ConnectionError", "the connection to {host} failed ({reason}): try again"),
+    ("XetDownloadError", "the download failed: try again, or set HF_HUB_DISABLE_XET=1"),
+)
+STATUS_EXPLANATIONS = {
+    401: "{host} did not accept the token: " + LOG_IN,
+    403: "{host} refuses access (HTTP 403): see {page}, and check what the token may read",
+    404: "{host} does not have it (HTTP 404): check the name",
+    429: "{host} asks to slow down (HTTP 429): try again in some minutes",
+}
+
+
+@dataclass(frozen=True)
+class RepoFile:
+    """A file of a repository: its name from the root, its size in bytes where known, its hash as lower-case hex."""
+
+    name: str
+    size: int | None = None
+    sha256: str | None = None
+    git_sha1: str | None = None
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A repository at one commit: nothing fetched from it can mix two versions."""
+
+    id: str
+    revision: str
+    commit: str
+    files: dict[str, RepoFile] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return _cache() / ("models--" + self.id.replace("/", "--"))
+
+
+def open_repo(repo_id: str, revision: str | None = None) -> Repo:
+    """List the files of ``repo_id`` at ``revision`` (a branch, tag or commit; default main): from the cache when offline."""
+    from huggingface_hub import HfApi, constants
+
+    repo = Repo(repo_id, revision or DEFAULT_REVISION, "")
+    _check_names(repo)
+    if constants.HF_HUB_OFFLINE:
+        return _cached(repo)
+    with _client(repo):
+        api = HfApi(endpoint=constants.ENDPOINT)
+        info = _retrying(
+            lambda: api.model_info(repo_id, revision=repo.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        )
+        if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
+            raise HubError(f"{printable(repo_id)}: {_host()} names no commit: check HF_ENDPOINT")
+        files = [_repo_file(sibling) for sibling in info.siblings or ()]
+        return Repo(repo_id, repo.revision, info.sha, {file.name: file for file in files})
+
+
+def download(repo: Repo, name: str, progress: Callable[[str, int, int], None] | None = None) -> Path:
+    """The path in the cache of file ``name``, downloaded if need be, its hash checked; a wrong file is removed from the cache.
+
+    ``progress`` is called with the name, the bytes so far and the bytes in all (0 where unknown).
+    """
+    from huggingface_hub import constants, hf_hub_download
+
+    file = repo.files[name]
+    _remove_stale(repo, file)
+    with _client(repo, name, bars=progress is None):
+        path = Path(
+            hf_hub_download(
+                repo.id, name, revision=repo.commit, endpoint=constants.ENDPOINT, **_progress_option(name, progress)
+            )
+        )
+    _verify(repo, file, path)
+    return path
+
+
+def remember(repo: Repo) -> None:
+    """Note in the cache which commit the revision stood for, as huggingface_hub does, so that offline mode finds it."""
+    if repo.revision == repo.commit:
+        return
+    reference = repo.folder / "refs" / repo.revision
+    with contextlib.suppress(OSError):  # the cache may be read-only
+        if not reference.is_file() or reference.read_text() != repo.commit:
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            temporary = reference.with_name(f"{reference.name}.{os.getpid()}")
+            temporary.write_text(repo.commit)
+            os.replace(temporary, reference)
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _host() -> str:
+    from huggingface_hub import constants
+
+    parts = urlsplit(constants.ENDPOINT)
+    return printable((parts.hostname or "") + (f":{parts.port}" if parts.port else ""))
+
+
+def _page(repo_id: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{urlsplit(constants.ENDPOINT).scheme}://{_host()}/{repo_id}"
+
+
+def _check_names(repo: Repo) -> None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo.id, re.ASCII) or ".." in repo.id or len(repo.id) > 96:
+        raise HubError(f"{printable(repo.id)}: not the name of a repository: expected OWNER/NAME")
+    parts = repo.revision.split("/")
+    if not repo.revision.isprintable() or "\\" in repo.revision or len(repo.revision) > 200 or not all(p.strip(".") for p in parts):
+        raise HubError(f"{repo.id}: '{printable(repo.revision, 60)}' cannot be a revision: expected a branch, tag or commit")
+
+
+def _repo_file(sibling) -> RepoFile:
+    lfs = sibling.lfs
+    return RepoFile(
+        str(sibling.rfilename),
+        sibling.size,
+        _hex(getattr(lfs, "sha256", None), 64) if lfs else None,
+        _hex(sibling.blob_id, 40) if not lfs else None,
+    )
+
+
+def _hex(value, length: int) -> str | None:
+    text = str(value).lower()
+    return text if re.fullmatch(rf"[0-9a-f]{{{length}}}", text) else None
+
+
+def _cached(repo: Repo) -> Repo:
+    """The repository as it lies in the cache."""
+    commit = repo.revision
+    with contextlib.suppress(OSError):
+        commit = (repo.folder / "refs" / repo.revision).read_text().strip()
+    snapshot = repo.folder / "snapshots" / commit
+    if not re.fullmatch(r"[0-9a-f]{40}", commit) or not snapshot.is_dir():
+        raise HubError(f"{repo.id}: not in the cache, and offline mode is on: unset HF_HUB_OFFLINE to download it")
+    names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+    return Repo(repo.id, repo.revision, commit, {name: RepoFile(name) for name in names})
+
+
+def _verify(repo: Repo, file: RepoFile, path: Path) -> None:
+    """Compare the file's hashes with those of the listing and with the name of its blob, which is its ETag."""
+    blob = path.parent / os.readlink(path) if path.is_symlink() else path
+    expected = {file.sha256, file.git_sha1, _hex(blob.name, 64), _hex(blob.name, 40)} - {None}
+    found = _digests(path, {len(digest) for digest in expected})
+    what = _impostor(path)
+    if expected <= found:
+        if what:
+            raise HubError(f"{repo.id}: {printable(file.name)}: {what}")
+        return
+    for stale in (path, blob):
+        with contextlib.suppress(OSError):
+            stale.unlink()
+    raise IntegrityError(
+        f"{repo.id}: {printable(file.name)}: expected the hash {min(expected - found)}, found {max(found)}"
+        f"{f', which is {what}' if what else ''}: removed from the cache, run again; if that does not help, a proxy or the Hub is at fault"
+    )
+
+
+def _impostor(path: Path) -> str | None:
+    from lora_gguf.weights import impostor
+
+    with open(path, "rb") as file:
+        return impostor(file.read(64))
+
+
+def _digests(path: Path, lengths: set[int]) -> set[str]:
+    """The sha256 of a file, and its git blob id if ``lengths`` holds 40 (digits); both as git and Git LFS define them."""
+    hashes = [hashlib.sha256()] if 64 in lengths else []
+    if 40 in lengths:
+        hashes.append(hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                for digest in hashes:
+                    digest.update(chunk)
+    except OSError as error:
+        raise FileError(f"{printable(path)}: cannot read: {error.strerror}") from error
+    return {digest.hexdigest() for digest in hashes}
+
+
+def _remove_stale(repo: Repo, file: RepoFile) -> None:
+    """Remove what killed downloads of this file left in the cache; one under way holds the client's lock."""
+    etag = file.sha256 or file.git_sha1
+    stale = list((repo.folder / "blobs").glob(f"{etag}.????????.incomplete")) if etag else []
+    if not stale:
+        return
+    from filelock import FileLock, Timeout
+
+    lock = _cache() / ".locks" / repo.folder.name / f"{etag}.lock"
+    with contextlib.suppress(OSError, Timeout, NotImplementedError):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=0, mode=0o664):
+            for path in stale:
+                path.unlink(missing_ok=True)
+
+
+def _progress_option(name: str, progress: Callable[[str, int, int], None] | None) -> dict:
+    """The argument that makes the client report to ``progress``; clients before 1.0 cannot."""
+    import inspect
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import tqdm
+
+    if progress is None or "tqdm_class" not in inspect.signature(hf_hub_download).parameters:
+        return {}
+
+    class Reporter(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self.done, self.all = kwargs.get("initial") or 0, kwargs.get("total") or 0
+
+        def update(self, n=1):
+            self.done += n or 0
+            progress(name, int(self.done), int(self.all))
+
+    return {"tqdm_class": Reporter}
+
+
+@contextlib.contextmanager
+def _client(repo: Repo, file: str = "", bars: bool = False) -> Iterator[None]:
+    """Calls of huggingface_hub: its log kept quiet, its bars only on a terminal, its errors explained in one line."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    verbosity, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    if not os.environ.get("HF_DEBUG"):
+        logging.set_verbosity_error()
+    if had_bars and not (bars and sys.stderr.isatty()):
+        disable_progress_bars()
+    _guard_session()
+    try:
+        yield
+    except LoraGgufError:
+        raise
+    except Exception as error:
+        raise _explained(error, repo, file) from None  # the cause's request holds the token
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars and are_progress_bars_disabled():
+            enable_progress_bars()
+
+
+def _guard_session() -> None:
+    from huggingface_hub.utils import get_session
+
+    hooks = getattr(get_session(), "event_hooks", None)
+    if hooks is not None and _check_response not in hooks["response"]:
+        hooks["response"].append(_check_response)
+
+
+def _check_response(response) -> None:
+    """Refuse what the client would follow blindly: an ETag that leaves the cache's folder, hours to wait."""
+    for header in ("etag", "x-linked-etag", "x-repo-commit"):
+        if not re.fullmatch(r'(W/)?"?[\w.:+=-]*"?', response.headers.get(header, "")):
+            raise HubError(f"{_host()} sent {header} '{printable(response.headers[header], 60)}': expected a hash: check HF_ENDPOINT")
+    seconds = retry_after(response)
+    if response.status_code in RETRY_STATUS and seconds > MAX_RETRY_AFTER:
+        raise HubError(f"{_host()} asks to wait {seconds} seconds (HTTP {response.status_code}): try again then")
+
+
+def retry_after(response) -> int:
+    """Seconds that an answer asks to wait; 0 where it does not say."""
+    text = response.headers.get("retry-after", "").strip()
+    limit = re.search(r"\br=0\s*;\s*t=(\d+)", response.headers.get("ratelimit", "").replace(" ", ""))
+    return int(text) if text.isdigit() else int(limit[1]) if limit else 0
+
+
+def _retrying(call: Callable):
+    """The result of ``call``, tried again after answers and failures that may pass."""
+    for wait in RETRY_WAITS:
+        try:
+            return call()
+        except Exception as error:
+            response = getattr(error, "response", None)
+            names = {base.__name__ for base in type(error).__mro__}
+            if response is not None and response.status_code in RETRY_STATUS:
+                wait = max(wait, retry_after(response))
+            elif not names & {"TimeoutException", "NetworkError", "RemoteProtocolError"}:
+                raise
+        time.sleep(wait)
+    return call()
+
+
+def _explained(error: Exception, repo: Repo, file: str) -> LoraGgufError:
+    """``error``, which huggingface_hub raised, as one line."""
+    names = {base.__name__ for base in type(error).__mro__}
+    if "LocalEntryNotFoundError" in names and isinstance(error.__cause__, Exception):
+        return _explained(error.__cause__, repo, file)
+    where = ": ".join(filter(None, (printable(repo.id), printable(file))))
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    template = next((text for name, text in EXPLANATIONS if name in names), None) or STATUS_EXPLANATIONS.get(status)
+    if template is None and status:
+        template = f"{{host}} answered with HTTP {status}: " + ("it has trouble, try again later" if status >= 500 else "see {page}")
+    if template is None and isinstance(error, OSError) and error.errno:
+        return FileError(f"{printable(_cache())}: cannot write to the cache: {error.strerror}: make room, or set HF_HOME")
+    if template is None and "Consistency check failed" in str(error):
+        return IntegrityError(f"{where}: the download ended early or late: expected {repo.files[file].size} bytes: try again")
+    template = template or f"the client failed with {type(error).__name__}: try again, or upgrade huggingface_hub"
+    reason = printable(getattr(error, "strerror", None) or error, 80)
+    return HubError(
+        f"{where}: " + template.format(page=_page(repo.id), host=_host(), revision=repo.revision, file=file, reason=reason)
+    )

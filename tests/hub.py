@@ -1,0 +1,178 @@
+"""A small Hub on 127.0.0.1 for the real client: listing, resolve with HEAD and GET, a CDN at another origin, and faults."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+Fault = Callable[["Handler"], bool]
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    hub: Hub
+
+    def handle_error(self, *_args) -> None:
+        """A client that hangs up is no failure of the test."""
+
+
+class Hub:
+    """Repositories by id and files by name; ``faults`` are (pattern of ``METHOD path``, times left, what to do instead)."""
+
+    def __init__(self):
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.lfs_suffixes = (".safetensors", ".bin", ".gguf", ".model")
+        self.commit, self.revisions = COMMIT, {"main": COMMIT, "v1": COMMIT, "feature/x": COMMIT}
+        self.listing_changes: dict = {}
+        self.faults: list[list] = []
+        self.log: list[tuple[str, str, dict]] = []
+        self.released = threading.Event()
+        self.servers = [Server(("127.0.0.1", 0), Handler) for _ in range(2)]
+        for server in self.servers:
+            server.hub = self
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.servers[0].server_port}"
+
+    @property
+    def cdn(self) -> str:
+        return f"http://localhost:{self.servers[1].server_port}"
+
+    def fault(self, pattern: str, action: Fault, times: int = 1 << 30) -> None:
+        """Let ``action`` answer the first ``times`` requests whose ``METHOD path`` matches ``pattern``; it may decline with False."""
+        self.faults.append([re.compile(pattern), times, action])
+
+    def reset(self) -> None:
+        for state in (self.repos, self.faults, self.log, self.listing_changes):
+            state.clear()
+        self.released.set()
+        self.released = threading.Event()
+
+    def close(self) -> None:
+        self.released.set()
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+    def is_lfs(self, name: str) -> bool:
+        return name.endswith(self.lfs_suffixes)
+
+    def listing(self, repo_id: str) -> dict:
+        files = self.repos[repo_id]
+        siblings = [self.sibling(name, content) for name, content in files.items()]
+        model = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": self.commit, "private": False, "gated": False, "tags": []}
+        return {**model, "downloads": 0, "likes": 0, "siblings": siblings, **self.listing_changes}
+
+    def sibling(self, name: str, content: bytes) -> dict:
+        entry = {"rfilename": name, "size": len(content), "blobId": git_sha1(content)}
+        if self.is_lfs(name):
+            entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        return entry
+
+    def requests(self, pattern: str) -> list[dict]:
+        """The headers of the requests so far whose ``METHOD path`` matches ``pattern``."""
+        return [headers for method, path, headers in self.log if re.search(pattern, f"{method} {path}")]
+
+
+def git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextmanager
+def running_hub():
+    hub = Hub()
+    try:
+        yield hub
+    finally:
+        hub.close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Server
+
+    @property
+    def hub(self) -> Hub:
+        return self.server.hub
+
+    def log_message(self, *_args) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.route()
+
+    def do_HEAD(self) -> None:
+        self.route()
+
+    def route(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.log.append((self.command, path, {key.lower(): value for key, value in self.headers.items()}))
+        for fault in self.hub.faults:
+            pattern, times, action = fault
+            if times > 0 and pattern.search(f"{self.command} {path}"):
+                fault[1] -= 1
+                if action(self):
+                    return
+        self.serve(path)
+
+    def serve(self, path: str) -> None:
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            return self.serve_listing(match[1], match[2] or "main")
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/(.+)", path):
+            return self.serve_file(match[1], match[3])
+        if match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
+            return self.send_content(self.hub.repos[match[1]][match[2]])
+        self.send_error_code(404, "RepoNotFound")
+
+    def serve_listing(self, repo_id: str, revision: str) -> None:
+        if repo_id not in self.hub.repos:
+            return self.send_error_code(401, "RepoNotFound")
+        if revision not in self.hub.revisions and revision != self.hub.commit:
+            return self.send_error_code(404, "RevisionNotFound")
+        self.send_content(json.dumps(self.hub.listing(repo_id)).encode(), {"Content-Type": "application/json"})
+
+    def serve_file(self, repo_id: str, name: str) -> None:
+        if name not in self.hub.repos.get(repo_id, {}):
+            return self.send_error_code(404, "EntryNotFound", {"X-Repo-Commit": self.hub.commit})
+        content = self.hub.repos[repo_id][name]
+        if not self.hub.is_lfs(name):
+            return self.send_content(content, {"ETag": f'"{git_sha1(content)}"', "X-Repo-Commit": self.hub.commit})
+        headers = {
+            "Location": f"{self.hub.cdn}/cdn/{repo_id}/{name}",
+            "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X-Linked-Size": str(len(content)),
+            "X-Repo-Commit": self.hub.commit,
+        }
+        self.send_content(b"", headers, 302)
+
+    def send_error_code(self, status: int, code: str = "", headers: dict | None = None) -> None:
+        self.send_content(b"", {**({"X-Error-Code": code} if code else {}), **(headers or {})}, status)
+
+    def send_content(self, content: bytes, headers: dict | None = None, status: int = 200, length: int | None = None) -> None:
+        """Answer with ``content`` (of it the range asked for), announcing ``length`` bytes where that is to be a lie."""
+        headers = dict(headers or {})
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if wanted and status == 200:
+            status, start = 206, int(wanted[1])
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            content = content[start:]
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content) if length is None else length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+            self.wfile.flush()
+        if length is not None and length > len(content):
+            self.close_connection = True
