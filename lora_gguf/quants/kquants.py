@@ -283,7 +283,7 @@ def pack_q6_k(codes, blocks):
                 qh[j] = c0[j] >> 4 & 3 | c1[j] >> 2 & 12 | c2[j] & 48 | (c3[j] & 48) << 2
 
 
-KQUANTS = [
+K_QUANTS = [
     quant("Q2_K", decode_q2_k, unpack=unpack_q2_k, pack=pack_q2_k, group=16, code_max=3),
     quant("Q3_K", decode_q3_k, unpack=unpack_q3_k, pack=pack_q3_k, group=16, code_max=7),
     quant("Q4_K", decode_q4_k, unpack=unpack_q4_k, pack=pack_q4_k, group=32, code_max=15),
