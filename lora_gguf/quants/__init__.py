@@ -43,3 +43,10 @@ class Quant:
 def quant(name: str, decode, **kernels) -> Quant:
     """The ``Quant`` of the ggml type called ``name``."""
     return Quant(BY_NAME[name], decode, **kernels)
+
+
+from lora_gguf.quants.floats import FLOATS  # noqa: E402  (the families import ``quant``)
+from lora_gguf.quants.kquants import K_QUANTS  # noqa: E402
+from lora_gguf.quants.legacy import LEGACY  # noqa: E402
+
+QUANTS = {entry.type.name: entry for family in (FLOATS, LEGACY, K_QUANTS) for entry in family}

