@@ -1,0 +1,244 @@
+"""IQ4_NL and IQ4_XS: four bits a weight into a codebook of sixteen levels (ggml).
+
+    IQ4_NL    18 bytes,  32 weights   d f16, then qs[16], weight j in the low half of byte j, j + 16 in the high half
+    IQ4_XS   136 bytes, 256 weights   d f16; scales_h, 16 bits, two for each 32 weights; scales_l[4], four bits for each;
+                                      then qs[128], 16 bytes for each 32 weights as in IQ4_NL
+
+A weight is ``d * LEVELS[code]``, in IQ4_XS ``d * (scale - 32) * LEVELS[code]``, where scale has six bits. ``d``, and so
+the grid's step, may be negative.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_gguf.kernel import kernel
+from lora_gguf.quants import quant
+from lora_gguf.quants.half import f16_from_f32, f32_from_f16
+
+LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / 2
+LANES = 16  # blocks of 32 weights that the search handles side by side
+NEGLIGIBLE = np.float32(1e-15)
+
+
+@kernel
+def decode_iq4_nl(blocks, out):
+    blocks, out = blocks.reshape(-1, 18), out.reshape(-1, 32)
+    for i in range(len(blocks)):
+        block = blocks[i]
+        d = f32_from_f16(block[0] | block[1] << 8)
+        for j in range(16):
+            out[i, j] = d * LEVELS[block[2 + j] & 15]
+            out[i, j + 16] = d * LEVELS[block[2 + j] >> 4]
+
+
+@kernel
+def unpack_iq4_nl(blocks, codes, steps):
+    blocks, codes, steps = blocks.reshape(-1, 18), codes.reshape(-1, 32), steps.reshape(-1)
+    for i in range(len(blocks)):
+        block = blocks[i]
+        steps[i] = f32_from_f16(block[0] | block[1] << 8)
+        for j in range(16):
+            codes[i, j] = block[2 + j] & 15
+            codes[i, j + 16] = block[2 + j] >> 4
+
+
+@kernel
+def pack_iq4_nl(codes, blocks):
+    blocks, codes = blocks.reshape(-1, 18), codes.reshape(-1, 32)
+    for i in range(len(blocks)):
+        for j in range(16):
+            blocks[i, 2 + j] = codes[i, j] | codes[i, j + 16] << 4
+
+
+@kernel
+def _step_iq4_xs(block, s):
+    """The step of 32-weight group ``s`` of a block."""
+    d = f32_from_f16(block[0] | block[1] << 8)
+    low = block[4 + s // 2] >> (4 * (s % 2)) & 15
+    high = block[2 + s // 4] >> (2 * (s % 4)) & 3
+    return d * np.float32(np.int32(low | high << 4) - 32)
+
+
+@kernel
+def decode_iq4_xs(blocks, out):
+    blocks, out = blocks.reshape(-1, 136), out.reshape(-1, 8, 32)
+    for i in range(len(blocks)):
+        for s in range(8):
+            step = _step_iq4_xs(blocks[i], s)
+            for j in range(16):
+                byte = blocks[i, 8 + 16 * s + j]
+                out[i, s, j] = step * LEVELS[byte & 15]
+                out[i, s, j + 16] = step * LEVELS[byte >> 4]
+
+
+@kernel
+def unpack_iq4_xs(blocks, codes, steps):
+    blocks, codes, steps = blocks.reshape(-1, 136), codes.reshape(-1, 8, 32), steps.reshape(-1, 8)
+    for i in range(len(blocks)):
+        for s in range(8):
+            steps[i, s] = _step_iq4_xs(blocks[i], s)
+            for j in range(16):
+                byte = blocks[i, 8 + 16 * s + j]
+                codes[i, s, j] = byte & 15
+                codes[i, s, j + 16] = byte >> 4
+
+
+@kernel
+def pack_iq4_xs(codes, blocks):
+    blocks, codes = blocks.reshape(-1, 136), codes.reshape(-1, 8, 32)
+    for i in range(len(blocks)):
+        for s in range(8):
+            for j in range(16):
+                blocks[i, 8 + 16 * s + j] = codes[i, s, j] | codes[i, s, j + 16] << 4
+
+
+@kernel
+def _load(x, importance, variance, xs, ws):
+    """Lay a group's weights and their importances into a lane; ``variance`` is twice their mean square."""
+    for j in range(32):
+        xs[j] = x[j]
+        square = x[j] * x[j]
+        ws[j] = importance[j] * np.sqrt(variance + square) if len(importance) else square
+
+
+@kernel
+def _twice_mean_square(x):
+    total = np.float32(0)
+    for j in range(len(x)):
+        total += x[j] * x[j]
+    return total * np.float32(2 / len(x))
+
+
+@kernel
+def _project(xs, ws, inverse, sums):
+    """Each lane's sums of w q x and of w q q, q being the level nearest to x * inverse, added in the order of j."""
+    sums[:] = 0
+    for j in range(32):
+        for lane in range(LANES):
+            x, w = xs[j, lane], ws[j, lane]
+            scaled = x * inverse[lane]
+            q = LEVELS[0]
+            for k in range(15):
+                q = q if scaled < MIDDLES[k] else LEVELS[k + 1]
+            sums[0, lane] += w * q * x
+            sums[1, lane] += w * q * q
+
+
+@kernel
+def _search(xs, ws, scales):
+    """Each lane's scale of least weighted square error: 16 guesses at it, each refined once; 0 for a negligible lane."""
+    largest, inverse, best = np.zeros(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    sums = np.empty((2, LANES), np.float32)
+    for j in range(32):
+        for lane in range(LANES):
+            x = xs[j, lane]
+            largest[lane] = x if abs(x) > abs(largest[lane]) else largest[lane]
+    inverse[:] = np.float32(1) / (largest / -LEVELS[0])
+    _project(xs, ws, inverse, sums)
+    scales[:] = sums[0] / sums[1]
+    best[:] = scales * sums[0]
+    for guess in range(-7, 8):
+        inverse[:] = (np.float32(guess) + LEVELS[0]) / largest
+        _project(xs, ws, inverse, sums)
+        for lane in range(LANES):
+            qx, qq = sums[0, lane], sums[1, lane]
+            better = qq > 0 and qx * qx > best[lane] * qq
+            scales[lane] = qx / qq if better else scales[lane]
+            best[lane] = scales[lane] * qx if better else best[lane]
+    for lane in range(LANES):
+        scales[lane] = np.float32(0) if abs(largest[lane]) < NEGLIGIBLE else scales[lane]
+
+
+@kernel
+def _code(scaled):
+    """The code of the level nearest to ``scaled``; a tie, and NaN, goes up."""
+    code = np.int8(15)
+    for middle in MIDDLES:
+        code -= np.int8(scaled < middle)
+    return code
+
+
+@kernel
+def _write_f16(x, target):
+    h = f16_from_f32(x)
+    target[0] = h & 0xFF
+    target[1] = h >> 8
+
+
+@kernel
+def _write_codes(x, scale, qs):
+    inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
+    for j in range(16):
+        qs[j] = _code(inverse * x[j]) | _code(inverse * x[j + 16]) << 4
+
+
+@kernel
+def encode_iq4_nl(weights, importance, blocks):
+    n_cols = weights.shape[1]
+    weights, blocks = weights.reshape(-1, 32), blocks.reshape(-1, 18)
+    xs, ws = np.zeros((32, LANES), np.float32), np.zeros((32, LANES), np.float32)
+    scales = np.empty(LANES, np.float32)
+    for first in range(0, len(blocks), LANES):
+        n = min(LANES, len(blocks) - first)
+        for lane in range(n):
+            x, column = weights[first + lane], (first + lane) * 32 % n_cols
+            _load(x, importance[column : column + 32], _twice_mean_square(x), xs[:, lane], ws[:, lane])
+        _search(xs, ws, scales)
+        for lane in range(n):
+            block = blocks[first + lane]
+            _write_f16(scales[lane], block)
+            _write_codes(weights[first + lane], scales[lane], block[2:])
+
+
+@kernel
+def _nearest_int(x):
+    """ggml's rounding to an integer, halves to even, NaN to 0."""
+    return np.int32(np.float32(x + np.float32(12582912)).view(np.uint32) & 0x7FFFFF) - 0x400000
+
+
+@kernel
+def _write_iq4_xs(x, scales, block):
+    """Quantize the eight scales of a block to six bits and the weights to those."""
+    extreme = np.float32(0)
+    for scale in scales:
+        extreme = scale if abs(scale) > abs(extreme) else extreme
+    d = -extreme / np.float32(32)
+    inverse = np.float32(1) / d if d != 0 else np.float32(0)
+    block[:8] = 0
+    _write_f16(d, block)
+    for s in range(8):
+        scale = max(-32, min(31, _nearest_int(inverse * scales[s])))
+        bits = scale + 32
+        block[4 + s // 2] |= (bits & 15) << (4 * (s % 2))
+        block[2 + s // 4] |= (bits >> 4) << (2 * (s % 4))
+        _write_codes(x[32 * s : 32 * s + 32], d * np.float32(scale), block[8 + 16 * s :])
+
+
+@kernel
+def encode_iq4_xs(weights, importance, blocks):
+    n_cols = weights.shape[1]
+    weights, blocks = weights.reshape(-1, 256), blocks.reshape(-1, 136)
+    xs, ws = np.zeros((32, LANES), np.float32), np.zeros((32, LANES), np.float32)
+    scales = np.empty(LANES, np.float32)
+    for first in range(0, len(blocks), LANES // 8):
+        n = min(LANES // 8, len(blocks) - first)
+        for b in range(n):
+            x, column = weights[first + b], (first + b) * 256 % n_cols
+            variance = _twice_mean_square(x)
+            for s in range(8):
+                part, start = x[32 * s : 32 * s + 32], column + 32 * s
+                lane = 8 * b + s
+                _load(part, importance[start : start + 32], variance, xs[:, lane], ws[:, lane])
+        _search(xs, ws, scales)
+        for b in range(n):
+            _write_iq4_xs(weights[first + b], scales[8 * b : 8 * b + 8], blocks[first + b])
+
+
+IQ4 = [
+    quant("IQ4_NL", decode_iq4_nl, encode=encode_iq4_nl, unpack=unpack_iq4_nl, pack=pack_iq4_nl,
+          group=32, code_min=0, code_max=15, levels=LEVELS),
+    quant("IQ4_XS", decode_iq4_xs, encode=encode_iq4_xs, unpack=unpack_iq4_xs, pack=pack_iq4_xs,
+          group=32, code_min=0, code_max=15, levels=LEVELS),
+]  # fmt: skip
