@@ -205,7 +205,7 @@ def _verify(repo: Repo, file: RepoFile, path: Path) -> None:
 
 
 def _impostor(path: Path) -> str | None:
-    from lora_gguf.weights import impostor
+    from lora_gguf.tensor_file import impostor
 
     with open(path, "rb") as file:
         return impostor(file.read(64))

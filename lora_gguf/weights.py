@@ -10,69 +10,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lora_gguf.errors import FileError, IntegrityError, MalformedError, UnsupportedError, printable
+from lora_gguf.errors import MalformedError, UnsupportedError, printable
+from lora_gguf.tensor_file import DTYPES, MAX_DIMS, UNSUPPORTED_DTYPES, InputFile, check_name, damaged, impostor
+from lora_gguf.torch_reader import read_torch
 
 MAX_HEADER = 100_000_000
-MAX_DIMS = 32
-
-
-def bf16_to_f32(raw: np.ndarray) -> np.ndarray:
-    """bfloat16, as uint16 of any shape, widened to f32 exactly."""
-    return (raw.astype(np.uint32) << 16).view(np.float32)
-
-
-def f8_e5m2_to_f32(raw: np.ndarray) -> np.ndarray:
-    """float8 with 5 exponent bits, as uint8 of any shape, widened to f32 exactly: the upper byte of an f16."""
-    return (raw.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
-
-
-def f8_e4m3_to_f32(raw: np.ndarray) -> np.ndarray:
-    """float8 with 4 exponent bits ("fn": no infinities), as uint8 of any shape, widened to f32 exactly."""
-    codes = np.arange(256)
-    exponent, mantissa = codes >> 3 & 15, codes & 7
-    table = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    table = np.where(codes & 127 == 127, np.nan, table)
-    return np.copysign(table, np.where(codes < 128, 1.0, -1.0)).astype(np.float32)[raw]
-
-
-@dataclass(frozen=True)
-class Dtype:
-    """How a tensor is stored, and what widens it to something that numpy knows."""
-
-    stored: np.dtype
-    widen: Callable[[np.ndarray], np.ndarray] | None = None
-
-
-# the names are those of safetensors; storages of a .bin use them too
-DTYPES = {
-    name: Dtype(np.dtype(code), widen)
-    for name, code, widen in (
-        ("F64", "<f8", None),
-        ("F32", "<f4", None),
-        ("F16", "<f2", None),
-        ("BF16", "<u2", bf16_to_f32),
-        ("F8_E4M3", "u1", f8_e4m3_to_f32),
-        ("F8_E5M2", "u1", f8_e5m2_to_f32),
-        ("I64", "<i8", None),
-        ("I32", "<i4", None),
-        ("I16", "<i2", None),
-        ("I8", "i1", None),
-        ("U64", "<u8", None),
-        ("U32", "<u4", None),
-        ("U16", "<u2", None),
-        ("U8", "u1", None),
-        ("BOOL", "?", None),
-    )
-}
-UNSUPPORTED_DTYPES = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"}
 
 
 @dataclass(frozen=True)
@@ -97,72 +45,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
         return _read_sharded(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    from lora_gguf.pickle_reader import read_torch
-
     return read_torch(path)
-
-
-class InputFile:
-    """A regular file open for reading; use as a context manager. ``label`` is its name, safe to print."""
-
-    def __init__(self, path: str | os.PathLike):
-        self.path, self.label = Path(path), printable(Path(path).name)
-        try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise FileError(f"{printable(path)}: expected a file, found a directory or device: check the path")
-            self.file = open(path, "rb", buffering=0)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not a path"
-            raise FileError(f"{printable(path)}: cannot open: {reason}: check the path") from error
-        self.size = os.fstat(self.file.fileno()).st_size
-
-    def __enter__(self) -> InputFile:
-        return self
-
-    def __exit__(self, *_exc) -> None:
-        self.file.close()
-
-    def read_into(self, buffer, position: int) -> None:
-        """Fill ``buffer`` (writable, contiguous) with the bytes from ``position`` on."""
-        view, done = memoryview(buffer).cast("B"), 0
-        while done < len(view):
-            try:
-                self.file.seek(position + done)
-                n_bytes = self.file.readinto(view[done:])
-            except OSError as error:
-                raise FileError(f"{self.label}: cannot read: {error.strerror}") from error
-            if n_bytes == 0:
-                raise IntegrityError(f"{self.label}: the file became shorter while it was read")
-            done += n_bytes
-
-    def read(self, position: int, n_bytes: int) -> bytes:
-        """``n_bytes`` from ``position`` on; the caller has checked them against ``size``."""
-        buffer = bytearray(n_bytes)
-        self.read_into(buffer, position)
-        return bytes(buffer)
-
-    def read_array(self, position: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        """An array of ``shape`` from ``position`` on; the caller has checked its bytes against ``size``."""
-        array = np.empty(shape, dtype)
-        if array.size:
-            self.read_into(array.reshape(-1).view(np.uint8), position)
-        return array
-
-
-# how a file starts that is not what its name says -> what it is and what to do
-IMPOSTORS = (
-    (b"version https://git-lfs", "a Git LFS pointer instead of the weights: run git lfs pull, or download the file again"),
-    (b"<!doctype", "an HTML page instead of the weights: download the file again"),
-    (b"<html", "an HTML page instead of the weights: download the file again"),
-    (b"gguf", "a GGUF under a wrong name: rename it to .gguf"),
-    (b"pk\x03\x04", "a zip archive under a wrong name: a PyTorch file is called .bin"),
-)
-
-
-def impostor(head: bytes) -> str | None:
-    """What a file that starts with ``head`` is instead of weights, and what to do; None where nothing is known."""
-    start = head.lstrip().lower()
-    return next((what for magic, what in IMPOSTORS if start.startswith(magic)), None)
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -184,10 +67,10 @@ def read_header(file: InputFile) -> tuple[list[Entry], int]:
     if what:
         raise MalformedError(f"{file.label}: {what}")
     if file.size < 8:
-        raise _damaged(file.label, f"expected a header, found {file.size} bytes")
+        raise damaged(file.label, f"expected a header, found {file.size} bytes")
     n_bytes = struct.unpack_from("<Q", head)[0]
     if n_bytes > min(file.size - 8, MAX_HEADER):
-        raise _damaged(file.label, f"a header of {n_bytes} bytes: expected at most {min(file.size - 8, MAX_HEADER)}")
+        raise damaged(file.label, f"a header of {n_bytes} bytes: expected at most {min(file.size - 8, MAX_HEADER)}")
     entries = parse_header(file.read(8, n_bytes), file.size - 8 - n_bytes, file.label)
     return entries, 8 + n_bytes
 
@@ -199,15 +82,15 @@ def parse_header(raw: bytes, data_bytes: int, label: str) -> list[Entry]:
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
-        raise _damaged(label, "__metadata__: expected a map of strings")
+        raise damaged(label, "__metadata__: expected a map of strings")
     entries = [_entry(name, fields, label) for name, fields in header.items()]
     end = 0
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.end)):
         if entry.start != end:
-            raise _damaged(label, f"{entry.name}: expected its data at byte {end}, found {entry.start}")
+            raise damaged(label, f"{entry.name}: expected its data at byte {end}, found {entry.start}")
         end = entry.end
     if end != data_bytes:
-        raise _damaged(label, f"expected {end} bytes of data, found {data_bytes}")
+        raise damaged(label, f"expected {end} bytes of data, found {data_bytes}")
     unknown = sorted({entry.dtype for entry in entries} - set(DTYPES))
     if unknown:
         raise UnsupportedError(f"{label}: tensors of type {', '.join(unknown)}: save the adapter as F32, F16 or BF16")
@@ -225,33 +108,31 @@ def _parse_json(raw: bytes, label: str) -> dict:
         raise ValueError(f"{name} is not JSON")
 
     if not raw.startswith(b"{"):
-        raise _damaged(label, "the header is not a JSON object")
+        raise damaged(label, "the header is not a JSON object")
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
         json.dumps(header, ensure_ascii=False).encode("utf-8")
     except RecursionError:
-        raise _damaged(label, "the header is nested too deeply") from None
+        raise damaged(label, "the header is nested too deeply") from None
     except ValueError as error:
-        raise _damaged(label, f"the header is not JSON: {printable(error, 80)}") from None
+        raise damaged(label, f"the header is not JSON: {printable(error, 80)}") from None
     return header
 
 
 def _entry(name: str, fields, label: str) -> Entry:
-    shown = printable(name)
-    if shown != name or not name:
-        raise _damaged(label, f"tensor name '{shown}' is empty, too long or not printable")
+    check_name(name, label)
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
-        raise _damaged(label, f"{name}: expected dtype, shape and data_offsets")
+        raise damaged(label, f"{name}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise _damaged(label, f"{name}: shape or data_offsets are not whole numbers")
+        raise damaged(label, f"{name}: shape or data_offsets are not whole numbers")
     if len(shape) > MAX_DIMS or math.prod(max(dim, 1) for dim in shape) >= 1 << 60:
-        raise _damaged(label, f"{name}: shape {printable(shape, 60)} overflows")
+        raise damaged(label, f"{name}: shape {printable(shape, 60)} overflows")
     if not isinstance(dtype, str) or dtype not in DTYPES.keys() | UNSUPPORTED_DTYPES:
-        raise _damaged(label, f"{name}: unknown type {printable(dtype, 40)}")
+        raise damaged(label, f"{name}: unknown type {printable(dtype, 40)}")
     n_bytes = math.prod(shape) * DTYPES[dtype].stored.itemsize if dtype in DTYPES else offsets[1] - offsets[0]
     if offsets[1] - offsets[0] != n_bytes or n_bytes < 0:
-        raise _damaged(label, f"{name}: {dtype} {shape} takes {n_bytes} bytes, found {offsets[1] - offsets[0]}")
+        raise damaged(label, f"{name}: {dtype} {shape} takes {n_bytes} bytes, found {offsets[1] - offsets[0]}")
     return Entry(name, dtype, tuple(shape), *offsets)
 
 
@@ -275,18 +156,14 @@ def shard_names(path: Path) -> list[str]:
     """The file names of the shards that a ``*.index.json`` names; none of them leaves the folder."""
     with InputFile(path) as file:
         if file.size > MAX_HEADER:
-            raise _damaged(file.label, f"an index of {file.size} bytes")
+            raise damaged(file.label, f"an index of {file.size} bytes")
         weight_map = _parse_json(file.read(0, file.size).lstrip(), file.label).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise _damaged(file.label, "weight_map: expected a map from tensor to file name")
+            raise damaged(file.label, "weight_map: expected a map from tensor to file name")
         names = sorted(set(weight_map.values()))
         for name in names:
             if printable(name) != name or name.startswith(".") or name != os.path.basename(name) or "\\" in name:
-                raise _damaged(file.label, f"shard '{printable(name)}': expected a plain file name")
+                raise damaged(file.label, f"shard '{printable(name)}': expected a plain file name")
             if not name.endswith((".safetensors", ".bin")):
-                raise _damaged(file.label, f"shard '{name}': expected a .safetensors or .bin file")
+                raise damaged(file.label, f"shard '{name}': expected a .safetensors or .bin file")
         return names
-
-
-def _damaged(label: str, what: str) -> MalformedError:
-    return MalformedError(f"{label}: {what}: the file is damaged, download it again")
