@@ -128,30 +128,44 @@ def round_codes(codes, steps, delta, code_min, code_max, spread, key, first_row,
 
 
 @kernel
+def _bracket(wanted, levels, below, low, high):
+    """For each of ``wanted`` (cols,): the number, the value and the successor of the last level that is not above it."""
+    below[:] = np.int32(0)
+    low[:] = levels[0]
+    high[:] = levels[1]
+    for c in range(1, len(levels) - 1):
+        level, following = levels[c], levels[c + 1]
+        for j in range(len(wanted)):
+            below[j] += np.int32(wanted[j] >= level)
+            low[j] = level if wanted[j] >= level else low[j]
+            high[j] = following if wanted[j] >= level else high[j]
+
+
+@kernel
 def round_levels(codes, steps, delta, levels, code_min, spread, key, first_row, sums):
     """As ``round_codes``, on a codebook: code c stands for ``levels[c - code_min] * step``, levels ascending, f32."""
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]
-    top = len(levels) - 1
-    moved = np.empty(n_cols, np.float32)
-    base = np.float32(0.5) - np.float32(0.5) * np.float32(spread)
+    wanted, low = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
+    high, moved = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
+    below = np.empty(n_cols, np.int32)
+    spread = np.float32(spread)
+    base = np.float32(0.5) - np.float32(0.5) * spread
     for i in range(n_rows):
         row_key = _row_key(key, first_row + i)
+        for g in range(steps.shape[1]):
+            inverse = np.float32(0.0) if steps[i, g] == 0 else np.float32(1.0) / steps[i, g]
+            for j in range(g * group, (g + 1) * group):
+                wanted[j] = levels[codes[i, j] - code_min] + delta[i, j] * inverse
+        _bracket(wanted, levels, below, low, high)
         changed = 0
         for j in range(n_cols):
-            step, old = steps[i, j // group], codes[i, j] - code_min
-            new = old
-            if delta[i, j] != 0 and step != 0:
-                wanted = levels[old] + delta[i, j] / step
-                below = 0
-                for c in range(1, top):
-                    below += levels[c] <= wanted
-                width = levels[below + 1] - levels[below]
-                fraction = min(max((wanted - levels[below]) / width, np.float32(0.0)), np.float32(1.0))
-                offset = base + np.float32(spread) * _uniform(row_key, j)
-                new = below + int(np.floor(fraction + offset))
+            fraction = min(max((wanted[j] - low[j]) / (high[j] - low[j]), np.float32(0.0)), np.float32(1.0))
+            up = np.floor(fraction + (base + spread * _uniform(row_key, j)))
+            old = np.int32(codes[i, j]) - code_min
+            new = old if delta[i, j] == 0 or steps[i, j // group] == 0 else below[j] + np.int32(up)
             codes[i, j] = np.int8(new + code_min)
-            moved[j] = (levels[new] - levels[old]) * step
+            moved[j] = (levels[new] - levels[old]) * steps[i, j // group]
             changed += new != old
         _tally(delta[i], moved, changed, sums)
 

@@ -46,7 +46,11 @@ def quant(name: str, decode, **kernels) -> Quant:
 
 
 from lora_gguf.quants.floats import FLOATS  # noqa: E402  (the families import ``quant``)
+from lora_gguf.quants.iq4 import IQ4  # noqa: E402
 from lora_gguf.quants.kquants import K_QUANTS  # noqa: E402
 from lora_gguf.quants.legacy import LEGACY  # noqa: E402
+from lora_gguf.quants.microscaling import MICROSCALING  # noqa: E402
+from lora_gguf.quants.ternary import TERNARY  # noqa: E402
 
-QUANTS = {entry.type.name: entry for family in (FLOATS, LEGACY, K_QUANTS) for entry in family}
+FAMILIES = (FLOATS, LEGACY, K_QUANTS, IQ4, TERNARY, MICROSCALING)
+QUANTS = {entry.type.name: entry for family in FAMILIES for entry in family}
