@@ -112,9 +112,10 @@ def _twice_mean_square(x):
 
 
 @kernel
-def _project(xs, ws, inverse, sums):
+def _project(xs, ws, inverse, qx, qq):
     """Each lane's sums of w q x and of w q q, q being the level nearest to x * inverse, added in the order of j."""
-    sums[:] = 0
+    for lane in range(LANES):
+        qx[lane] = qq[lane] = 0
     for j in range(32):
         for lane in range(LANES):
             x, w = xs[j, lane], ws[j, lane]
@@ -122,31 +123,38 @@ def _project(xs, ws, inverse, sums):
             q = LEVELS[0]
             for k in range(15):
                 q = q if scaled < MIDDLES[k] else LEVELS[k + 1]
-            sums[0, lane] += w * q * x
-            sums[1, lane] += w * q * q
+            qx[lane] += w * q * x
+            qq[lane] += w * q * q
 
 
 @kernel
-def _search(xs, ws, scales):
-    """Each lane's scale of least weighted square error: 16 guesses at it, each refined once; 0 for a negligible lane."""
-    largest, inverse, best = np.zeros(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    sums = np.empty((2, LANES), np.float32)
+def _extremes(xs, largest):
+    """The weight of largest magnitude in each lane."""
+    for lane in range(LANES):
+        largest[lane] = 0
     for j in range(32):
         for lane in range(LANES):
             x = xs[j, lane]
             largest[lane] = x if abs(x) > abs(largest[lane]) else largest[lane]
-    inverse[:] = np.float32(1) / (largest / -LEVELS[0])
-    _project(xs, ws, inverse, sums)
-    scales[:] = sums[0] / sums[1]
-    best[:] = scales * sums[0]
-    for guess in range(-7, 8):
-        inverse[:] = (np.float32(guess) + LEVELS[0]) / largest
-        _project(xs, ws, inverse, sums)
+
+
+@kernel
+def _search(xs, ws, scratch, scales):
+    """Each lane's scale of least weighted square error: 16 guesses at it, each refined once; 0 for a negligible lane."""
+    largest, inverse, best, qx, qq = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
+    _extremes(xs, largest)
+    for guess in range(-8, 8):
         for lane in range(LANES):
-            qx, qq = sums[0, lane], sums[1, lane]
-            better = qq > 0 and qx * qx > best[lane] * qq
-            scales[lane] = qx / qq if better else scales[lane]
-            best[lane] = scales[lane] * qx if better else best[lane]
+            if guess == -8:
+                inverse[lane] = np.float32(1) / (largest[lane] / -LEVELS[0])
+            else:
+                inverse[lane] = (np.float32(guess) + LEVELS[0]) / largest[lane]
+        _project(xs, ws, inverse, qx, qq)
+        for lane in range(LANES):
+            scale = qx[lane] / qq[lane]
+            better = guess == -8 or (qq[lane] > 0 and qx[lane] * qx[lane] > best[lane] * qq[lane])
+            scales[lane] = scale if better else scales[lane]
+            best[lane] = scale * qx[lane] if better else best[lane]
     for lane in range(LANES):
         scales[lane] = np.float32(0) if abs(largest[lane]) < NEGLIGIBLE else scales[lane]
 
@@ -178,14 +186,15 @@ def _write_codes(x, scale, qs):
 def encode_iq4_nl(weights, importance, blocks):
     n_cols = weights.shape[1]
     weights, blocks = weights.reshape(-1, 32), blocks.reshape(-1, 18)
-    xs, ws = np.zeros((32, LANES), np.float32), np.zeros((32, LANES), np.float32)
+    xs, ws = np.empty((32, LANES), np.float32), np.empty((32, LANES), np.float32)
+    scratch = np.empty((5, LANES), np.float32)
     scales = np.empty(LANES, np.float32)
     for first in range(0, len(blocks), LANES):
         n = min(LANES, len(blocks) - first)
         for lane in range(n):
             x, column = weights[first + lane], (first + lane) * 32 % n_cols
             _load(x, importance[column : column + 32], _twice_mean_square(x), xs[:, lane], ws[:, lane])
-        _search(xs, ws, scales)
+        _search(xs, ws, scratch, scales)
         for lane in range(n):
             block = blocks[first + lane]
             _write_f16(scales[lane], block)
@@ -220,7 +229,8 @@ def _write_iq4_xs(x, scales, block):
 def encode_iq4_xs(weights, importance, blocks):
     n_cols = weights.shape[1]
     weights, blocks = weights.reshape(-1, 256), blocks.reshape(-1, 136)
-    xs, ws = np.zeros((32, LANES), np.float32), np.zeros((32, LANES), np.float32)
+    xs, ws = np.empty((32, LANES), np.float32), np.empty((32, LANES), np.float32)
+    scratch = np.empty((5, LANES), np.float32)
     scales = np.empty(LANES, np.float32)
     for first in range(0, len(blocks), LANES // 8):
         n = min(LANES // 8, len(blocks) - first)
@@ -231,7 +241,7 @@ def encode_iq4_xs(weights, importance, blocks):
                 part, start = x[32 * s : 32 * s + 32], column + 32 * s
                 lane = 8 * b + s
                 _load(part, importance[start : start + 32], variance, xs[:, lane], ws[:, lane])
-        _search(xs, ws, scales)
+        _search(xs, ws, scratch, scales)
         for b in range(n):
             _write_iq4_xs(weights[first + b], scales[8 * b : 8 * b + 8], blocks[first + b])
 
