@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_gguf import adapter_config
-from lora_gguf.errors import FileError, LoraGgufError, MalformedError, NumericError, UnsupportedError, printable
+from lora_gguf.errors import FileError, MalformedError, NumericError, printable
 from lora_gguf.lora import LoraPair, check_finite
 from lora_gguf.patterns import first_match
 from lora_gguf.weights import read_weights

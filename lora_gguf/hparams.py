@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from lora_gguf.architectures import ARCHITECTURES
@@ -11,67 +12,140 @@ from lora_gguf.gguf_reader import GgufReader, TensorInfo
 # GGUF key without the architecture -> names in config.json, the first that is there counts
 CONFIG_KEYS: dict[str, tuple[str, ...]] = {
     "block_count": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "embedding_length": ("hidden_size", "n_embd", "d_model", "dim"),
+    "embedding_length": ("hidden_size", "n_embd", "d_model", "dim", "model_dim"),
     "attention.head_count": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
+    "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "attn_config.kv_n_heads"),
+    "attention.key_length": ("head_dim", "attention_head_dim"),
+    "attention.value_length": ("v_head_dim", "head_dim"),
+    "attention.key_length_mla": (),
+    "attention.value_length_mla": ("v_head_dim",),
+    "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config.moe_num_experts"),
+    "rope.dimension_count": ("qk_rope_head_dim",),
+    "rope.dimension_sections": ("rope_scaling.mrope_section", "rope_parameters.mrope_section"),
+    "ssm.group_count": ("linear_num_key_heads",),
+    "ssm.time_step_rank": ("linear_num_value_heads",),
+    "ssm.state_size": ("linear_key_head_dim",),
+    "ssm.inner_size": (),
 }
-# key -> the key whose value it has where the file does not say
-DEFAULTS = {"attention.head_count_kv": "attention.head_count"}
-TEXT_CONFIGS = ("text_config", "llm_config", "lm_config", "language_config")
+TEXT_CONFIGS = ("text_config", "llm_config", "lm_config", "language_config", "thinker_config.text_config")
+Get = Callable[[str], object]
+
+
+def _product(get: Get, *keys: str) -> int | None:
+    values = [get(key) for key in keys]
+    return math.prod(values) if all(type(value) is int for value in values) else None
+
+
+def _head_dim(get: Get) -> int | None:
+    width, heads = get("embedding_length"), get("attention.head_count")
+    return width // heads if type(width) is int and type(heads) is int and heads else None
+
+
+def _rotary_dim(get: Get) -> int | None:
+    part = get("config.partial_rotary_factor") or get("config.rope_parameters.partial_rotary_factor")
+    return int(_head_dim(get) * part) if part else None
+
+
+def _latent_key(get: Get) -> int | None:
+    nope, rope = get("config.qk_nope_head_dim"), get("config.qk_rope_head_dim")
+    return nope + rope if type(nope) is int and type(rope) is int else None
+
+
+# key -> its value where neither file says
+DEFAULTS: dict[str, Callable[[Get], object]] = {
+    "attention.head_count_kv": lambda get: get("attention.head_count"),
+    "attention.key_length": _head_dim,
+    "attention.value_length": lambda get: get("attention.key_length"),
+    "attention.key_length_mla": _latent_key,
+    "rope.dimension_count": _rotary_dim,
+    "ssm.inner_size": lambda get: _product(get, "config.linear_num_value_heads", "config.linear_value_head_dim"),
+}
+
+
+class Dims:
+    """The hyperparameters of one layer: ``dims(key)`` is a positive number, else ``MalformedError``."""
+
+    def __init__(self, hparams: Hparams, layer: int | None):
+        self.hparams, self.layer = hparams, layer
+
+    def __call__(self, key: str):
+        value = self.hparams.get(key, self.layer)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or (value <= 0 and not key.startswith("config.")):
+            source = "config.json" if key.startswith("config.") else self.hparams.label
+            fix = "give it with --base-config" if key.startswith("config.") else "the base lacks what its layout depends on"
+            raise MalformedError(f"{source}: {key.removeprefix('config.')}: expected a number, found {printable(value, 40)}: {fix}")
+        return value
 
 
 class Hparams:
-    """``architecture`` as GGUF names it, ``tensors`` of the base where its GGUF is there, and the hyperparameters."""
+    """What the base is like: ``architecture`` as GGUF names it, its hyperparameters, and its ``tensors`` if its GGUF is there.
 
-    def __init__(self, architecture: str, look_up: Callable, tensors: dict[str, TensorInfo] | None, label: str):
-        self.architecture, self.tensors, self.label, self._look_up = architecture, tensors, label, look_up
+    The GGUF's header decides; ``config`` (config.json) is asked for what it does not say.
+    """
+
+    def __init__(self, architecture: str, values: dict, tensors: dict[str, TensorInfo] | None, config: dict, label: str):
+        self.architecture, self.values, self.tensors, self.label = architecture, values, tensors, label
+        text = next((part for key in TEXT_CONFIGS if isinstance(part := _at(config, key), dict)), {})
+        self.configs = (text, config)
 
     def get(self, key: str, layer: int | None = None):
-        """The value of ``key``, of ``layer`` where it differs by layer; None where the base does not say."""
-        value = self._look_up(key)
-        if isinstance(value, list):
-            value = value[layer] if layer is not None and layer < len(value) else None
+        """The value of ``key``, of ``layer`` where it differs by layer; None where the base does not say.
+
+        A key that starts with ``config.`` is a name in config.json.
+        """
+        value = self.values.get(key)
+        for name in (key.removeprefix("config."),) if key.startswith("config.") else CONFIG_KEYS.get(key, ()):
+            if value is None:
+                value = next((found for part in self.configs if (found := _at(part, name)) is not None), None)
+        if isinstance(value, list) and layer is not None and key != "rope.dimension_sections":
+            value = value[layer] if layer < len(value) else None
         if value is None and key in DEFAULTS:
-            return self.get(DEFAULTS[key], layer)
+            return DEFAULTS[key](lambda other: self.get(other, layer))
         return value
 
-    def dims(self, layer: int | None) -> Callable[[str], int]:
-        """A function from a key to its value in ``layer``: a positive whole number, else ``MalformedError``."""
+    def dims(self, layer: int | None) -> Dims:
+        return Dims(self, layer)
 
-        def look_up(key: str) -> int:
-            value = self.get(key, layer)
-            if type(value) is not int or value <= 0:
-                raise MalformedError(
-                    f"{self.label}: {self.architecture}.{key}: expected a positive number, found {printable(value, 40)}"
-                )
-            return value
-
-        return look_up
+    def lacks(self, name: str, default: bool = False) -> bool:
+        """Whether the base has no tensor ``name``; ``default`` where its tensors are not known."""
+        return default if self.tensors is None else name not in self.tensors
 
 
-def from_base(base: GgufReader) -> Hparams:
-    """The hyperparameters of an open base GGUF."""
+def _at(config, path: str):
+    """The value at a dotted path; a number picks from a list. None where there is none."""
+    for step in path.split("."):
+        if isinstance(config, list) and step.isdigit() and int(step) < len(config):
+            config = config[int(step)]
+        else:
+            config = config.get(step) if isinstance(config, dict) else None
+    return config
+
+
+def from_base(base: GgufReader, config: dict | None = None) -> Hparams:
+    """The hyperparameters of an open base GGUF; ``config`` may add what its header does not say."""
     if not base.architecture:
         raise MalformedError(f"{base.label}: expected general.architecture, found none: it is no model")
     if base.get("general.type", "model") != "model":
         raise MalformedError(f"{base.label}: expected a model, found general.type {printable(base.get('general.type'), 40)}")
-    values = {key.removeprefix(f"{base.architecture}."): base.get(key) for key in base.kv if key.startswith(f"{base.architecture}.")}
-    return Hparams(base.architecture, values.get, base.tensors, base.label)
+    check_known(base.architecture, base.label)
+    prefix = f"{base.architecture}."
+    values = {key.removeprefix(prefix): base.get(key) for key in base.kv if key.startswith(prefix)}
+    return Hparams(base.architecture, values, base.tensors, config or {}, base.label)
 
 
 def from_config(config: dict) -> Hparams:
     """The hyperparameters in a model's ``config.json``."""
-    text = next((config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), {})
-
-    def look_up(key: str):
-        names = CONFIG_KEYS.get(key, ())
-        return next((part[name] for part in (text, config) for name in names if part.get(name) is not None), None)
-
-    return Hparams(architecture_of(config, text), look_up, None, "config.json")
+    return Hparams(architecture_of(config), {}, None, config, "config.json")
 
 
-def architecture_of(config: dict, text: dict) -> str:
+def check_known(architecture: str, label: str) -> None:
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedError(f"{label}: architecture {printable(architecture, 40)}: the layout of its weights is not known to us")
+
+
+def architecture_of(config: dict) -> str:
     """The GGUF architecture of the model class that ``config.json`` names."""
+    text = next((part for key in TEXT_CONFIGS if isinstance(part := _at(config, key), dict)), {})
     classes = text.get("architectures") or config.get("architectures")
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
         raise MalformedError("config.json: architectures: expected the model's class, found none: give the base as a GGUF")

@@ -18,6 +18,23 @@ OUT_TYPES = ("f32", "f16", "bf16", "q8_0")
 EMBEDDING = "token_embd.weight"
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of a Hugging Face weight, and where it goes: a gather of rows and columns, a factor a row, a transpose.
+
+    None means all rows, all columns, no factor; ``transpose`` comes last. The part becomes rows ``offset`` and on of the
+    GGUF tensor ``name``, or of the matrix at ``slot`` of its leading axis.
+    """
+
+    name: str
+    rows: np.ndarray | None = None
+    cols: np.ndarray | None = None
+    scale: np.ndarray | None = None
+    transpose: bool = False
+    slot: int | None = None
+    offset: int = 0
+
+
 @dataclass
 class LoraPair:
     """The update ``W += scale * b @ a`` of the GGUF tensor ``name``.
@@ -42,6 +59,16 @@ class LoraPair:
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensor that this updates."""
         return (*self.b.shape[:-1], self.a.shape[-1])
+
+    def take(self, piece: Piece) -> LoraPair:
+        """The update of ``piece`` alone, under its name and in its layout: exact, the gathers act on the factors."""
+        a = self.a if piece.cols is None else self.a[..., piece.cols]
+        b = self.b if piece.rows is None else self.b[..., piece.rows, :]
+        if piece.scale is not None:
+            b = (b * piece.scale[:, None]).astype(np.float32)
+        if piece.transpose:
+            a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
+        return replace(self, name=piece.name, a=np.ascontiguousarray(a), b=np.ascontiguousarray(b))
 
     def delta(self) -> np.ndarray:
         """``scale * b @ a`` in f32, whole: for tests and small tensors."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
-from lora_gguf.architectures import ARCHITECTURES, Architecture, Out
+from lora_gguf.architectures import ARCHITECTURES, FUSED_EXPERTS, Architecture, Out
 from lora_gguf.hparams import Hparams
-from lora_gguf.transforms import Piece
+from lora_gguf.lora import Piece
 
 # modules of the towers that stand beside a text model, and go into another GGUF (mmproj) or into none
 OTHER_TOWERS_START = (
@@ -21,6 +23,28 @@ OTHER_TOWERS = (
     "pre_mm_projector_norm", "image_newline", "patch_embed", "patch_merger.", "patch_merge_mlp.", "model.connector.",
 )  # fmt: skip
 LAYER = re.compile(r"\.(\d+)\.")
+EXPERT = re.compile(r"(?P<head>.*\.(?:chunk_experts|experts|moe))\.(?:(?P<slot>\d+)\.(?P<tail>.+)|(?P<list>\w+)s\.(?P<index>\d+))")
+# an expert's module -> what all experts' weights together are called
+EXPERT_TENSORS = {
+    "gate_proj": "ffn_gate_exps", "w1": "ffn_gate_exps", "linear": "ffn_gate_exps", "gate": "ffn_gate_exps",
+    "down_proj": "ffn_down_exps", "w2": "ffn_down_exps", "linear_1": "ffn_down_exps", "down": "ffn_down_exps",
+    "up_proj": "ffn_up_exps", "w3": "ffn_up_exps", "linear_v": "ffn_up_exps", "up": "ffn_up_exps",
+    "gate_up_proj": "ffn_gate_up_exps",
+}  # fmt: skip
+# prefixes of the same module in differently wrapped models: what to take off, what to put in its place
+PREFIXES = (
+    ("lfm.", "model."), ("ernie.", "model."), ("bert.", ""), ("roberta.", ""), ("distilbert.", ""), ("transformer.", ""),
+    ("model.", ""), ("model.", "backbone."), ("model.backbone.", "backbone."), ("", "model."), ("model.model.", "model."),
+)  # fmt: skip
+WRAPPERS = ("language_model.", "text_model.", "thinker.", "llm.")
+# a module that holds several weights -> the modules of the same weights apart
+TOGETHER = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# a tensor that holds several weights -> the tensors of the same weights apart, in its order
+FUSED = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+    "ffn_up": ("ffn_gate", "ffn_up"),
+}
 
 
 def is_other_tower(path: str) -> bool:
@@ -57,10 +81,14 @@ def tensors_of(architecture: str) -> frozenset | None:
     return None if known is None else frozenset(MODEL_TENSORS[known])
 
 
-def candidates(path: str) -> list[str]:
+def candidates(path: str) -> Iterator[str]:
     """The paths under which the name map may know a module."""
-    plain = path.replace("language_model.", "").replace("text_model.", "")
-    return list(dict.fromkeys((path, plain, f"model.{plain}", plain.removeprefix("model."))))
+    for wrapper in WRAPPERS:
+        path = path.replace(wrapper, "")
+    yield path
+    for old, new in PREFIXES:
+        if path.startswith(old):
+            yield new + path.removeprefix(old)
 
 
 def tensor_name(path: str, hparams: Hparams) -> str | None:
@@ -70,16 +98,24 @@ def tensor_name(path: str, hparams: Hparams) -> str | None:
     """
     layer = layer_of(path)
     allowed = tensors_of(hparams.architecture)
-    names = []
+    found = []
     for candidate in candidates(path):
         template = candidate if layer is None else LAYER.sub(".{bid}.", candidate, count=1)
-        for tensor, name in name_map().get(template, ()):
+        for tensor, name in reversed(name_map().get(template, ())):
             full = f"{name.format(bid=layer)}.weight"
             if hparams.tensors is not None and full in hparams.tensors:
                 return full
             if allowed is None or tensor in allowed:
-                names.append(full)
-    return names[0] if names else None
+                found.append(full)
+    return found[0] if found else None
+
+
+def split_expert(path: str) -> tuple[str, int | None]:
+    """The path of all experts' module and the number of this one: ``experts.7.w1`` is ``experts.w1``, 7."""
+    match = EXPERT.fullmatch(path)
+    if not match:
+        return path, None
+    return f"{match['head']}.{match['tail'] or match['list']}", int(match["slot"] or match["index"])
 
 
 def pieces(path: str, shape: tuple[int, int], hparams: Hparams) -> list[Piece]:
@@ -88,24 +124,111 @@ def pieces(path: str, shape: tuple[int, int], hparams: Hparams) -> list[Piece]:
     Raises ``ValueError`` where the shape is not what the base's dimensions make it, ``MalformedError`` where the base
     lacks a dimension.
     """
-    row = ARCHITECTURES.get(hparams.architecture, Architecture(()))
-    found = next((rule.outs for rule in row.rules if re.search(rf"(^|\.){rule.pattern}$", path)), (Out(),))
-    layer = layer_of(path)
-    placed = []
-    for out in found:
-        name = tensor_name(path, hparams) if out.tensor is None else f"blk.{layer}.{out.tensor}.weight"
+    whole, slot = split_expert(path)
+    apart = apart_in_base(whole, shape, hparams)
+    if apart:
+        return [part for name, first, n in apart for part in shifted(pieces(name, (n, shape[1]), hparams), first, n, slot)]
+    found = []
+    for out in plain_in_base(outs(whole, hparams), whole, hparams):
+        name = out_name(out, whole, slot, hparams)
         if name is None:
             return []
-        rows, cols = (gather(ops, n, hparams, layer) for ops, n in ((out.rows, shape[0]), (out.cols, shape[1])))
-        placed.append(Piece(name, rows, cols))
-    return placed
+        found += [in_base(piece, shape[0], hparams) for piece in out_pieces(out, name, whole, slot, shape, hparams)]
+    return found
 
 
-def gather(ops, n: int, hparams: Hparams, layer: int | None) -> np.ndarray | None:
+def outs(path: str, hparams: Hparams) -> tuple[Out, ...]:
+    """The rule of the architecture, or of all, for ``path``; a single plain tensor where there is none."""
+    row = ARCHITECTURES.get(hparams.architecture, Architecture())
+    for rule in row.rules + (() if row.fused_experts else FUSED_EXPERTS):
+        if re.search(rf"(^|\.){rule.pattern}$", path) and (rule.needs is None or hparams.get(rule.needs)):
+            return rule.outs
+    return (Out(),)
+
+
+def plain_in_base(found: tuple[Out, ...], path: str, hparams: Hparams) -> tuple[Out, ...]:
+    """``found``, or one plain tensor where the base is of an older layout, from before those tensors were split."""
+    layer = layer_of(path)
+    if hparams.tensors is None or not all(out.tensor and hparams.lacks(f"blk.{layer}.{out.tensor}.weight") for out in found):
+        return found
+    return (Out(),) if tensor_name(path, hparams) in hparams.tensors else found
+
+
+def out_name(out: Out, path: str, slot: int | None, hparams: Hparams) -> str | None:
+    """The GGUF name of ``out``; an expert of a layer that is dense in the base has the dense layer's name."""
+    layer = layer_of(path)
+    if out.tensor:
+        return f"blk.{layer}.{out.tensor}.weight"
+    name = tensor_name(path, hparams)
+    stem = EXPERT_TENSORS.get(path.rpartition(".")[2]) if slot is not None else None
+    if stem and (name is None or hparams.lacks(name)):
+        stacked, dense = (f"blk.{layer}.{part}.weight" for part in (stem, stem.removesuffix("_exps")))
+        return dense if slot == 0 and hparams.lacks(stacked) and not hparams.lacks(dense) else stacked
+    return name
+
+
+def out_pieces(out: Out, name: str, path: str, slot: int | None, shape: tuple[int, int], hparams: Hparams) -> list[Piece]:
+    """The pieces of one ``out``: one, or one for each of its slots."""
+    dims = hparams.dims(layer_of(path))
+    rows, cols = (gather(ops, n, dims) for ops, n in ((out.rows, shape[0]), (out.cols, shape[1])))
+    scale = None if out.scale is None else out.scale(shape[0] if rows is None else len(rows), dims)
+    if not name.endswith(("_exps.weight", "_chexps.weight")):
+        slot = None
+    if out.slots is None:
+        return [Piece(name, rows, cols, scale, out.transpose, slot)]
+    index = (np.arange(shape[0]) if rows is None else rows).reshape(dims(out.slots), -1)
+    return [Piece(name, part, cols, scale, out.transpose, i) for i, part in enumerate(index)]
+
+
+def gather(ops, n: int, dims) -> np.ndarray | None:
     """The index array that a chain of operations makes of ``n`` rows or columns; None where there is no operation."""
     if not ops:
         return None
     index = np.arange(n)
     for op in ops:
-        index = op(index, hparams.dims(layer))
+        index = op(index, dims)
     return index
+
+
+def apart_in_base(path: str, shape: tuple[int, int], hparams: Hparams) -> list[tuple[str, int, int]]:
+    """The modules (path, first row, rows) that a module of several weights is in the base; empty where it is one there too."""
+    head, _, tail = path.rpartition(".")
+    if tail not in TOGETHER or hparams.tensors is None or len(outs(path, hparams)) > 1:
+        return []
+    name = tensor_name(path, hparams)
+    paths = [f"{head}.{part}" for part in TOGETHER[tail]]
+    names = [tensor_name(part, hparams) for part in paths]
+    if any(part is None or hparams.lacks(part) for part in names):
+        return []
+    sizes = [hparams.tensors[part].shape[-2] for part in names]
+    if name in hparams.tensors and hparams.tensors[name].shape[-2] == shape[0] or sum(sizes) != shape[0]:
+        return []
+    return list(zip(paths, np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
+
+
+def shifted(parts: list[Piece], first: int, n: int, slot: int | None) -> list[Piece]:
+    """Pieces of rows ``first`` to ``first + n`` of a weight as pieces of that weight."""
+    return [
+        replace(piece, rows=first + (np.arange(n) if piece.rows is None else piece.rows), slot=piece.slot if slot is None else slot)
+        for piece in parts
+    ]
+
+
+def in_base(piece: Piece, n_rows: int, hparams: Hparams) -> Piece:
+    """``piece``, or its place in the tensor that holds several weights where the base has only that."""
+    block, _, stem = piece.name.removesuffix(".weight").rpartition(".")
+    n = n_rows if piece.rows is None else len(piece.rows)
+    for fused, parts in FUSED.items():
+        name = f"{block}.{fused}.weight"
+        if stem in parts and not hparams.lacks(name, default=True) and hparams.lacks(f"{block}.{parts[0]}.weight"):
+            total = hparams.tensors[name].shape[-2]
+            if total > n:
+                after = sum(part_rows(part, n, hparams) for part in parts[parts.index(stem) + 1 :])
+                return replace(piece, name=name, offset=0 if stem == parts[0] else total - n - after)
+    return piece
+
+
+def part_rows(part: str, n: int, hparams: Hparams) -> int:
+    """The rows of ``part`` of a fused tensor, where the part before it has ``n``."""
+    heads, width = hparams.get("attention.head_count_kv"), hparams.get("attention.value_length")
+    return heads * width if part == "attn_v" and isinstance(heads, int) and isinstance(width, int) else n

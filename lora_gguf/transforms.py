@@ -1,50 +1,23 @@
 """How a Hugging Face weight becomes GGUF tensors: which of its rows and columns go where.
 
-Every linear layout change is a ``Piece``: a gather of rows, a gather of columns, a factor a row, a transpose. On
-W = B @ A they act as ``B[rows]``, ``A[:, cols]``, ``B * scale`` and the exchange of A and B, so they are exact.
+An operation is a function ``op(index, dims) -> index``: it takes the numbers of the weight's rows (or columns) in their
+present order and returns those that the GGUF tensor has, in its order. A chain of them is one gather, and on W = B @ A a
+gather of rows is ``B[index]``, a gather of columns ``A[:, index]``: exact. ``dims(key)`` is a hyperparameter of the layer
+under its GGUF key, without the architecture. An operation raises ``ValueError`` where the count of rows can't be right.
 
-The operations are functions ``op(index, dims) -> index``: they take the row (or column) numbers of the Hugging Face weight
-in their present order and return those that the GGUF tensor has, in its order. A chain of them is one gather.
-``dims(key)`` is a hyperparameter of the layer under its GGUF key, without the architecture.
+The layouts are those of llama.cpp's converters; names in the docstrings are Hugging Face's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
-
-from lora_gguf.lora import LoraPair
 
 Dims = Callable[[str], int]
 Op = Callable[[np.ndarray, Dims], np.ndarray]
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a Hugging Face weight that goes to the GGUF tensor ``name``, at ``slot`` of its leading axis if it has one.
-
-    None means all rows, all columns, no factor. ``transpose`` comes last.
-    """
-
-    name: str
-    rows: np.ndarray | None = None
-    cols: np.ndarray | None = None
-    scale: np.ndarray | None = None
-    transpose: bool = False
-    slot: int | None = None
-
-
-def cut(pair: LoraPair, piece: Piece) -> LoraPair:
-    """The update of ``piece`` alone, in its layout."""
-    a = pair.a if piece.cols is None else pair.a[:, piece.cols]
-    b = pair.b if piece.rows is None else pair.b[piece.rows]
-    if piece.scale is not None:
-        b = b * piece.scale[:, None].astype(np.float32)
-    if piece.transpose:
-        a, b = b.T, a.T
-    return LoraPair(piece.name, np.ascontiguousarray(a), np.ascontiguousarray(b), pair.scale, pair.sources)
+HEADS, KV_HEADS = "attention.head_count", "attention.head_count_kv"
 
 
 def rotary(heads: str) -> Op:
@@ -56,5 +29,137 @@ def rotary(heads: str) -> Op:
     return op
 
 
-rotary_q = rotary("attention.head_count")
-rotary_k = rotary("attention.head_count_kv")
+rotary_q, rotary_k = rotary(HEADS), rotary(KV_HEADS)
+
+
+def rotary_k_xverse(index: np.ndarray, dims: Dims) -> np.ndarray:
+    """As ``rotary``, in heads // kv_heads groups where the two differ."""
+    heads, kv_heads = dims(HEADS), dims(KV_HEADS)
+    return index.reshape(heads if heads == kv_heads else heads // kv_heads, 2, -1).swapaxes(1, 2).ravel()
+
+
+def rotary_partial(heads: str) -> Op:
+    """GLM's pairs to halves: of each head's first ``rope.dimension_count`` rows the even ones, then the odd ones; the rest stays."""
+
+    def op(index: np.ndarray, dims: Dims) -> np.ndarray:
+        by_head = index.reshape(dims(heads), -1)
+        n = dims("rope.dimension_count")
+        return np.concatenate([by_head[:, :n:2], by_head[:, 1:n:2], by_head[:, n:]], axis=1).ravel()
+
+    return op
+
+
+def part(i: int, n: int) -> Op:
+    """The ``i``-th of ``n`` equal blocks: halves of gate and up, thirds of q, k, v."""
+    return lambda index, dims: index.reshape(n, -1)[i]
+
+
+def every(i: int, n: int) -> Op:
+    """Rows i, i + n, i + 2n, …: gpt-oss interleaves gate and up."""
+    return lambda index, dims: index.reshape(-1, n)[:, i]
+
+
+def block(i: int, *sizes: Callable[[Dims], int]) -> Op:
+    """The ``i``-th of consecutive blocks of ``sizes``, which together are all rows."""
+
+    def op(index: np.ndarray, dims: Dims) -> np.ndarray:
+        ends = np.cumsum([0, *(size(dims) for size in sizes)])
+        if ends[-1] != len(index):
+            raise ValueError(f"expected {ends[-1]} rows, found {len(index)}")
+        return index[ends[i] : ends[i + 1]]
+
+    return op
+
+
+def head_dim(dims: Dims) -> int:
+    return dims("attention.key_length")
+
+
+def q_rows(dims: Dims) -> int:
+    return dims(HEADS) * head_dim(dims)
+
+
+def kv_rows(dims: Dims) -> int:
+    return dims(KV_HEADS) * head_dim(dims)
+
+
+def by_head(index: np.ndarray, dims: Dims) -> np.ndarray:
+    """q, k, v interleaved by head, (heads, 3, d), to q, then k, then v."""
+    return index.reshape(dims(HEADS), 3, -1).swapaxes(0, 1).ravel()
+
+
+def grouped(part: str) -> Op:
+    """One of q, k, v, or all three in a row, out of (kv_heads, q heads of the group + k + v, d)."""
+    cuts = {"q": slice(None, -2), "k": slice(-2, -1), "v": slice(-1, None)}
+
+    def op(index: np.ndarray, dims: Dims) -> np.ndarray:
+        groups = index.reshape(dims(KV_HEADS), dims(HEADS) // dims(KV_HEADS) + 2, -1)
+        return np.concatenate([groups[:, cuts[name]].ravel() for name in part])
+
+    return op
+
+
+def n_values_per_key(dims: Dims) -> int:
+    return dims("ssm.time_step_rank") // dims("ssm.group_count")
+
+
+def value_dim(dims: Dims) -> int:
+    return dims("ssm.inner_size") // dims("ssm.time_step_rank")
+
+
+def value_heads(index: np.ndarray, dims: Dims) -> np.ndarray:
+    """Linear attention's value heads, grouped by key head, to tiled: (k, v per k, d) to (v per k, k, d)."""
+    return index.reshape(dims("ssm.group_count"), n_values_per_key(dims), -1).swapaxes(0, 1).ravel()
+
+
+def value_heads_of_qkv(index: np.ndarray, dims: Dims) -> np.ndarray:
+    """``value_heads`` on the v rows of q, k, v."""
+    n = 2 * dims("ssm.group_count") * dims("ssm.state_size")
+    return np.concatenate([index[:n], value_heads(index[n:], dims)])
+
+
+def qkvz(parts: str) -> Op:
+    """Some of q, k, v, z, one after the other, out of rows that lie q, k, v, z for each key head (Qwen3-Next)."""
+
+    def op(index: np.ndarray, dims: Dims) -> np.ndarray:
+        key, value = dims("ssm.state_size"), n_values_per_key(dims) * value_dim(dims)
+        ends = dict(zip("qkvz", np.cumsum([key, key, value, value]), strict=True))
+        sizes = {"q": key, "k": key, "v": value, "z": value}
+        groups = index.reshape(dims("ssm.group_count"), ends["z"])
+        return np.concatenate([groups[:, ends[p] - sizes[p] : ends[p]].ravel() for p in parts])
+
+    return op
+
+
+def plamo(index: np.ndarray, dims: Dims) -> np.ndarray:
+    """PLaMo-13B's query heads, (8, 5, 128) to (5, 8, 128)."""
+    return index.reshape(8, 5, 128).swapaxes(0, 1).ravel()
+
+
+def latent(part: str) -> Op:
+    """The k (without rotary) or v rows of each head of multi-head latent attention's ``kv_b_proj``."""
+
+    def op(index: np.ndarray, dims: Dims) -> np.ndarray:
+        nope = dims("attention.key_length_mla") - dims("rope.dimension_count")
+        heads = index.reshape(dims(HEADS), nope + dims("attention.value_length_mla"))
+        return (heads[:, :nope] if part == "k" else heads[:, nope:]).ravel()
+
+    return op
+
+
+Scale = Callable[[int, Dims], np.ndarray]
+
+
+def times(*keys: str) -> Scale:
+    """All rows times the product of these numbers of config.json."""
+    return lambda n, dims: np.full(n, np.prod([dims(f"config.{key}") for key in keys]))
+
+
+def falcon_h1_in_proj(n: int, dims: Dims) -> np.ndarray:
+    """The factor of each row of Mamba's ``in_proj``: z, x, B, C, dt blocks, each with its own."""
+    inner, state = dims("config.mamba_d_ssm"), dims("config.mamba_n_groups") * dims("config.mamba_d_state")
+    sizes = [inner, inner, state, state]
+    if sum(sizes) > n:
+        raise ValueError(f"expected more than {sum(sizes)} rows, found {n}")
+    factors = [dims(f"config.ssm_multipliers.{i}") for i in range(5)]
+    return dims("config.ssm_in_multiplier") * np.repeat(factors, [*sizes, n - sum(sizes)])
