@@ -154,7 +154,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo": Architecture(("OlmoForCausalLM", "OLMoForCausalLM"), ROTARY),
     "olmo2": Architecture(("Olmo2ForCausalLM", "Olmo3ForCausalLM")),
     "olmoe": Architecture(("OlmoeForCausalLM",)),
-    "cogvlm": Architecture(("CogVLMForCausalLM",), ROTARY),
+    "cogvlm": Architecture(("CogVLMForCausalLM",)),
     "chameleon": Architecture(("ChameleonForConditionalGeneration", "ChameleonForCausalLM"), ROTARY),
     "llada": Architecture(("LLaDAModelLM",), ROTARY),
     "llada-moe": Architecture(("LLaDAMoEModel", "LLaDAMoEModelLM")),
