@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from lora_gguf.errors import MalformedError, printable
 
 MAX_OPS = 5_000_000
+MAX_STACK = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,15 +47,19 @@ def load(raw: bytes, names: dict[str, object], persistent: Callable, label: str)
         return machine.run()
     except Refusal as refusal:
         reason = str(refusal)
-    except (IndexError, struct.error, UnicodeDecodeError):
-        reason = "the pickle ends early or pops what it never pushed"
+    except UnicodeDecodeError:
+        reason = "text that is not UTF-8"
+    except IndexError:
+        reason = "it pops what it never pushed"
     raise MalformedError(f"{label}: {reason} (byte {machine.at} of its pickle): not read; ask for the adapter as .safetensors")
 
 
 def set_item(target: dict, key, value) -> None:
-    """Set ``target[key]``; a key that is no string or whole number, whose hash could walk the whole pickle, is refused."""
+    """Set ``target[key]``. Refused: a key that is there, or one whose hash could walk the whole pickle."""
     if type(key) not in (str, int):
         raise Refusal(f"a key of type {type(key).__name__}")
+    if key in target:
+        raise Refusal("a key that occurs twice")
     target[key] = value
 
 
@@ -68,15 +73,23 @@ class _Machine:
         self.memo: dict[int, object] = {}
 
     def run(self):
+        if not self.raw.startswith(b"\x80"):
+            raise Refusal("the pickle does not start with its protocol")
         for _ in range(MAX_OPS):
-            operation = OPERATIONS.get(self.raw[self.at : self.at + 1])
+            opcode = self.take(1)
+            operation = OPERATIONS.get(opcode)
             if operation is None:
-                raise Refusal(f"opcode {self.raw[self.at : self.at + 1]!r} has no place in a file of tensors")
-            self.at += 1
+                raise Refusal(f"opcode {opcode!r} has no place in a file of tensors")
             if operation is _stop:
-                return self.pop()
+                return self.result()
             operation(self)
         raise Refusal(f"more than {MAX_OPS} opcodes")
+
+    def result(self):
+        value = self.pop()
+        if self.stack:
+            raise Refusal(f"{len(self.stack)} objects left over")
+        return value
 
     def take(self, n_bytes: int) -> bytes:
         if n_bytes > len(self.raw) - self.at:
@@ -94,6 +107,8 @@ class _Machine:
         return self.take(end + 1 - self.at)[:-1].decode("utf-8")
 
     def push(self, value) -> None:
+        if len(self.stack) >= MAX_STACK:
+            raise Refusal(f"more than {MAX_STACK} objects at once")
         self.stack.append(value)
 
     def pop(self):

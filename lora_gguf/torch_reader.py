@@ -195,6 +195,8 @@ def _archive(file: InputFile) -> dict[str, Entry]:
     for info in sorted(infos, key=lambda info: info.header_offset, reverse=True):
         entries[info.filename[len(folder) :]] = _entry(file, info, folder, end)
         end = info.header_offset
+    if end:
+        raise damaged(file.label, f"{end} bytes before its first entry")
     return entries
 
 
