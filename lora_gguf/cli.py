@@ -30,6 +30,7 @@ app = typer.Typer(
 class Rounding(str, Enum):
     dither = "dither"
     nearest = "nearest"
+    fresh = "fresh"
 
 
 class OutType(str, Enum):
@@ -92,6 +93,8 @@ def merge(
     rounding: Annotated[Rounding, typer.Option(help="How weights get back on the base's grid.")] = Rounding.dither,
     seed: Annotated[int, typer.Option(min=0, help="Of the dither; the same seed gives the same bytes.")] = 0,
     threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
+    type: Annotated[Optional[str], typer.Option(help="The type of the adapted tensors, such as Q8_0; default: the base's.")] = None,
+    min_retention: Annotated[float, typer.Option(help="Fail where less of the adapter is kept.")] = 0.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -106,10 +109,14 @@ def merge(
         check_target(out, force=force, inputs=[base])
     source = fetch_adapter(adapter)
     from lora_gguf.merge import merge as merge_adapter
+    from lora_gguf.plan import Policy
 
+    policy = Policy(rounding.value, seed, type)
     report = merge_adapter(
-        base, [(source, scale)], None if dry_run else out, rounding=rounding.value, seed=seed, threads=threads, force=force
+        base, [(source, scale)], None if dry_run else out, policy, min_retention=min_retention, threads=threads, force=force
     )
+    for warning in report.plan.warnings:
+        _say(f"lora-gguf: warning: {printable(warning, 600)}")
     _print_report(report, as_json)
     if not dry_run:
         _say(f"wrote {printable(out)} ({os.path.getsize(out) / 1e6:.0f} MB)")

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from lora_gguf.errors import MismatchError, NumericError, UnsupportedError
+from lora_gguf.ggml import BY_NAME, GgmlType
 from lora_gguf.gguf_reader import GgufReader, TensorInfo
 from lora_gguf.gguf_writer import TensorSpec
 from lora_gguf.lora import LoraPair
-from lora_gguf.requantize import Recipe, quant_of
+from lora_gguf.quants import QUANTS
+from lora_gguf.requantize import Recipe
 from lora_gguf.rounding import tensor_key
+
+PROMOTED = "Q6_K"  # of a tensor whose weights are not coded one by one (IQ1 to IQ3), so that codes cannot be moved
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the user asked for: the rounding, and which types the tensors get.
+
+    ``type`` is that of the adapted tensors (None keeps the base's), ``mix`` names one of llama.cpp's quantization mixes for
+    all tensors; ``imatrix`` maps tensor names to the importance of their columns, f32 (matrices, cols).
+    """
+
+    rounding: str = "dither"
+    seed: int = 0
+    type: str | None = None
+    mix: str | None = None
+    imatrix: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
@@ -32,10 +51,11 @@ class Plan:
 
     @property
     def merged(self) -> list[TensorPlan]:
-        return [tensor for tensor in self.tensors if tensor.recipe]
+        """The tensors that the adapter changes."""
+        return [tensor for tensor in self.tensors if tensor.pairs]
 
 
-def make_plan(base: GgufReader, pairs: Iterable[LoraPair], *, rounding: str, seed: int) -> Plan:
+def make_plan(base: GgufReader, pairs: Iterable[LoraPair], policy: Policy) -> Plan:
     """Decide what happens to each tensor of ``base``.
 
     Raises ``MismatchError``, ``NumericError`` or ``UnsupportedError`` with all offenders listed.
@@ -44,16 +64,35 @@ def make_plan(base: GgufReader, pairs: Iterable[LoraPair], *, rounding: str, see
     for pair in pairs:
         wanted.setdefault(pair.name, []).append(pair)
     _check(base, wanted)
-    tensors = [_plan_tensor(info, wanted.get(info.name, []), rounding, seed) for info in base.tensors.values()]
+    types = _mix_types(base, policy.mix) if policy.mix else {}
+    tensors = [_plan_tensor(info, wanted.get(info.name, []), types.get(info.name), policy) for info in base.tensors.values()]
     return Plan(tensors, [])
 
 
-def _plan_tensor(info: TensorInfo, pairs: list[LoraPair], rounding: str, seed: int) -> TensorPlan:
-    target = TensorSpec(info.name, info.type, info.shape)
-    if not pairs:
-        return TensorPlan(info, target)
-    quant = quant_of(info.type.name)
-    return TensorPlan(info, target, pairs, Recipe(quant, quant, rounding, tensor_key(seed, info.name)))
+def _plan_tensor(info: TensorInfo, pairs: list[LoraPair], mix_type: GgmlType | None, policy: Policy) -> TensorPlan:
+    target = mix_type or (adapted_type(info, policy) if pairs else info.type)
+    spec = TensorSpec(info.name, target, info.shape)
+    if not pairs and target == info.type:
+        return TensorPlan(info, spec)
+    key, importance = tensor_key(policy.seed, info.name), policy.imatrix.get(info.name)
+    return TensorPlan(info, spec, pairs, Recipe(QUANTS[info.type.name], QUANTS[target.name], policy.rounding, key, importance))
+
+
+def _mix_types(base: GgufReader, mix: str):
+    from lora_gguf.mixes import mix_types
+
+    return mix_types(base, mix)
+
+
+def adapted_type(info: TensorInfo, policy: Policy) -> GgmlType:
+    """The type of an adapted tensor: what the user chose, or the base's, or one that can hold the result."""
+    quant = QUANTS[info.type.name]
+    rounds = quant.unpack is not None or info.type.block_size == 1
+    if not policy.type and (rounds or policy.rounding == "fresh" and quant.encode):
+        return info.type
+    from lora_gguf.mixes import fallback_type
+
+    return fallback_type(BY_NAME[policy.type or PROMOTED], info.n_cols)
 
 
 def _check(base: GgufReader, wanted: dict[str, list[LoraPair]]) -> None:
@@ -63,7 +102,7 @@ def _check(base: GgufReader, wanted: dict[str, list[LoraPair]]) -> None:
         if info is None:
             misfits.append(f"{name}: the base has no such tensor")
             continue
-        if quant_of(info.type.name) is None:
+        if info.type.name not in QUANTS:
             unsupported.append(f"{name}: type {info.type} cannot be merged into")
         for pair in pairs:
             if pair.shape != info.shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_gguf.merge import MergeReport, by_kind
+from lora_gguf.merge import MergeReport
 from lora_gguf.retention import Retention, total
 
 
@@ -20,7 +20,7 @@ def retention_table(report: MergeReport) -> str:
     """One line per kind of tensor and one for the whole."""
     rows = [
         _row(kind, f"{before} > {after}" if before != after else before, len(parts), total(parts))
-        for (kind, before, after), parts in by_kind(report).items()
+        for (kind, before, after), parts in report.by_kind().items()
     ]
     rows.append(_row("all merged", "", len(report.plan.merged), report.whole))
     return text_table(("tensors", "type", "count", "delta kept", "codes changed", "rms(delta)", "noise/delta"), rows, left=2)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from libgguf import dequantize_rows, quantize_rows
 
-from lora_gguf import merge as merging
+from lora_gguf import chunks
 from lora_gguf.errors import FileError, MismatchError, NumericError
 from lora_gguf.ggml import BY_NAME
 from lora_gguf.gguf_reader import GgufReader
 from lora_gguf.lora import LoraPair, write_adapter_gguf
 from lora_gguf.merge import merge
+from lora_gguf.plan import Policy
 from lora_gguf.output import SUFFIX
 from tests.common import pack_gguf, text_kv, u32_kv, valid_rows
 
@@ -65,7 +66,7 @@ def tensor(path, name):
 @pytest.mark.parametrize("type_name", KEPT_GRID)
 def test_base_plus_update_within_a_step(tmp_path, type_name, rounding):
     base, adapter, delta = base_and_adapter(tmp_path, type_name)
-    report = merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", rounding=rounding)
+    report = merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", Policy(rounding))
     before, after = (loaded(tensor(path, NAME), type_name, 512) for path in (base, tmp_path / "out.gguf"))
     moved = after.astype(np.float64) - before
     kept = (moved * delta).sum() / (delta.astype(np.float64) ** 2).sum()
@@ -82,7 +83,7 @@ def test_base_plus_update_within_a_step(tmp_path, type_name, rounding):
 @pytest.mark.parametrize("type_name", KEPT_GRID)
 def test_scale_zero_changes_no_byte_of_data(tmp_path, type_name, rounding):
     base, adapter, _ = base_and_adapter(tmp_path, type_name)
-    merge(base, [(adapter, 0.0)], tmp_path / "out.gguf", rounding=rounding)
+    merge(base, [(adapter, 0.0)], tmp_path / "out.gguf", Policy(rounding))
     with GgufReader(base) as reader, GgufReader(tmp_path / "out.gguf") as merged:
         assert base.read_bytes()[reader.data_position :] == (tmp_path / "out.gguf").read_bytes()[merged.data_position :]
 
@@ -91,18 +92,18 @@ def test_the_bytes_depend_on_neither_threads_nor_chunks(tmp_path, monkeypatch):
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_K")
     digests = set()
     for threads, chunk in ((1, 1 << 18), (2, 1 << 18), (2, 512), (3, 5000)):
-        monkeypatch.setattr(merging, "CHUNK_WEIGHTS", chunk)
+        monkeypatch.setattr(chunks, "CHUNK_WEIGHTS", chunk)
         merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", threads=threads, force=True)
         digests.add(hashlib.sha256((tmp_path / "out.gguf").read_bytes()).hexdigest())
     assert len(digests) == 1
-    merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", seed=1, force=True)
+    merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", Policy(seed=1), force=True)
     assert hashlib.sha256((tmp_path / "out.gguf").read_bytes()).hexdigest() not in digests
 
 
 def test_metadata_is_the_bases_and_then_ours(tmp_path):
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
     merge(base, [(adapter, 0.75)], tmp_path / "one.gguf")
-    merge(tmp_path / "one.gguf", [(adapter, -0.5)], tmp_path / "two.gguf", seed=7)
+    merge(tmp_path / "one.gguf", [(adapter, -0.5)], tmp_path / "two.gguf", Policy(seed=7))
     with GgufReader(base) as before, GgufReader(tmp_path / "two.gguf") as after:
         keys = list(after.kv)
         assert keys[: len(before.kv)] == list(before.kv)
@@ -142,7 +143,7 @@ def test_a_broken_base_tensor_is_refused(tmp_path, type_name, bad):
     base, adapter, _ = base_and_adapter(tmp_path, type_name)
     raw = bytearray(base.read_bytes())
     with GgufReader(base) as reader:
-        at = reader.data_position + reader.tensors[NAME].offset + {"Q6_K": 208}.get(type_name, 0)
+        at = reader.data_position + reader.tensors[NAME].offset + {"Q6_K": 208, "Q4_K": 2}.get(type_name, 0)
     raw[at : at + 4] = np.float32(bad).tobytes() if type_name == "F32" else np.float16(bad).tobytes() + bytes(raw[at + 2 : at + 4])
     base.write_bytes(raw)
     with pytest.raises(NumericError, match=NAME):
@@ -167,7 +168,7 @@ def test_an_error_on_the_way_leaves_the_output_as_it_was(tmp_path, monkeypatch):
     def fail(*_):
         raise FileError("disk")
 
-    monkeypatch.setattr(merging, "recode", fail)
+    monkeypatch.setattr(chunks, "recode", fail)
     with pytest.raises(FileError, match="disk"):
         merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", force=True)
     assert (tmp_path / "out.gguf").read_bytes() == b"old"

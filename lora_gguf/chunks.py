@@ -1,0 +1,120 @@
+"""The merge cut into chunks of rows, each read, changed and written by one thread on its own."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_gguf.errors import NumericError, UsageError
+from lora_gguf.gguf_reader import GgufReader
+from lora_gguf.gguf_writer import GgufWriter
+from lora_gguf.lora import LoraPair
+from lora_gguf.plan import Plan, TensorPlan
+from lora_gguf.requantize import broken_row, recode
+from lora_gguf.rounding import low_rank
+
+CHUNK_WEIGHTS = 1 << 18  # 1 MB of f32: update, codes and blocks of a chunk stay in a core's cache
+COPY_BYTES = 16 << 20
+AHEAD = 4  # chunks a thread that are in work or done before their results are taken
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows ``first`` to ``first + n_rows`` of a tensor, in its matrix (expert) number ``matrix``.
+
+    ``a`` (R, cols) and ``b`` (n_rows, R) are the factors of their update, R 0 where only the type changes.
+    """
+
+    tensor: TensorPlan
+    first: int
+    n_rows: int
+    matrix: int = 0
+    a: np.ndarray | None = None
+    b: np.ndarray | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        return self.n_rows * self.tensor.source.row_bytes
+
+
+def cut(plan: Plan) -> Iterator[Chunk]:
+    """The chunks of all tensors, in the file's order."""
+    for tensor in plan.tensors:
+        yield from _cut_changed(tensor) if tensor.recipe else _cut_copied(tensor)
+
+
+def _cut_copied(tensor: TensorPlan) -> Iterator[Chunk]:
+    n_rows = max(1, COPY_BYTES // max(1, tensor.source.row_bytes))
+    for first in range(0, tensor.source.n_rows, n_rows):
+        yield Chunk(tensor, first, min(n_rows, tensor.source.n_rows - first))
+
+
+def _cut_changed(tensor: TensorPlan) -> Iterator[Chunk]:
+    shape = tensor.source.shape
+    n_out, n_cols = (1, *shape)[-2:]
+    a, b = stack(tensor.pairs, tensor.source.n_rows // n_out, n_out, n_cols)
+    n_rows = max(1, CHUNK_WEIGHTS // n_cols)
+    for matrix in range(len(a)):
+        for row in range(0, n_out, n_rows):
+            factor = b[matrix, row : row + n_rows]
+            yield Chunk(tensor, matrix * n_out + row, len(factor), matrix, a[matrix], factor)
+
+
+def stack(pairs: Sequence[LoraPair], n_matrices: int, n_out: int, n_in: int) -> tuple[np.ndarray, np.ndarray]:
+    """All updates of one tensor as one pair of factors, f32: a (E, R, in), and b (E, out, R) with the scales in it."""
+    a = [np.asarray(pair.a, np.float32).reshape(n_matrices, -1, n_in) for pair in pairs]
+    b = [np.asarray(pair.b, np.float32).reshape(n_matrices, n_out, -1) * np.float32(pair.scale) for pair in pairs]
+    none_a, none_b = np.empty((n_matrices, 0, n_in), np.float32), np.empty((n_matrices, n_out, 0), np.float32)
+    return np.concatenate([none_a, *a], axis=1), np.concatenate([none_b, *b], axis=2)
+
+
+def carry_out(chunk: Chunk, reader: GgufReader, writer: GgufWriter) -> tuple[int, np.ndarray] | None:
+    """Read a chunk, add its update, write it. Returns its number of weights and its sums; None where it was copied."""
+    info, target = chunk.tensor.source, writer.tensors[chunk.tensor.source.name]
+    if chunk.tensor.recipe is None:
+        writer.copy(target, reader, info, chunk.first * info.row_bytes, chunk.n_bytes)
+        return None
+    blocks = reader.read(info, chunk.first, chunk.n_rows)
+    if (row := broken_row(info.type, blocks)) is not None:
+        raise NumericError(f"{reader.label}: {info.name}: row {chunk.first + row}: a scale is NaN or infinity: the base is damaged")
+    delta = np.empty((chunk.n_rows, info.n_cols), np.float32)
+    low_rank(chunk.b, chunk.a, delta)
+    blocks, sums = recode(chunk.tensor.recipe, blocks, delta, chunk.first, chunk.matrix)
+    if not np.isfinite(sums).all():
+        raise NumericError(
+            f"{reader.label}: {info.name}: rows {chunk.first} to {chunk.first + chunk.n_rows - 1}: NaN, infinity or overflow "
+            f"in the merged {target.type}: check the base, lower the scale, or choose --type Q8_0 or BF16"
+        )
+    writer.write(target, chunk.first * target.row_bytes, blocks)
+    return delta.size, sums
+
+
+def in_threads(work: Callable, items: Iterable, n_threads: int | None) -> Iterator[tuple]:
+    """(item, work(item)) for each of ``items``, in order, done by ``n_threads`` threads, by default as many as cores."""
+    n_threads = n_threads or n_cores()
+    if n_threads < 1:
+        raise UsageError(f"threads: expected at least 1, found {n_threads}")
+    ahead: deque = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        try:
+            for item in items:
+                ahead.append((item, pool.submit(work, item)))
+                if len(ahead) > AHEAD * n_threads:
+                    done, future = ahead.popleft()
+                    yield done, future.result()
+            while ahead:
+                done, future = ahead.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in ahead:
+                future.cancel()
+
+
+def n_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
