@@ -111,7 +111,7 @@ def merge(
     from lora_gguf.merge import merge as merge_adapter
     from lora_gguf.plan import Policy
 
-    policy = Policy(rounding.value, seed, type)
+    policy = Policy(rounding.value, seed, type and type.upper())
     report = merge_adapter(
         base, [(source, scale)], None if dry_run else out, policy, min_retention=min_retention, threads=threads, force=force
     )

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lora_gguf.errors import MismatchError, NumericError, UnsupportedError
+from lora_gguf.errors import MismatchError, NumericError, UnsupportedError, UsageError
 from lora_gguf.ggml import BY_NAME, GgmlType
 from lora_gguf.gguf_reader import GgufReader, TensorInfo
 from lora_gguf.gguf_writer import TensorSpec
 from lora_gguf.lora import LoraPair
 from lora_gguf.quants import QUANTS
-from lora_gguf.requantize import Recipe
+from lora_gguf.requantize import ROUNDINGS, Recipe
 from lora_gguf.rounding import tensor_key
 
 PROMOTED = "Q6_K"  # of a tensor whose weights are not coded one by one (IQ1 to IQ3), so that codes cannot be moved
@@ -32,6 +32,12 @@ class Policy:
     type: str | None = None
     mix: str | None = None
     imatrix: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.type and self.type not in QUANTS:
+            raise UsageError(f"type {self.type}: expected one of {', '.join(QUANTS)}")
+        if self.rounding not in ROUNDINGS:
+            raise UsageError(f"rounding {self.rounding}: expected one of {', '.join(ROUNDINGS)}")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from lora_gguf.rounding import round_bf16, round_codes, round_f16, round_levels,
 NO_IMPORTANCE = np.empty(0, np.float32)
 # the width of the random offset before the floor; a rounding that is not here finds a new grid
 SPREADS = {"dither": 1.0, "nearest": 0.0}
+ROUNDINGS = (*SPREADS, "fresh")
 _HALVES = {"F16": round_f16, "BF16": round_bf16}
 # where a block's f16 scales and minima lie, in bytes: ggml refuses to load a block in which one is NaN or infinity
 F16_FIELDS = {

@@ -1,0 +1,251 @@
+"""How fast: every figure beside something measured in the same run.
+
+    python -m tests.bench.speed [--shapes 1B,7B] [--json FILE]
+
+Prints tables; --json writes the same figures. Bases are generated (random weights, real shapes) in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from lora_gguf.gguf_reader import GgufReader
+from lora_gguf.tables import text_table
+from tests.bench.shapes import LLAMA_1B, LLAMA_7B, LLAMA_70B, TINY, Shape, write_adapter, write_base
+from tests.common import gemma3_path, smollm2_path
+
+SHAPES = {"1B": LLAMA_1B, "7B": LLAMA_7B, "70B": LLAMA_70B}
+FRESH = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
+    "NVFP4", "Q1_0",
+)  # fmt: skip
+KEPT = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+
+
+def timed(function, repeat: int = 3) -> float:
+    """The shortest of ``repeat`` runs, in seconds."""
+    best = float("inf")
+    for _ in range(repeat):
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def run_cli(*arguments: object, env: dict | None = None) -> tuple[float, float]:
+    """Wall time in s and peak RSS in MB of ``lora-gguf`` with ``arguments``, in a process of its own."""
+    code = (
+        "import resource, subprocess, sys, time; start = time.perf_counter();"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL);"
+        "print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
+    )
+    command = [sys.executable, "-c", code, sys.executable, "-m", "lora_gguf", *map(str, arguments)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **(env or {})}).stdout
+    wall, rss = map(float, out.split())
+    return wall, rss
+
+
+def interpreter_rss() -> float:
+    """Peak RSS in MB of a Python that has imported what a merge imports and done nothing."""
+    code = "import resource, numba, numpy; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def copy_and_sync(source: Path, target: Path) -> float:
+    start = time.perf_counter()
+    subprocess.run(["cp", "--reflink=never", source, target], check=True)
+    subprocess.run(["sync", target], check=True)
+    elapsed = time.perf_counter() - start
+    target.unlink()
+    return elapsed
+
+
+def straightforward(base: Path, adapter: Path, n_layers: int) -> float:
+    """Weights a second of libgguf dequantize, numpy B@A, libgguf quantize, in two threads, on the first layers."""
+    from libgguf import dequantize_rows, quantize_rows
+
+    from lora_gguf.lora import read_adapter_gguf
+
+    pairs = [pair for pair in read_adapter_gguf(adapter)[0] if int(pair.name.split(".")[1]) < n_layers]
+    with GgufReader(base) as reader:
+
+        def one(pair) -> int:
+            info = reader.tensors[pair.name]
+            weights = dequantize_rows(reader.read(info), info.type.id, n_per_row=info.n_cols)
+            quantize_rows(weights + pair.delta(), info.type.id)
+            return info.n_elements
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(2) as pool:
+            n_weights = sum(pool.map(one, pairs))
+        return n_weights / (time.perf_counter() - start)
+
+
+def merge_rows(folder: Path, name: str, base: Path, adapter: Path, n_weights: int, own: float, threads=(1, 2)) -> list[dict]:
+    rows = []
+    copied = min(copy_and_sync(base, folder / "copy.gguf") for _ in range(2))
+    for n in threads:
+        runs = [run_cli("merge", base, adapter, "-o", folder / "out.gguf", "--force", "-t", n) for _ in range(2)]
+        wall, rss = min(runs)
+        rows.append({
+            "base": name, "threads": n, "seconds": wall, "cp_fsync_seconds": copied, "times_cp": wall / copied,
+            "mw_s_core": n_weights / wall / n / 1e6, "rss_above_interpreter_mb": rss - own,
+        })  # fmt: skip
+    (folder / "out.gguf").unlink()
+    return rows
+
+
+def merges(folder: Path, shapes: list[str]) -> list[dict]:
+    """Kept-grid merges: real files and generated shapes."""
+    own, rows = interpreter_rss(), []
+    for name, path, shape in (
+        ("SmolLM2 135M Q4_1", smollm2_path(), Shape(30, 576, 1536, 9, 3, 49152)),
+        ("Gemma 3 270M Q4_K_M", gemma3_path(), None),
+    ):
+        adapter = folder / "adapter.gguf"
+        _adapter_for(path, adapter)
+        n_weights = shape.n_linear_weights if shape else _linear_weights(path)
+        rows += merge_rows(folder, name, path, adapter, n_weights, own)
+    for label in shapes:
+        shape, base, adapter = SHAPES[label], folder / f"{label}.gguf", folder / "adapter.gguf"
+        write_base(base, shape)
+        write_adapter(adapter, shape)
+        rows += merge_rows(folder, f"{label} Q4_K_M", base, adapter, shape.n_linear_weights, own)
+        if label == "1B":
+            rate = straightforward(base, adapter, n_layers=3)
+            for row in rows[-2:]:
+                row["times_faster_than_straightforward"] = shape.n_linear_weights / rate / row["seconds"]
+        base.unlink()
+    return rows
+
+
+def _linears(reader: GgufReader) -> list:
+    return [info for name, info in reader.tensors.items() if name.startswith("blk.") and len(info.shape) == 2]
+
+
+def _linear_weights(path: Path) -> int:
+    with GgufReader(path) as reader:
+        return sum(info.n_elements for info in _linears(reader))
+
+
+def _adapter_for(path: Path, adapter: Path, rank: int = 16) -> None:
+    """A random adapter on all linear layers of a real file."""
+    from lora_gguf.lora import LoraPair, write_adapter_gguf
+
+    rng = np.random.default_rng(0)
+    with GgufReader(path) as reader:
+        pairs = [
+            LoraPair(
+                info.name,
+                (rng.normal(size=(rank, info.shape[1])) * 0.02).astype(np.float32),
+                (rng.normal(size=(info.shape[0], rank)) * 0.002).astype(np.float32),
+                2.0,
+            )
+            for info in _linears(reader)
+        ]
+        write_adapter_gguf(adapter, pairs, reader.architecture, "f16", force=True)
+
+
+def fresh_rates() -> list[dict]:
+    """Each type's quantizer on one core, beside ggml's in C on the same data, million weights a second."""
+    from libgguf import quantize_rows
+
+    from lora_gguf.ggml import BY_NAME
+    from lora_gguf.quants import QUANTS
+
+    rows, none = [], np.empty(0, np.float32)
+    weights = (np.random.default_rng(0).normal(size=(128, 4096)) * 0.02).astype(np.float32)
+    importance = np.random.default_rng(1).uniform(0.1, 2, 4096).astype(np.float32)
+    for name in FRESH:
+        for label, ours, theirs in (("", none, None), (" imatrix", importance, importance)):
+            blocks = np.empty((128, BY_NAME[name].row_bytes(4096)), np.uint8)
+            QUANTS[name].encode(weights, ours, blocks)
+            c = timed(lambda name=name, theirs=theirs: quantize_rows(weights, BY_NAME[name].id, imatrix=theirs))
+            mine = timed(lambda name=name, ours=ours, blocks=blocks: QUANTS[name].encode(weights, ours, blocks))
+            same = bytes(quantize_rows(weights, BY_NAME[name].id, imatrix=theirs)) == blocks.tobytes()
+            n = weights.size / 1e6
+            rows.append({"type": name + label, "ours": n / mine, "ggml": n / c, "ratio": c / mine, "identical": same})
+    return rows
+
+
+def kept_rates() -> list[dict]:
+    """The kept-grid path on one core, from blocks and factors to blocks, million weights a second."""
+    from libgguf import quantize_rows
+
+    from lora_gguf.ggml import BY_NAME
+    from lora_gguf.quants import QUANTS
+    from lora_gguf.requantize import Recipe, recode
+    from lora_gguf.rounding import low_rank, tensor_key
+
+    rng, rows = np.random.default_rng(0), []
+    weights = (rng.normal(size=(64, 4096)) * 0.02).astype(np.float32)
+    a, b = rng.normal(size=(16, 4096)).astype(np.float32), (rng.normal(size=(64, 16)) * 1e-4).astype(np.float32)
+    delta = np.empty_like(weights)
+    for name in KEPT:
+        if BY_NAME[name].block_size == 1:
+            raw = weights.astype(np.float16).view(np.uint8) if name == "F16" else (weights.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+        else:
+            raw = np.frombuffer(bytes(quantize_rows(weights, BY_NAME[name].id)), np.uint8)
+        raw = raw.reshape(64, -1)
+        recipe = Recipe(QUANTS[name], QUANTS[name], "dither", tensor_key(0, name))
+
+        def one(recipe=recipe, raw=raw):
+            low_rank(b, a, delta)
+            recode(recipe, raw.copy(), delta, 0)
+
+        one()
+        rows.append({"type": name, "mw_s": weights.size / 1e6 / timed(one, 5)})
+    return rows
+
+
+def starts(folder: Path) -> dict:
+    """Start-up times in s, and the header of a 262k-token file."""
+    write_base(folder / "tiny.gguf", TINY)
+    write_adapter(folder / "tiny-lora.gguf", TINY)
+    command = ("merge", folder / "tiny.gguf", folder / "tiny-lora.gguf", "-o", folder / "o.gguf", "--force")
+    run_cli(*command)
+    warm = min(run_cli(*command)[0] for _ in range(3))
+    cold = run_cli(*command, env={"LORA_GGUF_CACHE": str(folder / "cache")})[0]
+    return {
+        "help": min(run_cli("--help")[0] for _ in range(3)),
+        "warm_tiny_merge": warm,
+        "cold_tiny_merge": cold,
+        "cold_adds": cold - warm,
+        "header_262k_tokens": timed(lambda: GgufReader(gemma3_path()).close()),
+    }
+
+
+def show(title: str, rows: list[dict]) -> None:
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[f"{row[k]:.2f}" if isinstance(row.get(k), float) else row.get(k, "") for k in keys] for row in rows]
+    print(f"\n{title}\n{text_table(keys, cells)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="1B,7B", help="generated bases: 1B, 7B, 70B")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        figures = {"starts": [starts(Path(folder))], "fresh": fresh_rates(), "kept": kept_rates()}
+        show("start-up, s", figures["starts"])
+        show("quantizers (fresh), one core, million weights a second", figures["fresh"])
+        show("kept grid with dither, rank 16, one core, million weights a second", figures["kept"])
+        figures["merges"] = merges(Path(folder), [shape for shape in options.shapes.split(",") if shape])
+        show("merges of all linear layers, rank 16", figures["merges"])
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The command line: what it prints, what it refuses, and with which exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lora_gguf import errors
+from lora_gguf.cli import _run, app
+from lora_gguf.output import SUFFIX
+from tests.common import gemma3_path, smollm2_path
+from tests.test_merge import NAME, base_and_adapter
+
+
+def run(capsys, *arguments):
+    code = _run([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def leftovers(folder):
+    return [name for name in os.listdir(folder) if name.endswith(SUFFIX)]
+
+
+def test_merge_prints_the_table_and_writes_the_file(tmp_path, capsys):
+    base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
+    code, out, err = run(capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--rounding", "dither")
+    assert code == 0 and "ffn_up" in out and "delta kept" in out and "wrote" in err
+    assert (tmp_path / "out.gguf").stat().st_size > base.stat().st_size
+
+
+def test_json_is_json_and_nothing_else(tmp_path, capsys):
+    base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
+    code, out, _ = run(capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["merged"][0]["name"] == NAME and 0.5 < report["all"]["kept"] < 1.5
+
+
+def test_dry_run(tmp_path, capsys):
+    base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
+    before = sorted(os.listdir(tmp_path))
+    code, out, _ = run(capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--dry-run")
+    assert code == 0 and "ffn_up" in out and sorted(os.listdir(tmp_path)) == before
+
+
+def test_min_retention_is_an_error_before_the_rename(tmp_path, capsys):
+    base, adapter, _ = base_and_adapter(tmp_path, "Q4_0", size=2e-5)
+    (tmp_path / "out.gguf").write_bytes(b"old")
+    code, _, err = run(
+        capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--rounding", "nearest", "--min-retention", "0.5", "--force"
+    )
+    assert code == errors.NumericError.exit_code and "--rounding" in err
+    assert (tmp_path / "out.gguf").read_bytes() == b"old" and not leftovers(tmp_path)
+
+
+def test_little_kept_is_warned_about(tmp_path, capsys):
+    base, adapter, _ = base_and_adapter(tmp_path, "Q4_0", size=2e-5)
+    code, _, err = run(capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--rounding", "nearest")
+    assert code == 0 and "warning: only 0.0" in err and "--rounding" in err
+
+
+def _missing(tmp):
+    return [tmp / "no.gguf", tmp / "adapter.gguf"], 7
+
+
+def _not_a_gguf(tmp):
+    (tmp / "base.gguf").write_bytes(b"<html>not found</html>")
+    return [tmp / "base.gguf", tmp / "adapter.gguf"], 3
+
+
+def _truncated(tmp):
+    raw = (tmp / "base.gguf").read_bytes()
+    (tmp / "base.gguf").write_bytes(raw[:-40])
+    return [tmp / "base.gguf", tmp / "adapter.gguf"], 3
+
+
+def _swapped(tmp):
+    return [tmp / "adapter.gguf", tmp / "base.gguf"], (3, 5)
+
+
+def _missing_adapter(tmp):
+    return [tmp / "base.gguf", tmp / "nowhere"], 7
+
+
+def _directory_as_base(tmp):
+    return [tmp, tmp / "adapter.gguf"], 7
+
+
+def _existing_output(tmp):
+    return [tmp / "base.gguf", tmp / "adapter.gguf", "-o", tmp / "base.gguf"], 7
+
+
+def _output_in_missing_folder(tmp):
+    return [tmp / "base.gguf", tmp / "adapter.gguf", "-o", tmp / "no" / "out.gguf"], 7
+
+
+def _infinite_scale(tmp):
+    return [tmp / "base.gguf", tmp / "adapter.gguf", "--scale", "inf"], 2
+
+
+def _unknown_option(tmp):
+    return [tmp / "base.gguf", tmp / "adapter.gguf", "--scle", "1"], 2
+
+
+def _unknown_rounding(tmp):
+    return [tmp / "base.gguf", tmp / "adapter.gguf", "--rounding", "up"], 2
+
+
+def _unknown_type(tmp):
+    return [tmp / "base.gguf", tmp / "adapter.gguf", "--type", "Q4_Z"], 2
+
+
+REFUSALS = [
+    _missing, _not_a_gguf, _truncated, _swapped, _missing_adapter, _directory_as_base, _existing_output,
+    _output_in_missing_folder, _infinite_scale, _unknown_option, _unknown_rounding, _unknown_type,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_one_line_one_code_and_nothing_written(tmp_path, capsys, monkeypatch, case):
+    base_and_adapter(tmp_path, "Q4_0")
+    monkeypatch.chdir(tmp_path)
+    arguments, expected = case(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    code, out, err = run(capsys, "merge", *arguments)
+    assert code in (expected if isinstance(expected, tuple) else (expected,)), err
+    assert err.startswith("lora-gguf: error: ") and err.count("\n") == 1 and not out
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+def test_a_typo_is_answered_with_the_right_word(capsys):
+    code, _, err = run(capsys, "mrge")
+    assert code == 2 and "merge" in err and err.count("\n") == 1
+
+
+def test_wrong_base(tmp_path, capsys):
+    from tests.common import DEMO_ADAPTER
+
+    code, out, err = run(capsys, "merge", gemma3_path(), DEMO_ADAPTER, "-o", tmp_path / "out.gguf")
+    assert code == errors.MismatchError.exit_code and "base" in err and err.count("\n") == 1 and not os.listdir(tmp_path)
+
+
+def test_control_characters_never_reach_the_terminal(tmp_path, capsys):
+    code, _, err = run(capsys, "merge", tmp_path / "a\x1b[2J.gguf", tmp_path / "b")
+    assert code == 7 and "\x1b" not in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_leave_nothing(tmp_path, number, code):
+    from tests.common import DEMO_ADAPTER
+
+    command = [sys.executable, "-m", "lora_gguf", "merge", smollm2_path(), DEMO_ADAPTER, "-o", tmp_path / "out.gguf", "--type", "Q4_K"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not leftovers(tmp_path) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert not os.listdir(tmp_path) and "nothing was written" in err and "Traceback" not in err
+
+
+def _commands():
+    return {command.name or command.callback.__name__: command for command in app.registered_commands}
+
+
+def test_every_option_has_help(capsys):
+    for name in _commands():
+        code, out, _ = run(capsys, name, "--help")
+        assert code == 0
+        options = [line for line in out.splitlines() if line.startswith("  -")]
+        assert options and all(len(line.split("  ")) > 2 or line.endswith(">") or len(line) > 20 for line in options)
