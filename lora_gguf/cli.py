@@ -14,6 +14,7 @@ import typer
 
 from lora_gguf import __version__
 from lora_gguf.errors import LoraGgufError, printable
+from lora_gguf.progress import bar
 
 _ClickUsageError = typer.BadParameter.__base__  # typer brings its own click
 
@@ -98,6 +99,8 @@ def merge(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the report and errors only.")] = False,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")] = True,
 ) -> None:
     """Add an adapter to a quantized model and write one standalone GGUF."""
     from lora_gguf.fetch import fetch as fetch_adapter
@@ -112,13 +115,21 @@ def merge(
     from lora_gguf.plan import Policy
 
     policy = Policy(rounding.value, seed, type and type.upper())
-    report = merge_adapter(
-        base, [(source, scale)], None if dry_run else out, policy, min_retention=min_retention, threads=threads, force=force
-    )
+    with bar("merging", progress and not quiet) as advance:
+        report = merge_adapter(
+            base,
+            [(source, scale)],
+            None if dry_run else out,
+            policy,
+            min_retention=min_retention,
+            threads=threads,
+            force=force,
+            progress=advance,
+        )
     for warning in report.plan.warnings:
         _say(f"lora-gguf: warning: {printable(warning, 600)}")
     _print_report(report, as_json)
-    if not dry_run:
+    if not dry_run and not quiet:
         _say(f"wrote {printable(out)} ({os.path.getsize(out) / 1e6:.0f} MB)")
 
 
