@@ -1,0 +1,289 @@
+"""The bytes of Q2_K to Q6_K: super-blocks of 256 weights, 8 or 16 groups with quantized scales under one or two f16 ones.
+
+The lanes of a group are counted by an array's shape, not by a literal: LLVM unrolls a literal count before its
+vectoriser sees the loop.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_gguf.kernel import kernel
+from lora_gguf.quants.half import f32_from_f16
+
+
+@kernel
+def _f16(block, at):
+    return f32_from_f16(np.uint32(block[at]) | np.uint32(block[at + 1]) << 8)
+
+
+# Q2_K is scales:16 qs:64 d:2 dmin:2, weight = d * (scale & 15) * code - dmin * (scale >> 4), 16 weights a scale.
+# Byte j of a half's 32 qs holds, from the low bits up, the codes of weights j, j + 32, j + 64 and j + 96 of that half.
+
+
+@kernel
+def decode_q2_k(blocks, out):
+    blocks = blocks.reshape(-1, 84)
+    out = out.reshape(-1, 16, 16)
+    for i in range(len(blocks)):
+        block = blocks[i]
+        d, dmin = _f16(block, 80), _f16(block, 82)
+        for g in range(16):
+            step, low = d * np.float32(block[g] & 15), dmin * np.float32(block[g] >> 4)
+            qs, y = block[16 + 32 * (g // 8) + 16 * (g % 2) :], out[i, g]
+            shift = np.uint8(g & 6)
+            for j in range(y.size):
+                y[j] = step * np.float32(qs[j] >> shift & 3) - low
+
+
+@kernel
+def unpack_q2_k(blocks, codes, steps):
+    blocks, codes, steps = blocks.reshape(-1, 84), codes.reshape(-1, 2, 4, 32), steps.reshape(-1, 16)
+    for i in range(len(blocks)):
+        d = _f16(blocks[i], 80)
+        for g in range(16):
+            steps[i, g] = d * np.float32(blocks[i, g] & 15)
+        for half in range(2):
+            _unpack_two_bits(blocks[i, 16 + 32 * half :], codes[i, half])
+
+
+@kernel
+def pack_q2_k(codes, blocks):
+    blocks, codes = blocks.reshape(-1, 84), codes.reshape(-1, 2, 4, 32)
+    for i in range(len(blocks)):
+        for half in range(2):
+            _pack_two_bits(codes[i, half], blocks[i, 16 + 32 * half :])
+
+
+@kernel
+def _unpack_two_bits(qs, codes):
+    c0, c1, c2, c3 = codes[0], codes[1], codes[2], codes[3]
+    for j in range(c0.size):
+        c0[j] = qs[j] & 3
+        c1[j] = qs[j] >> 2 & 3
+    for j in range(c0.size):
+        c2[j] = qs[j] >> 4 & 3
+        c3[j] = qs[j] >> 6
+
+
+@kernel
+def _pack_two_bits(codes, qs):
+    c0, c1, c2, c3 = codes[0], codes[1], codes[2], codes[3]
+    for j in range(c0.size):
+        qs[j] = c0[j] & 3 | (c1[j] & 3) << 2 | (c2[j] & 3) << 4 | (c3[j] & 3) << 6
+
+
+# Q3_K is hmask:32 qs:64 scales:12 d:2, weight = d * (scale - 32) * (code - 4), 16 weights a scale. qs holds the lower two
+# bits of the codes as in Q2_K; bit k of byte j of hmask is the highest bit of weight 32 k + j. The sixteen 6-bit scales:
+# the nibbles of scales[0:8] are their lower four bits, scales[8:12] holds their upper two.
+
+
+@kernel
+def _scale_q3_k(scales, g):
+    low = scales[g & 7] >> np.uint8(g >> 3 << 2) & 15
+    high = scales[8 + (g & 3)] >> np.uint8(g >> 2 << 1) & 3
+    return np.float32(np.int32(low | high << 4) - 32)
+
+
+@kernel
+def decode_q3_k(blocks, out):
+    blocks = blocks.reshape(-1, 110)
+    out = out.reshape(-1, 16, 16)
+    for i in range(len(blocks)):
+        block = blocks[i]
+        d = _f16(block, 108)
+        for g in range(16):
+            step = d * _scale_q3_k(block[96:], g)
+            hmask, qs, y = block[16 * (g % 2) :], block[32 + 32 * (g // 8) + 16 * (g % 2) :], out[i, g]
+            shift, bit = np.uint8(g & 6), np.uint8(g >> 1)
+            for j in range(y.size):
+                y[j] = step * np.float32(np.int32(qs[j] >> shift & 3 | (hmask[j] >> bit & 1) << 2) - 4)
+
+
+@kernel
+def unpack_q3_k(blocks, codes, steps):
+    blocks, codes, steps = blocks.reshape(-1, 110), codes.reshape(-1, 8, 32), steps.reshape(-1, 16)
+    for i in range(len(blocks)):
+        d, scales, hmask = _f16(blocks[i], 108), blocks[i, 96:], blocks[i]
+        for g in range(16):
+            steps[i, g] = d * _scale_q3_k(scales, g)
+        for k in range(8):
+            qs, c = blocks[i, 32 + 32 * (k // 4) :], codes[i, k]
+            shift, bit = np.uint8(2 * (k & 3)), np.uint8(k)
+            for j in range(c.size):
+                c[j] = qs[j] >> shift & 3 | (hmask[j] >> bit & 1) << 2
+
+
+@kernel
+def pack_q3_k(codes, blocks):
+    blocks, codes = blocks.reshape(-1, 110), codes.reshape(-1, 2, 4, 32)
+    for i in range(len(blocks)):
+        for half in range(2):
+            _pack_two_bits(codes[i, half], blocks[i, 32 + 32 * half :])
+            _pack_third_bits(codes[i, half], blocks[i], 4 * half)
+
+
+@kernel
+def _pack_third_bits(codes, hmask, shift):
+    c0, c1, c2, c3 = codes[0], codes[1], codes[2], codes[3]
+    keep, shift = np.uint8(0xF0 >> shift), np.uint8(shift)
+    for j in range(c0.size):
+        bits = c0[j] >> 2 & 1 | c1[j] >> 1 & 2 | c2[j] & 4 | c3[j] << 1 & 8
+        hmask[j] = hmask[j] & keep | np.uint8(bits << shift)
+
+
+# Q4_K is d:2 dmin:2 scales:12 qs:128, weight = d * scale * code - dmin * min, 32 weights a scale. Byte j of a quarter's
+# 32 qs holds weights j (low nibble) and j + 32 of that quarter. Of the 6-bit pairs (scale, min), scales[0:4] and
+# scales[4:8] hold the first four; scales[8:12] the lower four bits of the other four, whose upper two are the upper two
+# bits of scales[0:8].
+
+
+@kernel
+def _steps_and_lows(block, steps, lows):
+    d, dmin, s = _f16(block, 0), _f16(block, 2), block[4:16]
+    for k in range(4):
+        steps[k] = d * np.float32(s[k] & 63)
+        lows[k] = dmin * np.float32(s[k + 4] & 63)
+        steps[k + 4] = d * np.float32(s[k + 8] & 15 | s[k] >> 6 << 4)
+        lows[k + 4] = dmin * np.float32(s[k + 8] >> 4 | s[k + 4] >> 6 << 4)
+
+
+@kernel
+def steps_and_lows(blocks, steps, lows):
+    """The grid of Q4_K or Q5_K: steps and lows f32 (blocks, 8) of blocks (blocks, block_bytes)."""
+    for i in range(len(blocks)):
+        _steps_and_lows(blocks[i], steps[i], lows[i])
+
+
+@kernel
+def decode_q4_k(blocks, out):
+    blocks, out = blocks.reshape(-1, 144), out.reshape(-1, 8, 32)
+    steps, lows = np.empty(8, np.float32), np.empty(8, np.float32)
+    for i in range(len(blocks)):
+        _steps_and_lows(blocks[i], steps, lows)
+        for k in range(0, 8, 2):
+            qs, y, z = blocks[i, 16 + 16 * k :], out[i, k], out[i, k + 1]
+            step_y, low_y, step_z, low_z = steps[k], lows[k], steps[k + 1], lows[k + 1]
+            for j in range(y.size):
+                y[j] = step_y * np.float32(qs[j] & 15) - low_y
+                z[j] = step_z * np.float32(qs[j] >> 4) - low_z
+
+
+@kernel
+def unpack_q4_k(blocks, codes, steps):
+    blocks, codes, steps = blocks.reshape(-1, 144), codes.reshape(-1, 8, 32), steps.reshape(-1, 8)
+    lows = np.empty(8, np.float32)
+    for i in range(len(blocks)):
+        _steps_and_lows(blocks[i], steps[i], lows)
+        for k in range(0, 8, 2):
+            qs, c, e = blocks[i, 16 + 16 * k :], codes[i, k], codes[i, k + 1]
+            for j in range(c.size):
+                c[j] = qs[j] & 15
+                e[j] = qs[j] >> 4
+
+
+@kernel
+def pack_q4_k(codes, blocks):
+    blocks, codes = blocks.reshape(-1, 144), codes.reshape(-1, 8, 32)
+    for i in range(len(blocks)):
+        for k in range(0, 8, 2):
+            _pack_nibbles(codes[i, k], codes[i, k + 1], blocks[i, 16 + 16 * k :])
+
+
+@kernel
+def _pack_nibbles(low, high, qs):
+    for j in range(low.size):
+        qs[j] = low[j] & 15 | (high[j] & 15) << 4
+
+
+# Q5_K is d:2 dmin:2 scales:12 qh:32 qs:128: as Q4_K, and bit k of byte j of qh is the fifth bit of weight 32 k + j.
+
+
+@kernel
+def decode_q5_k(blocks, out):
+    blocks, out = blocks.reshape(-1, 176), out.reshape(-1, 8, 32)
+    steps, lows = np.empty(8, np.float32), np.empty(8, np.float32)
+    for i in range(len(blocks)):
+        _steps_and_lows(blocks[i], steps, lows)
+        qh = blocks[i, 16:48]
+        for k in range(8):
+            qs, y = blocks[i, 48 + 32 * (k // 2) :], out[i, k]
+            step, low, shift, bit = steps[k], lows[k], np.uint8(4 * (k & 1)), np.uint8(k)
+            for j in range(y.size):
+                y[j] = step * np.float32(qs[j] >> shift & 15 | (qh[j] >> bit & 1) << 4) - low
+
+
+@kernel
+def unpack_q5_k(blocks, codes, steps):
+    blocks, codes, steps = blocks.reshape(-1, 176), codes.reshape(-1, 8, 32), steps.reshape(-1, 8)
+    lows = np.empty(8, np.float32)
+    for i in range(len(blocks)):
+        _steps_and_lows(blocks[i], steps[i], lows)
+        qh = blocks[i, 16:48]
+        for k in range(8):
+            qs, c = blocks[i, 48 + 32 * (k // 2) :], codes[i, k]
+            shift, bit = np.uint8(4 * (k & 1)), np.uint8(k)
+            for j in range(c.size):
+                c[j] = qs[j] >> shift & 15 | (qh[j] >> bit & 1) << 4
+
+
+@kernel
+def pack_q5_k(codes, blocks):
+    blocks, codes = blocks.reshape(-1, 176), codes.reshape(-1, 8, 32)
+    for i in range(len(blocks)):
+        qh = blocks[i, 16:48]
+        for k in range(0, 8, 2):
+            low, high = codes[i, k], codes[i, k + 1]
+            _pack_nibbles(low, high, blocks[i, 48 + 16 * k :])
+            keep, shift = np.uint8(~(3 << k)), np.uint8(k)
+            for j in range(low.size):
+                qh[j] = qh[j] & keep | np.uint8(low[j] >> 4 & 1 | high[j] >> 3 & 2) << shift
+
+
+# Q6_K is ql:128 qh:64 scales:16 d:2, weight = d * scale * (code - 32), the scales int8, 16 weights a scale. Of a half,
+# byte j of its 64 ql holds the lower four bits of weights j and j + 64, byte j of its 32 qh the upper two of weights
+# j, j + 32, j + 64 and j + 96.
+
+
+@kernel
+def decode_q6_k(blocks, out):
+    blocks, out = blocks.reshape(-1, 210), out.reshape(-1, 16, 16)
+    for i in range(len(blocks)):
+        block = blocks[i]
+        d = _f16(block, 208)
+        for g in range(16):
+            half, quarter, odd = g // 8, g % 8 // 2, 16 * (g % 2)
+            ql, qh = block[64 * half + 32 * (quarter % 2) + odd :], block[128 + 32 * half + odd :]
+            low_shift, high_shift = np.uint8(quarter // 2 * 4), np.uint8(2 * quarter)
+            step, y = d * np.float32(np.int8(block[192 + g])), out[i, g]
+            for j in range(y.size):
+                y[j] = step * np.float32(np.int32(ql[j] >> low_shift & 15 | (qh[j] >> high_shift & 3) << 4) - 32)
+
+
+@kernel
+def unpack_q6_k(blocks, codes, steps):
+    blocks, codes, steps = blocks.reshape(-1, 210), codes.reshape(-1, 8, 32), steps.reshape(-1, 16)
+    for i in range(len(blocks)):
+        block = blocks[i]
+        d = _f16(block, 208)
+        for g in range(16):
+            steps[i, g] = d * np.float32(np.int8(block[192 + g]))
+        for k in range(8):
+            half, quarter = k // 4, k % 4
+            ql, qh, c = block[64 * half + 32 * (quarter % 2) :], block[128 + 32 * half :], codes[i, k]
+            low_shift, high_shift = np.uint8(quarter // 2 * 4), np.uint8(2 * quarter)
+            for j in range(c.size):
+                c[j] = ql[j] >> low_shift & 15 | (qh[j] >> high_shift & 3) << 4
+
+
+@kernel
+def pack_q6_k(codes, blocks):
+    blocks, codes = blocks.reshape(-1, 210), codes.reshape(-1, 2, 4, 32)
+    for i in range(len(blocks)):
+        for half in range(2):
+            c0, c1, c2, c3 = codes[i, half, 0], codes[i, half, 1], codes[i, half, 2], codes[i, half, 3]
+            _pack_nibbles(c0, c2, blocks[i, 64 * half :])
+            _pack_nibbles(c1, c3, blocks[i, 64 * half + 32 :])
+            qh = blocks[i, 128 + 32 * half :]
+            for j in range(c0.size):
+                qh[j] = c0[j] >> 4 & 3 | c1[j] >> 2 & 12 | c2[j] & 48 | (c3[j] & 48) << 2
