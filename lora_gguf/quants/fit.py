@@ -33,6 +33,11 @@ def around(n, reach):
     return np.float32(n) + np.float32(0.1) * np.array(tenths, np.float32)
 
 
+def nearest(t):
+    """int32, as ``_nearest``, of an array."""
+    return ((t + _ROUNDING).view(np.int32) & 0x7FFFFF) - 0x400000
+
+
 @kernel
 def _nearest(t):
     """The integer nearest to ``t``, ties to even; beyond 2**22 whatever ggml's bit trick gives: for infinity -2**22."""
@@ -292,8 +297,9 @@ def fit_positive(x, w, numerators, scales, codes):
         for _ in range(5):
             _positive_descend(xs, ws, highest, levels, state)
         for v in range(min(LANES, len(x) - first)):
-            has_scale = state[LARGEST, v] != F0
-            scales[first + v] = state[SUM_WXL, v] / state[SUM_WL2, v] if has_scale else F0
+            has_scale = not state[LARGEST, v] < _TINY
+            scale = state[SUM_WXL, v] / state[SUM_WL2, v] if state[SUM_WL2, v] > F0 else F0
+            scales[first + v] = scale if has_scale else F0
             for j in range(n):
                 codes[first + v, j] = np.int32(levels[j, v]) if has_scale else 0
 

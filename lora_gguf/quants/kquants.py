@@ -12,15 +12,161 @@ import numpy as np
 from lora_gguf.quants import fit, kquants_blocks, quant
 
 
-def _k_quant(name, encode=None, group=0, code_max=0):
+def _importance_weights(weights, importance, factor):
+    """importance * sqrt(factor * the super-block's mean square + the weight's own square), shaped as the weights."""
+    squares = weights * weights
+    mean_squares = np.float32(factor) * fit.sums(squares.reshape(-1, 256)) / np.float32(256)
+    spread = np.sqrt(mean_squares[:, None] + squares.reshape(-1, 256))
+    return importance * spread.reshape(weights.shape)
+
+
+def _root_mean_square_plus(x):
+    return np.sqrt(fit.sums(x * x) / np.float32(x.shape[1]))[:, None] + np.abs(x)
+
+
+def _store_f16(values, blocks, at):
+    """Writes ``values`` (blocks,) as f16 and returns them so rounded."""
+    halves = values.astype(np.float16)
+    blocks[:, at : at + 2] = halves[:, None].view(np.uint8)
+    return halves.astype(np.float32)[:, None]
+
+
+def _round_scales(values, code_max):
+    """Codes (super-blocks, groups) uint8 and the f32 scale that makes ``code_max`` of a super-block's largest value."""
+    largest = np.fmax(np.fmax.reduce(values, axis=1), np.float32(0))
+    inverse = np.where(largest > 0, np.float32(code_max) / largest, np.float32(0))
+    return fit.nearest(inverse[:, None] * values).astype(np.uint8), largest / np.float32(code_max)
+
+
+def _fit_scales(values, importance_sums, code_max):
+    """As ``_round_scales``, by ggml's search."""
+    codes, scales = np.empty(values.shape, np.uint8), np.empty(len(values), np.float32)
+    fit.fit_positive(values, importance_sums, fit.around(code_max, 4), scales, codes)
+    return codes, scales
+
+
+def _fit_minimum_type(x, w, tries, absolute, scale_max, has_importance):
+    """Codes (groups, n), then codes and scale of the super-blocks' scales, then of their minima."""
+    n_groups = 256 // x.shape[1]
+    scales, minima, codes = np.empty(len(x), np.float32), np.empty(len(x), np.float32), np.empty(x.shape, np.int8)
+    fit.fit_affine(x, w, tries, absolute, scales, minima, codes)
+    scales, minima = scales.reshape(-1, n_groups), minima.reshape(-1, n_groups)
+    if has_importance:
+        importance_sums = fit.sums(w).reshape(-1, n_groups)
+        return codes, *_fit_scales(scales, importance_sums, scale_max), *_fit_scales(minima, importance_sums, scale_max)
+    return codes, *_round_scales(scales, scale_max), *_round_scales(minima, scale_max)
+
+
+@np.errstate(all="ignore")
+def encode_q2_k(weights, importance, blocks):
+    x, blocks = weights.reshape(-1, 16), blocks.reshape(-1, 84)
+    if importance.size:
+        w, tries = _importance_weights(weights, importance, 1).reshape(x.shape), fit.upward(3, -0.9, 0.05, 37)
+    else:
+        w, tries = np.abs(x), fit.upward(3, -0.5, 0.1, 16)
+    codes, scale_codes, d, minimum_codes, dmin = _fit_minimum_type(x, w, tries, not importance.size, 15, importance.size)
+    scales = scale_codes | minimum_codes << 4
+    blocks[:, :16] = scales
+    steps, lows = _store_f16(d, blocks, 80) * (scales & 15), _store_f16(dmin, blocks, 82) * (scales >> 4)
+    fit.recode(x, steps.reshape(-1), lows.reshape(-1), np.int32(0), np.int32(3), codes)
+    kquants_blocks.pack_q2_k(codes, blocks)
+
+
+def _encode_k4(block_bytes, code_max, reference_tries, pack):
+    """Q4_K and Q5_K: the same scales, one bit more in a code."""
+
+    @np.errstate(all="ignore")
+    def encode(weights, importance, blocks):
+        x, blocks = weights.reshape(-1, 32), blocks.reshape(-1, block_bytes)
+        if importance.size:
+            w, tries = _importance_weights(weights, importance, 2).reshape(x.shape), fit.upward(code_max, -0.9, 0.05, 37)
+        else:
+            w, tries = _root_mean_square_plus(x), reference_tries
+        codes, scale_codes, d, minimum_codes, dmin = _fit_minimum_type(x, w, tries, False, 63, importance.size)
+        if code_max == 31 or not importance.size:
+            scale_codes, minimum_codes = np.minimum(scale_codes, 63), np.minimum(minimum_codes, 63)
+        _store_f16(d, blocks, 0)
+        _store_f16(dmin, blocks, 2)
+        _store_six_bit_pairs(scale_codes, minimum_codes, blocks[:, 4:16])
+        steps, lows = np.empty((len(blocks), 8), np.float32), np.empty((len(blocks), 8), np.float32)
+        kquants_blocks.steps_and_lows(blocks, steps, lows)
+        fit.recode(x, steps.reshape(-1), lows.reshape(-1), np.int32(0), np.int32(code_max), codes)
+        pack(codes, blocks)
+
+    return encode
+
+
+def _store_six_bit_pairs(scales, minima, out):
+    out[:, :4] = scales[:, :4] | scales[:, 4:] >> 4 << 6
+    out[:, 4:8] = minima[:, :4] | minima[:, 4:] >> 4 << 6
+    out[:, 8:] = scales[:, 4:] & 15 | minima[:, 4:] << 4
+
+
+def _extreme(values):
+    """The first value of the largest magnitude of each row, NaN aside, (rows, 1)."""
+    values = np.where(np.isnan(values), np.float32(0), values)
+    return np.take_along_axis(values, np.argmax(np.abs(values), axis=1)[:, None], axis=1)
+
+
+@np.errstate(all="ignore")
+def encode_q3_k(weights, importance, blocks):
+    x, blocks = weights.reshape(-1, 16), blocks.reshape(-1, 110)
+    scales, codes = np.empty(len(x), np.float32), np.empty(x.shape, np.int8)
+    if importance.size:
+        w = _importance_weights(weights, importance, 2).reshape(x.shape)
+        fit.fit_symmetric(x, w, -fit.around(4, 9), scales, codes)
+        d, scale_codes = np.empty(len(blocks), np.float32), np.empty((len(blocks), 16), np.int8)
+        fit.fit_symmetric(scales.reshape(-1, 16), fit.sums(w).reshape(-1, 16), -fit.around(32, 9), d, scale_codes)
+    else:
+        fit.fit_by_descent(x, scales, codes)
+        extreme = _extreme(scales.reshape(-1, 16))
+        inverse = np.float32(-32) / extreme
+        rounded = np.clip(fit.nearest(inverse * scales.reshape(-1, 16)).astype(np.int8), -32, 31) + np.int8(32)
+        scale_codes = np.where(extreme != 0, rounded, np.int8(0))
+        d = np.where(extreme != 0, np.float32(1) / inverse, np.float32(0)).reshape(-1)
+    _store_six_bits(scale_codes.view(np.uint8), blocks[:, 96:108])
+    steps = _store_f16(d, blocks, 108) * (scale_codes - np.float32(32))
+    fit.recode(x, steps.reshape(-1), np.zeros(len(x), np.float32), np.int32(-4), np.int32(3), codes)
+    kquants_blocks.pack_q3_k(codes, blocks)
+
+
+def _store_six_bits(scales, out):
+    out[:, :8] = scales[:, :8] & 15 | scales[:, 8:] << 4
+    high = scales >> 4
+    out[:, 8:] = high[:, :4] | high[:, 4:8] << 2 | high[:, 8:12] << 4 | high[:, 12:] << 6
+
+
+@np.errstate(all="ignore")
+def encode_q6_k(weights, importance, blocks):
+    x, blocks = weights.reshape(-1, 16), blocks.reshape(-1, 210)
+    scales, codes = np.empty(len(x), np.float32), np.empty(x.shape, np.int8)
+    w = np.broadcast_to(importance, weights.shape).reshape(x.shape) if importance.size else x * x
+    fit.fit_symmetric(x, w, -fit.around(32, 9), scales, codes)
+    scales = scales.reshape(-1, 16)
+    extreme = _extreme(scales)
+    is_zero = np.abs(extreme) < np.float32(1e-15)
+    inverse = np.float32(-128) / extreme
+    scale_codes = np.where(is_zero, 0, np.minimum(fit.nearest(inverse * scales), 127)).astype(np.int8)
+    d = np.where(is_zero, np.float32(0), np.float32(1) / inverse).reshape(-1)
+    blocks[:, 192:208] = scale_codes.view(np.uint8)
+    steps = _store_f16(d, blocks, 208) * scale_codes
+    codes.reshape(-1, 256)[is_zero[:, 0]] = 0
+    fit.recode(x, steps.reshape(-1), np.zeros(len(x), np.float32), np.int32(-32), np.int32(31), codes)
+    kquants_blocks.pack_q6_k(codes, blocks)
+
+
+def _k_quant(name, encode, group, code_max):
     kernels = {step: getattr(kquants_blocks, f"{step}_{name.lower()}") for step in ("decode", "unpack", "pack")}
     return quant(name, **kernels, encode=encode, group=group, code_max=code_max)
 
 
+_encode_q4_k = _encode_k4(144, 15, fit.upward(15, -1, 0.1, 21), kquants_blocks.pack_q4_k)
+_encode_q5_k = _encode_k4(176, 31, fit.upward(31, -0.5, 0.1, 16), kquants_blocks.pack_q5_k)
+
 K_QUANTS = [
-    _k_quant("Q2_K", group=16, code_max=3),
-    _k_quant("Q3_K", group=16, code_max=7),
-    _k_quant("Q4_K", group=32, code_max=15),
-    _k_quant("Q5_K", group=32, code_max=31),
-    _k_quant("Q6_K", group=16, code_max=63),
+    _k_quant("Q2_K", encode_q2_k, group=16, code_max=3),
+    _k_quant("Q3_K", encode_q3_k, group=16, code_max=7),
+    _k_quant("Q4_K", _encode_q4_k, group=32, code_max=15),
+    _k_quant("Q5_K", _encode_q5_k, group=32, code_max=31),
+    _k_quant("Q6_K", encode_q6_k, group=16, code_max=63),
 ]
