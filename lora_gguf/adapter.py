@@ -1,42 +1,46 @@
-"""Read a PEFT adapter directory: its configuration, and its tensors as low-rank updates of Hugging Face modules."""
+"""Read an adapter directory: its configuration, and its tensors as updates of Hugging Face modules."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from lora_gguf import adapter_config
+from lora_gguf.adapter_config import kind_of
 from lora_gguf.errors import FileError, MalformedError, NumericError, printable
+from lora_gguf.kinds import KINDS, SHARED, Module, pattern_value, scale_of, trainable_tokens
 from lora_gguf.lora import LoraPair, check_finite
-from lora_gguf.patterns import first_match
+from lora_gguf.updates import Replaced, Update
 from lora_gguf.weights import read_weights
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin")
+WEIGHTS = (
+    "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin",
+    "adapter_model.bin.index.json", "adapters.safetensors",
+)  # fmt: skip
 PREFIX = "base_model.model."
-# a PEFT tensor: module path, factor, and the adapter's name where it was not removed when saving
-TENSOR = re.compile(
-    r"(?P<path>.+?)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.(?!weight$)(?P<adapter>[^.]+))?(\.weight)?"
-)
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+WHOLE = re.compile(r"(?P<path>.+?)(\.modules_to_save(\.[^.]+)?)?\.(?P<part>weight|bias)")
+# the order in which modules of packed experts register their parameters
+PARAMETERS = ("gate_up_proj", "gate_proj", "w1", "up_proj", "v1", "w3", "down_proj", "w2", "weight")
 
 
 @dataclass
 class Adapter:
     """An adapter in Hugging Face terms.
 
-    ``pairs`` are named by module path (``model.layers.0.self_attn.q_proj``), in the layout that the module's weight has in
+    ``updates`` are named by module path (``model.layers.0.self_attn.q_proj``), in the layout that the module's weight has in
     Hugging Face: (out, in). ``ignored`` maps tensors that are no update to the reason.
     """
 
     label: str
     directory: Path
     config: dict
-    pairs: list[LoraPair]
+    updates: list[LoraPair | Update]
     ignored: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -44,22 +48,28 @@ class Adapter:
         """What the adapter says that it was trained on; an empty string where it does not say."""
         return printable(self.config.get("base_model_name_or_path", ""), 100)
 
+    @property
+    def invocation_tokens(self) -> list[int]:
+        """aLoRA: the token ids after which the adapter is active; empty for an adapter that always is."""
+        return self.config.get("alora_invocation_tokens", [])
 
-def read_adapter(directory: str | os.PathLike) -> Adapter:
+
+def read_adapter(directory: str | os.PathLike, expert_b_layout: str | None = None) -> Adapter:
     """Read ``adapter_config.json`` and the weights beside it.
 
-    Raises ``MalformedError``, ``UnsupportedError`` (a kind of adapter), ``NumericError`` (NaN, infinity), ``FileError``.
+    ``expert_b_layout`` (rank-major or expert-major) is how the B's of packed experts lie, where the adapter itself does not
+    say. Raises ``MalformedError``, ``UnsupportedError`` (a kind of adapter), ``NumericError`` (NaN, infinity), ``FileError``.
     """
     directory = adapter_directory(directory)
     config = adapter_config.read_config(directory)
     adapter_config.check_supported(config)
-    weights_path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
-    if weights_path is None:
+    path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
+    if path is None:
         raise FileError(f"{printable(directory)}: expected {WEIGHTS[0]} or {WEIGHTS[2]}, found neither: download it again")
-    tensors = {name: as_f32(name, array) for name, array in read_weights(weights_path).items()}
-    check_all_finite(tensors, weights_path.name)
-    pairs, ignored = lora_pairs(tensors, config, weights_path.name)
-    return Adapter(printable(directory.resolve().name), directory, config, pairs, ignored)
+    tensors = {name: as_f32(name, array) for name, array in read_weights(path).items()}
+    check_all_finite(tensors, path.name)
+    updates, ignored = updates_of(tensors, config, path.name, expert_b_layout)
+    return Adapter(printable(directory.resolve().name), directory, config, updates, ignored)
 
 
 def adapter_directory(path: str | os.PathLike) -> Path:
@@ -77,7 +87,7 @@ def adapter_directory(path: str | os.PathLike) -> Path:
 
 
 def as_f32(name: str, array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind != "f":
+    if array.dtype.kind != "f" and not name.endswith("ranknum"):
         raise MalformedError(f"{printable(name)}: expected floating-point numbers, found {array.dtype}: download it again")
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, np.float32)
@@ -89,71 +99,120 @@ def check_all_finite(tensors: dict[str, np.ndarray], label: str) -> None:
         raise NumericError(f"{found[0]}: expected finite numbers: the adapter is broken, train or download it again", found)
 
 
-def lora_pairs(tensors: dict[str, np.ndarray], config: dict, label: str) -> tuple[list[LoraPair], dict[str, str]]:
+def updates_of(
+    tensors: dict[str, np.ndarray], config: dict, label: str, expert_b_layout: str | None = None
+) -> tuple[list[LoraPair | Update], dict[str, str]]:
     """The updates in ``tensors``, and the tensors that are none with the reason. Raises with all offenders."""
-    modules: dict[str, dict[str, str]] = defaultdict(dict)
-    ignored, strange = {}, []
-    for name in tensors:
-        match = TENSOR.fullmatch(name)
-        if match:
-            _add_factor(modules[module_path(match["path"])], match["factor"], name, strange)
-        elif ".base_layer." in name:
-            ignored[name] = "a copy of the base's own weight"
-        else:
-            strange.append(f"{name}: neither lora_A nor lora_B")
-    pairs = []
-    for path, factors in modules.items():
+    modules, updates, ignored, strange = sort_tensors(tensors, config)
+    for module in modules:
         try:
-            pairs.append(_pair(path, factors, tensors, config))
+            updates += module_updates(module, modules, expert_b_layout)
         except MalformedError as error:
             strange.append(str(error))
     if strange:
         raise MalformedError(f"{label}: {strange[0]}", strange if len(strange) > 1 else ())
-    if not pairs:
-        raise MalformedError(f"{label}: expected lora_A and lora_B tensors, found none: it is no LoRA adapter")
-    return pairs, ignored
+    if not updates:
+        raise MalformedError(f"{label}: expected the tensors of a {kind_of(config)} adapter, found none: it is no adapter")
+    return updates, ignored
+
+
+def sort_tensors(tensors: dict[str, np.ndarray], config: dict):
+    """``tensors`` as modules with adapter factors, updates by whole tensors, ignored ones with the reason, strange ones."""
+    kind_factors = (*KINDS[kind_of(config)][1], "trainable_tokens_delta")
+    pattern = re.compile(
+        rf"(?P<path>.+?)\.(?P<factor>{'|'.join(kind_factors)})(\.(?!(weight|bias)$)[^.]+)?(?P<bias>\.bias)?(\.weight)?"
+    )
+    shared = {name: array for key in SHARED for name, array in tensors.items() if name.split(".")[1:2] == [key]}
+    shared_factors = {name.split(".")[1]: array for name, array in shared.items()}
+    modules: dict[str, Module] = {}
+    updates, ignored, strange = [], {name: "shared by the modules that it is applied with" for name in shared}, []
+    for name, array in tensors.items():
+        match = pattern.fullmatch(name)
+        if match:
+            path = module_path(match["path"])
+            module = modules.setdefault(path, Module(path, {}, {}, config, shared_factors))
+            factor = match["factor"] + (match["bias"] or "")
+            if factor in module.factors:
+                strange.append(f"{name}: the same factor as {module.names[factor]}: save one adapter alone")
+            module.factors[factor], module.names[factor] = array, name
+        elif name in shared:
+            continue
+        elif ".base_layer.weight" in name or ".original_module." in name:
+            ignored[name] = "a copy of the base's own weight"
+        elif (match := WHOLE.fullmatch(name)) and array.ndim in (1, 2):
+            updates.append(whole(name, match, array))
+        else:
+            strange.append(f"{name}: no tensor of a {kind_of(config)} adapter is called so")
+    return list(modules.values()), updates, ignored, strange
+
+
+def whole(name: str, match: re.Match, array: np.ndarray) -> Replaced:
+    """A tensor that was trained and saved whole."""
+    values = array.reshape(-1, array.shape[-1])
+    path = module_path(match["path"]).removesuffix(".base_layer")
+    return Replaced(name=path, shape=values.shape, sources=(name,), part=match["part"], values=values)
 
 
 def module_path(path: str) -> str:
     """The path of a module in the base model: PEFT's wrapper and compilers' wrappers stripped."""
-    return path.removeprefix(PREFIX).replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+    for wrapper in WRAPPERS:
+        path = path.replace(wrapper, "")
+    return path.removeprefix(PREFIX).removesuffix(".token_adapter")
 
 
-def _add_factor(factors: dict[str, str], factor: str, name: str, strange: list[str]) -> None:
-    if factor in factors:
-        strange.append(f"{name}: the same factor as {factors[factor]}: save one adapter alone")
-    factors[factor] = name
+def module_updates(module: Module, modules: Iterable[Module], expert_b_layout: str | None) -> list[LoraPair | Update]:
+    if "trainable_tokens_delta" in module.factors:
+        return trainable_tokens(module)
+    target = packed_parameter(module, modules)
+    if target:
+        return [packed_pair(module, target, expert_b_layout)]
+    return KINDS[kind_of(module.config)][0](module)
 
 
-def _pair(path: str, factors: dict[str, str], tensors: dict[str, np.ndarray], config: dict) -> LoraPair:
-    embedding = "lora_embedding_A" in factors or "lora_embedding_B" in factors
-    wanted = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    if set(factors) != set(wanted):
-        raise MalformedError(f"{path}: expected {wanted[0]} and {wanted[1]}, found {', '.join(factors)}: save it again")
-    a, b = (tensors[factors[key]] for key in wanted)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in a.shape or 0 in b.shape:
-        raise MalformedError(f"{path}: {wanted[0]} {a.shape} and {wanted[1]} {b.shape} do not multiply: save it again")
-    scale = module_scale(path, a.shape[0], config)
-    if embedding:
-        a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
-    return LoraPair(path, a, b, scale, (factors[wanted[0]], factors[wanted[1]]))
+def packed_parameter(module: Module, modules: Iterable[Module]) -> str | None:
+    """The path of the parameter that the module's factors adapt, where it is one of PEFT's ``target_parameters``.
+
+    Several parameters of one module are nested in the order of their registration, the last outermost, and each
+    ``base_layer`` of the path leads one inward.
+    """
+    path = re.sub(r"(\.base_layer)+$", "", module.path)
+    found = [
+        target.rpartition(".")[2]
+        for target in module.config.get("target_parameters", ())
+        if f".{path}".endswith(f".{target.rpartition('.')[0]}") or not target.rpartition(".")[0]
+    ]
+    found.sort(key=lambda name: PARAMETERS.index(name) if name in PARAMETERS else len(PARAMETERS))
+    if not found:
+        return None
+    paths = {other.path for other in modules}
+    present = sum(1 for depth in range(len(found)) if path + ".base_layer" * depth in paths)
+    depth = module.path.count(".base_layer", len(path))
+    if depth >= len(found) or present != len(found):
+        raise module.malformed(f"expected factors for {', '.join(found)} (target_parameters), found {present}")
+    return f"{path}.{found[-1 - depth]}"
 
 
-def module_scale(path: str, rank: int, config: dict) -> float:
-    """PEFT's scale of a module: alpha / r, or alpha / sqrt(r); ``rank`` is what the tensors have and must be r."""
-    for required in ("r", "lora_alpha"):
-        if required not in config:
-            raise MalformedError(f"{adapter_config.NAME}: {required}: expected a number, found nothing: correct the file")
-    expected = pattern_value(config.get("rank_pattern"), path, config["r"])
-    if expected != rank:
-        raise MalformedError(
-            f"{path}: expected rank {expected} ({adapter_config.NAME}), found {rank}: the two files are not of one adapter"
-        )
-    alpha = pattern_value(config.get("alpha_pattern"), path, config["lora_alpha"])
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+def packed_pair(module: Module, target: str, expert_b_layout: str | None) -> LoraPair:
+    """The pair of a parameter; of packed experts (E, r, x) and (E, y, r), which axis is in or out unknown as yet."""
+    b, a = module.matrices("lora_B", "lora_A")
+    config = module.config
+    rank = pattern_value(config.get("rank_pattern"), target, config.get("r", 0))
+    if not rank or len(a) % rank or b.shape[1] != len(a):
+        raise module.malformed(f"expected a multiple of rank {rank}, found lora_A {a.shape} and lora_B {b.shape}")
+    scale = scale_of(target, rank, config)
+    n = len(a) // rank
+    path = target.removesuffix(".weight")
+    if n == 1:
+        return LoraPair(path, a, b, scale, module.sources)
+    by_expert = b.reshape(len(b), n, rank) if is_expert_major(target, config, expert_b_layout) else b.reshape(len(b), rank, n).swapaxes(1, 2)
+    b = np.ascontiguousarray(by_expert.swapaxes(0, 1))
+    return LoraPair(path, a.reshape(n, rank, -1), b, scale, module.sources)
 
 
-def pattern_value(pattern: dict | None, path: str, default):
-    """The value of the first key of ``pattern`` that matches ``path`` as in PEFT; else ``default``."""
-    key = first_match(pattern, path) if pattern else None
-    return default if key is None else pattern[key]
+def is_expert_major(target: str, config: dict, expert_b_layout: str | None) -> bool:
+    """Whether the columns of B lie expert by expert (Unsloth until September 2026), not rank by rank (PEFT)."""
+    fused = config.get("unsloth_fused_expert_lora", {}).get("parameters", {})
+    named = next((entry for name, entry in fused.items() if target.endswith(name)), {}) if isinstance(fused, dict) else {}
+    layout = named.get("lora_B_layout") if isinstance(named, dict) else None
+    layout = layout or config.get("lora_B_layout")
+    return layout == "grouped_by_expert" if layout else expert_b_layout == "expert-major"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_gguf.errors import FileError, MalformedError, UnsupportedError, printable
+from lora_gguf.kinds import KINDS
 
 NAME = "adapter_config.json"
 MAX_BYTES = 16 << 20
@@ -35,7 +36,7 @@ def _is_map_of(test: Callable) -> Callable:
 
 
 # what a field must be -> (its test, its description); null passes for every field and means that it is absent
-KINDS: dict[str, tuple[Callable, str]] = {
+TYPES: dict[str, tuple[Callable, str]] = {
     "text": (lambda v: isinstance(v, str), "a string"),
     "flag": (lambda v: isinstance(v, bool), "true or false"),
     "number": (_is_number, "a finite number"),
@@ -71,6 +72,16 @@ FIELDS = {
     "arrow_config": "object",
     "monteclora_config": "object",
     "megatron_config": "object",
+    "alpha": "number",
+    "save_projection": "flag",
+    "token_indices": "indices",
+    "block_share": "flag",
+    "coft": "flag",
+    "eps": "number",
+    "use_cayley_neumann": "flag",
+    "num_cayley_neumann_terms": "count",
+    "lora_B_layout": "text",
+    "unsloth_fused_expert_lora": "object",
     "init_lora_weights": "init",
     "modules_to_save": "names",
     "trainable_token_indices": "tokens",
@@ -81,21 +92,16 @@ FIELDS = {
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # field -> why its adapter is refused and what to do
 REFUSED = {
-    "use_dora": "DoRA is not supported yet: merge it with PEFT",
-    "lora_bias": "a bias beside B has no place in an adapter GGUF: train with lora_bias=false",
     "use_qalora": "QA-LoRA changes the base's zero points: merge it with PEFT",
-    "use_bdlora": "block-diagonal LoRA is not supported yet: merge it with PEFT",
+    "use_bdlora": "block-diagonal LoRA is not supported: merge it with PEFT",
     "velora_config": "VeLoRA is not supported: merge it with PEFT",
     "kasa_config": "KaSA is not supported: merge it with PEFT",
     "arrow_config": "Arrow routes between adapters at run time: convert one of them",
     "monteclora_config": "MonteCLoRA is not supported: merge it with PEFT",
     "megatron_config": "Megatron adapters are not supported: save the adapter in PEFT's own layout",
-    "modules_to_save": "whole modules are not supported yet: merge it with PEFT",
-    "trainable_token_indices": "trained tokens are not supported yet: merge it with PEFT",
     "layer_replication": "layer replication makes another model: merge it with PEFT",
-    "alora_invocation_tokens": "aLoRA is not supported yet: it is active only after its tokens",
-    "target_parameters": "target_parameters are not supported yet: merge it with PEFT",
 }
+UNSUPPORTED_KIND = "turn it into LoRA with PEFT's convert_to_lora, or merge it with PEFT"
 
 
 def read_json(path: Path) -> dict:
@@ -132,7 +138,7 @@ def read_config(directory: Path) -> dict:
     """The checked fields of ``adapter_config.json``: null fields are left out, unknown ones kept as they are."""
     config = {key: value for key, value in read_json(directory / NAME).items() if value is not None}
     for field, kind in FIELDS.items():
-        test, description = KINDS[kind]
+        test, description = TYPES[kind]
         if field in config and not test(config[field]):
             raise MalformedError(
                 f"{NAME}: {field}: expected {description}, found {printable(repr(config[field]), 60)}: correct the file"
@@ -142,11 +148,9 @@ def read_config(directory: Path) -> dict:
 
 def check_supported(config: dict) -> None:
     """Raise ``UnsupportedError``, with all reasons, for an adapter that can't be converted or merged."""
-    kind = config.get("peft_type", "LORA").upper()
-    reasons = [] if kind == "LORA" else [f"peft_type {printable(kind, 40)} is not supported: merge it with PEFT"]
+    kind = kind_of(config)
+    reasons = [] if kind in KINDS else [f"peft_type {printable(kind, 40)} is not supported: {UNSUPPORTED_KIND}"]
     reasons += [f"{field}: {why}" for field, why in REFUSED.items() if config.get(field)]
-    if config.get("bias", "none") != "none":
-        reasons.append("bias: trained biases are not supported yet: train with bias='none'")
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(BASE_CHANGING_INITS):
         reasons.append(
@@ -155,3 +159,8 @@ def check_supported(config: dict) -> None:
         )
     if reasons:
         raise UnsupportedError(f"{NAME}: {reasons[0]}", reasons if len(reasons) > 1 else ())
+
+
+def kind_of(config: dict) -> str:
+    """The ``peft_type`` in capitals; LORA where the file does not say."""
+    return config.get("peft_type", "LORA").upper()

@@ -45,13 +45,18 @@ class Architecture:
     """``hf`` are the class names in config.json's ``architectures``.
 
     ``ignored_at_run_time`` matches the GGUF names on which llama.cpp does not apply adapters.
-    ``fused_experts`` tells that gate and up of the experts stay one tensor.
+    ``fused_experts`` tells that gate and up of the experts stay one tensor. ``norm_shift`` is what GGUF adds to the norms
+    (None: different things to each). ``other_vocabulary``: the GGUF has fewer or more rows of embedding than Hugging Face;
+    ``headless``: no output layer, so that no head is tied to the embedding.
     """
 
     hf: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     ignored_at_run_time: str | None = None
     fused_experts: bool = False
+    norm_shift: float | None = 0.0
+    other_vocabulary: bool = False
+    headless: bool = False
 
 
 def rows(pattern: str, *ops: Op) -> Rule:
@@ -141,7 +146,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         ROTARY,
     ),
-    "llama-embed": Architecture(("LlamaBidirectionalModel",), ROTARY),
+    "llama-embed": Architecture(("LlamaBidirectionalModel",), ROTARY, headless=True),
     "llama4": Architecture(("Llama4ForConditionalGeneration", "Llama4ForCausalLM")),
     "mistral3": Architecture(("Mistral3ForConditionalGeneration", "Ministral3ForCausalLM"), ROTARY),
     "mistral4": Architecture(("Mistral4ForCausalLM",), LATENT, LATENT_IGNORED, fused_experts=True),
@@ -225,17 +230,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3moe": Architecture(("Qwen3MoeForCausalLM",)),
     "qwen3vl": Architecture(("Qwen3VLForConditionalGeneration",)),
     "qwen3vlmoe": Architecture(("Qwen3VLMoeForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration")),
-    "qwen3next": Architecture(("Qwen3NextForCausalLM",), QWEN3NEXT),
-    "qwen35": Architecture(("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"), QWEN35),
-    "qwen35moe": Architecture(("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"), QWEN35),
-    "gemma": Architecture(("GemmaForCausalLM",)),
-    "gemma2": Architecture(("Gemma2ForCausalLM",)),
-    "gemma3": Architecture(("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")),
+    "qwen3next": Architecture(("Qwen3NextForCausalLM",), QWEN3NEXT, norm_shift=1.0),
+    "qwen35": Architecture(("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"), QWEN35, norm_shift=1.0),
+    "qwen35moe": Architecture(("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"), QWEN35, norm_shift=1.0),
+    "gemma": Architecture(("GemmaForCausalLM",), norm_shift=1.0),
+    "gemma2": Architecture(("Gemma2ForCausalLM",), norm_shift=1.0),
+    "gemma3": Architecture(
+        ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), norm_shift=1.0, other_vocabulary=True
+    ),
     "gemma3n": Architecture(
-        ("Gemma3nForConditionalGeneration", "Gemma3nForCausalLM"), (), r"altup_(proj|unembd|router)|per_layer_token_embd"
+        ("Gemma3nForConditionalGeneration", "Gemma3nForCausalLM"), (), r"altup_(proj|unembd|router)|per_layer_token_embd",
+        other_vocabulary=True,
     ),
     "gemma4": Architecture(("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"), fused_experts=True),
-    "gemma-embedding": Architecture(("Gemma3TextModel",), (), r"^dense_"),
+    "gemma-embedding": Architecture(("Gemma3TextModel",), (), r"^dense_", norm_shift=1.0, headless=True),
     "phi2": Architecture(("PhiForCausalLM",)),
     "phi3": Architecture(("Phi3ForCausalLM",)),
     "phimoe": Architecture(("PhiMoEForCausalLM", "PhimoeForCausalLM")),
@@ -289,11 +297,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm4": Architecture(("Glm4ForCausalLM", "Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration"), GLM_MROPE),
     "glm4moe": Architecture(("Glm4MoeForCausalLM", "Glm4vMoeForConditionalGeneration")),
     "plamo": Architecture(("PlamoForCausalLM",), (rows("q_proj", t.plamo), cols("o_proj", t.plamo))),
-    "plamo2": Architecture(("Plamo2ForCausalLM", "PLaMo2ForCausalLM")),
-    "plamo3": Architecture(("Plamo3ForCausalLM", "PLaMo3ForCausalLM")),
+    "plamo2": Architecture(("Plamo2ForCausalLM", "PLaMo2ForCausalLM"), norm_shift=None),
+    "plamo3": Architecture(("Plamo3ForCausalLM", "PLaMo3ForCausalLM"), norm_shift=None),
     "plm": Architecture(("PLMForCausalLM",), (), r"\.attn_(q|kv_a_mqa|kv_b)\.weight$"),
     "jais": Architecture(("JAISLMHeadModel",)),
-    "nemotron": Architecture(("NemotronForCausalLM",)),
+    "nemotron": Architecture(("NemotronForCausalLM",), norm_shift=1.0),
     "nemotron_h": Architecture(("NemotronHForCausalLM",), ROTARY, r"\.ffn_latent_"),
     "nemotron_h_moe": Architecture((), ROTARY, r"\.ffn_latent_"),
     "exaone": Architecture(("ExaoneForCausalLM",)),
@@ -316,8 +324,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         (),
         r"^cls\.|^position_embd|^token_types",
+        headless=True,
     ),
-    "nomic-bert": Architecture(("NomicBertModel",), (), r"^cls\.|^token_types"),
+    "nomic-bert": Architecture(("NomicBertModel",), (), r"^cls\.|^token_types", headless=True),
     "nomic-bert-moe": Architecture(
         (),
         (
@@ -325,15 +334,16 @@ ARCHITECTURES: dict[str, Architecture] = {
             packed(r"mlp\.experts\.mlp\.w2", "ffn_down_exps", transpose=True),
         ),
         r"^cls\.|^token_types",
+        headless=True,
     ),
-    "modern-bert": Architecture(("ModernBertModel", "ModernBertForMaskedLM", "ModernBertForSequenceClassification")),
-    "neo-bert": Architecture(("NeoBERT", "NeoBERTLMHead", "NeoBERTForSequenceClassification")),
-    "eurobert": Architecture(("EuroBertModel",)),
-    "jina-bert-v2": Architecture(("JinaBertModel", "JinaBertForMaskedLM")),
+    "modern-bert": Architecture(("ModernBertModel", "ModernBertForMaskedLM", "ModernBertForSequenceClassification"), headless=True),
+    "neo-bert": Architecture(("NeoBERT", "NeoBERTLMHead", "NeoBERTForSequenceClassification"), headless=True),
+    "eurobert": Architecture(("EuroBertModel",), headless=True),
+    "jina-bert-v2": Architecture(("JinaBertModel", "JinaBertForMaskedLM"), headless=True),
     "t5": Architecture(
         ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration", "UMT5Model")
     ),
-    "t5encoder": Architecture(("T5EncoderModel",)),
+    "t5encoder": Architecture(("T5EncoderModel",), headless=True),
     "dots1": Architecture(("Dots1ForCausalLM",)),
     "afmoe": Architecture(("AfmoeForCausalLM",)),
     "hunyuan-moe": Architecture(("HunYuanMoEV1ForCausalLM",)),

@@ -103,6 +103,15 @@ class Hparams:
             return DEFAULTS[key](lambda other: self.get(other, layer))
         return value
 
+    @property
+    def tied(self) -> bool:
+        """Whether one tensor is both the embedding and the head."""
+        if ARCHITECTURES[self.architecture].headless:
+            return False
+        if self.tensors is None:
+            return any(part.get("tie_word_embeddings") is True for part in self.configs)
+        return "token_embd.weight" in self.tensors and "output.weight" not in self.tensors
+
     def dims(self, layer: int | None) -> Dims:
         return Dims(self, layer)
 

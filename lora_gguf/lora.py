@@ -22,8 +22,8 @@ EMBEDDING = "token_embd.weight"
 class Piece:
     """A part of a Hugging Face weight, and where it goes: a gather of rows and columns, a factor a row, a transpose.
 
-    None means all rows, all columns, no factor; ``transpose`` comes last. The part becomes rows ``offset`` and on of the
-    GGUF tensor ``name``, or of the matrix at ``slot`` of its leading axis.
+    None means all rows, all columns, no factor; ``transpose`` comes last. The part becomes the GGUF tensor ``name``, or the
+    matrix at ``slot`` of its leading axis; with an ``offset`` only the rows from there on.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Piece:
     scale: np.ndarray | None = None
     transpose: bool = False
     slot: int | None = None
-    offset: int = 0
+    offset: int | None = None
 
 
 @dataclass
@@ -42,7 +42,8 @@ class LoraPair:
     ``a`` is (r, in) and ``b`` (out, r), f32 and contiguous, in the layout that the GGUF tensor has; for stacked experts
     both have a leading axis E: (E, r, in) and (E, out, r). ``scale`` is PEFT's: alpha / r, or alpha / sqrt(r).
     ``sources`` are the adapter's tensors that it comes from. In ``adapter.py``, before names and layouts are those of
-    GGUF, ``name`` is the path of the Hugging Face module.
+    GGUF, ``name`` is the path of the Hugging Face module, and ``wide`` says that only the first columns of ``a``, as many as
+    the module has, count.
     """
 
     name: str
@@ -50,6 +51,9 @@ class LoraPair:
     b: np.ndarray
     scale: float
     sources: tuple[str, ...] = ()
+    wide: bool = False
+
+    part = "weight"
 
     @property
     def rank(self) -> int:

@@ -137,6 +137,20 @@ def pieces(path: str, shape: tuple[int, int], hparams: Hparams) -> list[Piece]:
     return found
 
 
+def shape_in_base(path: str, hparams: Hparams) -> tuple[int, int] | None:
+    """(out, in) of the module's weight in Hugging Face's layout, from the base's tensors; None where it has none for it."""
+    whole, slot = split_expert(path)
+    n_rows = n_cols = 0
+    for out in plain_in_base(outs(whole, hparams), whole, hparams):
+        name = out_name(out, whole, slot, hparams)
+        if name is None or hparams.lacks(name, default=True):
+            return None
+        shape = hparams.tensors[name].shape
+        rows, n_cols = (shape[-1], shape[-2]) if out.transpose else (shape[-2] if len(shape) > 1 else 1, shape[-1])
+        n_rows += rows * (shape[0] if out.slots else 1)
+    return n_rows, n_cols
+
+
 def outs(path: str, hparams: Hparams) -> tuple[Out, ...]:
     """The rule of the architecture, or of all, for ``path``; a single plain tensor where there is none."""
     row = ARCHITECTURES.get(hparams.architecture, Architecture())

@@ -6,21 +6,26 @@ fit is reported at once.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from lora_gguf.adapter import Adapter
 from lora_gguf.architectures import ARCHITECTURES
-from lora_gguf.errors import MalformedError, MismatchError, printable
+from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, printable
 from lora_gguf.gguf_reader import GgufReader
 from lora_gguf.hparams import Hparams, from_base
 from lora_gguf.lora import EMBEDDING, LoraPair, Piece, read_adapter_gguf
-from lora_gguf.names import is_other_tower, layer_of, pieces
+from lora_gguf.names import is_other_tower, layer_of, pieces, shape_in_base
+from lora_gguf.transforms import fused, stacked
+from lora_gguf.updates import Replaced, Update
+
+HEAD = "output.weight"
 
 
 @dataclass(frozen=True)
@@ -35,39 +40,64 @@ class Account:
 
 @dataclass
 class Placement:
-    """``pairs`` in GGUF terms, one for each tensor, one ``Account`` for each tensor of the adapter, and warnings."""
+    """``pairs`` and ``updates`` in GGUF terms, an ``Account`` for each tensor of the adapter, and warnings.
+
+    There is one pair for each tensor at most; of ``updates``, which only a merge can carry out, several may change parts of
+    one. ``untied`` says that the base's head is tied to its embedding and the adapter tells them apart, so that a merge must
+    give the file an ``output.weight`` of its own, made from the base's ``token_embd.weight``. ``invocation_tokens`` (aLoRA)
+    say that the adapter is active only after these tokens, so that it can't be merged.
+    """
 
     pairs: list[LoraPair] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
     accounts: list[Account] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    untied: bool = False
+    invocation_tokens: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
         counts = Counter(account.outcome for account in self.accounts)
-        return f"{len(self.pairs)} tensors updated; of the adapter's, " + ", ".join(f"{n} {what}" for what, n in counts.items())
+        n_tensors = len({update.name for update in (*self.pairs, *self.updates)})
+        return f"{n_tensors} tensors updated; of the adapter's, " + ", ".join(f"{n} {what}" for what, n in counts.items())
 
 
 Part = tuple[Piece, LoraPair]
 
 
-def gguf_pairs(adapter: Adapter, base: GgufReader | Hparams) -> Placement:
+def gguf_pairs(
+    adapter: Adapter, base: GgufReader | Hparams, *, tied: str = "refuse", allow_unused: str | None = None
+) -> Placement:
     """Place all updates of ``adapter`` in ``base``: an open GGUF, or the dimensions in a ``config.json``.
 
-    Raises ``MismatchError`` that lists every update which does not fit, with the likely cause.
+    ``tied`` says what becomes of an adapted head or embedding where the base has one tensor for both: ``refuse``,
+    ``separate`` (see ``Placement``), or ``shared`` (the one tensor changes). What does not fit and whose name the regular
+    expression ``allow_unused`` finds is ignored. Raises ``MismatchError`` that lists every update which does not fit, with
+    the likely cause.
     """
     hparams = from_base(base) if isinstance(base, GgufReader) else base
-    placement = Placement(accounts=[Account(name, "ignored", "", why) for name, why in adapter.ignored.items()])
-    errors: list[str] = []
+    placement = Placement(invocation_tokens=adapter.invocation_tokens)
+    placement.accounts += [Account(name, "ignored", "", why) for name, why in adapter.ignored.items()]
     parts: dict[str, list[Part]] = {}
-    for pair in oriented(adapter.pairs, hparams):
-        errors += place(pair, hparams, parts, placement.accounts)
+    errors: list[str] = []
+    for update in oriented(adapter.updates, hparams):
+        found = place(update, hparams, parts, placement)
+        if found and allowed(update, allow_unused):
+            placement.accounts += [Account(name, "ignored", "", f"--allow-unused: {found[0]}") for name in update.sources]
+        else:
+            errors += found
     for name, found in parts.items():
         errors += combine(name, found, hparams, placement.pairs)
+    errors += resolve_tied(placement, hparams, tied)
     if errors:
         raise MismatchError(f"{adapter.label}: {errors[0]}: {likely_cause(adapter, hparams, errors)}", errors)
-    if not placement.pairs:
+    if not placement.pairs and not placement.updates:
         raise MismatchError(f"{adapter.label}: nothing in it belongs to the text model: it adapts other parts only")
     placement.warnings += run_time_warnings(placement.pairs, hparams)
     return placement
+
+
+def allowed(update: LoraPair | Update, pattern: str | None) -> bool:
+    return pattern is not None and any(re.search(pattern, name) for name in update.sources)
 
 
 def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader) -> Placement:
@@ -80,23 +110,23 @@ def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader) -> Placement:
             f"{label}: expected an adapter for {hparams.architecture} ({base.label}), found one for "
             f"{printable(architecture, 40)}: is it for another base model?"
         )
-    errors = [error for pair in pairs if (error := misfit(pair, hparams))]
+    errors = [error for pair in pairs if (error := misfit(pair.name, pair.shape, hparams))]
     if errors:
         raise MismatchError(f"{label}: {errors[0]}: is {base.label} the base it was trained on?", errors)
-    return Placement(pairs, [Account(name, "applied", pair.name) for pair in pairs for name in pair.sources])
+    return Placement(pairs, accounts=[Account(name, "applied", pair.name) for pair in pairs for name in pair.sources])
 
 
-def oriented(pairs: list[LoraPair], hparams: Hparams) -> list[LoraPair]:
-    """``pairs`` with those of packed experts (E, …) turned to (out, in).
+def oriented(updates: list[LoraPair | Update], hparams: Hparams) -> list[LoraPair | Update]:
+    """``updates`` with those of packed experts (E, …) turned to (out, in).
 
     PEFT's versions disagree on which axis of a packed parameter is in and which is out; the model's width tells. Where it
     is square it goes as the other parameters of the adapter do.
     """
-    packed = [pair for pair in pairs if pair.a.ndim == 3]
-    turns = [turn for pair in packed if (turn := is_turned(pair, hparams)) is not None]
-    default = bool(turns) and all(turns)
-    turned = {id(pair) for pair in packed if (is_turned(pair, hparams), default)[is_turned(pair, hparams) is None]}
-    return [pair.take(Piece(pair.name, transpose=True)) if id(pair) in turned else pair for pair in pairs]
+    turns = {id(pair): is_turned(pair, hparams) for pair in updates if len(pair.shape) == 3}
+    known = [turn for turn in turns.values() if turn is not None]
+    default = bool(known) and all(known)
+    turned = {key for key, turn in turns.items() if (default if turn is None else turn)}
+    return [pair.take(Piece(pair.name, transpose=True)) if id(pair) in turned else pair for pair in updates]
 
 
 def is_turned(pair: LoraPair, hparams: Hparams) -> bool | None:
@@ -108,26 +138,43 @@ def is_turned(pair: LoraPair, hparams: Hparams) -> bool | None:
     return (n_in if into_width else n_out) == width
 
 
-def place(pair: LoraPair, hparams: Hparams, parts: dict[str, list[Part]], accounts: list[Account]) -> list[str]:
-    """Add what ``pair`` (named by module path) becomes to ``parts``; return what is wrong with it."""
-    skipped = why_skipped(pair.name, hparams)
+def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Part]], placement: Placement) -> list[str]:
+    """Add what ``update`` (named by module path) becomes to ``parts`` or the placement; return what is wrong with it."""
+    skipped = why_skipped(update.name, hparams)
     if skipped:
-        accounts += [Account(name, "ignored", "", skipped) for name in pair.sources]
+        placement.accounts += [Account(name, "ignored", "", skipped) for name in update.sources]
         return []
     try:
-        found = pieces(pair.name, pair.shape[-2:], hparams)
+        found = pieces(update.name, shape_of(update, hparams), hparams)
+        if found and isinstance(update, LoraPair):
+            for piece in found:
+                parts.setdefault(piece.name, []).append((piece, trimmed(update, piece, hparams).take(piece)))
+            errors = []
+        else:
+            errors = place_update(update, found, hparams, placement)
     except ValueError:
-        return [f"{pair.name}: shape {pair.shape} does not divide as the heads of {hparams.label} do"]
-    except MalformedError as error:
-        return [f"{pair.name}: {error}"]
+        return [f"{update.name}: shape {update.shape} does not divide as the heads of {hparams.label} do"]
+    except (MalformedError, UnsupportedError) as error:
+        return [str(error) if update.name in str(error) else f"{update.name}: {error}"]
     if not found:
-        return [f"{pair.name}: no tensor of {hparams.architecture} is known by this name"]
-    for piece in found:
-        parts.setdefault(piece.name, []).append((piece, pair.take(piece)))
-    target = ", ".join(dict.fromkeys(piece.name for piece in found))
-    accounts += [Account(name, "applied", target) for name in pair.sources]
-    return []
+        return [f"{update.name}: no tensor of {hparams.architecture} is known by this name"]
+    if not errors:
+        targets = dict.fromkeys(part_name(piece, update) for piece in found)
+        if not getattr(update, "optional", False):
+            placement.accounts += [Account(name, "applied", ", ".join(targets)) for name in update.sources]
+    return errors
 
+
+def trimmed(pair: LoraPair, piece: Piece, hparams: Hparams) -> LoraPair:
+    """``pair`` with as many columns as the module has (VeRA), and as many rows as the vocabulary has (Gemma 3)."""
+    if pair.wide:
+        pair = replace(pair, a=pair.a[:, : shape_of(pair, hparams)[1]], wide=False)
+    shape = base_shape(piece.name, hparams)
+    if piece.name in (HEAD, EMBEDDING) and shape and ARCHITECTURES[hparams.architecture].other_vocabulary:
+        b = np.zeros((shape[0], pair.rank), np.float32)
+        b[: len(pair.b)] = pair.b[: shape[0]]
+        pair = replace(pair, b=b)
+    return pair
 
 def why_skipped(path: str, hparams: Hparams) -> str | None:
     """The reason why a module has no place in a text model's GGUF, or None."""
@@ -144,14 +191,11 @@ def why_skipped(path: str, hparams: Hparams) -> str | None:
 
 def combine(name: str, parts: list[Part], hparams: Hparams, pairs: list[LoraPair]) -> list[str]:
     """Make one pair of all ``parts`` of a tensor and add it to ``pairs``; return what is wrong with it."""
-    shape = None if hparams.tensors is None or name not in hparams.tensors else tuple(hparams.tensors[name].shape)
     try:
-        pair = parts[0][1] if len(parts) == 1 and parts[0][0].slot is None and not parts[0][0].offset else None
-        if pair is None or (shape and len(shape) == 3 and pair.a.ndim == 2):
-            pair = joined(name, parts, shape, hparams)
+        pair = joined(name, parts, base_shape(name, hparams), hparams)
     except MismatchError as error:
         return [f"{name}: {error}"]
-    error = misfit(pair, hparams)
+    error = misfit(name, pair.shape, hparams)
     if not error:
         pairs.append(pair)
     return [error] if error else []
@@ -159,70 +203,129 @@ def combine(name: str, parts: list[Part], hparams: Hparams, pairs: list[LoraPair
 
 def joined(name: str, parts: list[Part], shape: tuple[int, ...] | None, hparams: Hparams) -> LoraPair:
     """One pair of all parts: experts stacked, absent ones zero; rows of a fused tensor side by side, ranks added."""
-    sources = tuple(dict.fromkeys(source for _, pair in parts for source in pair.sources))
-    if parts[0][0].slot is not None:
+    piece, pair = parts[0]
+    sources = tuple(dict.fromkeys(source for _, part in parts for source in part.sources))
+    if piece.slot is not None:
         return stacked(name, parts, sources, shape[0] if shape and len(shape) == 3 else hparams.get("expert_count"))
-    if shape is None or all(piece.offset == 0 and pair.shape == shape for piece, pair in parts):
+    if piece.offset is None and len(parts) == 1:
+        return pair
+    if shape is None or any(other.offset is None for other, _ in parts):
         raise MismatchError("two modules claim it")
     return fused(name, parts, sources, shape)
 
 
-def stacked(name: str, parts: list[Part], sources: tuple[str, ...], n: int | None) -> LoraPair:
-    """Experts' pairs as one, (E, r, in) and (E, out, r); smaller ranks are padded with zeros."""
-    slots = [piece.slot for piece, _ in parts]
-    n = n or max(slots) + 1
-    if len(set(slots)) != len(slots) or max(slots) >= n:
-        raise MismatchError(f"expected experts 0 to {n - 1}, each once, found {max(slots)} and {len(slots)} in all")
-    shapes = {pair.shape for _, pair in parts}
-    if len(shapes) > 1:
-        raise MismatchError(f"its experts differ in shape: {sorted(shapes)}")
-    rank, (n_out, n_in) = max(pair.rank for _, pair in parts), parts[0][1].shape
-    scale = common_scale(parts)
-    a, b = np.zeros((n, rank, n_in), np.float32), np.zeros((n, n_out, rank), np.float32)
-    for piece, pair in parts:
-        a[piece.slot, : pair.rank] = pair.a
-        b[piece.slot, :, : pair.rank] = under_scale(pair, scale)
-    return LoraPair(name, a, b, scale, sources)
+def base_shape(name: str, hparams: Hparams) -> tuple[int, ...] | None:
+    """The shape of a tensor of the base, of its embedding for a head that is tied to it; None where it has none such."""
+    tensors = hparams.tensors or {}
+    if name == HEAD and hparams.tied:
+        name = EMBEDDING
+    return tuple(tensors[name].shape) if name in tensors else None
 
 
-def fused(name: str, parts: list[Part], sources: tuple[str, ...], shape: tuple[int, ...]) -> LoraPair:
-    """Pairs of some rows each as one of all rows: A one below the other, B block by block."""
-    scale, rank = common_scale(parts), sum(pair.rank for _, pair in parts)
-    a = np.concatenate([pair.a for _, pair in parts], axis=-2)
-    b, column = np.zeros((*shape[:-1], rank), np.float32), 0
-    for piece, pair in parts:
-        rows = slice(piece.offset, piece.offset + pair.b.shape[-2])
-        if rows.stop > shape[-2] or pair.b.shape[:-2] != shape[:-2]:
-            raise MismatchError(f"expected parts of {shape}, found {pair.shape} at row {piece.offset}")
-        b[..., rows, column : column + pair.rank] = under_scale(pair, scale)
-        column += pair.rank
-    return LoraPair(name, a, b, scale, sources)
-
-
-def common_scale(parts: list[Part]) -> float:
-    """The first scale that is not zero."""
-    return next((pair.scale for _, pair in parts if pair.scale), 1.0)
-
-
-def under_scale(pair: LoraPair, scale: float) -> np.ndarray:
-    """The B of ``pair`` for another scale."""
-    return pair.b if pair.scale == scale else (pair.b * np.float64(pair.scale / scale)).astype(np.float32)
-
-
-def misfit(pair: LoraPair, hparams: Hparams) -> str | None:
-    """What keeps ``pair`` (in GGUF terms) from the base, or None."""
-    if hparams.tensors is None:
+def misfit(name: str, shape: tuple[int, ...], hparams: Hparams) -> str | None:
+    """What keeps an update of ``shape`` from the base's tensor ``name``, or None."""
+    expected = base_shape(name, hparams)
+    if hparams.tensors is None or expected == shape:
         return None
-    info = hparams.tensors.get(pair.name)
-    if info is None and pair.name == "output.weight":
-        return f"{pair.name}: {hparams.label} has none: its head is tied to the embedding"
-    if info is None:
-        return f"{pair.name}: expected in {hparams.label}, not found"
-    if pair.name == EMBEDDING and "output.weight" not in hparams.tensors:
-        return f"{pair.name}: the embedding of {hparams.label} is also its head (tied): llama.cpp cannot run this adapter"
-    if tuple(info.shape) != pair.shape:
-        return f"{pair.name}: expected {tuple(info.shape)}, found {pair.shape}"
-    return None
+    return f"{name}: expected {expected}, found {shape}" if expected else f"{name}: expected in {hparams.label}, not found"
+
+
+def place_update(update: Update, found: list[Piece], hparams: Hparams, placement: Placement) -> list[str]:
+    """Add the parts of an update that isn't low rank to the placement; return what is wrong with it."""
+    if hparams.tensors is None:
+        return [f"{update.name}: {update.kind} needs the base's tensors: give --base BASE.gguf"]
+    taken, errors = [], []
+    for piece in found:
+        if update.part == "bias":
+            piece = bias_piece(update, piece)
+            if update.optional and piece.name not in hparams.tensors:
+                continue
+        part = shifted_norm(update, piece, hparams).take(piece)
+        shape = base_shape(piece.name, hparams) or ()
+        n_rows = math.prod(shape[:-1]) if shape else 0
+        if shape and part.shape[1] == shape[-1] and part.offset + part.shape[0] <= n_rows and (piece.slot is None or part.shape[0] == shape[-2]):
+            taken.append(part)
+        else:
+            errors.append(misfit(piece.name, part.shape, hparams) or f"{piece.name}: {part.shape} does not fit into {shape}")
+    if not errors:
+        placement.updates += taken
+    return errors
+
+
+def bias_piece(update: Update, piece: Piece) -> Piece:
+    """The place of a module's bias: the rows of its weight are the entries of its bias."""
+    if piece.offset is not None or piece.slot is not None or piece.scale is not None or piece.transpose:
+        raise UnsupportedError(f"{update.name}: a bias that GGUF stores fused or scaled ({piece.name}): merge it with PEFT")
+    return Piece(part_name(piece, update), cols=piece.rows)
+
+
+def part_name(piece: Piece, update: LoraPair | Update) -> str:
+    return piece.name.removesuffix("weight") + update.part if update.part == "bias" else piece.name
+
+
+def shifted_norm(update: Update, piece: Piece, hparams: Hparams) -> Update:
+    """A whole norm as the GGUF has it: some architectures add one to it."""
+    if not isinstance(update, Replaced) or "norm" not in piece.name or update.part == "bias":
+        return update
+    row = ARCHITECTURES[hparams.architecture]
+    if row.norm_shift is None:
+        raise UnsupportedError(f"{update.name}: whole norms of {hparams.architecture}: merge it with PEFT")
+    shift = 0.0 if piece.name.endswith("ssm_norm.weight") else row.norm_shift
+    return replace(update, values=update.values + np.float32(shift)) if shift else update
+
+
+def shape_of(update: LoraPair | Update, hparams: Hparams) -> tuple[int, int]:
+    """(out, in) of the module's weight in Hugging Face's layout; what the update does not know, the base does."""
+    shape = update.shape[-2:]
+    if update.part == "bias":
+        shape = (shape[1], 0)
+    if 0 not in shape and not getattr(update, "wide", False):
+        return shape
+    base = shape_in_base(update.name, hparams)
+    if base is None:
+        raise MalformedError(f"{update.name}: its shape depends on the base: give --base BASE.gguf, with a tensor for it")
+    return (shape[0] or base[0], base[1])
+
+
+def resolve_tied(placement: Placement, hparams: Hparams, tied: str) -> list[str]:
+    """Settle what happens to the head and the embedding where the base has one tensor for both; return what is wrong."""
+    if not hparams.tied:
+        return []
+    same_rows(placement)
+    touching = [update for update in (*placement.pairs, *placement.updates) if is_telling_apart(update)]
+    if not touching:
+        return []
+    if tied == "refuse":
+        return [f"{update.name}: head and embedding of {hparams.label} are one tensor (tied)" for update in touching]
+    if tied == "separate":
+        placement.untied = True
+        return []
+    shared = [pair for pair in placement.pairs if pair.name in (HEAD, EMBEDDING)]
+    if shared:
+        shape = base_shape(EMBEDDING, hparams)
+        sources = tuple(source for pair in shared for source in pair.sources)
+        pair = fused(EMBEDDING, [(Piece(EMBEDDING), pair) for pair in shared], sources, shape or shared[0].shape)
+        placement.pairs = [pair for pair in placement.pairs if pair not in shared] + [pair]
+    for update in placement.updates:
+        update.name = EMBEDDING if update.name == HEAD else update.name
+    return []
+
+
+def same_rows(placement: Placement) -> None:
+    """Drop a head that was saved whole beside an equal embedding: the two are still tied."""
+    embeddings = [update for update in placement.updates if update.name == EMBEDDING and isinstance(update, Replaced)]
+    for head in [update for update in placement.updates if update.name == HEAD and isinstance(update, Replaced)]:
+        if any(np.array_equal(head.values, embedding.values) for embedding in embeddings):
+            placement.updates.remove(head)
+            for embedding in embeddings:
+                embedding.shared = True
+
+
+def is_telling_apart(update: LoraPair | Update) -> bool:
+    """Whether the update makes a tied head and embedding differ. PEFT keeps single trained rows tied."""
+    if update.name not in (HEAD, EMBEDDING):
+        return False
+    return not (isinstance(update, Replaced) and (update.only is not None or update.shared))
 
 
 def run_time_warnings(pairs: list[LoraPair], hparams: Hparams) -> list[str]:
@@ -239,7 +342,7 @@ def likely_cause(adapter: Adapter, hparams: Hparams, errors: list[str]) -> str:
     """A guess at what went wrong, and what to do."""
     trained_on = f" (the adapter says {adapter.base_model})" if adapter.base_model else ""
     if any("tied" in error for error in errors):
-        return "train without lm_head and embed_tokens in target_modules, or untie the base"
-    if len(errors) == len(adapter.pairs):
+        return "merge with --tied separate or shared, or train without lm_head and embed_tokens"
+    if len(errors) == len(adapter.updates):
         return f"is {printable(hparams.label)} ({hparams.architecture}) the base it was trained on{trained_on}?"
-    return f"{len(errors)} of {len(adapter.pairs)} modules do not fit: is the base of the same size and version{trained_on}?"
+    return f"{len(errors)} of {len(adapter.updates)} modules do not fit: is the base of the same size and version{trained_on}?"

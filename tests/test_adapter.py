@@ -32,7 +32,7 @@ def directory(path, weights=None, **config):
 
 def test_reads_pairs_by_module_path(tmp_path):
     adapter = read_adapter(directory(tmp_path))
-    (pair,) = adapter.pairs
+    (pair,) = adapter.updates
     assert (pair.name, pair.shape, pair.rank, pair.scale) == (MODULE, (10, 6), 4, 2.0)
     assert pair.sources == tuple(tensors())
     np.testing.assert_array_equal(pair.b, list(tensors().values())[1])
@@ -40,7 +40,7 @@ def test_reads_pairs_by_module_path(tmp_path):
 
 def test_reads_the_folder_of_a_file_and_a_named_adapter(tmp_path):
     directory(tmp_path, tensors(middle=".default"))
-    assert read_adapter(tmp_path / "adapter_model.safetensors").pairs[0].name == MODULE
+    assert read_adapter(tmp_path / "adapter_model.safetensors").updates[0].name == MODULE
 
 
 @pytest.mark.parametrize(
@@ -56,13 +56,13 @@ def test_reads_the_folder_of_a_file_and_a_named_adapter(tmp_path):
     ],
 )
 def test_scale_of_a_module(tmp_path, config, scale):
-    assert read_adapter(directory(tmp_path, **config)).pairs[0].scale == scale
+    assert read_adapter(directory(tmp_path, **config)).updates[0].scale == scale
 
 
 def test_embeddings_become_vocabulary_by_width(tmp_path):
     a, b = np.ones((4, 100), np.float32), np.arange(24, dtype=np.float32).reshape(6, 4)
     prefix = "base_model.model.model.embed_tokens.lora_embedding_"
-    (pair,) = read_adapter(directory(tmp_path, {f"{prefix}A": a, f"{prefix}B": b})).pairs
+    (pair,) = read_adapter(directory(tmp_path, {f"{prefix}A": a, f"{prefix}B": b})).updates
     np.testing.assert_array_equal(pair.delta(), 2 * (b @ a).T)
 
 
@@ -97,7 +97,7 @@ def test_reads_a_configuration_with_a_byte_order_mark(tmp_path):
     directory(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert read_adapter(tmp_path).pairs
+    assert read_adapter(tmp_path).updates
 
 
 @pytest.mark.parametrize(
@@ -160,4 +160,4 @@ def test_missing_files_say_what_to_do(tmp_path):
 def test_copies_of_the_base_are_ignored_with_a_reason(tmp_path):
     name = f"base_model.model.{MODULE}.base_layer.weight"
     adapter = read_adapter(directory(tmp_path, tensors() | {name: np.ones((10, 6), np.float32)}))
-    assert len(adapter.pairs) == 1 and name in adapter.ignored
+    assert len(adapter.updates) == 1 and name in adapter.ignored

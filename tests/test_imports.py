@@ -9,7 +9,7 @@ import pytest
 from tests.common import ROOT
 
 # a module imports only from rows above it
-ORDER = """errors progress ggml kernel input_file gguf_reader output gguf_writer quants rounding patterns lora tensor_file pickle_reader torch_reader weights hub fetch adapter_config adapter
+ORDER = """errors progress ggml kernel input_file gguf_reader output gguf_writer quants rounding patterns lora updates kinds tensor_file pickle_reader torch_reader weights hub fetch adapter_config adapter
 transforms architectures hparams names placement convert sources requantize plan chunks retention merge tables cli __main__""".split()
 
 
