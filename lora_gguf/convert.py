@@ -34,7 +34,7 @@ def convert(
         raise UsageError(f"--outtype {outtype}: expected one of {', '.join(OUT_TYPES)}")
     adapter = read_adapter(directory, expert_b_layout)
     model = base_model(base, base_config)
-    placement = gguf_pairs(adapter, model, allow_unused=allow_unused)
+    placement = gguf_pairs(adapter, model, updates=True, allow_unused=allow_unused)
     check_low_rank(placement, adapter)
     inputs = [adapter.directory, *([base] if base else [])]
     write_adapter_gguf(out, placement.pairs, model.architecture, outtype, metadata(adapter), force=force, inputs=inputs)

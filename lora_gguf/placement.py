@@ -65,11 +65,16 @@ Part = tuple[Piece, LoraPair]
 
 
 def gguf_pairs(
-    adapter: Adapter, base: GgufReader | Hparams, *, tied: str = "refuse", allow_unused: str | None = None
+    adapter: Adapter,
+    base: GgufReader | Hparams,
+    *,
+    updates: bool = False,
+    tied: str = "refuse",
+    allow_unused: str | None = None,
 ) -> Placement:
     """Place all updates of ``adapter`` in ``base``: an open GGUF, or the dimensions in a ``config.json``.
 
-    ``tied`` says what becomes of an adapted head or embedding where the base has one tensor for both: ``refuse``,
+    Without ``updates`` an adapter that isn't low rank (``Placement.updates``) is refused. ``tied`` says what becomes of an adapted head or embedding where the base has one tensor for both: ``refuse``,
     ``separate`` (see ``Placement``), or ``shared`` (the one tensor changes). What does not fit and whose name the regular
     expression ``allow_unused`` finds is ignored. Raises ``MismatchError`` that lists every update which does not fit, with
     the likely cause.
@@ -92,6 +97,9 @@ def gguf_pairs(
         raise MismatchError(f"{adapter.label}: {errors[0]}: {likely_cause(adapter, hparams, errors)}", errors)
     if not placement.pairs and not placement.updates:
         raise MismatchError(f"{adapter.label}: nothing in it belongs to the text model: it adapts other parts only")
+    if placement.updates and not updates:
+        others = [f"{update.name}: {update.kind}" for update in placement.updates]
+        raise UnsupportedError(f"{adapter.label}: {others[0]}: not supported yet: merge it with PEFT", others)
     placement.warnings += run_time_warnings(placement.pairs, hparams)
     return placement
 
