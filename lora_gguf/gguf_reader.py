@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lora_gguf.errors import FileError, IntegrityError, MalformedError, UnsupportedError, printable
+from lora_gguf.errors import IntegrityError, MalformedError, UnsupportedError, printable
 from lora_gguf.ggml import TYPES, GgmlType
+from lora_gguf.input_file import impostor, open_input, read_at, read_into
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 MAX_STRING = 1 << 30
+MAX_KEY = (1 << 16) - 1
 MAX_ARRAY = 1 << 30
 MAX_NAME = 64
 MAX_DIMS = 4
@@ -99,9 +101,7 @@ class _Cursor:
         if at < 0 or at + n_bytes > len(self.window):
             self.require(n_bytes, what)
             length = min(max(n_bytes, self.WINDOW), self.size - self.position)
-            self.window, self.window_start, at = os.pread(self.fd, length, self.position), self.position, 0
-            if len(self.window) < n_bytes:
-                raise self.error(f"{what}: the file ends early")
+            self.window, self.window_start, at = read_at(self.fd, self.position, length, self.label), self.position, 0
         return at
 
     def unpack(self, layout: str, what: str):
@@ -114,13 +114,17 @@ class _Cursor:
         self.require(n_bytes, what)
         self.position += n_bytes
 
-    def string(self, what: str) -> str:
-        length = self.unpack("Q", what)
-        if length > MAX_STRING:
-            raise self.error(f"{what}: a string of {length} bytes")
+    def string(self, what: str, limit: int) -> str:
+        length = self.length(what, limit)
         at = self.fill(length, what)
         self.position += length
         return self.window[at : at + length].decode("utf-8", "surrogateescape")
+
+    def length(self, what: str, limit: int) -> int:
+        length = self.unpack("Q", what)
+        if length > limit:
+            raise self.error(f"{what}: a string of {length} bytes: expected at most {limit}")
+        return length
 
     def skip_strings(self, count: int, what: str) -> None:
         """Skip ``count`` strings; the loop stays inside the window, so 262k tokens take some 30 ms."""
@@ -147,10 +151,7 @@ class GgufReader:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.label = printable(self.path.name)
-        try:
-            self.fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise FileError(f"{printable(path)}: cannot open: {error.strerror}: check the path") from error
+        self.fd = open_input(path)
         try:
             self._read_header()
         except BaseException:
@@ -170,8 +171,6 @@ class GgufReader:
 
     def _read_header(self) -> None:
         status = os.fstat(self.fd)
-        if not os.path.isfile(self.path):
-            raise FileError(f"{printable(self.path)}: expected a GGUF file, found a directory or device")
         self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
         cursor = _Cursor(self.fd, self.size, self.label)
         self._read_preamble(cursor)
@@ -179,9 +178,10 @@ class GgufReader:
         self._read_tensor_table(cursor)
 
     def _read_preamble(self, cursor: _Cursor) -> None:
-        magic = os.pread(self.fd, 4, 0)
-        if magic != MAGIC:
-            raise MalformedError(f"{self.label}: not a GGUF file: expected the magic b'GGUF', found {magic!r}")
+        head = read_at(self.fd, 0, min(self.size, 32), self.label)
+        if not head.startswith(MAGIC):
+            what = impostor(head) or f"not a GGUF file: expected it to start with {MAGIC!r}, found {head[:4]!r}"
+            raise MalformedError(f"{self.label}: {what}")
         cursor.position = 4
         self.version = cursor.unpack("I", "version")
         if self.version and self.version & 0xFFFF == 0:
@@ -195,9 +195,9 @@ class GgufReader:
         self.kv: dict[str, KeyValue] = {}
         for _ in range(self.n_kv):
             start = cursor.position
-            key = cursor.string("a key")
+            key = cursor.string("a key", MAX_KEY)
             if not key or "\0" in key:
-                raise cursor.error(f"key {printable(key)!r} is empty or holds a NUL")
+                raise cursor.error(f"key '{printable(key)}' is empty or holds a NUL")
             if key in self.kv:
                 raise cursor.error(f"key {printable(key)} occurs twice")
             type_id = cursor.unpack("I", f"type of {printable(key)}")
@@ -211,7 +211,7 @@ class GgufReader:
         if type_id in SCALARS:
             cursor.skip(struct.calcsize("<" + SCALARS[type_id]), key)
         elif type_id == STRING:
-            cursor.string(key)
+            cursor.skip(cursor.length(key, MAX_STRING), key)
         elif type_id == ARRAY:
             item, count = cursor.unpack("I", key), cursor.unpack("Q", key)
             if count > MAX_ARRAY:
@@ -257,12 +257,10 @@ class GgufReader:
                 )
 
     def _read_tensor_info(self, cursor: _Cursor) -> TensorInfo:
-        name = cursor.string("a tensor name")
+        name = cursor.string("a tensor name", MAX_NAME - 1)
         label = printable(name)
         if not name or label != name:
-            raise cursor.error(f"tensor name {label!r} is empty or not printable")
-        if len(name.encode("utf-8", "surrogateescape")) >= MAX_NAME:
-            raise cursor.error(f"tensor name {label!r}: expected at most {MAX_NAME - 1} bytes")
+            raise cursor.error(f"tensor name '{label}' is empty or not printable")
         if name in self.tensors:
             raise cursor.error(f"tensor {label} occurs twice")
         n_dims = cursor.unpack("I", label)
@@ -292,9 +290,7 @@ class GgufReader:
         entry = self.kv.get(key)
         if entry is None:
             return default
-        raw = os.pread(self.fd, entry.end - entry.value, entry.value)
-        if len(raw) != entry.end - entry.value:
-            raise IntegrityError(f"{self.label}: {printable(key)}: the file changed while it was read")
+        raw = read_at(self.fd, entry.value, entry.end - entry.value, self.label)
         return decode_value(raw, entry.type)
 
     @cached_property
@@ -309,16 +305,7 @@ class GgufReader:
 
     def read_into(self, info: TensorInfo, offset: int, buffer) -> None:
         """Fill ``buffer`` (writable, contiguous) with the tensor's bytes from ``offset`` (bytes from its start) on."""
-        view = memoryview(buffer).cast("B")
-        position, done = self.data_position + info.offset + offset, 0
-        while done < len(view):
-            try:
-                n = os.preadv(self.fd, [view[done:]], position + done)
-            except OSError as error:
-                raise FileError(f"{self.label}: {info.name}: cannot read: {error.strerror}") from error
-            if n == 0:
-                raise IntegrityError(f"{self.label}: {info.name}: the file became shorter while it was read")
-            done += n
+        read_into(self.fd, self.data_position + info.offset + offset, buffer, f"{self.label}: {info.name}")
 
     def read(self, info: TensorInfo, first_row: int = 0, n_rows: int | None = None):
         """Rows ``first_row`` to ``first_row + n_rows`` as stored: uint8, shape (n_rows, row_bytes)."""
@@ -339,7 +326,7 @@ class GgufReader:
 def decode_value(raw: bytes, type_id: int):
     """The value in ``raw``, the bytes of one value as they stand in a file whose header was read without error."""
     if type_id in SCALARS:
-        return struct.unpack("<" + ("B" if type_id == 7 else SCALARS[type_id]), raw)[0] if type_id != 7 else raw != b"\0"
+        return struct.unpack("<" + SCALARS[type_id], raw)[0]
     if type_id == STRING:
         return raw[8:].decode("utf-8", "surrogateescape")
     item, count = struct.unpack_from("<IQ", raw)

@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lora_gguf.errors import FileError, HubError, IntegrityError, LoraGgufError, printable
+from lora_gguf.input_file import impostor
 
 RETRY_WAITS = (1, 2, 4)
 MAX_RETRY_AFTER = 60
@@ -205,8 +206,6 @@ def _verify(repo: Repo, file: RepoFile, path: Path) -> None:
 
 
 def _impostor(path: Path) -> str | None:
-    from lora_gguf.tensor_file import impostor
-
     with open(path, "rb") as file:
         return impostor(file.read(64))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lora_gguf.errors import FileError, IntegrityError, MalformedError, printable
+from lora_gguf.errors import MalformedError, printable
+from lora_gguf.input_file import open_input, read_at, read_into
 
 MAX_DIMS = 32
 
@@ -70,63 +70,26 @@ class InputFile:
     """A regular file open for reading; use as a context manager. ``label`` is its name, safe to print."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path, self.label = Path(path), printable(Path(path).name)
-        try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise FileError(f"{printable(path)}: expected a file, found a directory or device: check the path")
-            self.file = open(path, "rb", buffering=0)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not a path"
-            raise FileError(f"{printable(path)}: cannot open: {reason}: check the path") from error
-        self.size = os.fstat(self.file.fileno()).st_size
+        self.label = printable(Path(path).name)
+        self.fd = open_input(path)
+        self.size = os.fstat(self.fd).st_size
 
     def __enter__(self) -> InputFile:
         return self
 
     def __exit__(self, *_exc) -> None:
-        self.file.close()
-
-    def read_into(self, buffer, position: int) -> None:
-        """Fill ``buffer`` (writable, contiguous) with the bytes from ``position`` on."""
-        view, done = memoryview(buffer).cast("B"), 0
-        while done < len(view):
-            try:
-                self.file.seek(position + done)
-                n_bytes = self.file.readinto(view[done:])
-            except OSError as error:
-                raise FileError(f"{self.label}: cannot read: {error.strerror}") from error
-            if n_bytes == 0:
-                raise IntegrityError(f"{self.label}: the file became shorter while it was read")
-            done += n_bytes
+        os.close(self.fd)
 
     def read(self, position: int, n_bytes: int) -> bytes:
         """``n_bytes`` from ``position`` on; the caller has checked them against ``size``."""
-        buffer = bytearray(n_bytes)
-        self.read_into(buffer, position)
-        return bytes(buffer)
+        return read_at(self.fd, position, n_bytes, self.label)
 
     def read_array(self, position: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         """An array of ``shape`` from ``position`` on; the caller has checked its bytes against ``size``."""
         array = np.empty(shape, dtype)
         if array.size:
-            self.read_into(array.reshape(-1).view(np.uint8), position)
+            read_into(self.fd, position, array.reshape(-1).view(np.uint8), self.label)
         return array
-
-
-# how a file starts that is not what its name says -> what it is and what to do
-IMPOSTORS = (
-    (b"version https://git-lfs", "a Git LFS pointer instead of the weights: run git lfs pull, or download the file again"),
-    (b"<!doctype", "an HTML page instead of the weights: download the file again"),
-    (b"<html", "an HTML page instead of the weights: download the file again"),
-    (b"gguf", "a GGUF under a wrong name: rename it to .gguf"),
-    (b"pk\x03\x04", "a zip archive under a wrong name: a PyTorch file is called .bin"),
-)
-
-
-def impostor(head: bytes) -> str | None:
-    """What a file that starts with ``head`` is instead of weights, and what to do; None where nothing is known."""
-    start = head.lstrip().lower()
-    return next((what for magic, what in IMPOSTORS if start.startswith(magic)), None)
 
 
 def check_name(name, label: str) -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_gguf.errors import MalformedError, UnsupportedError, printable
+from lora_gguf.input_file import impostor
 from lora_gguf.pickle_reader import Builder, Refusal, load, set_item
-from lora_gguf.tensor_file import DTYPES, MAX_DIMS, InputFile, check_name, damaged, impostor
+from lora_gguf.tensor_file import DTYPES, MAX_DIMS, InputFile, check_name, damaged
 
 ZIP_MAGIC = b"PK\x03\x04"
 LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
@@ -181,7 +182,7 @@ def _archive(file: InputFile) -> dict[str, Entry]:
     """The entries by name without the archive's top folder; each lies in the file, stored, apart from all others."""
     _check_magic(file)
     try:
-        with zipfile.ZipFile(file.file) as archive:
+        with open(file.fd, "rb", closefd=False) as raw, zipfile.ZipFile(raw) as archive:
             infos, end = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OverflowError, EOFError, OSError) as error:
         raise damaged(file.label, f"not a zip archive: {printable(error, 80)}") from None

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_gguf.errors import MalformedError, UnsupportedError, printable
-from lora_gguf.tensor_file import DTYPES, MAX_DIMS, UNSUPPORTED_DTYPES, InputFile, check_name, damaged, impostor
+from lora_gguf.input_file import impostor
+from lora_gguf.tensor_file import DTYPES, MAX_DIMS, UNSUPPORTED_DTYPES, InputFile, check_name, damaged
 from lora_gguf.torch_reader import read_torch
 
 MAX_HEADER = 100_000_000

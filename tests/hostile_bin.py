@@ -46,7 +46,7 @@ def pack_zip(entries: list[ZipEntry], prefix: bytes = b"", comment: bytes = b"")
 
 def pack_bin(pickle: bytes, storages: dict[str, bytes] | None = None, more: tuple[ZipEntry, ...] = (), **options) -> bytes:
     """A PyTorch file of one pickle and its storages."""
-    entries = [ZipEntry("a/data.pkl", pickle), ZipEntry("a/byteorder", b"little")]
+    entries = [ZipEntry("a/data.pkl", pickle), ZipEntry("a/byteorder", b"little"), ZipEntry("a/version", b"3\n")]
     entries += [ZipEntry(f"a/data/{key}", data) for key, data in (storages or {}).items()]
     return pack_zip([*entries, *more], **options)
 

@@ -14,6 +14,7 @@ import pytest
 
 from lora_gguf.errors import LoraGgufError, MalformedError, UnsupportedError
 from lora_gguf.weights import read_weights
+from tests.checks import check_bin_mutants
 from tests.common import FIXTURES
 from tests.hostile_bin import ZipEntry, name, number, pack_bin, pack_zip, sequence, storage, tensor, text, weights
 
@@ -345,3 +346,7 @@ def test_a_pickle_of_64_megabytes_is_refused_by_its_size(tmp_path):
         file.write(entry)
     with pytest.raises(MalformedError, match="a pickle of 68157440 bytes"):
         read_weights(path)
+
+
+def test_mutants_are_refused_or_harmless(tmp_path):
+    assert 5 < check_bin_mutants(tmp_path / "a.bin", 500, seed=1) < 450

@@ -14,6 +14,7 @@ import safetensors.numpy
 from lora_gguf.errors import FileError, IntegrityError, LoraGgufError, MalformedError, UnsupportedError
 from lora_gguf.tensor_file import InputFile, bf16_to_f32, f8_e4m3_to_f32, f8_e5m2_to_f32
 from lora_gguf.weights import MAX_HEADER, read_header, read_weights
+from tests.checks import check_safetensors_mutants
 from tests.common import FIXTURES
 
 
@@ -261,3 +262,7 @@ def test_a_tensor_that_no_memory_could_hold_is_refused_by_the_size_of_the_file(t
     path.write_bytes(pack({"t": tensor(shape=(1 << 50,), end=1 << 52)}, b""))
     with pytest.raises(LoraGgufError, match="expected 4503599627370496 bytes of data, found 0"):
         read_weights(path)
+
+
+def test_no_mutant_is_accepted_that_the_library_refuses(tmp_path):
+    assert 50 < check_safetensors_mutants(tmp_path / "a.safetensors", 500, seed=1) < 450
