@@ -19,26 +19,16 @@ IQ1's grid values are -1, 0 and 1, all shifted by an eighth. The grids come from
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 
 from lora_gguf.kernel import kernel
 from lora_gguf.quants import quant
 from lora_gguf.quants.half import f32_from_f16
+from lora_gguf.quants.iquant_grids import grid
+from lora_gguf.quants.iquants_encode import encode_iq2_s, encode_iq2_xs, encode_iq2_xxs, encode_iq3_s, encode_iq3_xxs
 
 SHIFT = np.float32(0.125)
 EVEN_SIGNS = np.array([s | (s.bit_count() & 1) << 7 for s in range(128)], np.uint8)
-
-
-@cache
-def grid(name: str) -> np.ndarray:
-    """The grid of the type ``name``: f32 (vectors, 8), in IQ3 (vectors, 4)."""
-    from gguf import quants  # takes 0.3 s to import
-
-    table = getattr(quants, name)
-    table.init_grid()
-    return np.ascontiguousarray(table.grid.reshape(table.grid_shape))
 
 
 @kernel
@@ -170,14 +160,11 @@ def _with_grid(decode, name: str):
 
 
 IQUANTS = [
-    quant(name, _with_grid(decode, name))
-    for name, decode in {
-        "IQ2_XXS": _decode_iq2_xxs,
-        "IQ2_XS": _decode_iq2_xs,
-        "IQ2_S": _decode_iq2_s,
-        "IQ3_XXS": _decode_iq3_xxs,
-        "IQ3_S": _decode_iq3_s,
-        "IQ1_S": _decode_iq1_s,
-        "IQ1_M": _decode_iq1_m,
-    }.items()
+    quant("IQ2_XXS", _with_grid(_decode_iq2_xxs, "IQ2_XXS"), encode=encode_iq2_xxs, needs_importance=True),
+    quant("IQ2_XS", _with_grid(_decode_iq2_xs, "IQ2_XS"), encode=encode_iq2_xs, needs_importance=True),
+    quant("IQ2_S", _with_grid(_decode_iq2_s, "IQ2_S"), encode=encode_iq2_s),
+    quant("IQ3_XXS", _with_grid(_decode_iq3_xxs, "IQ3_XXS"), encode=encode_iq3_xxs),
+    quant("IQ3_S", _with_grid(_decode_iq3_s, "IQ3_S"), encode=encode_iq3_s),
+    quant("IQ1_S", _with_grid(_decode_iq1_s, "IQ1_S"), needs_importance=True),
+    quant("IQ1_M", _with_grid(_decode_iq1_m, "IQ1_M")),
 ]

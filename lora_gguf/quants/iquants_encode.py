@@ -1,0 +1,381 @@
+"""ggml's quantizers of IQ2 and IQ3, bit-identical: a search for the scale of each group, each vector put on the grid.
+
+The weights of a group become magnitudes. For each of some scales they are rounded to levels, vectors off the grid move
+to the neighbour of least weighted error, and the scale is refined; the best of these is kept, its vectors are put on
+the grid once more, and the scales of a block are at last rounded to four bits. All sums are added in ggml's order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_gguf.kernel import kernel
+from lora_gguf.quants.half import f16_from_f32
+from lora_gguf.quants.iquant_grids import lattice
+
+OFF_GRID, UNLESS_ON_GRID, ALWAYS = range(3)
+
+
+class Rules(NamedTuple):
+    """What differs between the types' searches."""
+
+    group: int  # weights that share a scale
+    n_tries: int  # the scales tried map the largest magnitude to the top ± n_tries * try_step
+    try_step: np.float32
+    negligible: np.float32  # a group whose magnitudes are all below this is 0
+    even_signs: bool  # the minuses of eight weights are even in number
+    variance: np.float32  # times the block's mean square, in a weight's importance
+    floor: np.float32  # times the same, where there is no importance
+    polish: int  # which vectors are put on the grid again with the refined scale
+    from_fit: bool  # the tries start at the best scale without a grid
+    fudge: np.float32  # times the block's scale
+    shifts: bool  # the signs and low bytes after a negligible group move up
+
+
+def _rules(group, n_tries, step, negligible, even_signs, variance, floor, polish, from_fit, fudge, shifts=False) -> Rules:
+    f32 = np.float32
+    return Rules(group, n_tries, f32(step), f32(negligible), even_signs, f32(variance), f32(floor), polish, from_fit, f32(fudge), shifts)
+
+
+SMALLEST = 2.0**-149
+RULES = {
+    "IQ2_XXS": _rules(32, 6, 0.1, 1e-15, True, 1, 0, ALWAYS, True, 1),
+    "IQ2_XS": _rules(16, 9, 0.1, 1e-15, True, 1, 0, OFF_GRID, False, 1),
+    "IQ2_S": _rules(16, 9, 0.1, 1e-8, False, 2, 0.5, OFF_GRID, False, 0.9875),
+    "IQ3_XXS": _rules(32, 15, 0.2, 1e-8, True, 2, 0, OFF_GRID, False, 1.0125),
+    "IQ3_S": _rules(32, 9, 0.2, SMALLEST, False, 2, 0, UNLESS_ON_GRID, False, 1.033, True),
+}
+
+
+@kernel
+def _nearest_int(x):
+    """ggml's rounding to an integer, halves to even, NaN to 0, infinity to the lowest."""
+    return np.int32(np.float32(x + np.float32(12582912)).view(np.uint32) & 0x7FFFFF) - np.int32(0x400000)
+
+
+@kernel
+def _mean_square(x):
+    total = np.float32(0)
+    for v in x:
+        total += v * v
+    return total / np.float32(len(x))
+
+
+@kernel
+def _weigh(x, importance, mean_square, rules, w, root):
+    """Each weight's importance in the error, and its root."""
+    variance, floor = rules.variance * mean_square, rules.floor * mean_square
+    for j in range(len(x)):
+        square = x[j] * x[j]
+        if len(importance):
+            w[j] = importance[j] * np.sqrt(variance + square)
+        else:
+            w[j] = floor + square if rules.floor > 0 else square
+        root[j] = np.sqrt(w[j])
+
+
+@kernel
+def _split_signs(x, w, even, m, signs):
+    """Magnitudes and sign bits of ``x``; to make the minuses even, the least important of eight changes its sign."""
+    for k in range(len(x) // 8):
+        bits, least, odd = 0, 8 * k, 0
+        for j in range(8 * k, 8 * k + 8):
+            minus = 0 if x[j] >= 0 else 1
+            m[j] = -x[j] if minus else x[j]
+            bits |= minus << (j - 8 * k)
+            odd ^= minus
+            least = j if w[j] * x[j] * x[j] < w[least] * x[least] * x[least] else least
+        if even and odd:
+            m[least] = -m[least]
+            bits ^= 1 << (least - 8 * k)
+        signs[k] = bits
+
+
+@kernel
+def _fit_error(m, w, scale, inverse, top):
+    """The weighted square error of ``m`` at levels up to ``top``; without ``top`` a level is a byte, which wraps."""
+    error = np.float32(0)
+    for j in range(len(m)):
+        level = _nearest_int(inverse * m[j])
+        level = min(level, top) if top else level & 0xFF
+        difference = m[j] - scale * np.float32(level)
+        error += w[j] * difference * difference
+    return error
+
+
+@kernel
+def _fit(m, w, top):
+    """The scale of levels 0 to ``top`` that fits ``m``: make_qp_quants of ggml, which tries nine scales, then moves
+    single levels as long as that helps. Levels are kept in bytes, where -1 is 255."""
+    largest = np.float32(0)
+    for v in m:
+        largest = max(largest, v)
+    inverse = np.float32(top) / largest
+    error = _fit_error(m, w, np.float32(1) / inverse, inverse, 0)
+    for t in (-4, -3, -2, -1, 1, 2, 3, 4):
+        guess = (np.float32(0.1) * np.float32(t) + np.float32(top)) / largest
+        guess_error = _fit_error(m, w, np.float32(1) / guess, guess, top)
+        if guess_error < error:
+            error, inverse = guess_error, guess
+    lx, ll, levels = np.float32(0), np.float32(0), np.empty(len(m), np.uint8)
+    for j in range(len(m)):
+        level = min(_nearest_int(inverse * m[j]), top)
+        levels[j] = level
+        lx += w[j] * m[j] * np.float32(level)
+        ll += w[j] * np.float32(level) * np.float32(level)
+    for sweep in range(5):
+        before = lx
+        lx, ll = _move_levels(m, w, top, lx, ll, levels)
+        if lx == before:
+            break
+    return lx / ll if ll > 0 else np.float32(0)
+
+
+@kernel
+def _move_levels(m, w, top, lx, ll, levels):
+    """Give each weight in turn the level that suits the others' scale, where the error shrinks."""
+    for j in range(len(m)):
+        old = np.float32(levels[j])
+        new_lx, new_ll = lx - w[j] * m[j] * old, ll - w[j] * old * old
+        if not (new_lx > 0 and new_ll > 0):
+            continue
+        level = min(_nearest_int(m[j] * new_ll / new_lx), top)
+        if level == levels[j]:
+            continue
+        new_lx += w[j] * m[j] * np.float32(level)
+        new_ll += w[j] * np.float32(level) * np.float32(level)
+        if new_lx * new_lx * ll > lx * lx * new_ll:
+            levels[j], lx, ll = level, new_lx, new_ll
+    return lx, ll
+
+
+@kernel
+def _best_neighbour(codes, first, packs, dims, width, m, root, start, scale, lanes):
+    """Which of the ``packs`` of neighbours from ``first`` on has the least weighted square error, the first if several.
+
+    ``lanes`` (3, 8) holds the errors of a pack, the least error in each place of a pack so far, and its pack.
+    """
+    field = np.uint32((1 << width) - 1)
+    for t in range(8):
+        lanes[1, t] = np.float32(np.inf)
+        lanes[2, t] = 0
+    for p in range(packs):
+        for t in range(8):
+            lanes[0, t] = 0
+        for i in range(dims):
+            x, w, shift = m[start + i], root[start + i], np.uint32(width * i)
+            for t in range(8):
+                value = np.float32(np.int32(np.uint32(codes[first + p, t] >> shift) & field))
+                difference = scale * value - x
+                lanes[0, t] += w * difference * difference
+        for t in range(8):
+            better = lanes[0, t] < lanes[1, t]
+            lanes[1, t] = lanes[0, t] if better else lanes[1, t]
+            lanes[2, t] = np.float32(p) if better else lanes[2, t]
+    least, best = lanes[1, 0], np.float32(8) * lanes[2, 0]
+    for t in range(1, 8):
+        at = np.float32(8) * lanes[2, t] + np.float32(t)
+        better = lanes[1, t] < least or (lanes[1, t] == least and at < best)
+        least, best = (lanes[1, t], at) if better else (least, best)
+    return np.int32(best)
+
+
+@kernel
+def _place(lattice, m, root, inverse, scale, only, scratch, q, vectors, on_grid):
+    """Round ``m`` to levels and put each vector on the grid: ``q`` are the values 1, 3, 5 …, ``vectors`` the indices.
+
+    With ``only`` the vectors already on the grid stay as they are.
+    """
+    rounded, lanes = scratch
+    n_levels, dims, width, firsts, packs, neighbours, codes, grid = lattice
+    top, field = np.int32(n_levels - 1), (1 << width) - 1
+    for j in range(len(m)):
+        level = _nearest_int(np.float32(0.5) * (inverse * m[j] - np.float32(1)))
+        rounded[j] = max(np.int32(0), min(top, level))
+    for k in range(len(vectors)):
+        if only and on_grid[k]:
+            continue
+        start, point = dims * k, 0
+        for i in range(dims - 1, -1, -1):
+            point = point * n_levels + rounded[start + i]
+        vector = firsts[point]
+        on_grid[k] = packs[point] == 0
+        if not on_grid[k]:
+            at = _best_neighbour(codes, vector, packs[point], dims, width, m, root, start, scale, lanes)
+            vector = np.int32(neighbours[vector + at // 8, at % 8])
+        vectors[k] = vector
+        code = grid[vector]
+        for i in range(dims):
+            q[start + i] = np.float32(np.int32(code >> width * i & field))
+
+
+@kernel
+def _sums(m, w, q):
+    """The sums of w m q and of w q q."""
+    qx, qq = np.float32(0), np.float32(0)
+    for j in range(len(m)):
+        qx += w[j] * m[j] * q[j]
+        qq += w[j] * q[j] * q[j]
+    return qx, qq
+
+
+@kernel
+def _largest(x):
+    largest = x[0]
+    for v in x:
+        largest = v if v > largest else largest
+    return largest
+
+
+@kernel
+def _search(lattice, rules, largest, m, w, root, scratch, q, vectors, on_grid):
+    """A group's scale; its vectors come to lie in the row of ``vectors`` that is also returned.
+
+    Row 0 or 1 of ``q``, ``vectors`` and ``on_grid`` is the best so far, the other is the trial.
+    """
+    best, kept, all_on_grid = np.float32(0), 0, rules.polish != UNLESS_ON_GRID
+    top = np.float32(2 * lattice.n_levels - 1)
+    scale = largest / top
+    start = _fit(m, w, lattice.n_levels + 1) * np.float32(lattice.n_levels) if rules.from_fit else largest
+    for k in range(vectors.shape[1]):
+        vectors[0, k] = 0
+        on_grid[0, k] = all_on_grid
+    for t in range(-rules.n_tries, rules.n_tries + 1):
+        inverse = (top + np.float32(t) * rules.try_step) / start
+        new = 1 - kept
+        _place(lattice, m, root, inverse, np.float32(1) / inverse, False, scratch, q[new], vectors[new], on_grid[new])
+        qx, qq = _sums(m, w, q[new])
+        if qq > 0 and qx * qx > best * qq:
+            scale, kept = qx / qq, new
+            best = scale * qx
+    off_grid = 0
+    for k in range(vectors.shape[1]):
+        off_grid += not on_grid[kept, k]
+    if scale > 0 and (rules.polish == ALWAYS or off_grid):
+        only = rules.polish == OFF_GRID
+        _place(lattice, m, root, np.float32(1) / scale, scale, only, scratch, q[kept], vectors[kept], on_grid[kept])
+        qx, qq = _sums(m, w, q[kept])
+        scale = qx / qq if qq > 0 else scale
+    return scale, kept
+
+
+@kernel
+def _quantize_scales(scales, fudge, nibbles):
+    """Round the scales of a block to the nearest of 1, 3, 5 … 31 steps; returns the step as f16."""
+    largest = np.float32(0)
+    for scale in scales:
+        largest = max(largest, scale)
+    d = largest / np.float32(31)
+    inverse = np.float32(1) / d if d > 0 else np.float32(0)
+    for g in range(len(scales)):
+        nibble = _nearest_int(np.float32(0.5) * (inverse * scales[g] - np.float32(1)))
+        nibbles[g] = max(0, min(15, nibble)) if largest > 0 else 0
+    return f16_from_f32(d * fudge)
+
+
+@kernel
+def _search_blocks(weights, importance, lattice, rules, d, nibbles, signs, vectors):
+    """The fields of all blocks: d (f16), nibbles (blocks, groups), signs (blocks, 32), vectors (blocks, 256 / dims).
+
+    In IQ3_S (``rules.shifts``) signs and low bytes of the vectors move up where a group is skipped, as in ggml.
+    """
+    n_cols, group, per_group = weights.shape[1], rules.group, rules.group // lattice.dims
+    m, w, root = np.empty(group, np.float32), np.empty(group, np.float32), np.empty(group, np.float32)
+    q, trial, on_grid = np.empty((2, group), np.float32), np.empty((2, per_group), np.uint16), np.empty((2, per_group), np.bool_)
+    scratch = np.empty(group, np.int32), np.empty((3, 8), np.float32)
+    group_signs, scales = np.empty(group // 8, np.uint8), np.empty(256 // group, np.float32)
+    for i in range(len(d)):
+        x = weights.reshape(-1, 256)[i]
+        mean_square, slot = _mean_square(x), 0
+        for g in range(256 // group):
+            column = (256 * i + group * g) % n_cols
+            part = x[group * g : group * (g + 1)]
+            _weigh(part, importance[column : column + group], mean_square, rules, w, root)
+            _split_signs(part, w, rules.even_signs, m, group_signs)
+            largest = _largest(m)
+            scales[g] = 0
+            if largest < rules.negligible:
+                slot += not rules.shifts
+                continue
+            scale, kept = _search(lattice, rules, largest, m, w, root, scratch, q, trial, on_grid)
+            scales[g] = abs(scale)
+            for k in range(group // 8):
+                signs[i, slot * group // 8 + k] = ~group_signs[k] if scale < 0 else group_signs[k]
+            for k in range(per_group):
+                vectors[i, slot * per_group + k] |= trial[kept, k] & 0xFF
+                vectors[i, g * per_group + k] |= trial[kept, k] & 0xFF00
+            slot += 1
+        d[i] = _quantize_scales(scales, rules.fudge, nibbles[i])
+
+
+def _fields(name: str, weights, importance):
+    points, rules = lattice(name), RULES[name]
+    n_blocks = weights.size // 256
+    d, nibbles = np.empty(n_blocks, np.uint16), np.empty((n_blocks, 256 // rules.group), np.uint8)
+    signs, vectors = np.zeros((n_blocks, 32), np.uint8), np.zeros((n_blocks, 256 // points.dims), np.uint16)
+    _search_blocks(weights, importance, points, rules, d, nibbles, signs, vectors)
+    return d, nibbles, signs, vectors
+
+
+def _pairs(nibbles):
+    """Two nibbles a byte, the first one low."""
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
+def _combine(bits, width: int, count: int):
+    """Bytes of ``count`` numbers of ``width`` bits each, the first one low."""
+    shifted = bits.reshape(len(bits), -1, count).astype(np.uint8) << np.arange(0, width * count, width, dtype=np.uint8)
+    return np.bitwise_or.reduce(shifted, axis=2)
+
+
+def _signs_and_scales(signs, nibbles):
+    """For each 32 weights four times seven bits of signs and four of scale, as bytes."""
+    seven = (signs.reshape(len(signs), 8, 4) & 127).astype(np.uint32) << np.arange(0, 28, 7, dtype=np.uint32)
+    return np.ascontiguousarray(np.bitwise_or.reduce(seven, axis=2) | nibbles.astype(np.uint32) << 28).view(np.uint8)
+
+
+def encode_iq2_xxs(weights, importance, blocks):
+    d, nibbles, signs, vectors = _fields("IQ2_XXS", weights, importance)
+    blocks = blocks.reshape(-1, 66)
+    blocks[:, :2] = d[:, None].view(np.uint8)
+    blocks[:, 2:] = np.concatenate(
+        [vectors.astype(np.uint8).reshape(-1, 8, 4), _signs_and_scales(signs, nibbles).reshape(-1, 8, 4)], axis=2
+    ).reshape(-1, 64)
+
+
+def encode_iq2_xs(weights, importance, blocks):
+    d, nibbles, signs, vectors = _fields("IQ2_XS", weights, importance)
+    blocks = blocks.reshape(-1, 74)
+    blocks[:, :2] = d[:, None].view(np.uint8)
+    blocks[:, 2:66] = (vectors | (signs & 127).astype(np.uint16) << 9).view(np.uint8)
+    blocks[:, 66:] = _pairs(nibbles)
+
+
+def encode_iq2_s(weights, importance, blocks):
+    d, nibbles, signs, vectors = _fields("IQ2_S", weights, importance)
+    blocks = blocks.reshape(-1, 82)
+    blocks[:, :2] = d[:, None].view(np.uint8)
+    blocks[:, 2:34] = vectors & 255
+    blocks[:, 34:66] = signs
+    blocks[:, 66:74] = _combine(vectors >> 8, 2, 4)
+    blocks[:, 74:] = _pairs(nibbles)
+
+
+def encode_iq3_xxs(weights, importance, blocks):
+    d, nibbles, signs, vectors = _fields("IQ3_XXS", weights, importance)
+    blocks = blocks.reshape(-1, 98)
+    blocks[:, :2] = d[:, None].view(np.uint8)
+    blocks[:, 2:66] = vectors
+    blocks[:, 66:] = _signs_and_scales(signs, nibbles)
+
+
+def encode_iq3_s(weights, importance, blocks):
+    d, nibbles, signs, vectors = _fields("IQ3_S", weights, importance)
+    blocks = blocks.reshape(-1, 110)
+    blocks[:, :2] = d[:, None].view(np.uint8)
+    blocks[:, 2:66] = vectors & 255
+    blocks[:, 66:74] = _combine(vectors >> 8, 1, 8)
+    blocks[:, 74:106] = signs
+    blocks[:, 106:] = _pairs(nibbles)
