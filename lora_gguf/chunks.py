@@ -14,7 +14,7 @@ from lora_gguf.errors import NumericError, UsageError
 from lora_gguf.gguf_reader import GgufReader
 from lora_gguf.gguf_writer import GgufWriter
 from lora_gguf.lora import LoraPair
-from lora_gguf.plan import Plan, TensorPlan
+from lora_gguf.plan import TensorPlan
 from lora_gguf.requantize import broken_row, recode
 from lora_gguf.rounding import low_rank
 
@@ -42,9 +42,9 @@ class Chunk:
         return self.n_rows * self.tensor.source.row_bytes
 
 
-def cut(plan: Plan) -> Iterator[Chunk]:
-    """The chunks of all tensors, in the file's order."""
-    for tensor in plan.tensors:
+def cut(tensors: Sequence[TensorPlan]) -> Iterator[Chunk]:
+    """The chunks of ``tensors``, in order."""
+    for tensor in tensors:
         yield from _cut_changed(tensor) if tensor.recipe else _cut_copied(tensor)
 
 
@@ -75,15 +75,14 @@ def stack(pairs: Sequence[LoraPair], n_matrices: int, n_out: int, n_in: int) -> 
 
 def carry_out(chunk: Chunk, reader: GgufReader, writer: GgufWriter) -> tuple[int, np.ndarray] | None:
     """Read a chunk, add its update, write it. Returns its number of weights and its sums; None where it was copied."""
-    info, target = chunk.tensor.source, writer.tensors[chunk.tensor.source.name]
+    info, target = chunk.tensor.source, writer.tensors[chunk.tensor.target.name]
     if chunk.tensor.recipe is None:
         writer.copy(target, reader, info, chunk.first * info.row_bytes, chunk.n_bytes)
         return None
     blocks = reader.read(info, chunk.first, chunk.n_rows)
     if (row := broken_row(info.type, blocks)) is not None:
         raise NumericError(f"{reader.label}: {info.name}: row {chunk.first + row}: a scale is NaN or infinity: the base is damaged")
-    delta = np.empty((chunk.n_rows, info.n_cols), np.float32)
-    low_rank(chunk.b, chunk.a, delta)
+    delta = update_of(chunk, blocks)
     blocks, sums = recode(chunk.tensor.recipe, blocks, delta, chunk.first, chunk.matrix)
     if not np.isfinite(sums).all():
         raise NumericError(
@@ -92,6 +91,19 @@ def carry_out(chunk: Chunk, reader: GgufReader, writer: GgufWriter) -> tuple[int
         )
     writer.write(target, chunk.first * target.row_bytes, blocks)
     return delta.size, sums
+
+
+def update_of(chunk: Chunk, blocks: np.ndarray) -> np.ndarray:
+    """What is added to the rows ``blocks`` (uint8, as stored): f32 (rows, cols)."""
+    tensor = chunk.tensor
+    delta = np.empty((chunk.n_rows, tensor.source.n_cols), np.float32)
+    low_rank(chunk.b, chunk.a, delta)
+    if tensor.updates:
+        weights = np.empty_like(delta)
+        tensor.recipe.source.decode(blocks, weights)
+        for update, scale in tensor.updates:
+            delta += np.float32(scale) * update.change(chunk.first, weights)
+    return delta
 
 
 def in_threads(work: Callable, items: Iterable, n_threads: int | None) -> Iterator[tuple]:

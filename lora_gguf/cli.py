@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from lora_gguf import __version__
-from lora_gguf.errors import LoraGgufError, printable
+from lora_gguf.errors import LoraGgufError, UsageError, printable
 from lora_gguf.progress import bar
 
 _ClickUsageError = typer.BadParameter.__base__  # typer brings its own click
@@ -32,6 +32,12 @@ class Rounding(str, Enum):
     dither = "dither"
     nearest = "nearest"
     fresh = "fresh"
+
+
+class Tied(str, Enum):
+    separate = "separate"
+    shared = "shared"
+    refuse = "refuse"
 
 
 class OutType(str, Enum):
@@ -87,41 +93,69 @@ def convert(
 
 @app.command()
 def merge(
-    base: Annotated[Path, typer.Argument(metavar="BASE.gguf", help="The quantized model.")],
-    adapter: Annotated[str, typer.Argument(help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")],
-    output: Annotated[Optional[Path], typer.Option("-o", "--outfile", help="Default: BASE-ADAPTER.gguf in this folder.")] = None,
+    base: Annotated[Path, typer.Argument(metavar="BASE.gguf", help="The model; of a split one any shard.")],
+    adapter: Annotated[Optional[str], typer.Argument(help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")] = None,
+    lora: Annotated[
+        Optional[list[str]], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="One more adapter; repeat.")
+    ] = None,
+    output: Annotated[
+        Optional[Path], typer.Option("-o", "--outfile", "--output", help="Default: BASE-ADAPTER.gguf in this folder.")
+    ] = None,
     scale: Annotated[float, typer.Option(help="Multiplies the adapter's own scale.")] = 1.0,
-    rounding: Annotated[Rounding, typer.Option(help="How weights get back on the base's grid.")] = Rounding.dither,
+    rounding: Annotated[Rounding, typer.Option(help="How weights get back on a grid.")] = Rounding.dither,
     seed: Annotated[int, typer.Option(min=0, help="Of the dither; the same seed gives the same bytes.")] = 0,
-    threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
     type: Annotated[Optional[str], typer.Option(help="The type of the adapted tensors, such as Q8_0; default: the base's.")] = None,
-    min_retention: Annotated[float, typer.Option(help="Fail where less of the adapter is kept.")] = 0.0,
+    quantize: Annotated[
+        Optional[str], typer.Option(metavar="MIX", help="Quantize an F16, BF16 or F32 base on the way, as llama-quantize: Q4_K_M.")
+    ] = None,
+    imatrix: Annotated[Optional[Path], typer.Option(help="llama.cpp's importance matrix, for new grids.")] = None,
+    tied: Annotated[Tied, typer.Option(help="An adapted head that the base shares with its embedding.")] = Tied.separate,
+    allow_unused: Annotated[
+        Optional[str], typer.Option(metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches.")
+    ] = None,
+    keep_split: Annotated[bool, typer.Option("--keep-split", help="Write the base's shards; default: one file.")] = False,
+    split_max_size: Annotated[Optional[str], typer.Option(metavar="N(M|G)", help="Write shards of at most this size.")] = None,
+    shard: Annotated[Optional[str], typer.Option(metavar="N/COUNT", help="Write only this shard, for parallel jobs.")] = None,
+    min_retention: Annotated[float, typer.Option(help="Fail, and write nothing, where less of the adapter is kept.")] = 0.0,
+    threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the report and errors only.")] = False,
     progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")] = True,
 ) -> None:
-    """Add an adapter to a quantized model and write one standalone GGUF."""
+    """Add adapters to a quantized model and write one standalone GGUF.
+
+    lora-gguf merge model-Q4_K_M.gguf user/my-adapter -o merged.gguf
+    """
     from lora_gguf.fetch import fetch as fetch_adapter
     from lora_gguf.output import check_target
     from lora_gguf.sources import adapter_name
 
-    out = output or Path(f"{base.stem}-{adapter_name(adapter)}.gguf")
-    if not dry_run:
+    named = ([(adapter, scale)] if adapter else []) + [_with_scale(text) for text in lora or []]
+    if not named:
+        raise UsageError("no adapter: name one, or several with --lora")
+    out = output or Path(f"{base.stem}-{'-'.join(adapter_name(name) for name, _ in named)}.gguf")
+    if not dry_run and not (keep_split or split_max_size or shard):
         check_target(out, force=force, inputs=[base])
-    source = fetch_adapter(adapter)
-    from lora_gguf.merge import merge as merge_adapter
+    adapters = [(fetch_adapter(name), factor) for name, factor in named]
+    from lora_gguf.merge import merge as merge_adapters
     from lora_gguf.plan import Policy
 
-    policy = Policy(rounding.value, seed, type and type.upper())
+    importance = _importance(imatrix) if imatrix else {}
+    policy = Policy(rounding.value, seed, type and type.upper(), quantize and quantize.upper(), importance)
     with bar("merging", progress and not quiet) as advance:
-        report = merge_adapter(
+        report = merge_adapters(
             base,
-            [(source, scale)],
+            adapters,
             None if dry_run else out,
             policy,
+            tied=tied.value,
+            allow_unused=allow_unused,
             min_retention=min_retention,
+            max_bytes=_bytes(split_max_size) if split_max_size else None,
+            shards=keep_split,
+            shard=shard,
             threads=threads,
             force=force,
             progress=advance,
@@ -129,8 +163,32 @@ def merge(
     for warning in report.plan.warnings:
         _say(f"lora-gguf: warning: {printable(warning, 600)}")
     _print_report(report, as_json)
-    if not dry_run and not quiet:
-        _say(f"wrote {printable(out)} ({os.path.getsize(out) / 1e6:.0f} MB)")
+    if not quiet:
+        for path in report.written:
+            _say(f"wrote {printable(path)} ({os.path.getsize(path) / 1e6:.0f} MB)")
+
+
+def _importance(path: Path) -> dict:
+    from lora_gguf.imatrix import read_imatrix
+
+    return read_imatrix(path)
+
+
+def _with_scale(text: str) -> tuple[str, float]:
+    """ADAPTER[:SCALE], as llama.cpp's --lora-scaled takes it."""
+    name, _, number = text.rpartition(":")
+    try:
+        return (name, float(number)) if name else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def _bytes(size: str) -> int:
+    """500M or 2G in bytes."""
+    number, unit = size[:-1], {"M": 10**6, "G": 10**9}.get(size[-1:].upper())
+    if not unit or not number.isdigit() or int(number) == 0:
+        raise UsageError(f"--split-max-size {size}: expected a number of megabytes or gigabytes, such as 500M or 2G")
+    return int(number) * unit
 
 
 def _print_report(report, as_json: bool) -> None:
@@ -144,7 +202,7 @@ def _say(line: str) -> None:
 
 
 class _Terminated(BaseException):
-    """SIGTERM or SIGHUP arrived; ``args[0]`` is its number."""
+    """SIGINT, SIGTERM or SIGHUP arrived; ``args[0]`` is its number."""
 
 
 def _terminate(number: int, _frame) -> None:
@@ -153,7 +211,7 @@ def _terminate(number: int, _frame) -> None:
 
 def main() -> None:
     """The console script: run the command line, turn every refusal into one line on stderr and its exit code."""
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _terminate)
     sys.exit(_run())
@@ -173,11 +231,8 @@ def _run(arguments: list[str] | None = None) -> int:
         return 2
     except typer.Exit as error:
         return error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
-        _complain("interrupted: nothing was written")
-        return 130
     except _Terminated as error:
-        _complain("terminated: nothing was written")
+        _complain(f"{signal.Signals(error.args[0]).name}: stopped, nothing was written")
         return 128 + error.args[0]
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

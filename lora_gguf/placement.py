@@ -79,7 +79,7 @@ def gguf_pairs(
     expression ``allow_unused`` finds is ignored. Raises ``MismatchError`` that lists every update which does not fit, with
     the likely cause.
     """
-    hparams = from_base(base) if isinstance(base, GgufReader) else base
+    hparams = base if isinstance(base, Hparams) else from_base(base)
     placement = Placement(invocation_tokens=adapter.invocation_tokens)
     placement.accounts += [Account(name, "ignored", "", why) for name, why in adapter.ignored.items()]
     parts: dict[str, list[Part]] = {}

@@ -1,21 +1,26 @@
-"""Match the adapter's pairs with the base's tensors, choose types, and find everything that can be wrong."""
+"""Match the adapters' updates with the base's tensors, choose types, and find everything that can be wrong."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lora_gguf.base import Base
 from lora_gguf.errors import MismatchError, NumericError, UnsupportedError, UsageError
 from lora_gguf.ggml import BY_NAME, GgmlType
-from lora_gguf.gguf_reader import GgufReader, TensorInfo
-from lora_gguf.gguf_writer import TensorSpec
-from lora_gguf.lora import LoraPair
+from lora_gguf.gguf_reader import TensorInfo
+from lora_gguf.lora import EMBEDDING, LoraPair
+from lora_gguf.mixes import fallback_type, file_type_of, mix_types, model_of
+from lora_gguf.placement import Placement
 from lora_gguf.quants import QUANTS
 from lora_gguf.requantize import ROUNDINGS, Recipe
 from lora_gguf.rounding import tensor_key
+from lora_gguf.updates import Update
 
+HEAD = "output.weight"
 PROMOTED = "Q6_K"  # of a tensor whose weights are not coded one by one (IQ1 to IQ3), so that codes cannot be moved
 
 
@@ -42,12 +47,22 @@ class Policy:
 
 @dataclass
 class TensorPlan:
-    """What happens to one tensor of the base: copied where ``recipe`` is None, else rewritten with ``pairs`` added."""
+    """What happens to one tensor: copied where ``recipe`` is None, else rewritten with ``pairs`` and ``updates`` added.
+
+    ``source`` is where it lies in the base, ``target`` what is written. ``updates`` are those that aren't low rank, each with
+    its factor.
+    """
 
     source: TensorInfo
-    target: TensorSpec
+    target: TensorInfo
     pairs: list[LoraPair] = field(default_factory=list)
+    updates: list[tuple[Update, float]] = field(default_factory=list)
     recipe: Recipe | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether the adapter changes its weights."""
+        return bool(self.pairs or self.updates)
 
 
 @dataclass
@@ -58,64 +73,87 @@ class Plan:
     @property
     def merged(self) -> list[TensorPlan]:
         """The tensors that the adapter changes."""
-        return [tensor for tensor in self.tensors if tensor.pairs]
+        return [tensor for tensor in self.tensors if tensor.changes]
+
+    def file_type(self, before: int | None) -> int:
+        """``general.file_type`` of the file, ``before`` that of the base."""
+        weights: dict[str, int] = {}
+        for tensor in self.tensors:
+            weights[tensor.target.type.name] = weights.get(tensor.target.type.name, 0) + tensor.target.n_elements
+        return file_type_of(weights, before)
 
 
-def make_plan(base: GgufReader, pairs: Iterable[LoraPair], policy: Policy) -> Plan:
-    """Decide what happens to each tensor of ``base``.
+def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy: Policy) -> Plan:
+    """Decide what happens to each tensor of ``base``; each placement comes with the factor that multiplies its scale.
 
     Raises ``MismatchError``, ``NumericError`` or ``UnsupportedError`` with all offenders listed.
     """
-    wanted: dict[str, list[LoraPair]] = {}
-    for pair in pairs:
-        wanted.setdefault(pair.name, []).append(pair)
-    _check(base, wanted)
-    types = _mix_types(base, policy.mix) if policy.mix else {}
-    tensors = [_plan_tensor(info, wanted.get(info.name, []), types.get(info.name), policy) for info in base.tensors.values()]
-    return Plan(tensors, [])
+    placements = list(placements)
+    if strange := [scale for _, scale in placements if not math.isfinite(scale)]:
+        raise UsageError(f"scale: expected a finite number, found {strange[0]}")
+    plans = {name: TensorPlan(info, TensorInfo(name, info.type, info.shape, 0)) for name, info in base.tensors.items()}
+    if any(placement.untied for placement, _ in placements):
+        embedding = base.tensors[EMBEDDING]
+        plans[HEAD] = TensorPlan(embedding, TensorInfo(HEAD, embedding.type, embedding.shape, 0))
+    for placement, scale in placements:
+        for pair in placement.pairs:
+            plans[pair.name].pairs.append(replace(pair, scale=pair.scale * scale))
+        for update in placement.updates:
+            plans[update.name].updates.append((update, scale))
+    _check(base, plans.values())
+    types = _mix_types(base, policy) if policy.mix else {}
+    for name, tensor in plans.items():
+        choose(tensor, types.get(name), policy)
+    return Plan(list(plans.values()), [warning for placement, _ in placements for warning in placement.warnings])
 
 
-def _plan_tensor(info: TensorInfo, pairs: list[LoraPair], mix_type: GgmlType | None, policy: Policy) -> TensorPlan:
-    target = mix_type or (adapted_type(info, policy) if pairs else info.type)
-    spec = TensorSpec(info.name, target, info.shape)
-    if not pairs and target == info.type:
-        return TensorPlan(info, spec)
-    key, importance = tensor_key(policy.seed, info.name), policy.imatrix.get(info.name)
-    return TensorPlan(info, spec, pairs, Recipe(QUANTS[info.type.name], QUANTS[target.name], policy.rounding, key, importance))
+def _mix_types(base: Base, policy: Policy) -> dict[str, GgmlType]:
+    if quantized := [info.name for info in base.tensors.values() if info.type.block_size > 1]:
+        raise UnsupportedError(
+            f"{base.label}: {quantized[0]} is quantized already: --quantize wants an F16, BF16 or F32 base; "
+            "use --type to change the type of the adapted tensors"
+        )
+    return mix_types(policy.mix, model_of(base), base.tensors.values(), has_imatrix=bool(policy.imatrix))
 
 
-def _mix_types(base: GgufReader, mix: str):
-    from lora_gguf.mixes import mix_types
+def choose(tensor: TensorPlan, mix_type: GgmlType | None, policy: Policy) -> None:
+    """Set the type that ``tensor`` gets, and the recipe by which it gets there."""
+    info = tensor.source
+    chosen = mix_type or (adapted_type(tensor, policy) if tensor.changes else info.type)
+    tensor.target = replace(tensor.target, type=chosen)
+    if tensor.changes or chosen != info.type:
+        rounding = "fresh" if any(update.replaces for update, _ in tensor.updates) else policy.rounding
+        key = tensor_key(policy.seed, tensor.target.name)
+        importance = policy.imatrix.get(tensor.target.name)
+        tensor.recipe = Recipe(QUANTS[info.type.name], QUANTS[chosen.name], rounding, key, importance)
 
-    return mix_types(base, mix)
 
-
-def adapted_type(info: TensorInfo, policy: Policy) -> GgmlType:
+def adapted_type(tensor: TensorPlan, policy: Policy) -> GgmlType:
     """The type of an adapted tensor: what the user chose, or the base's, or one that can hold the result."""
+    info = tensor.source
     quant = QUANTS[info.type.name]
+    if policy.type and len(info.shape) > 1:
+        return fallback_type(BY_NAME[policy.type], info.n_cols)
     rounds = quant.unpack is not None or info.type.block_size == 1
-    if not policy.type and (rounds or policy.rounding == "fresh" and quant.encode):
+    replaced = any(update.replaces for update, _ in tensor.updates)
+    if rounds or quant.encode and not quant.needs_importance and (policy.rounding == "fresh" or replaced):
         return info.type
-    from lora_gguf.mixes import fallback_type
-
-    return fallback_type(BY_NAME[policy.type or PROMOTED], info.n_cols)
+    return fallback_type(BY_NAME[PROMOTED], info.n_cols)
 
 
-def _check(base: GgufReader, wanted: dict[str, list[LoraPair]]) -> None:
+def _check(base: Base, plans: Iterable[TensorPlan]) -> None:
     misfits, unsupported, numbers = [], [], []
-    for name, pairs in wanted.items():
-        info = base.tensors.get(name)
-        if info is None:
-            misfits.append(f"{name}: the base has no such tensor")
-            continue
+    merged = [tensor for tensor in plans if tensor.changes]
+    for tensor in merged:
+        info = tensor.source
         if info.type.name not in QUANTS:
-            unsupported.append(f"{name}: type {info.type} cannot be merged into")
-        for pair in pairs:
+            unsupported.append(f"{info.name}: type {info.type} cannot be merged into")
+        for pair in tensor.pairs:
             if pair.shape != info.shape:
-                misfits.append(f"{name}: expected {info.shape}, found {pair.shape}")
+                misfits.append(f"{info.name}: expected {info.shape}, found {pair.shape}")
             if not (np.isfinite(pair.a).all() and np.isfinite(pair.b).all() and np.isfinite(pair.scale)):
-                numbers.append(f"{name}: NaN or infinity in the adapter")
-    if not wanted:
+                numbers.append(f"{info.name}: NaN or infinity in the adapter")
+    if not merged:
         raise MismatchError(f"{base.label}: the adapter has no tensor for it: is this adapter for another base model?")
     for offenders, error, reason in (
         (misfits, MismatchError, "is this adapter for another base model?"),

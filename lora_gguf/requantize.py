@@ -41,12 +41,6 @@ class Recipe:
         gridded = self.source.unpack is not None or self.source.type.name in _HALVES
         return self.rounding in SPREADS and self.source is self.target and gridded
 
-    @property
-    def settles(self) -> bool:
-        """Whether codes are dithered on the new grid: on one that is no finer than the old, the nearest would be the old."""
-        coarse = self.target.type.bits_per_weight <= self.source.type.bits_per_weight
-        return SPREADS.get(self.rounding, 0) > 0 and coarse and self.target.unpack is not None
-
 
 def recode(recipe: Recipe, blocks: np.ndarray, delta: np.ndarray, first_row: int, matrix: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The rows ``blocks`` uint8 (rows, row_bytes) with ``delta`` f32 (rows, cols) added; ``blocks`` may be reused.
@@ -56,7 +50,7 @@ def recode(recipe: Recipe, blocks: np.ndarray, delta: np.ndarray, first_row: int
     """
     sums = np.zeros(4)
     if not recipe.keeps_grid:
-        return _renew(recipe, blocks, delta, first_row, matrix, sums), sums
+        return _renew(recipe, blocks, delta, matrix, sums), sums
     if recipe.source.unpack is None:
         halves = blocks.view(np.uint16)
         _HALVES[recipe.source.type.name](halves, delta, SPREADS[recipe.rounding], recipe.key, first_row, sums)
@@ -76,7 +70,7 @@ def _move_codes(quant: Quant, blocks, delta, spread: float, key: np.uint64, firs
     quant.pack(codes, blocks)
 
 
-def _renew(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums) -> np.ndarray:
+def _renew(recipe: Recipe, blocks, delta, matrix: int, sums) -> np.ndarray:
     """Decode, add, and let the target type's own quantizer find a new grid."""
     before, after = np.empty_like(delta), np.empty_like(delta)
     recipe.source.decode(blocks, before)
@@ -84,9 +78,6 @@ def _renew(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums) -> 
     renewed = np.empty((len(delta), recipe.target.type.row_bytes(delta.shape[1])), np.uint8)
     recipe.target.encode(wanted, NO_IMPORTANCE if recipe.importance is None else recipe.importance[matrix], renewed)
     recipe.target.decode(renewed, after)
-    if recipe.settles:
-        _move_codes(recipe.target, renewed, wanted - after, SPREADS[recipe.rounding], recipe.key, first_row, np.zeros(4))
-        recipe.target.decode(renewed, after)
     tally_rows(before, after, delta, sums)
     return renewed
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from lora_gguf.adapter import read_adapter
-from lora_gguf.errors import UsageError, printable
-from lora_gguf.gguf_reader import GgufReader
+from lora_gguf.base import Base
+from lora_gguf.errors import UnsupportedError, printable
 from lora_gguf.placement import Placement, adapter_gguf_pairs, gguf_pairs
 
 
@@ -19,12 +17,17 @@ def adapter_name(source: str | os.PathLike) -> str:
     return printable(name.removesuffix(".gguf"), 100)
 
 
-def placement_of(path: str | os.PathLike, base: GgufReader, scale: float = 1.0) -> Placement:
-    """The updates of the adapter at ``path``, a directory or a GGUF, in the layout of ``base``, ``scale`` times as large."""
-    if not math.isfinite(scale):
-        raise UsageError(f"scale: expected a finite number, found {scale}")
-    if Path(path).is_file():
+def placement_of(path: str | os.PathLike, base: Base, tied: str = "separate", allow_unused: str | None = None) -> Placement:
+    """The updates of the adapter at ``path``, a directory or a GGUF, in the layout of ``base``, as a merge carries them out.
+
+    Raises ``UnsupportedError`` for an adapter that cannot be merged.
+    """
+    if Path(path).is_file() and Path(path).suffix == ".gguf":
         placement = adapter_gguf_pairs(path, base)
     else:
-        placement = gguf_pairs(read_adapter(path), base)
-    return replace(placement, pairs=[replace(pair, scale=pair.scale * scale) for pair in placement.pairs])
+        placement = gguf_pairs(read_adapter(path), base, updates=True, tied=tied, allow_unused=allow_unused)
+    if placement.invocation_tokens:
+        raise UnsupportedError(
+            f"{adapter_name(path)}: an aLoRA, active only after its invocation tokens: it cannot be merged; use 'lora-gguf convert'"
+        )
+    return placement

@@ -36,14 +36,14 @@ def as_dict(report: MergeReport) -> dict:
     """The report as plain data for JSON: the whole, and each merged tensor."""
     tensors = [
         {
-            "name": tensor.source.name,
+            "name": tensor.target.name,
             "type": tensor.target.type.name,
             "base_type": tensor.source.type.name,
             "shape": list(tensor.source.shape),
             "rank": sum(pair.rank for pair in tensor.pairs),
-            **report.retention.get(tensor.source.name, Retention()).as_dict(),
+            **report.retention.get(tensor.target.name, Retention()).as_dict(),
         }
         for tensor in report.plan.merged
     ]
-    copied = [tensor.source.name for tensor in report.plan.tensors if not tensor.recipe]
+    copied = [tensor.target.name for tensor in report.plan.tensors if not tensor.recipe]
     return {"merged": tensors, "copied": copied, "all": report.whole.as_dict(), "warnings": report.plan.warnings}

@@ -101,7 +101,7 @@ def llama_server(model: Path, adapter: Path | None = None, scale: float = 1.0):
     params.model.path = str(model)
     params.n_ctx = 512
     params.n_parallel = 1
-    params.cpuparams.n_threads = 2
+    params.cpuparams.n_threads = 1
     if adapter:
         lora = xllamacpp.CommonAdapterLoraInfo()
         lora.path, lora.scale = str(adapter), scale

@@ -1,0 +1,70 @@
+"""Which files a merge writes: one, the base's shards, or shards of a size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_gguf.base import Base, shard_path
+from lora_gguf.errors import UsageError
+from lora_gguf.gguf_writer import key_value
+from lora_gguf.plan import Plan, TensorPlan
+
+
+@dataclass(frozen=True)
+class OutputPart:
+    """One file to write: its tensors, and its place among the shards."""
+
+    path: Path
+    tensors: Sequence[TensorPlan]
+    number: int = 0
+    count: int = 1
+
+    def key_values(self, metadata: list[bytes], n_tensors: int) -> list[bytes]:
+        """The file's metadata: all of it in the first shard, the split keys in each of several."""
+        if self.count == 1:
+            return metadata
+        split = [
+            key_value("split.no", self.number, "u16"),
+            key_value("split.count", self.count, "u16"),
+            key_value("split.tensors.count", n_tensors, "i32"),
+        ]
+        return (metadata if self.number == 0 else []) + split
+
+
+def output_parts(out: str | os.PathLike, base: Base, plan: Plan, *, max_bytes: int | None, shards: bool) -> list[OutputPart]:
+    """The files of a merge: one, or the base's own ``shards``, or as many as it takes to keep each below ``max_bytes``."""
+    groups = [plan.tensors]
+    if max_bytes:
+        groups = _by_size(plan.tensors, max_bytes)
+    elif shards:
+        owners = [base.reader_of(tensor.source.name) for tensor in plan.tensors]
+        groups = [[t for t, owner in zip(plan.tensors, owners) if owner is reader] for reader in base.readers]
+    if len(groups) == 1:
+        return [OutputPart(Path(out), groups[0])]
+    prefix = os.fspath(out).removesuffix(".gguf")
+    return [OutputPart(shard_path(prefix, i, len(groups)), group, i, len(groups)) for i, group in enumerate(groups)]
+
+
+def _by_size(tensors: Sequence[TensorPlan], max_bytes: int) -> list[list[TensorPlan]]:
+    groups: list[list[TensorPlan]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.target.n_bytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.target.n_bytes
+    return groups
+
+
+def one_shard(parts: list[OutputPart], shard: str) -> list[OutputPart]:
+    """The part that ``shard``, such as 3/5, names."""
+    number, _, count = shard.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise UsageError(f"--shard {shard}: expected N/COUNT, such as 3/5")
+    if int(count) != len(parts):
+        raise UsageError(f"--shard {shard}: there are {len(parts)} output files: expected --shard N/{len(parts)}")
+    return [parts[int(number) - 1]]

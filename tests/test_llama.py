@@ -1,0 +1,101 @@
+"""Real parts end to end: a real adapter, a real model, and what llama.cpp says with them."""
+
+import hashlib
+import os
+
+import numpy as np
+import pytest
+from libgguf import dequantize_rows
+
+from lora_gguf.convert import convert
+from lora_gguf.ggml import BY_NAME
+from lora_gguf.gguf_reader import GgufReader
+from lora_gguf.gguf_writer import GgufWriter, TensorSpec, raw_key_values
+from lora_gguf.merge import merge
+from lora_gguf.plan import Policy
+from lora_gguf.quants import QUANTS
+from tests.common import DEMO_ADAPTER, complete, gemma3_path, llama_server, smollm2_path
+
+PROMPT = "<|im_start|>user\nHow do I make tea?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def text(model, adapter=None, prompt=PROMPT, n_predict=64):
+    return complete(llama_server(model, adapter), prompt, n_predict)["text"]
+
+
+def as_type(source, target, type_name):
+    """A copy of a model with all its quantized tensors in F32 or F16."""
+    with GgufReader(source) as reader:
+        specs = [TensorSpec(i.name, i.type if i.type.name == "F32" else BY_NAME[type_name], i.shape) for i in reader.tensors.values()]
+        with GgufWriter(target, raw_key_values(reader), specs) as writer:
+            for info in reader.tensors.values():
+                raw = reader.read(info)
+                if info.type.name != "F32":
+                    raw = np.asarray(dequantize_rows(raw, info.type.id, n_per_row=info.n_cols), np.float32)
+                    raw = raw if type_name == "F32" else raw.astype(np.float16)
+                writer.write(writer.tensors[info.name], 0, np.ascontiguousarray(raw))
+            writer.commit()
+    return target
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapter") / "demo.gguf"
+    convert(DEMO_ADAPTER, path, smollm2_path())
+    return path
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    path = tmp_path_factory.mktemp("merged") / "merged.gguf"
+    return path, merge(smollm2_path(), [(DEMO_ADAPTER, 1.0)], path)
+
+
+def test_a_merge_into_an_f32_copy_says_what_the_adapter_says_at_run_time(tmp_path, converted):
+    base = as_type(smollm2_path(), tmp_path / "f32.gguf", "F32")
+    merge(base, [(DEMO_ADAPTER, 1.0)], tmp_path / "merged.gguf")
+    at_run_time = text(base, converted)
+    assert text(tmp_path / "merged.gguf") == at_run_time != text(base)
+
+
+def test_the_merged_file_talks_like_the_adapter_and_unlike_the_base(merged, converted):
+    answers = [text(merged[0]), text(smollm2_path(), converted), text(smollm2_path())]
+    assert "Arrr" in answers[0] and "Arrr" in answers[1] and "Arrr" not in answers[2]
+
+
+def test_a_directory_and_its_conversion_merge_alike(tmp_path, merged, converted):
+    merge(smollm2_path(), [(converted, 1.0)], tmp_path / "merged.gguf")
+    with GgufReader(merged[0]) as one, GgufReader(tmp_path / "merged.gguf") as other:
+        for name in one.tensors:
+            assert (one.read(one.tensors[name]) == other.read(other.tensors[name])).all()
+
+
+def test_the_same_bytes_again_with_one_thread_and_with_two(tmp_path, merged):
+    digests = {hashlib.sha256(merged[0].read_bytes()).hexdigest()}
+    for threads in (1, 2):
+        merge(smollm2_path(), [(DEMO_ADAPTER, 1.0)], tmp_path / "again.gguf", threads=threads, force=True)
+        digests.add(hashlib.sha256((tmp_path / "again.gguf").read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+def test_size_is_the_bases_plus_metadata(merged):
+    assert 0 < os.path.getsize(merged[0]) - os.path.getsize(smollm2_path()) < 4096
+
+
+@pytest.mark.parametrize(("rounding", "low", "high"), [("dither", 0.9, 1.1), ("nearest", -0.01, 0.05)])
+def test_how_much_of_a_real_adapter_is_kept(tmp_path, rounding, low, high):
+    report = merge(smollm2_path(), [(DEMO_ADAPTER, 1.0)], tmp_path / "merged.gguf", Policy(rounding))
+    assert low < report.whole.kept < high
+
+
+@pytest.mark.parametrize("model", [smollm2_path, gemma3_path])
+def test_every_real_tensor_decodes_as_in_c(model):
+    with GgufReader(model()) as reader:
+        for info in reader.tensors.values():
+            if info.type.name in ("F32", "F16"):
+                continue
+            for first in range(0, info.n_rows, 8192):
+                raw = reader.read(info, first, min(8192, info.n_rows - first))
+                ours = np.empty((len(raw), info.n_cols), np.float32)
+                QUANTS[info.type.name].decode(raw, ours)
+                assert ours.tobytes() == np.asarray(dequantize_rows(raw, info.type.id, n_per_row=info.n_cols)).tobytes()
