@@ -94,7 +94,8 @@ def gguf_pairs(
         errors += combine(name, found, hparams, placement.pairs)
     errors += resolve_tied(placement, hparams, tied)
     if errors:
-        raise MismatchError(f"{adapter.label}: {errors[0]}: {likely_cause(adapter, hparams, errors)}", errors)
+        details = errors if placement.pairs or placement.updates else ()  # nothing fits: one line says it all
+        raise MismatchError(f"{adapter.label}: {errors[0]}: {likely_cause(adapter, hparams, errors)}", details)
     if not placement.pairs and not placement.updates:
         raise MismatchError(f"{adapter.label}: nothing in it belongs to the text model: it adapts other parts only")
     if placement.updates and not updates:
@@ -120,7 +121,8 @@ def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader) -> Placement:
         )
     errors = [error for pair in pairs if (error := misfit(pair.name, pair.shape, hparams))]
     if errors:
-        raise MismatchError(f"{label}: {errors[0]}: is {base.label} the base it was trained on?", errors)
+        details = errors if len(errors) < len(pairs) else ()
+        raise MismatchError(f"{label}: {errors[0]}: is {base.label} the base it was trained on?", details)
     return Placement(pairs, accounts=[Account(name, "applied", pair.name) for pair in pairs for name in pair.sources])
 
 
