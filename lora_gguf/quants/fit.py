@@ -189,13 +189,16 @@ def fit_symmetric(x, w, numerators, scales, codes):
 
 @kernel
 def _symmetric_start(x, w, wx, s):
+    """n is even: the extremes go back and forth between two pairs of rows; a masked store would stall the next load."""
     s[AMAX] = F0
     s[MAX] = F0
     for j in range(len(x)):
+        now, after = 2 * (j & 1), 2 - 2 * (j & 1)
         for v in range(LANES):
-            magnitude = abs(x[j, v])
-            s[MAX, v] = x[j, v] if magnitude > s[AMAX, v] else s[MAX, v]
-            s[AMAX, v] = magnitude if magnitude > s[AMAX, v] else s[AMAX, v]
+            magnitude, largest = abs(x[j, v]), s[AMAX + now, v]
+            is_larger = magnitude > largest
+            s[MAX + after, v] = x[j, v] if is_larger else s[MAX + now, v]
+            s[AMAX + after, v] = magnitude if is_larger else largest
             wx[j, v] = w[j, v] * x[j, v]
 
 
@@ -218,20 +221,22 @@ def _symmetric_try(x, wx, w, numerator, lowest, highest, s, is_first):
         s[KEPT_INVERSE, v] = s[INVERSE, v] if better else s[KEPT_INVERSE, v]
 
 
+MOVES = 6
+
+
 @kernel
 def fit_by_descent(x, scales, codes):
     """weight = scale * (code - 4), codes 0 to 7, importance x**2: each code in turn moves to where it explains more."""
     n = x.shape[1]
-    scratch = np.empty((3 * n + 4, LANES), np.float32)
+    scratch = np.empty((3 * n + 7, LANES), np.float32)
     xs, ws, levels, state = scratch[:n], scratch[n : 2 * n], scratch[2 * n : 3 * n], scratch[3 * n :]
     for first in range(0, len(x), LANES):
         _gather(x, first, xs)
-        for j in range(n):
-            for v in range(LANES):
-                ws[j, v] = xs[j, v] * xs[j, v]
+        _symmetric_start(xs, xs, ws, state)
         _descent_start(xs, ws, levels, state)
         for _ in range(5):
-            _descend(xs, ws, levels, state)
+            if not _descend(xs, ws, levels, state):
+                break
         for j in range(n):
             for v in range(LANES):
                 levels[j, v] = F0 if state[AMAX, v] < _TINY else levels[j, v] + np.float32(4)
@@ -243,7 +248,6 @@ def fit_by_descent(x, scales, codes):
 
 @kernel
 def _descent_start(x, w, levels, s):
-    _symmetric_start(x, x, levels, s)
     s[SUM_WXL] = F0
     s[SUM_WL2] = F0
     for j in range(len(x)):
@@ -256,17 +260,23 @@ def _descent_start(x, w, levels, s):
 
 @kernel
 def _descend(x, w, levels, s):
+    """Whether a code moved. n is even, and the sums go back and forth as the extremes above."""
+    s[MOVES] = F0
     for j in range(len(x)):
+        now, after = 2 * (j & 1), 2 - 2 * (j & 1)
         for v in range(LANES):
             level, weight, wx = levels[j, v], w[j, v], w[j, v] * x[j, v]
-            explained, norm = s[SUM_WXL, v] - wx * level, s[SUM_WL2, v] - weight * level * level
+            old_explained, old_norm = s[SUM_WXL + now, v], s[SUM_WL2 + now, v]
+            explained, norm = old_explained - wx * level, old_norm - weight * level * level
             moved = _level(x[j, v] * norm / explained, np.int32(-4), np.int32(3))
             new_explained, new_norm = explained + wx * moved, norm + weight * moved * moved
-            gains = new_explained * new_explained * s[SUM_WL2, v] > s[SUM_WXL, v] * s[SUM_WXL, v] * new_norm
+            gains = new_explained * new_explained * old_norm > old_explained * old_explained * new_norm
             better = (explained > F0) & (moved != level) & (new_norm > F0) & gains
             levels[j, v] = moved if better else level
-            s[SUM_WXL, v] = new_explained if better else s[SUM_WXL, v]
-            s[SUM_WL2, v] = new_norm if better else s[SUM_WL2, v]
+            s[SUM_WXL + after, v] = new_explained if better else old_explained
+            s[SUM_WL2 + after, v] = new_norm if better else old_norm
+            s[MOVES, v] += F1 if better else F0
+    return s[MOVES].any()
 
 
 LARGEST, ERROR = 0, 9  # and SUM_WXL, SUM_WL2, BEST, SCALE, INVERSE, KEPT_INVERSE as above
@@ -355,12 +365,18 @@ def _positive_descend(x, w, highest, levels, s):
 
 @kernel
 def recode(x, steps, minima, lowest, highest, codes):
-    """codes[g, j] = round((x + minima[g]) / steps[g]) - lowest; groups without a step keep their codes."""
+    """code = round((x + minimum) / step) - lowest; where the step is 0 the code stays.
+
+    x, codes (m, 32); steps, minima (m, 1), or (m, 2) for groups of 16, as fewer than 32 lanes are not vectorised.
+    """
+    last = steps.shape[1] - 1
     for g in range(len(x)):
-        if steps[g] != F0:
-            xg, step, minimum, group = x[g], steps[g], minima[g], codes[g]
-            for j in range(group.size):
-                group[j] = np.int32(_level((xg[j] + minimum) / step, lowest, highest)) - lowest
+        xg, group = x[g], codes[g]
+        step_a, step_b, minimum_a, minimum_b = steps[g, 0], steps[g, last], minima[g, 0], minima[g, last]
+        for j in range(group.size):
+            step, minimum = step_a if j < 16 else step_b, minimum_a if j < 16 else minimum_b
+            code = np.int8(np.int32(_level((xg[j] + minimum) / step, lowest, highest)) - lowest)
+            group[j] = code if step != F0 else group[j]
 
 
 def sums(x):
@@ -388,27 +404,32 @@ def extremes(x):
 
 @kernel
 def _find_extremes(x, found):
-    xs, state = np.empty((x.shape[1], LANES), np.float32), np.empty((4, LANES), np.float32)
-    for first in range(0, len(x), LANES):
-        _gather(x, first, xs)
-        _extremes(xs, state)
-        for v in range(min(LANES, len(x) - first)):
-            found[0, first + v], found[1, first + v], found[2, first + v] = state[MAX, v], state[2, v], state[3, v]
+    for g in range(len(x)):
+        bits = x[g].view(np.int32)
+        low_key, high_key = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+        for j in range(bits.size):
+            key = _ordered(bits[j])
+            low_key, high_key = min(low_key, key), max(high_key, key)
+        low, high = np.int32(_ordered(low_key)).view(np.float32), np.int32(_ordered(high_key)).view(np.float32)
+        if low == -high:
+            found[0, g] = _first(x[g], low, high) + F0
+        else:
+            found[0, g] = high if high > -low else low
+        found[1, g], found[2, g] = _first(x[g], low, low) if low == F0 else low, high
 
 
 @kernel
-def _extremes(x, s):
-    s[AMAX] = F0
-    s[MAX] = F0
-    s[2] = x[0]
-    s[3] = x[0]
-    for j in range(len(x)):
-        for v in range(LANES):
-            value, magnitude = x[j, v], abs(x[j, v])
-            s[MAX, v] = value if magnitude > s[AMAX, v] else s[MAX, v]
-            s[AMAX, v] = magnitude if magnitude > s[AMAX, v] else s[AMAX, v]
-            s[2, v] = value if value < s[2, v] else s[2, v]
-            s[3, v] = value if value > s[3, v] else s[3, v]
+def _ordered(bits):
+    """An integer that grows with the number whose bits these are, and the bits again of such an integer."""
+    return np.int32(bits ^ (np.int32(bits >> 31) & 0x7FFFFFFF))
+
+
+@kernel
+def _first(x, a, b):
+    for value in x:
+        if value == a or value == b:
+            return value
+    return a
 
 
 @kernel

@@ -57,6 +57,12 @@ def _fit_minimum_type(x, w, tries, absolute, scale_max, has_importance):
     return codes, *_round_scales(scales, scale_max), *_round_scales(minima, scale_max)
 
 
+def _recode(x, steps, lows, lowest, highest, codes):
+    per_32 = 32 // x.shape[1]
+    grid = steps.reshape(-1, per_32), lows.reshape(-1, per_32)
+    fit.recode(x.reshape(-1, 32), *grid, np.int32(lowest), np.int32(highest), codes.reshape(-1, 32))
+
+
 @np.errstate(all="ignore")
 def encode_q2_k(weights, importance, blocks):
     x, blocks = weights.reshape(-1, 16), blocks.reshape(-1, 84)
@@ -68,7 +74,7 @@ def encode_q2_k(weights, importance, blocks):
     scales = scale_codes | minimum_codes << 4
     blocks[:, :16] = scales
     steps, lows = _store_f16(d, blocks, 80) * (scales & 15), _store_f16(dmin, blocks, 82) * (scales >> 4)
-    fit.recode(x, steps.reshape(-1), lows.reshape(-1), np.int32(0), np.int32(3), codes)
+    _recode(x, steps, lows, 0, 3, codes)
     kquants_blocks.pack_q2_k(codes, blocks)
 
 
@@ -90,7 +96,7 @@ def _encode_k4(block_bytes, code_max, reference_tries, pack):
         _store_six_bit_pairs(scale_codes, minimum_codes, blocks[:, 4:16])
         steps, lows = np.empty((len(blocks), 8), np.float32), np.empty((len(blocks), 8), np.float32)
         kquants_blocks.steps_and_lows(blocks, steps, lows)
-        fit.recode(x, steps.reshape(-1), lows.reshape(-1), np.int32(0), np.int32(code_max), codes)
+        _recode(x, steps, lows, 0, code_max, codes)
         pack(codes, blocks)
 
     return encode
@@ -126,7 +132,7 @@ def encode_q3_k(weights, importance, blocks):
         d = np.where(extreme != 0, np.float32(1) / inverse, np.float32(0)).reshape(-1)
     _store_six_bits(scale_codes.view(np.uint8), blocks[:, 96:108])
     steps = _store_f16(d, blocks, 108) * (scale_codes - np.float32(32))
-    fit.recode(x, steps.reshape(-1), np.zeros(len(x), np.float32), np.int32(-4), np.int32(3), codes)
+    _recode(x, steps, np.zeros_like(steps), -4, 3, codes)
     kquants_blocks.pack_q3_k(codes, blocks)
 
 
@@ -151,7 +157,7 @@ def encode_q6_k(weights, importance, blocks):
     blocks[:, 192:208] = scale_codes.view(np.uint8)
     steps = _store_f16(d, blocks, 208) * scale_codes
     codes.reshape(-1, 256)[is_zero[:, 0]] = 0
-    fit.recode(x, steps.reshape(-1), np.zeros(len(x), np.float32), np.int32(-32), np.int32(31), codes)
+    _recode(x, steps, np.zeros_like(steps), -32, 31, codes)
     kquants_blocks.pack_q6_k(codes, blocks)
 
 
