@@ -116,6 +116,7 @@ def merge(
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Write the base's shards; default: one file.")] = False,
     split_max_size: Annotated[Optional[str], typer.Option(metavar="N(M|G)", help="Write shards of at most this size.")] = None,
     shard: Annotated[Optional[str], typer.Option(metavar="N/COUNT", help="Write only this shard, for parallel jobs.")] = None,
+    max_growth: Annotated[str, typer.Option(metavar="N%", help="Promote the tensors that gain most to Q8_0, up to this growth.")] = "0%",
     min_retention: Annotated[float, typer.Option(help="Fail, and write nothing, where less of the adapter is kept.")] = 0.0,
     threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
@@ -139,6 +140,7 @@ def merge(
     if not dry_run and not (keep_split or split_max_size or shard):
         check_target(out, force=force, inputs=[base])
     adapters = [(fetch_adapter(name), factor) for name, factor in named]
+    from lora_gguf.growth import parse_growth
     from lora_gguf.merge import merge as merge_adapters
     from lora_gguf.plan import Policy
 
@@ -152,6 +154,7 @@ def merge(
             policy,
             tied=tied.value,
             allow_unused=allow_unused,
+            max_growth=parse_growth(max_growth),
             min_retention=min_retention,
             max_bytes=_bytes(split_max_size) if split_max_size else None,
             shards=keep_split,

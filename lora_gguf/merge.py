@@ -13,6 +13,7 @@ from lora_gguf.base import SPLIT_KEYS, Base
 from lora_gguf.chunks import Chunk, carry_out, cut, in_threads
 from lora_gguf.errors import NumericError
 from lora_gguf.gguf_writer import GgufWriter, key_value, raw_key_values
+from lora_gguf.growth import promote
 from lora_gguf.layout import OutputPart, one_shard, output_parts
 from lora_gguf.placement import Account
 from lora_gguf.plan import Plan, Policy, make_plan
@@ -54,6 +55,7 @@ def merge(
     *,
     tied: str = "separate",
     allow_unused: str | None = None,
+    max_growth: float = 0.0,
     min_retention: float = 0.0,
     max_bytes: int | None = None,
     shards: bool = False,
@@ -66,7 +68,7 @@ def merge(
 
     Each adapter is a PEFT directory or an adapter GGUF with the factor that multiplies its own scale; their updates are
     summed in f32 and rounded once, as ``policy`` says. ``out`` None only plans. ``tied`` and ``allow_unused`` are those of
-    ``placement.gguf_pairs``, ``max_bytes``, ``shards`` and ``shard`` those of ``layout``. ``progress`` is called with (bytes
+    ``placement.gguf_pairs``, ``max_growth`` that of ``growth``, ``max_bytes``, ``shards`` and ``shard`` those of ``layout``. ``progress`` is called with (bytes
     of the base done since the last call, bytes in all, tensor name).
     Raises the subclasses of ``LoraGgufError``, before the first byte is written wherever that is possible;
     ``NumericError`` where less than ``min_retention`` of the update is kept. Then ``out`` stays what it was.
@@ -74,6 +76,7 @@ def merge(
     with Base(base) as model:
         placements = [(placement_of(path, model, tied, allow_unused), scale) for path, scale in adapters]
         plan = make_plan(model, placements, policy)
+        promote(plan, model, max_growth)
         report = MergeReport(plan, [account for placement, _ in placements for account in placement.accounts])
         if out is None:
             return report

@@ -9,9 +9,9 @@ import pytest
 from tests.common import ROOT
 
 # a module imports only from rows above it
-ORDER = """errors progress ggml kernel gguf_reader output gguf_writer base quants rounding patterns lora updates tensor_file
-pickle_reader torch_reader weights hub fetch adapter_config kinds adapter transforms architectures hparams names placement convert
-sources mixes requantize plan layout chunks retention merge tables cli __main__""".split()
+ORDER = """errors progress ggml kernel input_file gguf_reader output gguf_writer base quants rounding patterns lora updates tensor_file
+pickle_reader torch_reader weights hub fetch kinds adapter_config adapter transforms architectures hparams names placement convert
+sources mixes requantize plan layout chunks growth retention merge tables cli __main__""".split()
 
 
 def _imports(source) -> set[str]:

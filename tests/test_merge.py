@@ -14,6 +14,7 @@ from lora_gguf.gguf_reader import GgufReader
 from lora_gguf.lora import LoraPair, write_adapter_gguf
 from lora_gguf.merge import merge
 from lora_gguf.plan import Policy
+from lora_gguf.rounding import low_rank
 from lora_gguf.output import SUFFIX
 from tests.common import pack_gguf, text_kv, u32_kv, valid_rows
 
@@ -54,7 +55,9 @@ def base_and_adapter(folder, type_name, rows=64, cols=512, size=0.002, rank=4, s
     a, b = rng.normal(size=(rank, cols)).astype(np.float32), (rng.normal(size=(rows, rank)) * size).astype(np.float32)
     pair = LoraPair(NAME, a, b, 0.5)
     write_adapter_gguf(folder / "adapter.gguf", [pair], "llama", "f32")
-    return folder / "base.gguf", folder / "adapter.gguf", pair.delta()
+    delta = np.empty((rows, cols), np.float32)
+    low_rank(pair.b * np.float32(pair.scale), pair.a, delta)
+    return folder / "base.gguf", folder / "adapter.gguf", delta
 
 
 def tensor(path, name):
@@ -173,3 +176,36 @@ def test_an_error_on_the_way_leaves_the_output_as_it_was(tmp_path, monkeypatch):
         merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", force=True)
     assert (tmp_path / "out.gguf").read_bytes() == b"old"
     assert not [name for name in os.listdir(tmp_path) if name.endswith(SUFFIX)]
+
+
+@pytest.mark.parametrize("target", ["Q8_0", "F16", "Q4_K", "Q5_0", "IQ4_NL"])
+@pytest.mark.parametrize("source", ["Q4_0", "Q6_K", "BF16"])
+def test_another_type(tmp_path, source, target):
+    base, adapter, delta = base_and_adapter(tmp_path, source)
+    report = merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", Policy(type=target))
+    with GgufReader(tmp_path / "out.gguf") as reader:
+        assert reader.tensors[NAME].type.name == target and reader.tensors[OTHER].type.name == source
+        assert reader.get("general.quantization_version") == 2 and reader.get("general.file_type") is not None
+        wanted = loaded(tensor(base, NAME), source, 512) + delta
+        raw = reader.read(reader.tensors[NAME])
+    assert raw.tobytes() == stored(wanted, target).tobytes()
+    assert report.plan.merged[0].target.type.name == target
+
+
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL", "MXFP4"])
+def test_fresh_is_ggmls_quantizer(tmp_path, type_name):
+    base, adapter, delta = base_and_adapter(tmp_path, type_name)
+    merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", Policy("fresh"))
+    wanted = loaded(tensor(base, NAME), type_name, 512) + delta
+    assert tensor(tmp_path / "out.gguf", NAME).tobytes() == stored(wanted, type_name).tobytes()
+
+
+@pytest.mark.parametrize("type_name", ["IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "TQ2_0", "Q1_0"])
+def test_codebooks_keep_their_grid(tmp_path, type_name):
+    base, adapter, delta = base_and_adapter(tmp_path, type_name)
+    report = merge(base, [(adapter, 1.0)], tmp_path / "out.gguf")
+    before, after = (loaded(tensor(path, NAME), type_name, 512) for path in (base, tmp_path / "out.gguf"))
+    moved = after.astype(np.float64) - before
+    assert np.isclose(report.whole.kept, (moved * delta).sum() / (delta.astype(np.float64) ** 2).sum(), atol=1e-3)
+    assert report.whole.kept > (0.25 if type_name in ("TQ2_0", "Q1_0") else 0.8)
+    assert valid_rows(type_name, tensor(tmp_path / "out.gguf", NAME))
