@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from lora_gguf.kinds import KINDS
 NAME = "adapter_config.json"
 MAX_BYTES = 16 << 20
 MAX_RANK = 1 << 16
+MAX_PARAMETERS = 4096
 
 
 def _is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e30
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def _is_count(value) -> bool:
@@ -44,6 +44,7 @@ TYPES: dict[str, tuple[Callable, str]] = {
     "ranks": (_is_map_of(_is_count), f"a map to whole numbers from 1 to {MAX_RANK}"),
     "numbers": (_is_map_of(_is_number), "a map to finite numbers"),
     "names": (_is_names, "a list of strings"),
+    "parameters": (lambda v: _is_names(v) and len(v) <= MAX_PARAMETERS, f"a list of at most {MAX_PARAMETERS} strings"),
     "targets": (lambda v: isinstance(v, str) or _is_names(v), "a string or a list of strings"),
     "init": (lambda v: isinstance(v, (bool, str)), "true, false or a string"),
     "tokens": (lambda v: _is_indices(v) or _is_map_of(_is_indices)(v), "a list of token ids, or a map to such lists"),
@@ -60,7 +61,7 @@ FIELDS = {
     "rank_pattern": "ranks",
     "alpha_pattern": "numbers",
     "target_modules": "targets",
-    "target_parameters": "names",
+    "target_parameters": "parameters",
     "fan_in_fan_out": "flag",
     "bias": "text",
     "lora_bias": "flag",
