@@ -176,11 +176,8 @@ def packed_parameter(module: Module, modules: Iterable[Module]) -> str | None:
     ``base_layer`` of the path leads one inward.
     """
     path = re.sub(r"(\.base_layer)+$", "", module.path)
-    found = [
-        target.rpartition(".")[2]
-        for target in module.config.get("target_parameters", ())
-        if f".{path}".endswith(f".{target.rpartition('.')[0]}") or not target.rpartition(".")[0]
-    ]
+    targets = [target.rpartition(".") for target in module.config.get("target_parameters", ())]
+    found = list({name for head, _, name in targets if f".{path}".endswith(f".{head or 'experts'}")})
     found.sort(key=lambda name: PARAMETERS.index(name) if name in PARAMETERS else len(PARAMETERS))
     if not found:
         return None

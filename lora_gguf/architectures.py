@@ -102,6 +102,7 @@ GRANITE_DENSE = (
     Rule(r"shared_mlp\.output_linear", (Out("ffn_down"),)),
 )
 GRANITE_SHARED = (
+    Rule(r"block_sparse_moe\.router", (Out("ffn_gate_inp"),)),
     split(r"block_sparse_moe\.input_linear", **EXPERT_HALVES),
     split(r"shared_mlp\.input_linear", "expert_count", **SHARED_HALVES),
     Rule(r"shared_mlp\.output_linear", (Out("ffn_down_shexp"),), "expert_count"),

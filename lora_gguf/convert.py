@@ -27,8 +27,8 @@ def convert(
 ) -> Placement:
     """Write the PEFT adapter in ``directory`` as a GGUF to ``out`` and return the account of its tensors.
 
-    The layout follows the header of ``base``, a GGUF, or else ``base_config``: a ``config.json`` or the folder that holds
-    it. ``outtype`` is one of ``OUT_TYPES``; F32, the default, is exact.
+    The layout follows the header of ``base``, a GGUF, and ``base_config``, a ``config.json`` or the folder that holds it,
+    where the GGUF does not say or is not given. ``outtype`` is one of ``OUT_TYPES``; F32, the default, is exact.
     """
     if outtype not in OUT_TYPES:
         raise UsageError(f"--outtype {outtype}: expected one of {', '.join(OUT_TYPES)}")
@@ -56,14 +56,17 @@ def check_low_rank(placement: Placement, adapter: Adapter) -> None:
 
 
 def base_model(base: str | os.PathLike | None, base_config: str | os.PathLike | None) -> hparams.Hparams:
-    """The base's dimensions from its GGUF, or else from its ``config.json``."""
+    """The base's dimensions, from its GGUF and its ``config.json``."""
+    config = None
+    if base_config is not None:
+        path = Path(base_config)
+        config = read_json(path / "config.json" if path.is_dir() else path)
     if base is not None:
         with GgufReader(base) as reader:
-            return hparams.from_base(reader)
-    if base_config is None:
+            return hparams.from_base(reader, config)
+    if config is None:
         raise UsageError("the layout depends on the base: give --base BASE.gguf or --base-config DIR")
-    path = Path(base_config)
-    return hparams.from_config(read_json(path / "config.json" if path.is_dir() else path))
+    return hparams.from_config(config)
 
 
 def metadata(adapter: Adapter) -> list[tuple[str, object, str]]:

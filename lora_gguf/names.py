@@ -101,8 +101,10 @@ def tensor_name(path: str, hparams: Hparams) -> str | None:
     found = []
     for candidate in candidates(path):
         template = candidate if layer is None else LAYER.sub(".{bid}.", candidate, count=1)
-        for tensor, name in reversed(name_map().get(template, ())):
-            full = f"{name.format(bid=layer)}.weight"
+        known = [(*entry, ".weight") for entry in name_map().get(template, ())]
+        known += [(*entry, "") for entry in name_map().get(f"{template}.weight", ())]
+        for tensor, name, suffix in reversed(known):
+            full = name.format(bid=layer) + suffix
             if hparams.tensors is not None and full in hparams.tensors:
                 return full
             if allowed is None or tensor in allowed:
@@ -174,7 +176,7 @@ def out_name(out: Out, path: str, slot: int | None, hparams: Hparams) -> str | N
     if out.tensor:
         return f"blk.{layer}.{out.tensor}.weight"
     name = tensor_name(path, hparams)
-    stem = EXPERT_TENSORS.get(path.rpartition(".")[2]) if slot is not None else None
+    stem = EXPERT_TENSORS.get(path.rpartition(".")[2]) if re.search(r"(^|\.)(experts|moe)\.[^.]+$", path) else None
     if stem and (name is None or hparams.lacks(name)):
         stacked, dense = (f"blk.{layer}.{part}.weight" for part in (stem, stem.removesuffix("_exps")))
         return dense if slot == 0 and hparams.lacks(stacked) and not hparams.lacks(dense) else stacked
