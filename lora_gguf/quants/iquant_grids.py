@@ -20,17 +20,15 @@ SHELLS = {"IQ2_XXS": 2, "IQ2_XS": 2, "IQ2_S": 1, "IQ3_XXS": 2, "IQ3_S": 3, "IQ1_
 class Lattice(NamedTuple):
     """All points of ``n_levels`` levels in ``dims`` dimensions; point Σ level_i · n_levels**i has the number i.
 
-    A vector's code holds, for each level from the lowest bits on, 2 * level + 1 in ``width`` bits.
+    ``points`` int32 (points, 2): a point's vector and 0, or where it is off the grid, its first neighbour and how many.
+    ``neighbours`` uint32: the vectors near each point, by distance, then by vector, that in the upper half; the lower
+    half holds the levels, 16 / dims bits each, the first one lowest.
     """
 
     n_levels: int
     dims: int
-    width: int
-    first: np.ndarray  # int32 (points,): a point's vector, or where it is off the grid, its first pack of neighbours
-    packs: np.ndarray  # int32 (points,): how many packs of neighbours, 0 on the grid
-    vectors: np.ndarray  # uint16 (all packs, PACK): the neighbours' vectors, by distance, then by vector
-    codes: np.ndarray  # uint32 (all packs, PACK): their codes
-    grid: np.ndarray  # uint32 (vectors,): the codes of the grid's vectors
+    points: np.ndarray
+    neighbours: np.ndarray
 
 
 @cache
@@ -48,17 +46,15 @@ def lattice(name: str) -> Lattice:
     """The grid of the type ``name`` with everybody's neighbours, as ggml's quantizer considers them."""
     levels, ranks = np.unique(grid(name), return_inverse=True)
     ranks = ranks.reshape(grid(name).shape)
-    n_levels, dims, width = len(levels), ranks.shape[1], len(levels).bit_length() + (len(levels) < 8)
-    points = np.arange(n_levels**dims)[:, None] // n_levels ** np.arange(dims) % n_levels
-    first = np.full(len(points), -1, np.int32)
-    first[ranks @ n_levels ** np.arange(dims)] = np.arange(len(ranks))
-    counts = np.zeros(len(points), np.int32)
-    _count_neighbours(points, ranks, SHELLS[name], first, counts)
-    packs = (counts + PACK - 1) // PACK
-    vectors = np.empty((packs.sum(), PACK), np.uint16)
-    _list_neighbours(points, ranks, SHELLS[name], first, packs, vectors)
-    codes = ((2 * ranks + 1) @ (1 << width * np.arange(dims))).astype(np.uint32)
-    return Lattice(n_levels, dims, width, first, packs, vectors, codes[vectors], codes)
+    n_levels, dims = len(levels), ranks.shape[1]
+    coordinates = np.arange(n_levels**dims)[:, None] // n_levels ** np.arange(dims) % n_levels
+    points = np.full((len(coordinates), 2), (-1, 0), np.int32)
+    points[ranks @ n_levels ** np.arange(dims), 0] = np.arange(len(ranks))
+    _count_neighbours(coordinates, ranks, SHELLS[name], points)
+    vectors = np.empty(points[:, 1].sum(), np.uint32)
+    _list_neighbours(coordinates, ranks, SHELLS[name], points, vectors)
+    codes = (ranks << 16 // dims * np.arange(dims)).sum(1).astype(np.uint32)
+    return Lattice(n_levels, dims, points, vectors << 16 | codes[vectors])
 
 
 @kernel
@@ -80,29 +76,31 @@ def _distances(point, ranks, shells, distances):
 
 
 @kernel
-def _count_neighbours(points, ranks, shells, first, counts):
+def _count_neighbours(coordinates, ranks, shells, points):
     distances = np.empty(len(ranks), np.int64)
     for p in range(len(points)):
-        if first[p] < 0:
-            limit = _distances(points[p], ranks, shells, distances)
-            for distance in distances:
-                counts[p] += distance <= limit
+        if points[p, 0] >= 0:
+            continue
+        limit, count = _distances(coordinates[p], ranks, shells, distances), 0
+        for distance in distances:
+            count += distance <= limit
+        points[p, 1] = (count + PACK - 1) // PACK * PACK
 
 
 @kernel
-def _list_neighbours(points, ranks, shells, first, packs, vectors):
-    flat, at = vectors.reshape(-1), 0
+def _list_neighbours(coordinates, ranks, shells, points, vectors):
+    at = 0
     distances = np.empty(len(ranks), np.int64)
     for p in range(len(points)):
-        if first[p] >= 0:
+        if points[p, 1] == 0:
             continue
-        first[p] = at // PACK
-        limit = _distances(points[p], ranks, shells, distances)
+        points[p, 0] = at
+        limit = _distances(coordinates[p], ranks, shells, distances)
         for shell in range(limit + 1):
             for v in range(len(ranks)):
                 if distances[v] == shell:
-                    flat[at] = v
+                    vectors[at] = v
                     at += 1
-        while at < (first[p] + packs[p]) * PACK:
-            flat[at] = flat[at - 1]
+        while at < points[p, 0] + points[p, 1]:
+            vectors[at] = vectors[at - 1]
             at += 1

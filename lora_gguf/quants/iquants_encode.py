@@ -16,6 +16,8 @@ from lora_gguf.quants.half import f16_from_f32
 from lora_gguf.quants.iquant_grids import lattice
 
 OFF_GRID, UNLESS_ON_GRID, ALWAYS = range(3)
+M, W, ROOT, Q = range(4)  # rows of ``work``: magnitudes, importances, their roots, values of two sets of vectors
+OFF_GRID_BIT = 0x8000
 
 
 class Rules(NamedTuple):
@@ -64,33 +66,40 @@ def _mean_square(x):
 
 
 @kernel
-def _weigh(x, importance, mean_square, rules, w, root):
+def _weigh(x, importance, mean_square, rules, work):
     """Each weight's importance in the error, and its root."""
     variance, floor = rules.variance * mean_square, rules.floor * mean_square
     for j in range(len(x)):
         square = x[j] * x[j]
         if len(importance):
-            w[j] = importance[j] * np.sqrt(variance + square)
+            work[W, j] = importance[j] * np.sqrt(variance + square)
         else:
-            w[j] = floor + square if rules.floor > 0 else square
-        root[j] = np.sqrt(w[j])
+            work[W, j] = floor + square if rules.floor > 0 else square
+        work[ROOT, j] = np.sqrt(work[W, j])
 
 
 @kernel
-def _split_signs(x, w, even, m, signs):
-    """Magnitudes and sign bits of ``x``; to make the minuses even, the least important of eight changes its sign."""
+def _split_signs(x, even, work, signs):
+    """Magnitudes and sign bits of ``x``; to make the minuses even, the least important of eight changes its sign.
+
+    Returns the largest magnitude.
+    """
     for k in range(len(x) // 8):
         bits, least, odd = 0, 8 * k, 0
         for j in range(8 * k, 8 * k + 8):
             minus = 0 if x[j] >= 0 else 1
-            m[j] = -x[j] if minus else x[j]
+            work[M, j] = -x[j] if minus else x[j]
             bits |= minus << (j - 8 * k)
             odd ^= minus
-            least = j if w[j] * x[j] * x[j] < w[least] * x[least] * x[least] else least
+            least = j if work[W, j] * x[j] * x[j] < work[W, least] * x[least] * x[least] else least
         if even and odd:
-            m[least] = -m[least]
+            work[M, least] = -work[M, least]
             bits ^= 1 << (least - 8 * k)
         signs[k] = bits
+    largest = work[M, 0]
+    for j in range(len(x)):
+        largest = max(largest, work[M, j])
+    return largest
 
 
 @kernel
@@ -152,111 +161,106 @@ def _move_levels(m, w, top, lx, ll, levels):
 
 
 @kernel
-def _best_neighbour(codes, first, packs, dims, width, m, root, start, scale, lanes):
-    """Which of the ``packs`` of neighbours from ``first`` on has the least weighted square error, the first if several.
-
-    ``lanes`` (3, 8) holds the errors of a pack, the least error in each place of a pack so far, and its pack.
-    """
-    field = np.uint32((1 << width) - 1)
-    for t in range(8):
-        lanes[1, t] = np.float32(np.inf)
-        lanes[2, t] = 0
-    for p in range(packs):
-        for t in range(8):
-            lanes[0, t] = 0
-        for i in range(dims):
-            x, w, shift = m[start + i], root[start + i], np.uint32(width * i)
-            for t in range(8):
-                value = np.float32(np.int32(np.uint32(codes[first + p, t] >> shift) & field))
-                difference = scale * value - x
-                lanes[0, t] += w * difference * difference
-        for t in range(8):
-            better = lanes[0, t] < lanes[1, t]
-            lanes[1, t] = lanes[0, t] if better else lanes[1, t]
-            lanes[2, t] = np.float32(p) if better else lanes[2, t]
-    least, best = lanes[1, 0], np.float32(8) * lanes[2, 0]
-    for t in range(1, 8):
-        at = np.float32(8) * lanes[2, t] + np.float32(t)
-        better = lanes[1, t] < least or (lanes[1, t] == least and at < best)
-        least, best = (lanes[1, t], at) if better else (least, best)
-    return np.int32(best)
+def _four(work, row, at):
+    return work[row, at], work[row, at + 1], work[row, at + 2], work[row, at + 3]
 
 
 @kernel
-def _place(lattice, m, root, inverse, scale, only, scratch, q, vectors, on_grid):
-    """Round ``m`` to levels and put each vector on the grid: ``q`` are the values 1, 3, 5 …, ``vectors`` the indices.
+def _eight(work, row, at):
+    return _four(work, row, at) + _four(work, row, at + 4)
 
-    With ``only`` the vectors already on the grid stay as they are.
+
+@kernel
+def _best_neighbour(neighbours, first, count, m, root, scale, errors):
+    """The neighbour, of ``count`` from ``first`` on, of least weighted square error; the first if there are several.
+
+    ``m`` and ``root`` are tuples, so that their loop unrolls, and the indices unsigned, so that the other vectorises.
     """
-    rounded, lanes = scratch
-    n_levels, dims, width, firsts, packs, neighbours, codes, grid = lattice
-    top, field = np.int32(n_levels - 1), (1 << width) - 1
-    for j in range(len(m)):
-        level = _nearest_int(np.float32(0.5) * (inverse * m[j] - np.float32(1)))
+    width = 16 // len(m)
+    for n in range(count):
+        code, error = np.int32(neighbours[first + n]), np.float32(0)
+        for i in range(len(m)):
+            level = np.int32(code >> (width * i)) & np.int32((1 << width) - 1)
+            difference = scale * np.float32(np.int32(2 * level + 1)) - m[i]
+            error += root[i] * difference * difference
+        errors[n] = error
+    least, best = np.float32(np.inf), np.uint64(0)
+    for n in range(count):
+        better = errors[n] < least
+        least, best = (errors[n], n) if better else (least, best)
+    return neighbours[first + best]
+
+
+@kernel
+def _place(n_levels, dims, points, neighbours, work, rounded, errors, row, vectors, inverse, scale, only):
+    """Round the magnitudes to levels and put each vector on the grid: its values 1, 3, 5 … go to the row Q + ``row`` of
+    ``work``, its index to that row of ``vectors``, with OFF_GRID where it had to move.
+
+    With ``only`` the vectors that did not move stay as they are. The arrays come one by one because each one taken from
+    a tuple would be counted as a reference.
+    """
+    top, width = np.int32(n_levels - 1), 16 // dims
+    for j in range(work.shape[1]):
+        level = _nearest_int(np.float32(0.5) * (inverse * work[M, j] - np.float32(1)))
         rounded[j] = max(np.int32(0), min(top, level))
-    for k in range(len(vectors)):
-        if only and on_grid[k]:
+    for k in range(vectors.shape[1]):
+        if only and vectors[row, k] < OFF_GRID_BIT:
             continue
         start, point = dims * k, 0
         for i in range(dims - 1, -1, -1):
             point = point * n_levels + rounded[start + i]
-        vector = firsts[point]
-        on_grid[k] = packs[point] == 0
-        if not on_grid[k]:
-            at = _best_neighbour(codes, vector, packs[point], dims, width, m, root, start, scale, lanes)
-            vector = np.int32(neighbours[vector + at // 8, at % 8])
-        vectors[k] = vector
-        code = grid[vector]
+        first, count = np.uint64(points[point, 0]), np.uint64(points[point, 1])
+        if count == 0:
+            vectors[row, k] = first
+            for i in range(dims):
+                work[Q + row, start + i] = np.float32(np.int32(2 * rounded[start + i] + 1))
+            continue
+        if dims == 8:
+            found = _best_neighbour(neighbours, first, count, _eight(work, M, 8 * k), _eight(work, ROOT, 8 * k), scale, errors)
+        else:
+            found = _best_neighbour(neighbours, first, count, _four(work, M, 4 * k), _four(work, ROOT, 4 * k), scale, errors)
+        vectors[row, k] = found >> 16 | OFF_GRID_BIT
         for i in range(dims):
-            q[start + i] = np.float32(np.int32(code >> width * i & field))
+            work[Q + row, start + i] = np.float32(np.int32((found >> (width * i) & ((1 << width) - 1)) * 2 + 1))
 
 
 @kernel
-def _sums(m, w, q):
+def _sums(work, row):
     """The sums of w m q and of w q q."""
     qx, qq = np.float32(0), np.float32(0)
-    for j in range(len(m)):
-        qx += w[j] * m[j] * q[j]
-        qq += w[j] * q[j] * q[j]
+    for j in range(work.shape[1]):
+        w, q = work[W, j], work[Q + row, j]
+        qx += w * work[M, j] * q
+        qq += w * q * q
     return qx, qq
 
 
 @kernel
-def _largest(x):
-    largest = x[0]
-    for v in x:
-        largest = v if v > largest else largest
-    return largest
-
-
-@kernel
-def _search(lattice, rules, largest, m, w, root, scratch, q, vectors, on_grid):
+def _search(n_levels, dims, points, neighbours, rules, largest, work, rounded, errors, vectors):
     """A group's scale; its vectors come to lie in the row of ``vectors`` that is also returned.
 
-    Row 0 or 1 of ``q``, ``vectors`` and ``on_grid`` is the best so far, the other is the trial.
+    Row 0 or 1 of ``vectors`` and of the values is the best so far, the other is the trial.
     """
-    best, kept, all_on_grid = np.float32(0), 0, rules.polish != UNLESS_ON_GRID
-    top = np.float32(2 * lattice.n_levels - 1)
+    best, kept, top = np.float32(0), 0, np.float32(2 * n_levels - 1)
     scale = largest / top
-    start = _fit(m, w, lattice.n_levels + 1) * np.float32(lattice.n_levels) if rules.from_fit else largest
+    start = _fit(work[M], work[W], n_levels + 1) * np.float32(n_levels) if rules.from_fit else largest
     for k in range(vectors.shape[1]):
-        vectors[0, k] = 0
-        on_grid[0, k] = all_on_grid
+        vectors[0, k] = OFF_GRID_BIT if rules.polish == UNLESS_ON_GRID else 0
     for t in range(-rules.n_tries, rules.n_tries + 1):
         inverse = (top + np.float32(t) * rules.try_step) / start
-        new = 1 - kept
-        _place(lattice, m, root, inverse, np.float32(1) / inverse, False, scratch, q[new], vectors[new], on_grid[new])
-        qx, qq = _sums(m, w, q[new])
+        new, trial = 1 - kept, np.float32(1) / inverse
+        _place(n_levels, dims, points, neighbours, work, rounded, errors, new, vectors, inverse, trial, False)
+        qx, qq = _sums(work, new)
         if qq > 0 and qx * qx > best * qq:
             scale, kept = qx / qq, new
             best = scale * qx
-    off_grid = 0
+    moved = 0
     for k in range(vectors.shape[1]):
-        off_grid += not on_grid[kept, k]
-    if scale > 0 and (rules.polish == ALWAYS or off_grid):
-        only = rules.polish == OFF_GRID
-        _place(lattice, m, root, np.float32(1) / scale, scale, only, scratch, q[kept], vectors[kept], on_grid[kept])
-        qx, qq = _sums(m, w, q[kept])
+        moved |= vectors[kept, k] & OFF_GRID_BIT
+    if scale > 0 and (moved or rules.polish == ALWAYS):
+        only, inverse = rules.polish == OFF_GRID, np.float32(1) / scale
+        _place(n_levels, dims, points, neighbours, work, rounded, errors, kept, vectors, inverse, scale, only)
+        qx, qq = _sums(work, kept)
         scale = qx / qq if qq > 0 else scale
     return scale, kept
 
@@ -281,31 +285,29 @@ def _search_blocks(weights, importance, lattice, rules, d, nibbles, signs, vecto
 
     In IQ3_S (``rules.shifts``) signs and low bytes of the vectors move up where a group is skipped, as in ggml.
     """
-    n_cols, group, per_group = weights.shape[1], rules.group, rules.group // lattice.dims
-    m, w, root = np.empty(group, np.float32), np.empty(group, np.float32), np.empty(group, np.float32)
-    q, trial, on_grid = np.empty((2, group), np.float32), np.empty((2, per_group), np.uint16), np.empty((2, per_group), np.bool_)
-    scratch = np.empty(group, np.int32), np.empty((3, 8), np.float32)
-    group_signs, scales = np.empty(group // 8, np.uint8), np.empty(256 // group, np.float32)
+    n_levels, dims, points, neighbours = lattice
+    n_cols, group, per_group = weights.shape[1], rules.group, rules.group // dims
+    work, rounded, errors = np.empty((5, group), np.float32), np.empty(group, np.int32), np.empty(512, np.float32)
+    trial, group_signs, scales = np.empty((2, per_group), np.uint16), np.empty(group // 8, np.uint8), np.empty(256 // group, np.float32)
     for i in range(len(d)):
         x = weights.reshape(-1, 256)[i]
         mean_square, slot = _mean_square(x), 0
         for g in range(256 // group):
             column = (256 * i + group * g) % n_cols
             part = x[group * g : group * (g + 1)]
-            _weigh(part, importance[column : column + group], mean_square, rules, w, root)
-            _split_signs(part, w, rules.even_signs, m, group_signs)
-            largest = _largest(m)
+            _weigh(part, importance[column : column + group], mean_square, rules, work)
+            largest = _split_signs(part, rules.even_signs, work, group_signs)
             scales[g] = 0
             if largest < rules.negligible:
                 slot += not rules.shifts
                 continue
-            scale, kept = _search(lattice, rules, largest, m, w, root, scratch, q, trial, on_grid)
+            scale, kept = _search(n_levels, dims, points, neighbours, rules, largest, work, rounded, errors, trial)
             scales[g] = abs(scale)
             for k in range(group // 8):
                 signs[i, slot * group // 8 + k] = ~group_signs[k] if scale < 0 else group_signs[k]
             for k in range(per_group):
                 vectors[i, slot * per_group + k] |= trial[kept, k] & 0xFF
-                vectors[i, g * per_group + k] |= trial[kept, k] & 0xFF00
+                vectors[i, g * per_group + k] |= trial[kept, k] & (OFF_GRID_BIT - 0x100)
             slot += 1
         d[i] = _quantize_scales(scales, rules.fudge, nibbles[i])
 
