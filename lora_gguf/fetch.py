@@ -81,7 +81,7 @@ def parse_reference(source: str, revision: str | None, subfolder: str | None) ->
     match = _REFERENCE.fullmatch(source)
     written = match["revision"] or match["branch"]
     if revision and written and revision != written:
-        raise UsageError(f"{printable(source)}: it names revision {printable(written)}, and --revision {printable(revision)}: give one")
+        raise UsageError(f"{printable(source)}: it names revision {printable(written)}, and {printable(revision)} is asked for: give one")
     folder = (subfolder or match["folder"] or "").strip("/")
     if folder and not all(part.strip(".") and part.isprintable() for part in re.split(r"[/\\]", folder)):
         raise UsageError(f"subfolder '{printable(folder, 60)}': expected a folder within the repository")
@@ -126,7 +126,7 @@ def _shards(repo: Repo, subfolder: str, index: Path) -> list[str]:
 
 def _local_adapter(path: Path, revision: str | None, subfolder: str | None, output) -> Path:
     if revision or output is not None:
-        raise UsageError(f"{printable(path)}: a local path: --revision and --output are for repositories on the Hub")
+        raise UsageError(f"{printable(path)}: a local path: a revision or an output folder is for repositories on the Hub")
     if subfolder and not (path / subfolder).is_dir():
         raise FileError(f"{printable(path)}: no folder {printable(subfolder)} in it: check --subfolder")
     return path / subfolder if subfolder else path

@@ -442,26 +442,42 @@ def test_the_partial_files_of_a_killed_run_are_removed_but_not_those_of_a_runnin
         assert stale.exists()
 
 
-KILLED = """
-import signal, sys
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-from lora_gguf.fetch import fetch
-fetch(sys.argv[1])
-"""
+def command_line(hub, tmp_path, *arguments) -> subprocess.Popen:
+    """``lora-gguf`` in a process of its own, with the client's settings in its environment."""
+    env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "home")}
+    return subprocess.Popen([sys.executable, "-m", "lora_gguf", *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_a_run_ended_by_a_signal_leaves_no_partial_file_once_the_next_one_is_done(hub: Hub, tmp_path, sent):
     hub.fault(BLOB, stall, 1)
-    env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "home")}
-    process = subprocess.Popen([sys.executable, "-c", KILLED, REPO], env=env, stderr=subprocess.PIPE)
+    process = command_line(hub, tmp_path, "fetch", REPO)
     deadline = time.monotonic() + 20
     while not hub.requests(BLOB) and time.monotonic() < deadline:
         hub.released.wait(0.02)
     process.send_signal(sent)
-    output = process.communicate(timeout=20)[1]
-    assert TOKEN.encode() not in output
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == (-sent if sent == signal.SIGKILL else 128 + sent)
+    assert output == b"" and errors.count(b"\n") == (sent != signal.SIGKILL) and TOKEN.encode() not in errors
     orphans = [path for path in cache_of(tmp_path) if path.endswith(".incomplete")]
     assert bool(orphans) is (sent == signal.SIGKILL)
     fetch(REPO)
     assert not [path for path in cache_of(tmp_path) if path.endswith(".incomplete")]
+
+
+def test_the_command_prints_the_folder_and_nothing_else(hub, tmp_path):
+    process = command_line(hub, tmp_path, "fetch", f"{REPO}@v1", "-o", str(tmp_path / "out"))
+    output, errors = process.communicate(timeout=20)
+    assert (process.returncode, output.decode(), errors) == (0, f"{tmp_path / 'out'}\n", b"")
+    assert sorted(os.listdir(tmp_path / "out")) == ["adapter_config.json", "adapter_model.safetensors"]
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert TOKEN.encode() not in written
+
+
+@pytest.mark.parametrize("code", [8, 9])
+def test_the_command_ends_with_one_line_and_its_code(hub, tmp_path, code):
+    hub.fault(BLOB, *((answer(403, "GatedRepo", X_Error_Message=f"token {TOKEN}"), 9) if code == 8 else (content(wrong(WEIGHTS)), 9)))
+    process = command_line(hub, tmp_path, "fetch", REPO)
+    output, errors = process.communicate(timeout=20)
+    assert (process.returncode, output) == (code, b"")
+    assert errors.startswith(f"lora-gguf: error: {REPO}: ".encode()) and errors.count(b"\n") == 1 and TOKEN.encode() not in errors
