@@ -9,33 +9,31 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.quants import fit, kquants_blocks, quant
+from lora_gguf.quants import direct, fit, kquants_blocks, quant
 
 
 def _importance_weights(weights, importance, factor):
     """importance * sqrt(factor * the super-block's mean square + the weight's own square), shaped as the weights."""
     squares = weights * weights
-    mean_squares = np.float32(factor) * fit.sums(squares.reshape(-1, 256)) / np.float32(256)
+    mean_squares = np.float32(factor) * direct.sums(squares.reshape(-1, 256)) / np.float32(256)
     spread = np.sqrt(mean_squares[:, None] + squares.reshape(-1, 256))
     return importance * spread.reshape(weights.shape)
 
 
 def _root_mean_square_plus(x):
-    return np.sqrt(fit.sums(x * x) / np.float32(x.shape[1]))[:, None] + np.abs(x)
+    return np.sqrt(direct.sums(x * x) / np.float32(x.shape[1]))[:, None] + np.abs(x)
 
 
-def _store_f16(values, blocks, at):
-    """Writes ``values`` (blocks,) as f16 and returns them so rounded."""
-    halves = values.astype(np.float16)
-    blocks[:, at : at + 2] = halves[:, None].view(np.uint8)
-    return halves.astype(np.float32)[:, None]
+def _nearest(t):
+    """int32, ties to even; beyond 2**22 whatever ggml's bit trick gives."""
+    return ((t + np.float32(12582912)).view(np.int32) & 0x7FFFFF) - 0x400000
 
 
 def _round_scales(values, code_max):
     """Codes (super-blocks, groups) uint8 and the f32 scale that makes ``code_max`` of a super-block's largest value."""
     largest = np.fmax(np.fmax.reduce(values, axis=1), np.float32(0))
     inverse = np.where(largest > 0, np.float32(code_max) / largest, np.float32(0))
-    return fit.nearest(inverse[:, None] * values).astype(np.uint8), largest / np.float32(code_max)
+    return _nearest(inverse[:, None] * values).astype(np.uint8), largest / np.float32(code_max)
 
 
 def _fit_scales(values, importance_sums, code_max):
@@ -52,7 +50,7 @@ def _fit_minimum_type(x, w, tries, absolute, scale_max, has_importance):
     fit.fit_affine(x, w, tries, absolute, scales, minima, codes)
     scales, minima = scales.reshape(-1, n_groups), minima.reshape(-1, n_groups)
     if has_importance:
-        importance_sums = fit.sums(w).reshape(-1, n_groups)
+        importance_sums = direct.sums(w).reshape(-1, n_groups)
         return codes, *_fit_scales(scales, importance_sums, scale_max), *_fit_scales(minima, importance_sums, scale_max)
     return codes, *_round_scales(scales, scale_max), *_round_scales(minima, scale_max)
 
@@ -73,7 +71,7 @@ def encode_q2_k(weights, importance, blocks):
     codes, scale_codes, d, minimum_codes, dmin = _fit_minimum_type(x, w, tries, not importance.size, 15, importance.size)
     scales = scale_codes | minimum_codes << 4
     blocks[:, :16] = scales
-    steps, lows = _store_f16(d, blocks, 80) * (scales & 15), _store_f16(dmin, blocks, 82) * (scales >> 4)
+    steps, lows = direct.store_f16(d, blocks, 80) * (scales & 15), direct.store_f16(dmin, blocks, 82) * (scales >> 4)
     _recode(x, steps, lows, 0, 3, codes)
     kquants_blocks.pack_q2_k(codes, blocks)
 
@@ -91,8 +89,8 @@ def _encode_k4(block_bytes, code_max, reference_tries, pack):
         codes, scale_codes, d, minimum_codes, dmin = _fit_minimum_type(x, w, tries, False, 63, importance.size)
         if code_max == 31 or not importance.size:
             scale_codes, minimum_codes = np.minimum(scale_codes, 63), np.minimum(minimum_codes, 63)
-        _store_f16(d, blocks, 0)
-        _store_f16(dmin, blocks, 2)
+        direct.store_f16(d, blocks, 0)
+        direct.store_f16(dmin, blocks, 2)
         _store_six_bit_pairs(scale_codes, minimum_codes, blocks[:, 4:16])
         steps, lows = np.empty((len(blocks), 8), np.float32), np.empty((len(blocks), 8), np.float32)
         kquants_blocks.steps_and_lows(blocks, steps, lows)
@@ -122,16 +120,16 @@ def encode_q3_k(weights, importance, blocks):
         w = _importance_weights(weights, importance, 2).reshape(x.shape)
         fit.fit_symmetric(x, w, -fit.around(4, 9), scales, codes)
         d, scale_codes = np.empty(len(blocks), np.float32), np.empty((len(blocks), 16), np.int8)
-        fit.fit_symmetric(scales.reshape(-1, 16), fit.sums(w).reshape(-1, 16), -fit.around(32, 9), d, scale_codes)
+        fit.fit_symmetric(scales.reshape(-1, 16), direct.sums(w).reshape(-1, 16), -fit.around(32, 9), d, scale_codes)
     else:
         fit.fit_by_descent(x, scales, codes)
         extreme = _extreme(scales.reshape(-1, 16))
         inverse = np.float32(-32) / extreme
-        rounded = np.clip(fit.nearest(inverse * scales.reshape(-1, 16)).astype(np.int8), -32, 31) + np.int8(32)
+        rounded = np.clip(_nearest(inverse * scales.reshape(-1, 16)).astype(np.int8), -32, 31) + np.int8(32)
         scale_codes = np.where(extreme != 0, rounded, np.int8(0))
         d = np.where(extreme != 0, np.float32(1) / inverse, np.float32(0)).reshape(-1)
     _store_six_bits(scale_codes.view(np.uint8), blocks[:, 96:108])
-    steps = _store_f16(d, blocks, 108) * (scale_codes - np.float32(32))
+    steps = direct.store_f16(d, blocks, 108) * (scale_codes - np.float32(32))
     _recode(x, steps, np.zeros_like(steps), -4, 3, codes)
     kquants_blocks.pack_q3_k(codes, blocks)
 
@@ -152,10 +150,10 @@ def encode_q6_k(weights, importance, blocks):
     extreme = _extreme(scales)
     is_zero = np.abs(extreme) < np.float32(1e-15)
     inverse = np.float32(-128) / extreme
-    scale_codes = np.where(is_zero, 0, np.minimum(fit.nearest(inverse * scales), 127)).astype(np.int8)
+    scale_codes = np.where(is_zero, 0, np.minimum(_nearest(inverse * scales), 127)).astype(np.int8)
     d = np.where(is_zero, np.float32(0), np.float32(1) / inverse).reshape(-1)
     blocks[:, 192:208] = scale_codes.view(np.uint8)
-    steps = _store_f16(d, blocks, 208) * scale_codes
+    steps = direct.store_f16(d, blocks, 208) * scale_codes
     codes.reshape(-1, 256)[is_zero[:, 0]] = 0
     _recode(x, steps, np.zeros_like(steps), -32, 31, codes)
     kquants_blocks.pack_q6_k(codes, blocks)

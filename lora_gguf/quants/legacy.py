@@ -8,21 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.quants import fit, legacy_blocks, quant
+from lora_gguf.quants import direct, fit, legacy_blocks, quant
 
 
 def _importance_weights(weights, importance):
     squares = weights * weights
-    mean_squares = fit.sums(squares) / np.float32(weights.shape[1])
+    mean_squares = direct.sums(squares) / np.float32(weights.shape[1])
     return (importance * np.sqrt(mean_squares[:, None] + squares)).reshape(-1, 32)
-
-
-def _inverse(scales):
-    return np.where(scales != 0, np.float32(1) / scales, np.float32(0))
-
-
-def _store_f16(values, blocks, at):
-    blocks[:, at : at + 2] = values.astype(np.float16)[:, None].view(np.uint8)
 
 
 def _encode_symmetric(block_bytes, n, pack):
@@ -35,9 +27,9 @@ def _encode_symmetric(block_bytes, n, pack):
         if importance.size:
             fit.fit_symmetric(x, _importance_weights(weights, importance), -fit.around(n, 9), d, codes)
         else:
-            d[...] = fit.extremes(x)[0] / np.float32(-n)
-            fit.truncate(x, _inverse(d), np.zeros_like(d), np.float32(n + 0.5), np.int32(2 * n - 1), codes)
-        _store_f16(d, blocks.reshape(-1, block_bytes), 0)
+            d[...] = direct.extremes(x)[0] / np.float32(-n)
+            direct.truncate(x, d, np.zeros_like(d), np.float32(n + 0.5), np.int32(2 * n - 1), codes)
+        direct.store_f16(d, blocks.reshape(-1, block_bytes), 0)
         pack(codes, blocks)
 
     return encode
@@ -55,11 +47,11 @@ def _encode_affine(block_bytes, code_max, pack):
             fit.fit_affine(x, _importance_weights(weights, importance), tries, False, d, minima, codes)
             m = -minima
         else:
-            _, m, highest = fit.extremes(x)
+            _, m, highest = direct.extremes(x)
             d[...] = (highest - m) / np.float32(code_max)
-            fit.truncate(x, _inverse(d), m, np.float32(0.5), np.int32(code_max), codes)
-        _store_f16(d, blocks.reshape(-1, block_bytes), 0)
-        _store_f16(m, blocks.reshape(-1, block_bytes), 2)
+            direct.truncate(x, d, m, np.float32(0.5), np.int32(code_max), codes)
+        direct.store_f16(d, blocks.reshape(-1, block_bytes), 0)
+        direct.store_f16(m, blocks.reshape(-1, block_bytes), 2)
         pack(codes, blocks)
 
     return encode
@@ -68,10 +60,10 @@ def _encode_affine(block_bytes, code_max, pack):
 @np.errstate(all="ignore")
 def encode_q8_0(weights, importance, blocks):
     x = weights.reshape(-1, 32)
-    d = np.abs(fit.extremes(x)[0]) / np.float32(127)
+    d = np.abs(direct.extremes(x)[0]) / np.float32(127)
     codes = np.empty(x.shape, np.int8)
-    fit.round_away(x, _inverse(d), codes)
-    _store_f16(d, blocks.reshape(-1, 34), 0)
+    direct.round_away(x, d, codes)
+    direct.store_f16(d, blocks.reshape(-1, 34), 0)
     legacy_blocks.pack_q8_0(codes, blocks)
 
 

@@ -1,0 +1,95 @@
+"""What ggml's quantizers compute without a search: sums, extremes, and roundings other than to the nearest, ties to even."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_gguf.kernel import kernel
+
+F0, F1 = np.float32(0), np.float32(1)
+_INT32_END = np.float32(2.0**31)
+
+
+def store_f16(values, blocks, at):
+    """Writes ``values`` (n,) as f16 at byte ``at``, even, of blocks (n, block_bytes); gives them so rounded, (n, 1) f32."""
+    stored = blocks.view(np.float16)[:, at // 2]
+    stored[...] = values
+    return stored.astype(np.float32)[:, None]
+
+
+def sums(x):
+    """f32 sums of the rows of x (groups, n), added one after the other."""
+    out = np.empty(len(x), np.float32)
+    _sums(x, out)
+    return out
+
+
+@kernel
+def _sums(x, out):
+    for g in range(len(x)):
+        total = F0
+        for value in x[g]:
+            total += value
+        out[g] = total
+
+
+def extremes(x):
+    """Per group of x (groups, n) the weight of the largest magnitude, the lowest and the highest; of equals the first."""
+    found = np.empty((3, len(x)), np.float32)
+    _find_extremes(x, found)
+    return found
+
+
+@kernel
+def _find_extremes(x, found):
+    for g in range(len(x)):
+        bits = x[g].view(np.int32)
+        low_key, high_key = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+        for j in range(bits.size):
+            key = _ordered(bits[j])
+            low_key, high_key = min(low_key, key), max(high_key, key)
+        low, high = np.int32(_ordered(low_key)).view(np.float32), np.int32(_ordered(high_key)).view(np.float32)
+        if low == -high:
+            found[0, g] = _first(x[g], low, high) + F0
+        else:
+            found[0, g] = high if high > -low else low
+        found[1, g], found[2, g] = _first(x[g], low, low) if low == F0 else low, high
+
+
+@kernel
+def _ordered(bits):
+    """An integer that grows with the number whose bits these are, and the bits again of such an integer."""
+    return np.int32(bits ^ (np.int32(bits >> 31) & 0x7FFFFFFF))
+
+
+@kernel
+def _first(x, a, b):
+    for value in x:
+        if value == a or value == b:
+            return value
+    return a
+
+
+@kernel
+def truncate(x, scales, minima, offset, code_max, codes):
+    """codes = int8((x - minimum) / scale + offset), at most ``code_max``; 0 where no int32 can hold it or scale is 0."""
+    for g in range(len(x)):
+        xg, minimum, group = x[g], minima[g], codes[g]
+        inverse = F1 / scales[g] if scales[g] != F0 else F0
+        for j in range(group.size):
+            t = (xg[j] - minimum) * inverse + offset
+            code = np.int8(np.int32(t if abs(t) < _INT32_END else F0))
+            group[j] = code if code < code_max else code_max
+
+
+@kernel
+def round_away(x, scales, codes):
+    """codes = int8 of x / scale rounded, halves away from zero; 0 where no int32 can hold it or scale is 0."""
+    for g in range(len(x)):
+        xg, group = x[g], codes[g]
+        inverse = F1 / scales[g] if scales[g] != F0 else F0
+        for j in range(group.size):
+            t = xg[j] * inverse
+            whole = np.trunc(t)
+            whole += np.float32(np.copysign(F1, t)) if abs(t - whole) >= np.float32(0.5) else F0
+            group[j] = np.int8(np.int32(whole if abs(whole) < _INT32_END else F0))
