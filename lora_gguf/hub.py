@@ -2,8 +2,7 @@
 
 Token, cache, ``HF_ENDPOINT`` and offline mode are those of huggingface_hub, and so are the retries. What it does not do
 is done here: the content of every file is hashed and compared (its LFS sha256, or its git blob id), partial files of
-killed runs are removed, and each failure becomes one line that says what to do. No server text and no header, so no
-token, is ever part of such a line.
+killed runs are removed, free space is checked first, and each failure becomes one line that says what to do.
 """
 
 from __future__ import annotations
@@ -17,45 +16,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from lora_gguf.errors import FileError, HubError, IntegrityError, LoraGgufError, printable
+from lora_gguf.hub_errors import explained, host
 from lora_gguf.input_file import impostor
+from lora_gguf.output import check_space
 
 RETRY_WAITS = (1, 2, 4)
 MAX_RETRY_AFTER = 60
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 DEFAULT_REVISION = "main"
-LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
-
-# class name of the client's error, first match wins -> what to say
-EXPLANATIONS = (
-    ("GatedRepoError", "access is restricted: ask for it at {page}, then " + LOG_IN),
-    ("DisabledRepoError", "the Hub has disabled this repository: see {page}"),
-    ("RevisionNotFoundError", "there is no revision '{revision}': see the branches and tags at {page}/tree/main"),
-    ("RepositoryNotFoundError", "no such repository at {host}, or a private one: check the name, or " + LOG_IN),
-    ("RemoteEntryNotFoundError", "there is no file {file} in revision '{revision}': see {page}/tree/main"),
-    ("OfflineModeIsEnabled", "not in the cache, and offline mode is on: unset HF_HUB_OFFLINE to download it"),
-    ("HFValidationError", "not the name of a repository: expected OWNER/NAME"),
-    ("FileMetadataError", "{host} does not answer as a Hub does: check HF_ENDPOINT and any proxy"),
-    ("JSONDecodeError", "{host} answered with something else than JSON: check HF_ENDPOINT, and whether a proxy asks for a login"),
-    ("TooManyRedirects", "{host} redirects without end: check HF_ENDPOINT"),
-    ("UnsupportedProtocol", "{host} redirects to something that is not http: check HF_ENDPOINT"),
-    ("ProxyError", "the proxy refused the connection: check HTTPS_PROXY"),
-    ("TimeoutException", "{host} did not answer in time: try again, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds"),
-    ("ConnectError", "cannot connect to {host} ({reason}): check the network, or set HF_HUB_OFFLINE=1 to use the cache"),
-    ("RemoteProtocolError", "{host} keeps breaking the connection: try again later"),
-    ("NetworkError", "the connection to {host} failed ({reason}): try again"),
-    ("ConnectionError", "the connection to {host} failed ({reason}): try again"),
-    ("XetDownloadError", "the download failed: try again, or set HF_HUB_DISABLE_XET=1"),
-)
-STATUS_EXPLANATIONS = {
-    401: "{host} did not accept the token: " + LOG_IN,
-    403: "{host} refuses access (HTTP 403): see {page}, and check what the token may read",
-    404: "{host} does not have it (HTTP 404): check the name",
-    429: "{host} asks to slow down (HTTP 429): try again in some minutes",
-}
-
+LARGE = 256 << 20
 
 @dataclass(frozen=True)
 class RepoFile:
@@ -77,6 +48,11 @@ class Repo:
     files: dict[str, RepoFile] = field(default_factory=dict)
 
     @property
+    def snapshot(self) -> Path:
+        """The folder in the cache where the files of the commit lie."""
+        return self.folder / "snapshots" / self.commit
+
+    @property
     def folder(self) -> Path:
         return _cache() / ("models--" + self.id.replace("/", "--"))
 
@@ -95,7 +71,7 @@ def open_repo(repo_id: str, revision: str | None = None) -> Repo:
             lambda: api.model_info(repo_id, revision=repo.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         )
         if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
-            raise HubError(f"{printable(repo_id)}: {_host()} names no commit: check HF_ENDPOINT")
+            raise HubError(f"{printable(repo_id)}: {host()} names no commit: check HF_ENDPOINT")
         files = [_repo_file(sibling) for sibling in info.siblings or ()]
         return Repo(repo_id, repo.revision, info.sha, {file.name: file for file in files})
 
@@ -109,6 +85,8 @@ def download(repo: Repo, name: str, progress: Callable[[str, int, int], None] | 
 
     file = repo.files[name]
     _remove_stale(repo, file)
+    if not (repo.snapshot / name).exists():
+        _check_space(file)
     with _client(repo, name, bars=progress is None):
         path = Path(
             hf_hub_download(
@@ -117,6 +95,25 @@ def download(repo: Repo, name: str, progress: Callable[[str, int, int], None] | 
         )
     _verify(repo, file, path)
     return path
+
+
+def search(what: str, tags: list[str], limit: int) -> list[str]:
+    """The ids of at most ``limit`` repositories with all of ``tags``, the most downloaded first. ``what`` is for errors."""
+    from huggingface_hub import HfApi, constants
+
+    with _client(Repo(what, DEFAULT_REVISION, "")):
+        api = HfApi(endpoint=constants.ENDPOINT)
+        found = _retrying(lambda: list(api.list_models(filter=tags, sort="downloads", limit=limit)))
+        return [model.id for model in sorted(found, key=lambda model: -(model.downloads or 0)) if _is_name(model.id)]
+
+
+def tags_of(repo_id: str) -> list[str]:
+    """The tags of a repository, such as ``base_model:quantized:OWNER/NAME``."""
+    from huggingface_hub import HfApi, constants
+
+    with _client(Repo(repo_id, DEFAULT_REVISION, "")):
+        api = HfApi(endpoint=constants.ENDPOINT)
+        return [str(tag) for tag in _retrying(lambda: api.model_info(repo_id, timeout=constants.HF_HUB_ETAG_TIMEOUT)).tags or ()]
 
 
 def remember(repo: Repo) -> None:
@@ -138,21 +135,12 @@ def _cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def _host() -> str:
-    from huggingface_hub import constants
-
-    parts = urlsplit(constants.ENDPOINT)
-    return printable((parts.hostname or "") + (f":{parts.port}" if parts.port else ""))
-
-
-def _page(repo_id: str) -> str:
-    from huggingface_hub import constants
-
-    return f"{urlsplit(constants.ENDPOINT).scheme}://{_host()}/{repo_id}"
+def _is_name(repo_id: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII)) and ".." not in repo_id and len(repo_id) <= 96
 
 
 def _check_names(repo: Repo) -> None:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo.id, re.ASCII) or ".." in repo.id or len(repo.id) > 96:
+    if not _is_name(repo.id):
         raise HubError(f"{printable(repo.id)}: not the name of a repository: expected OWNER/NAME")
     parts = repo.revision.split("/")
     if not repo.revision.isprintable() or "\\" in repo.revision or len(repo.revision) > 200 or not all(p.strip(".") for p in parts):
@@ -179,22 +167,30 @@ def _cached(repo: Repo) -> Repo:
     commit = repo.revision
     with contextlib.suppress(OSError):
         commit = (repo.folder / "refs" / repo.revision).read_text().strip()
-    snapshot = repo.folder / "snapshots" / commit
-    if not re.fullmatch(r"[0-9a-f]{40}", commit) or not snapshot.is_dir():
+    repo = Repo(repo.id, repo.revision, commit)
+    if not re.fullmatch(r"[0-9a-f]{40}", commit) or not repo.snapshot.is_dir():
         raise HubError(f"{repo.id}: not in the cache, and offline mode is on: unset HF_HUB_OFFLINE to download it")
-    names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+    names = [path.relative_to(repo.snapshot).as_posix() for path in repo.snapshot.rglob("*") if path.is_file()]
     return Repo(repo.id, repo.revision, commit, {name: RepoFile(name) for name in names})
+
+
+def _check_space(file: RepoFile) -> None:
+    folder = next(folder for folder in (_cache(), *_cache().parents) if folder.is_dir())
+    check_space(folder / Path(file.name).name, file.size or 0)
 
 
 def _verify(repo: Repo, file: RepoFile, path: Path) -> None:
     """Compare the file's hashes with those of the listing and with the name of its blob, which is its ETag."""
     blob = path.parent / os.readlink(path) if path.is_symlink() else path
     expected = {file.sha256, file.git_sha1, _hex(blob.name, 64), _hex(blob.name, 40)} - {None}
+    if _is_noted(path, expected):
+        return
     found = _digests(path, {len(digest) for digest in expected})
     what = _impostor(path)
+    if expected <= found and what:
+        raise HubError(f"{repo.id}: {printable(file.name)}: {what}")
     if expected <= found:
-        if what:
-            raise HubError(f"{repo.id}: {printable(file.name)}: {what}")
+        _note(path, expected)
         return
     for stale in (path, blob):
         with contextlib.suppress(OSError):
@@ -205,9 +201,32 @@ def _verify(repo: Repo, file: RepoFile, path: Path) -> None:
     )
 
 
+def _note_of(path: Path, expected: set[str]) -> tuple[Path, str]:
+    """Where it is noted that a file had its hashes, and what: a file of many gigabytes is not hashed again for each merge."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    status = path.stat()
+    text = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
+    return Path(home) / "lora-gguf" / "hashed" / min(expected, default="none"), text
+
+
+def _is_noted(path: Path, expected: set[str]) -> bool:
+    note, text = _note_of(path, expected)
+    with contextlib.suppress(OSError):
+        return path.stat().st_size >= LARGE and note.read_text() == text
+    return False
+
+
+def _note(path: Path, expected: set[str]) -> None:
+    note, text = _note_of(path, expected)
+    with contextlib.suppress(OSError):
+        if path.stat().st_size >= LARGE:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(text)
+
+
 def _impostor(path: Path) -> str | None:
     with open(path, "rb") as file:
-        return impostor(file.read(64))
+        return impostor(file.read(64), path.name)
 
 
 def _digests(path: Path, lengths: set[int]) -> set[str]:
@@ -279,7 +298,7 @@ def _client(repo: Repo, file: str = "", bars: bool = False) -> Iterator[None]:
     except LoraGgufError:
         raise
     except Exception as error:
-        raise _explained(error, repo, file) from None  # the cause's request holds the token
+        raise explained(error, repo.id, repo.revision, file, str(_cache())) from None  # the cause's request holds the token
     finally:
         logging.set_verbosity(verbosity)
         if had_bars and are_progress_bars_disabled():
@@ -298,10 +317,10 @@ def _check_response(response) -> None:
     """Refuse what the client would follow blindly: an ETag that leaves the cache's folder, hours to wait."""
     for header in ("etag", "x-linked-etag", "x-repo-commit"):
         if not re.fullmatch(r'(W/)?"?[\w.:+=-]*"?', response.headers.get(header, "")):
-            raise HubError(f"{_host()} sent {header} '{printable(response.headers[header], 60)}': expected a hash: check HF_ENDPOINT")
+            raise HubError(f"{host()} sent {header} '{printable(response.headers[header], 60)}': expected a hash: check HF_ENDPOINT")
     seconds = retry_after(response)
     if response.status_code in RETRY_STATUS and seconds > MAX_RETRY_AFTER:
-        raise HubError(f"{_host()} asks to wait {seconds} seconds (HTTP {response.status_code}): try again then")
+        raise HubError(f"{host()} asks to wait {seconds} seconds (HTTP {response.status_code}): try again then")
 
 
 def retry_after(response) -> int:
@@ -325,24 +344,3 @@ def _retrying(call: Callable):
                 raise
         time.sleep(wait)
     return call()
-
-
-def _explained(error: Exception, repo: Repo, file: str) -> LoraGgufError:
-    """``error``, which huggingface_hub raised, as one line."""
-    names = {base.__name__ for base in type(error).__mro__}
-    if "LocalEntryNotFoundError" in names and isinstance(error.__cause__, Exception):
-        return _explained(error.__cause__, repo, file)
-    where = ": ".join(filter(None, (printable(repo.id), printable(file))))
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    template = next((text for name, text in EXPLANATIONS if name in names), None) or STATUS_EXPLANATIONS.get(status)
-    if template is None and status:
-        template = f"{{host}} answered with HTTP {status}: " + ("it has trouble, try again later" if status >= 500 else "see {page}")
-    if template is None and isinstance(error, OSError) and error.errno:
-        return FileError(f"{printable(_cache())}: cannot write to the cache: {error.strerror}: make room, or set HF_HOME")
-    if template is None and "Consistency check failed" in str(error):
-        return IntegrityError(f"{where}: the download ended early or late: expected {repo.files[file].size} bytes: try again")
-    template = template or f"the client failed with {type(error).__name__}: try again, or upgrade huggingface_hub"
-    reason = printable(getattr(error, "strerror", None) or error, 80)
-    return HubError(
-        f"{where}: " + template.format(page=_page(repo.id), host=_host(), revision=repo.revision, file=file, reason=reason)
-    )

@@ -7,20 +7,20 @@ import stat
 
 from lora_gguf.errors import FileError, IntegrityError, printable
 
-# how a file starts that is not what its name says -> what it is and what to do
+# how a file starts, the ending of the names for which that is right -> what it is otherwise and what to do
 IMPOSTORS = (
-    (b"version https://git-lfs", "a Git LFS pointer instead of the file: run git lfs pull, or download it again"),
-    (b"<!doctype", "an HTML page instead of the file: download it again, by its direct address"),
-    (b"<html", "an HTML page instead of the file: download it again, by its direct address"),
-    (b"gguf", "a GGUF under a wrong name: rename it to .gguf"),
-    (b"pk\x03\x04", "a zip archive under a wrong name: a PyTorch file is called .bin"),
+    (b"version https://git-lfs", None, "a Git LFS pointer instead of the file: run git lfs pull, or download it again"),
+    (b"<!doctype", None, "an HTML page instead of the file: download it again, by its direct address"),
+    (b"<html", None, "an HTML page instead of the file: download it again, by its direct address"),
+    (b"gguf", ".gguf", "a GGUF under a wrong name: rename it to .gguf"),
+    (b"pk\x03\x04", ".bin", "a zip archive under a wrong name: a PyTorch file is called .bin"),
 )
 
 
-def impostor(head: bytes) -> str | None:
-    """What a file that starts with ``head`` is instead of what was expected, and what to do; None where nothing is known."""
+def impostor(head: bytes, name: str = "") -> str | None:
+    """What a file ``name`` that starts with ``head`` is instead of what was expected, and what to do; None if nothing is known."""
     start = head.lstrip().lower()
-    return next((what for magic, what in IMPOSTORS if start.startswith(magic)), None)
+    return next((what for magic, end, what in IMPOSTORS if start.startswith(magic) and not (end and name.endswith(end))), None)
 
 
 def open_input(path: str | os.PathLike) -> int:

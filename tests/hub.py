@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
+TOKEN = "hf_CanaryNeverToBeSeen"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Fault = Callable[["Handler"], bool]
 
@@ -28,6 +29,8 @@ class Hub:
 
     def __init__(self):
         self.repos: dict[str, dict[str, bytes]] = {}
+        self.tags: dict[str, list[str]] = {}
+        self.downloads: dict[str, int] = {}
         self.lfs_suffixes = (".safetensors", ".bin", ".gguf", ".model")
         self.commit, self.revisions = COMMIT, {"main": COMMIT, "v1": COMMIT, "feature/x": COMMIT}
         self.listing_changes: dict = {}
@@ -52,7 +55,7 @@ class Hub:
         self.faults.append([re.compile(pattern), times, action])
 
     def reset(self) -> None:
-        for state in (self.repos, self.faults, self.log, self.listing_changes):
+        for state in (self.repos, self.tags, self.downloads, self.faults, self.log, self.listing_changes):
             state.clear()
         self.released.set()
         self.released = threading.Event()
@@ -69,8 +72,9 @@ class Hub:
     def listing(self, repo_id: str) -> dict:
         files = self.repos[repo_id]
         siblings = [self.sibling(name, content) for name, content in files.items()]
-        model = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": self.commit, "private": False, "gated": False, "tags": []}
-        return {**model, "downloads": 0, "likes": 0, "siblings": siblings, **self.listing_changes}
+        model = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": self.commit, "private": False, "gated": False}
+        model |= {"tags": self.tags.get(repo_id, []), "downloads": self.downloads.get(repo_id, 0), "likes": 0}
+        return {**model, "siblings": siblings, **self.listing_changes}
 
     def sibling(self, name: str, content: bytes) -> dict:
         entry = {"rfilename": name, "size": len(content), "blobId": git_sha1(content)}
@@ -126,6 +130,8 @@ class Handler(BaseHTTPRequestHandler):
         self.serve(path)
 
     def serve(self, path: str) -> None:
+        if path == "/api/models":
+            return self.serve_search(parse_qs(urlsplit(self.path).query).get("filter", []))
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             return self.serve_listing(match[1], match[2] or "main")
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/(.+)", path):
@@ -133,6 +139,11 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
             return self.send_content(self.hub.repos[match[1]][match[2]])
         self.send_error_code(404, "RepoNotFound")
+
+    def serve_search(self, tags: list[str]) -> None:
+        found = [repo_id for repo_id in self.hub.repos if set(tags) <= set(self.hub.tags.get(repo_id, []))]
+        models = [{**self.hub.listing(repo_id), "siblings": None} for repo_id in found]
+        self.send_content(json.dumps(models).encode(), {"Content-Type": "application/json"})
 
     def serve_listing(self, repo_id: str, revision: str) -> None:
         if repo_id not in self.hub.repos:

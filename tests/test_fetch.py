@@ -14,9 +14,8 @@ import pytest
 
 from lora_gguf.errors import FileError, HubError, IntegrityError, MalformedError, UsageError
 from lora_gguf.fetch import fetch, parse_reference
-from tests.hub import COMMIT, Handler, Hub, git_sha1, running_hub
+from tests.hub import COMMIT, TOKEN, Handler, Hub, git_sha1
 
-TOKEN = "hf_CanaryNeverToBeSeen"
 REPO = "someone/a-lora"
 CONFIG = json.dumps({"peft_type": "LORA", "r": 8}).encode()
 WEIGHTS = hashlib.sha512(b"weights").digest() * 1000
@@ -26,35 +25,10 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 HTML = b"<!DOCTYPE html><html><title>Please log in</title></html>"
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running_hub() as hub:
-        yield hub
-
-
 @pytest.fixture
-def hub(server, monkeypatch, tmp_path):
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    get_session()
-    server.reset()
-    server.repos[REPO] = dict(FILES)
-    settings = {
-        "ENDPOINT": server.endpoint,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_TELEMETRY": True,
-        "HF_HUB_DOWNLOAD_TIMEOUT": 0.3,
-        "HF_HUB_ETAG_TIMEOUT": 0.3,
-    }
-    for name, value in settings.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    server.slept = []
-    monkeypatch.setattr(time, "sleep", server.slept.append)
-    yield server
-    server.released.set()
+def hub(local_hub):
+    local_hub.repos[REPO] = dict(FILES)
+    return local_hub
 
 
 def cache_of(tmp_path: Path) -> dict[str, bytes]:
@@ -330,7 +304,7 @@ def test_shard_names_of_an_index_never_leave_the_folder(hub, shard):
 def test_sharded_and_pickled_weights_and_tokenizer_files(hub):
     files = hub.repos[REPO]
     del files["adapter_model.safetensors"]
-    files.update({"adapter_model.bin": b"pickle", "tokenizer.json": b"{}", "added_tokens.json": b"{}", "tokenizer.py": b""})
+    files.update({"adapter_model.bin": b"PK\x03\x04", "tokenizer.json": b"{}", "added_tokens.json": b"{}", "tokenizer.py": b""})
     assert {p.name for p in fetch(REPO).iterdir()} == {"adapter_config.json", "adapter_model.bin", "tokenizer.json", "added_tokens.json"}
     del files["adapter_model.bin"]
     index = {"weight_map": {"x": "adapter_model-2.safetensors", "y": "adapter_model-1.safetensors", "z": "adapter_model-1.safetensors"}}

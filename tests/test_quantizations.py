@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lora_gguf import hub as hub_module
+from lora_gguf.errors import FileError, HubError, IntegrityError, UsageError
+from lora_gguf.hub import open_repo
+from lora_gguf.quantizations import choose, fetch_model, find_quantizations, quant_of, quantizations
+from tests.hub import TOKEN
+
+REPO = "maker/Tiny-1B-GGUF"
+FILES = {
+    "Tiny-1B-Q4_K_M.gguf": b"GGUF" + b"4" * 400,
+    "Tiny-1B-Q8_0.gguf": b"GGUF" + b"8" * 800,
+    "BF16/Tiny-1B-BF16-00001-of-00002.gguf": b"GGUF" + b"1" * 900,
+    "BF16/Tiny-1B-BF16-00002-of-00002.gguf": b"GGUF" + b"2" * 900,
+    "F16/Tiny-1B-F16-00001-of-00002.gguf": b"GGUF" + b"a part is missing",
+    "mmproj-Tiny-F16.gguf": b"GGUFm",
+    "imatrix.gguf": b"GGUFi",
+    "README.md": b"",
+}
+
+
+@pytest.fixture
+def hub(local_hub):
+    local_hub.repos[REPO] = dict(FILES)
+    return local_hub
+
+
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [
+        ("Meta-Llama-3-8B-Instruct-Q4_K_M.gguf", "Q4_K_M"), ("llama-2-7b.Q5_0.gguf", "Q5_0"), ("model-f16.gguf", "F16"),
+        ("Qwen3-30B-A3B-UD-Q4_K_XL.gguf", "UD-Q4_K_XL"), ("gpt-oss-20b-mxfp4.gguf", "MXFP4"), ("x-IQ2_XXS.gguf", "IQ2_XXS"),
+        ("Q8_0/x-00001-of-00003.gguf", "Q8_0"), ("x-TQ1_0.gguf", "TQ1_0"), ("model.gguf", ""), ("Q4-notes/model.gguf", ""),
+        ("qwen2.5-0.5b-instruct-q4_k_m.gguf", "Q4_K_M"), ("a-Q4_K_M-imat-Q6_K.gguf", "Q6_K"), ("BF16/x.gguf", "BF16"),
+    ],
+)  # fmt: skip
+def test_the_quantization_that_a_name_states(name, quant):
+    assert quant_of(name) == quant
+
+
+def test_models_of_a_repository_shards_together(hub):
+    found = quantizations(open_repo(REPO))
+    assert [(entry.quant, entry.n_bytes, len(entry.files)) for entry in found] == [("Q4_K_M", 404, 1), ("Q8_0", 804, 1), ("BF16", 1808, 2)]
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        (REPO, "Tiny-1B-Q4_K_M.gguf"),
+        (f"{REPO}:q8_0", "Tiny-1B-Q8_0.gguf"),
+        (f"hf://{REPO}:Q8_0", "Tiny-1B-Q8_0.gguf"),
+        (f"{REPO}@v1:Q8_0", "Tiny-1B-Q8_0.gguf"),
+        (f"hf://{REPO}/Tiny-1B-Q8_0.gguf", "Tiny-1B-Q8_0.gguf"),
+        (f"hf://{REPO}@v1/mmproj-Tiny-F16.gguf", "mmproj-Tiny-F16.gguf"),
+        (f"https://huggingface.co/{REPO}/blob/main/Tiny-1B-Q8_0.gguf", "Tiny-1B-Q8_0.gguf"),
+        (f"https://huggingface.co/{REPO}/resolve/main/Tiny-1B-Q8_0.gguf?download=true", "Tiny-1B-Q8_0.gguf"),
+        (f"{REPO}:bf16", "BF16/Tiny-1B-BF16-00001-of-00002.gguf"),
+        (f"hf://{REPO}/BF16/Tiny-1B-BF16-00002-of-00002.gguf", "BF16/Tiny-1B-BF16-00001-of-00002.gguf"),
+    ],
+)
+def test_a_reference_names_a_file(hub, reference, name):
+    path = fetch_model(reference)
+    assert path.read_bytes() == FILES[name] and path.as_posix().endswith(name)
+    if "BF16" in name:
+        assert sorted(os.listdir(path.parent)) == ["Tiny-1B-BF16-00001-of-00002.gguf", "Tiny-1B-BF16-00002-of-00002.gguf"]
+
+
+def test_paths_stay_paths(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / REPO).mkdir(parents=True)
+    for path in ("model.gguf", "models/model.gguf", "./maker/x", "/a/b", "../a/b", REPO, "C:/x/y", "C:\\x.gguf", "a/b/c", "x", ""):
+        assert fetch_model(path) == Path(path)
+    assert fetch_model(Path("maker/other")) == Path("maker/other") and not hub.log
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "part"),
+    [
+        (f"{REPO}:Q3_K_S", UsageError, "choose one of Q4_K_M, Q8_0, BF16"),
+        (f"hf://{REPO}/none.gguf", HubError, "no file none.gguf: it has Q4_K_M, Q8_0, BF16"),
+        (f"hf://{REPO}/../../x.gguf", HubError, "no file"),
+        ("maker/none", HubError, "no such repository"),
+        ("maker/empty", HubError, "no GGUF model found"),
+        ("maker/two", UsageError, "no Q4_K_M among its quantizations: choose one of Q2_K, Q3_K_M"),
+    ],
+)
+def test_references_to_nothing(hub, reference, error, part):
+    hub.repos["maker/empty"] = {"README.md": b""}
+    hub.repos["maker/two"] = {"a-Q2_K.gguf": b"GGUF", "a-Q3_K_M.gguf": b"GGUF1"}
+    with pytest.raises(error, match=part) as caught:
+        fetch_model(reference)
+    assert str(caught.value).isprintable() and TOKEN not in str(caught.value)
+
+
+def test_the_only_model_needs_no_choice(hub):
+    hub.repos["maker/one"] = {"one.gguf": b"GGUF1", "one-mmproj.gguf": b"GGUF"}
+    assert fetch_model("maker/one").name == "one.gguf"
+
+
+BASE = "lab/Tiny-1B"
+
+
+def quantized(hub, repo_id: str, of: str, downloads: int, files=("t-Q4_K_M.gguf",)) -> None:
+    hub.repos[repo_id] = {name: b"GGUF" + repo_id.encode() for name in files}
+    hub.tags[repo_id] = ["gguf", f"base_model:{of}", f"base_model:quantized:{of}"]
+    hub.downloads[repo_id] = downloads
+
+
+@pytest.mark.parametrize("stated", [BASE, "unsloth/Tiny-1B-bnb-4bit", "unsloth/tiny-1b-unsloth-bnb-4bit", "unsloth/Tiny-1B"])
+def test_quantizations_of_a_base_by_the_names_that_adapters_state(hub, stated):
+    hub.repos |= {BASE: {"config.json": b"{}"}, "unsloth/Tiny-1B": {}, "unsloth/Tiny-1B-bnb-4bit": {}, "unsloth/tiny-1b-unsloth-bnb-4bit": {}}
+    hub.tags["unsloth/Tiny-1B"] = [f"base_model:{BASE}", f"base_model:finetune:{BASE}"]
+    for variant in ("unsloth/Tiny-1B-bnb-4bit", "unsloth/tiny-1b-unsloth-bnb-4bit"):
+        hub.tags[variant] = ["base_model:unsloth/Tiny-1B", "base_model:quantized:unsloth/Tiny-1B", f"base_model:quantized:{BASE}"]
+    quantized(hub, "few/Tiny-1B-GGUF", BASE, 10, ("t-Q2_K.gguf", "t-Q4_K_M.gguf"))
+    quantized(hub, "many/Tiny-1B-GGUF", BASE, 1000)
+    quantized(hub, "other/Big-GGUF", "lab/Big", 99999)
+    found = find_quantizations(stated)
+    assert [(entry.repo, entry.quant) for entry in found] == [
+        ("many/Tiny-1B-GGUF", "Q4_K_M"), ("few/Tiny-1B-GGUF", "Q2_K"), ("few/Tiny-1B-GGUF", "Q4_K_M"),
+    ]  # fmt: skip
+    assert choose(found, "q4_k_m", stated).repo == "many/Tiny-1B-GGUF"
+    with pytest.raises(UsageError, match="choose one of Q4_K_M, Q2_K"):
+        choose(found, "Q8_0", stated)
+
+
+def test_a_fine_tune_is_not_its_base(hub):
+    hub.repos |= {BASE: {}, "someone/Tuned-1B": {}}
+    hub.tags["someone/Tuned-1B"] = [f"base_model:finetune:{BASE}"]
+    quantized(hub, "many/Tiny-1B-GGUF", BASE, 1000)
+    assert find_quantizations("someone/Tuned-1B") == []
+
+
+@pytest.mark.parametrize("stated", ["", "/data/models/llama", "./out", "C:\\x", "one", "a/b/c", "\x1b[2J/x", "../x"])
+def test_a_base_that_is_no_hub_id(hub, stated):
+    with pytest.raises(HubError, match="not a Hub id") as caught:
+        find_quantizations(stated)
+    assert str(caught.value).isprintable() and not hub.log
+
+
+def test_a_repository_that_refuses_is_left_out(hub):
+    from tests.test_fetch import answer
+
+    quantized(hub, "gated/Tiny-1B-GGUF", BASE, 1000)
+    quantized(hub, "open/Tiny-1B-GGUF", BASE, 10)
+    hub.fault(r"GET /api/models/gated/", answer(403, "GatedRepo"))
+    assert [entry.repo for entry in find_quantizations(BASE)] == ["open/Tiny-1B-GGUF"]
+
+
+def test_a_large_file_is_hashed_once_and_again_when_it_changed(hub, monkeypatch):
+    monkeypatch.setattr(hub_module, "LARGE", 100)
+    hashed = []
+    digests = hub_module._digests
+    monkeypatch.setattr(hub_module, "_digests", lambda path, lengths: hashed.append(path) or digests(path, lengths))
+    path = fetch_model(f"{REPO}:Q8_0")
+    assert fetch_model(f"{REPO}:Q8_0") == path and len(hashed) == 1
+    path.resolve().write_bytes(b"GGUF" + b"9" * 800)
+    with pytest.raises(IntegrityError):
+        fetch_model(f"{REPO}:Q8_0")
+    assert len(hashed) == 2
+
+
+def test_a_download_larger_than_the_disk_is_refused_first(hub):
+    sibling = hub.sibling("x-Q4_K_M.gguf", b"GGUF")
+    sibling["size"] = sibling["lfs"]["size"] = 1 << 60
+    hub.listing_changes["siblings"] = [sibling]
+    with pytest.raises(FileError, match="needs 1152921504.61 GB"):
+        fetch_model(REPO)
+    assert not hub.requests("/resolve/")
