@@ -192,39 +192,6 @@ def _best_neighbour(neighbours, first, count, m, root, scale, errors):
 
 
 @kernel
-def _place(n_levels, dims, points, neighbours, work, rounded, errors, row, vectors, inverse, scale, only):
-    """Round the magnitudes to levels and put each vector on the grid: its values 1, 3, 5 … go to the row Q + ``row`` of
-    ``work``, its index to that row of ``vectors``, with OFF_GRID where it had to move.
-
-    With ``only`` the vectors that did not move stay as they are. The arrays come one by one because each one taken from
-    a tuple would be counted as a reference.
-    """
-    top, width = np.int32(n_levels - 1), 16 // dims
-    for j in range(work.shape[1]):
-        level = _nearest_int(np.float32(0.5) * (inverse * work[M, j] - np.float32(1)))
-        rounded[j] = max(np.int32(0), min(top, level))
-    for k in range(vectors.shape[1]):
-        if only and vectors[row, k] < OFF_GRID_BIT:
-            continue
-        start, point = dims * k, 0
-        for i in range(dims - 1, -1, -1):
-            point = point * n_levels + rounded[start + i]
-        first, count = np.uint64(points[point, 0]), np.uint64(points[point, 1])
-        if count == 0:
-            vectors[row, k] = first
-            for i in range(dims):
-                work[Q + row, start + i] = np.float32(np.int32(2 * rounded[start + i] + 1))
-            continue
-        if dims == 8:
-            found = _best_neighbour(neighbours, first, count, _eight(work, M, 8 * k), _eight(work, ROOT, 8 * k), scale, errors)
-        else:
-            found = _best_neighbour(neighbours, first, count, _four(work, M, 4 * k), _four(work, ROOT, 4 * k), scale, errors)
-        vectors[row, k] = found >> 16 | OFF_GRID_BIT
-        for i in range(dims):
-            work[Q + row, start + i] = np.float32(np.int32((found >> (width * i) & ((1 << width) - 1)) * 2 + 1))
-
-
-@kernel
 def _sums(work, row):
     """The sums of w m q and of w q q."""
     qx, qq = np.float32(0), np.float32(0)
@@ -236,32 +203,54 @@ def _sums(work, row):
 
 
 @kernel
-def _search(n_levels, dims, points, neighbours, rules, largest, work, rounded, errors, vectors):
+def _search(n_levels, dims, points, neighbours, rules, largest, start, work, rounded, errors, vectors):
     """A group's scale; its vectors come to lie in the row of ``vectors`` that is also returned.
 
-    Row 0 or 1 of ``vectors`` and of the values is the best so far, the other is the trial.
+    Row 0 or 1 of ``vectors``, and of the values 1, 3, 5 … from the row Q of ``work`` on, is the best so far, the other
+    is the trial. A vector off the grid moves to a neighbour and gets the bit OFF_GRID_BIT. The last round puts the best
+    on the grid again with the refined scale.
     """
-    best, kept, top = np.float32(0), 0, np.float32(2 * n_levels - 1)
-    scale = largest / top
-    start = _fit(work[M], work[W], n_levels + 1) * np.float32(n_levels) if rules.from_fit else largest
+    best, kept, top, width = np.float32(0), 0, np.float32(2 * n_levels - 1), 16 // dims
+    scale, kept_moved = largest / top, rules.polish == UNLESS_ON_GRID
     for k in range(vectors.shape[1]):
-        vectors[0, k] = OFF_GRID_BIT if rules.polish == UNLESS_ON_GRID else 0
-    for t in range(-rules.n_tries, rules.n_tries + 1):
-        inverse = (top + np.float32(t) * rules.try_step) / start
-        new, trial = 1 - kept, np.float32(1) / inverse
-        _place(n_levels, dims, points, neighbours, work, rounded, errors, new, vectors, inverse, trial, False)
-        qx, qq = _sums(work, new)
-        if qq > 0 and qx * qx > best * qq:
-            scale, kept = qx / qq, new
+        vectors[0, k] = 0
+    for t in range(-rules.n_tries, rules.n_tries + 2):
+        last = t > rules.n_tries
+        if last and not (scale > 0 and (kept_moved or rules.polish == ALWAYS)):
+            break
+        only, row, moved = last and rules.polish == OFF_GRID, kept if last else 1 - kept, False
+        inverse = np.float32(1) / scale if last else (top + np.float32(t) * rules.try_step) / start
+        trial = scale if last else np.float32(1) / inverse
+        for j in range(work.shape[1]):
+            level = _nearest_int(np.float32(0.5) * (inverse * work[M, j] - np.float32(1)))
+            rounded[j] = max(np.int32(0), min(np.int32(n_levels - 1), level))
+        for k in range(vectors.shape[1]):
+            if only and vectors[row, k] < OFF_GRID_BIT:
+                continue
+            at, point = dims * k, 0
+            for i in range(dims - 1, -1, -1):
+                point = point * n_levels + rounded[at + i]
+            first, count = np.uint64(points[point, 0]), np.uint64(points[point, 1])
+            vectors[row, k] = first
+            if count > 0:
+                if dims == 8:
+                    m, root = _eight(work, M, 8 * k), _eight(work, ROOT, 8 * k)
+                    code = _best_neighbour(neighbours, first, count, m, root, trial, errors)
+                else:
+                    m, root = _four(work, M, 4 * k), _four(work, ROOT, 4 * k)
+                    code = _best_neighbour(neighbours, first, count, m, root, trial, errors)
+                vectors[row, k] = code >> 16 | OFF_GRID_BIT
+                moved = True
+                for i in range(dims):
+                    rounded[at + i] = code >> (width * i) & ((1 << width) - 1)
+            for i in range(dims):
+                work[Q + row, at + i] = np.float32(np.int32(2 * rounded[at + i] + 1))
+        qx, qq = _sums(work, row)
+        if last:
+            scale = qx / qq if qq > 0 else scale
+        elif qq > 0 and qx * qx > best * qq:
+            scale, kept, kept_moved = qx / qq, row, moved
             best = scale * qx
-    moved = 0
-    for k in range(vectors.shape[1]):
-        moved |= vectors[kept, k] & OFF_GRID_BIT
-    if scale > 0 and (moved or rules.polish == ALWAYS):
-        only, inverse = rules.polish == OFF_GRID, np.float32(1) / scale
-        _place(n_levels, dims, points, neighbours, work, rounded, errors, kept, vectors, inverse, scale, only)
-        qx, qq = _sums(work, kept)
-        scale = qx / qq if qq > 0 else scale
     return scale, kept
 
 
@@ -301,7 +290,8 @@ def _search_blocks(weights, importance, lattice, rules, d, nibbles, signs, vecto
             if largest < rules.negligible:
                 slot += not rules.shifts
                 continue
-            scale, kept = _search(n_levels, dims, points, neighbours, rules, largest, work, rounded, errors, trial)
+            start = _fit(work[M], work[W], n_levels + 1) * np.float32(n_levels) if rules.from_fit else largest
+            scale, kept = _search(n_levels, dims, points, neighbours, rules, largest, start, work, rounded, errors, trial)
             scales[g] = abs(scale)
             for k in range(group // 8):
                 signs[i, slot * group // 8 + k] = ~group_signs[k] if scale < 0 else group_signs[k]
