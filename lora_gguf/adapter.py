@@ -24,7 +24,7 @@ WEIGHTS = (
 )  # fmt: skip
 PREFIX = "base_model.model."
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-WHOLE = re.compile(r"(?P<path>.+?)(\.modules_to_save(\.[^.]+)?)?\.(?P<part>weight|bias)")
+WHOLE = re.compile(r"(?P<path>.+?)(\.(modules_to_save|ln_tuning_layers)(\.[^.]+)?)?\.(?P<part>weight|bias)")
 # the order in which modules of packed experts register their parameters
 PARAMETERS = ("gate_up_proj", "gate_proj", "w1", "up_proj", "v1", "w3", "down_proj", "w2", "weight")
 

@@ -23,6 +23,15 @@ def _is_count(value) -> bool:
     return type(value) is int and 0 < value <= MAX_RANK
 
 
+def _is_rank(value) -> bool:
+    return value == 0 and type(value) is int or _is_count(value)
+
+
+def _is_mask(value) -> bool:
+    """AdaLoRA's: which of the ranks are left."""
+    return isinstance(value, list) and all(isinstance(item, bool) for item in value)
+
+
 def _is_names(value) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
@@ -41,7 +50,8 @@ TYPES: dict[str, tuple[Callable, str]] = {
     "flag": (lambda v: isinstance(v, bool), "true or false"),
     "number": (_is_number, "a finite number"),
     "count": (_is_count, f"a whole number from 1 to {MAX_RANK}"),
-    "ranks": (_is_map_of(_is_count), f"a map to whole numbers from 1 to {MAX_RANK}"),
+    "rank": (_is_rank, f"a whole number up to {MAX_RANK}"),
+    "ranks": (_is_map_of(lambda v: _is_count(v) or _is_mask(v)), f"a map to whole numbers from 1 to {MAX_RANK}"),
     "numbers": (_is_map_of(_is_number), "a map to finite numbers"),
     "names": (_is_names, "a list of strings"),
     "parameters": (lambda v: _is_names(v) and len(v) <= MAX_PARAMETERS, f"a list of at most {MAX_PARAMETERS} strings"),
@@ -55,7 +65,8 @@ TYPES: dict[str, tuple[Callable, str]] = {
 FIELDS = {
     "peft_type": "text",
     "base_model_name_or_path": "text",
-    "r": "count",
+    "r": "rank",
+    "init_r": "count",
     "lora_alpha": "number",
     "use_rslora": "flag",
     "rank_pattern": "ranks",

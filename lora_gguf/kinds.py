@@ -30,7 +30,8 @@ class Module:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return tuple(self.names.values())
+        """The tensors of the weight's update; a bias is an update of its own."""
+        return tuple(name for factor, name in self.names.items() if not factor.endswith(".bias"))
 
     def matrices(self, *wanted: str) -> list[np.ndarray]:
         """The factors called ``wanted``, all of them matrices with no empty side."""
@@ -115,9 +116,11 @@ def adalora(module: Module) -> Found:
     """AdaLoRA: B @ (A * E), by the number of ranks that are left."""
     b, a = module.product("lora_B", "lora_A")
     (e,) = module.matrices("lora_E")
-    if e.shape != (len(a), 1) or module.factors.get("ranknum", np.zeros(0)).size != 1:
-        raise module.malformed(f"expected lora_E of {(len(a), 1)} and one ranknum")
-    scale = number(module.config, "lora_alpha") / (float(module.factors["ranknum"].ravel()[0]) + 1e-5)
+    ranknum = module.factors.get("ranknum", np.array(float(number(module.config, "init_r")) if "init_r" in module.config else 0.0))
+    if e.shape != (len(a), 1) or ranknum.size != 1 or ranknum <= 0:
+        raise module.malformed(f"expected lora_E of {(len(a), 1)}, found {e.shape}, and a ranknum or init_r")
+    alpha = number(module.config, "lora_alpha")
+    scale = (alpha if alpha > 0 else len(a)) / (float(ranknum.item()) + 1e-5)
     return [LoraPair(module.path, a * e, b, scale, module.sources)]
 
 
@@ -156,6 +159,8 @@ def lokr(module: Module) -> Found:
     shape = (len(left) * len(right), left.shape[1] * right.shape[1])
     config = module.config
     rank = pattern_value(config.get("rank_pattern"), module.path, number(config, "r"))
+    if not rank:
+        raise module.malformed("expected a rank r, found 0")
     scale = pattern_value(config.get("alpha_pattern"), module.path, number(config, "alpha")) / rank
     place = dict(rows=np.arange(shape[0]), cols=np.arange(shape[1]))
     return [Kronecker(name=module.path, shape=shape, sources=module.sources, scale=scale, left=left, right=right, **place)]

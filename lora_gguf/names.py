@@ -94,22 +94,19 @@ def candidates(path: str) -> Iterator[str]:
 def tensor_name(path: str, hparams: Hparams) -> str | None:
     """The GGUF name of the weight of the module at ``path``; None where the name map knows none.
 
-    With a base GGUF, a name that the base has wins; without one, the architecture's own tensors decide.
+    The architecture's own tensors come first, but a base GGUF must have the tensor; what only the base has comes next.
     """
     layer = layer_of(path)
     allowed = tensors_of(hparams.architecture)
-    found = []
+    own, others = [], []
     for candidate in candidates(path):
         template = candidate if layer is None else LAYER.sub(".{bid}.", candidate, count=1)
         known = [(*entry, ".weight") for entry in name_map().get(template, ())]
         known += [(*entry, "") for entry in name_map().get(f"{template}.weight", ())]
         for tensor, name, suffix in reversed(known):
-            full = name.format(bid=layer) + suffix
-            if hparams.tensors is not None and full in hparams.tensors:
-                return full
-            if allowed is None or tensor in allowed:
-                found.append(full)
-    return found[0] if found else None
+            (own if allowed is None or tensor in allowed else others).append(name.format(bid=layer) + suffix)
+    present = [name for name in own + others if not hparams.lacks(name, default=True)]
+    return next(iter(present or own), None)
 
 
 def split_expert(path: str) -> tuple[str, int | None]:

@@ -155,7 +155,10 @@ def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Par
         placement.accounts += [Account(name, "ignored", "", skipped) for name in update.sources]
         return []
     try:
-        found = pieces(update.name, shape_of(update, hparams), hparams)
+        shape = shape_of(update, hparams)
+        found = pieces(update.name, shape, hparams)
+        if 0 in update.shape:
+            update = replace(update, shape=shape)
         if found and isinstance(update, LoraPair):
             for piece in found:
                 parts.setdefault(piece.name, []).append((piece, trimmed(update, piece, hparams).take(piece)))

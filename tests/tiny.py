@@ -83,8 +83,13 @@ def ssm(key: str, values: np.ndarray, model: Hparams) -> dict[str, np.ndarray]:
 
 def tensors_of(name: str, model: Hparams, source: str = "base") -> dict[str, np.ndarray]:
     """The GGUF tensors of a model's weights."""
+    return tensors_from(TINY / name / f"{source}.safetensors", model)
+
+
+def tensors_from(path: Path, model: Hparams) -> dict[str, np.ndarray]:
+    """The GGUF tensors of the Hugging Face weights in a file."""
     found: dict[str, np.ndarray] = {}
-    for key, stored in load_file(TINY / name / f"{source}.safetensors").items():
+    for key, stored in load_file(path).items():
         values = stored.astype(np.float32)
         path, _, part = key.rpartition(".")
         if re.search(r"conv1d|A_log|dt_bias|mamba\.D$", key):
