@@ -24,6 +24,7 @@ import numpy as np
 from lora_gguf.kernel import kernel
 from lora_gguf.quants import quant
 from lora_gguf.quants.half import f32_from_f16
+from lora_gguf.quants.iq1_encode import encode_iq1_m, encode_iq1_s
 from lora_gguf.quants.iquant_grids import grid
 from lora_gguf.quants.iquants_encode import encode_iq2_s, encode_iq2_xs, encode_iq2_xxs, encode_iq3_s, encode_iq3_xxs
 
@@ -165,6 +166,6 @@ IQUANTS = [
     quant("IQ2_S", _with_grid(_decode_iq2_s, "IQ2_S"), encode=encode_iq2_s),
     quant("IQ3_XXS", _with_grid(_decode_iq3_xxs, "IQ3_XXS"), encode=encode_iq3_xxs),
     quant("IQ3_S", _with_grid(_decode_iq3_s, "IQ3_S"), encode=encode_iq3_s),
-    quant("IQ1_S", _with_grid(_decode_iq1_s, "IQ1_S"), needs_importance=True),
-    quant("IQ1_M", _with_grid(_decode_iq1_m, "IQ1_M")),
+    quant("IQ1_S", _with_grid(_decode_iq1_s, "IQ1_S"), encode=encode_iq1_s, needs_importance=True),
+    quant("IQ1_M", _with_grid(_decode_iq1_m, "IQ1_M"), encode=encode_iq1_m),
 ]

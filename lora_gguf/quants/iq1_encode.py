@@ -1,0 +1,316 @@
+"""ggml's quantizers of IQ1_S and IQ1_M, bit-identical: every split of the sorted weights of a group into -1, 0 and 1.
+
+A group's weights are sorted; each pair of boundaries makes the lower ones -1, the upper ones 1. Each split is tried with
+the levels shifted up and down by an eighth (IQ1_M: either way for each half of the group), its best scale and its score
+follow from weighted sums, and the best split's vectors then move to the grid. All sums are added in ggml's order.
+
+Where a group is too small to matter, ggml writes the sign of a shift left over from another block; here it is a plus.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_gguf.kernel import kernel
+from lora_gguf.quants.half import f16_from_f32
+from lora_gguf.quants.iquant_grids import lattice
+
+SHIFT = np.float32(0.125)
+UP = np.array([-1, 0, 1], np.float32) + SHIFT
+DOWN = np.array([-1, 0, 1], np.float32) - SHIFT
+NEGLIGIBLE_S, NEGLIGIBLE_M = np.float32(1e-12), np.float32(1e-7)
+LEAST = np.float32(-np.finfo(np.float32).max)
+LANES = 24  # at least 17, the number of lower boundaries among 16 weights
+FUDGE_S, FUDGE_M = np.float32(1.125), np.float32(1.1125)
+
+
+@kernel
+def _nearest_int(x):
+    """ggml's rounding to an integer, halves to even, NaN to 0, infinity to the lowest."""
+    return np.int32(np.float32(x + np.float32(12582912)).view(np.uint32) & 0x7FFFFF) - np.int32(0x400000)
+
+
+@kernel
+def _three_bits(scale, inverse):
+    """The nearest to ``scale`` of 1, 3, … 15 steps, as 0 to 7."""
+    return max(0, min(7, _nearest_int(np.float32(0.5) * (inverse * scale - np.float32(1)))))
+
+
+@kernel
+def _twice_mean_square(x):
+    total = np.float32(0)
+    for v in x:
+        total += v * v
+    return np.float32(2) * total / np.float32(256)
+
+
+@kernel
+def _weigh(x, importance, variance, w):
+    """Each weight's importance in the error; returns the largest magnitude."""
+    largest = np.float32(0)
+    for j in range(len(x)):
+        square = x[j] * x[j]
+        w[j] = importance[j] * np.sqrt(variance + square) if len(importance) else square
+        largest = max(largest, abs(x[j]))
+    return largest
+
+
+@kernel
+def _sort(x, order):
+    """``order`` such that x[order] ascends, equals in their order."""
+    for j in range(len(x)):
+        rank = 0
+        for i in range(len(x)):
+            rank += x[i] < x[j] or (x[i] == x[j] and i < j)
+        order[rank] = j
+
+
+@kernel
+def _eight(a, at):
+    return a[at], a[at + 1], a[at + 2], a[at + 3], a[at + 4], a[at + 5], a[at + 6], a[at + 7]
+
+
+@kernel
+def _best_neighbour(neighbours, first, count, x, w, scale, shift, errors):
+    """The neighbour, of ``count`` from ``first`` on, of least weighted square error; the first if there are several.
+
+    ``x`` and ``w`` are tuples, so that their loop unrolls, and the indices unsigned, so that the other vectorises.
+    """
+    for n in range(count):
+        code, error = np.int32(neighbours[first + n]), np.float32(0)
+        for i in range(len(x)):
+            level = np.int32(code >> (2 * i)) & np.int32(3)
+            difference = scale * (np.float32(level - np.int32(1)) + shift) - x[i]
+            error += w[i] * difference * difference
+        errors[n] = error
+    least, best = np.float32(np.inf), np.uint64(0)
+    for n in range(count):
+        better = errors[n] < least
+        least, best = (errors[n], n) if better else (least, best)
+    return neighbours[first + best]
+
+
+@kernel
+def _place(points, neighbours, x, w, k, scale, shift, errors, levels):
+    """Put the ``k``-th eight of ``levels`` on the grid: the index of the vector, and whether it moved."""
+    point = 0
+    for i in range(7, -1, -1):
+        point = 3 * point + levels[8 * k + i]
+    first, count = np.uint64(points[point, 0]), np.uint64(points[point, 1])
+    if count == 0:
+        return np.int64(first), False
+    code = _best_neighbour(neighbours, first, count, _eight(x, 8 * k), _eight(w, 8 * k), scale, shift, errors)
+    for i in range(8):
+        levels[8 * k + i] = code >> (2 * i) & 3
+    return np.int64(code >> 16), True
+
+
+@kernel
+def _split_levels(order, i1, i2, reverse, levels):
+    """-1 below the i1-th of the sorted weights, 0 below the i2-th, 1 from there on, as 0, 1 and 2; or the opposite."""
+    for j in range(len(order)):
+        level = (j >= i1) + (j >= i2)
+        levels[order[j]] = 2 - level if reverse else level
+
+
+@kernel
+def _project(x, w, levels, q, factor, qx, qq):
+    """Add Σ w q x to ``qx`` and Σ w q q to ``qq``, q being the levels' values times ``factor``."""
+    for j in range(len(x)):
+        value = q[levels[j]] * factor
+        qx += w[j] * value * x[j]
+        qq += w[j] * value * value
+    return qx, qq
+
+
+@kernel
+def _score_row(cx, cw, q, i1, qx, qq):
+    """Σ w q x and Σ w q q of all splits with the lower boundary ``i1``, from cumulative sums of w x and of w."""
+    n = len(cx) - 1
+    for i2 in range(i1, n + 1):
+        qx[i2] = cx[i1] * q[0] + (cx[i2] - cx[i1]) * q[1] + (cx[n] - cx[i2]) * q[2]
+        qq[i2] = cw[i1] * q[0] * q[0] + (cw[i2] - cw[i1]) * q[1] * q[1] + (cw[n] - cw[i2]) * q[2] * q[2]
+
+
+@kernel
+def _better(qx, qq, best):
+    return qq > 0 and qx * qx > best * qq
+
+
+@kernel
+def _best_split_s(x, w, order, c, sums):
+    """The scale, the boundaries and the shift's sign of the best split of 32 weights. A row of splits is looked at one
+    by one only if some split in it beats the best so far."""
+    c[0, 0] = c[1, 0] = 0
+    for j in range(32):
+        c[0, j + 1] = c[0, j] + w[order[j]] * x[order[j]]
+        c[1, j + 1] = c[1, j] + w[order[j]]
+    scale, best, low, high, sign = np.float32(0), LEAST, 0, 0, 1
+    for i1 in range(33):
+        _score_row(c[0], c[1], UP, i1, sums[0], sums[1])
+        _score_row(c[0], c[1], DOWN, i1, sums[2], sums[3])
+        hits = 0
+        for i2 in range(i1, 33):
+            hits += _better(sums[0, i2], sums[1, i2], best) or _better(sums[2, i2], sums[3, i2], best)
+        for i2 in range(i1, 33 if hits else 0):
+            for s in range(2):
+                qx, qq = sums[2 * s, i2], sums[2 * s + 1, i2]
+                if _better(qx, qq, best):
+                    scale = qx / qq
+                    best, low, high, sign = scale * qx, i1, i2, 1 - 2 * s
+    return scale, low, high, sign
+
+
+@kernel
+def _score_splits(x, w, order, terms, starts, scores):
+    """Σ w q x and Σ w q q of all splits of 16 weights, to ``scores`` (higher boundary, sum, lower boundary).
+
+    Sums 0 to 3 are Σ w q x with the shifts of the two halves up up, up down, down up, down down; 4 to 7 are Σ w q q.
+    ``terms`` (level, sum, place in the order) are their terms, ``starts`` the sums up to the higher boundary.
+    """
+    for j in range(16):
+        i = order[j]
+        for level in range(3):
+            for k in range(4):
+                down = k // 2 if i < 8 else k % 2
+                q = DOWN[level] if down else UP[level]
+                terms[level, k, j] = w[i] * q * x[i]
+                terms[level, k + 4, j] = w[i] * q * q
+    for s in range(8):
+        lower = np.float32(0)
+        for i2 in range(17):
+            if i2 > 0:
+                for i1 in range(LANES):
+                    starts[i1] += terms[1, s, i2 - 1]
+                lower += terms[0, s, i2 - 1]
+            starts[i2] = lower
+            for i1 in range(LANES):
+                scores[i2, s, i1] = starts[i1]
+            for j in range(i2, 16):
+                for i1 in range(LANES):
+                    scores[i2, s, i1] += terms[2, s, j]
+
+
+@kernel
+def _best_split_m(scores):
+    """The scale, the boundaries and the shifts (0 to 3, as above) of the best split of 16 weights."""
+    scale, best, low, high, shifts = np.float32(0), LEAST, 0, 0, 0
+    for i1 in range(17):
+        for i2 in range(i1, 17):
+            for k in range(4):
+                qx, qq = scores[i2, k, i1], scores[i2, k + 4, i1]
+                if _better(qx, qq, best):
+                    scale = qx / qq
+                    best, low, high, shifts = scale * qx, i1, i2, k
+    return scale, low, high, shifts
+
+
+@kernel
+def _search_s(weights, importance, lattice, d, scales, minus, vectors):
+    """The fields of all IQ1_S blocks: d (f16), scales (blocks, 8), minus and vectors (blocks, 32)."""
+    n_cols, points, neighbours = weights.shape[1], lattice.points, lattice.neighbours
+    w, order, levels, errors = np.empty(32, np.float32), np.empty(32, np.int64), np.empty(32, np.int64), np.empty(512, np.float32)
+    c, sums, raw = np.empty((2, 33), np.float32), np.empty((4, 33), np.float32), np.empty(8, np.float32)
+    for i in range(len(d)):
+        variance, largest = _twice_mean_square(weights.reshape(-1, 256)[i]), np.float32(0)
+        for g in range(8):
+            column, x = (256 * i + 32 * g) % n_cols, weights.reshape(-1, 32)[8 * i + g]
+            raw[g] = 0
+            if _weigh(x, importance[column : column + 32], variance, w) < NEGLIGIBLE_S:
+                continue
+            _sort(x, order)
+            scale, low, high, sign = _best_split_s(x, w, order, c, sums)
+            _split_levels(order, low, high, scale < 0, levels)
+            sign, scale, moved = (-sign if scale < 0 else sign), abs(scale), False
+            for k in range(4):
+                vectors[i, 4 * g + k], off = _place(points, neighbours, x, w, k, scale, sign * SHIFT, errors, levels)
+                minus[i, 4 * g + k] = sign < 0
+                moved |= off
+            qx, qq = _project(x, w, levels, UP if sign > 0 else DOWN, np.float32(1), np.float32(0), np.float32(0))
+            raw[g] = qx / qq if moved and qx > 0 and qq > 0 else scale
+            largest = max(largest, raw[g])
+        step = largest / np.float32(15)
+        for g in range(8):
+            scales[i, g] = _three_bits(raw[g], np.float32(1) / step) if largest > 0 else 0
+        d[i] = f16_from_f32(step * FUDGE_S)
+
+
+@kernel
+def _fit_d(x, importance, variance, w, minus, levels, scales):
+    """The scale of a whole IQ1_M block of least weighted square error."""
+    qx, qq = np.float32(0), np.float32(0)
+    for k in range(32):
+        start, part = 8 * k, x[8 * k : 8 * k + 8]
+        _weigh(part, importance[start : start + 8], variance, w)
+        factor = np.float32(2 * scales[k // 2] + 1)
+        qx, qq = _project(part, w, levels[start : start + 8], DOWN if minus[k] else UP, factor, qx, qq)
+    return qx, qq
+
+
+@kernel
+def _search_m(weights, importance, lattice, d, scales, minus, vectors):
+    """The fields of all IQ1_M blocks: d (f16), scales (blocks, 16), minus and vectors (blocks, 32)."""
+    n_cols, points, neighbours = weights.shape[1], lattice.points, lattice.neighbours
+    w, order, levels, errors = np.empty(16, np.float32), np.empty(16, np.int64), np.empty(256, np.int64), np.empty(512, np.float32)
+    terms, starts, scores = np.empty((3, 8, 16), np.float32), np.empty(LANES, np.float32), np.empty((17, 8, LANES), np.float32)
+    raw = np.empty(16, np.float32)
+    for i in range(len(d)):
+        block, first = weights.reshape(-1, 256)[i], 256 * i % n_cols
+        variance, largest = _twice_mean_square(block), np.float32(0)
+        for g in range(16):
+            x, group_levels = block[16 * g : 16 * g + 16], levels[16 * g : 16 * g + 16]
+            raw[g] = 0
+            if _weigh(x, importance[first + 16 * g : first + 16 * g + 16], variance, w) < NEGLIGIBLE_M:
+                group_levels[:] = 0
+                continue
+            _sort(x, order)
+            _score_splits(x, w, order, terms, starts, scores)
+            scale, low, high, shifts = _best_split_m(scores)
+            _split_levels(order, low, high, scale < 0, group_levels)
+            shifts, scale, moved, qx, qq = (3 - shifts if scale < 0 else shifts), abs(scale), False, np.float32(0), np.float32(0)
+            for k in range(2):
+                down = shifts % 2 if k else shifts // 2
+                shift = -SHIFT if down else SHIFT
+                vectors[i, 2 * g + k], off = _place(points, neighbours, x, w, k, scale, shift, errors, group_levels)
+                minus[i, 2 * g + k] = down
+                moved |= off
+                half = slice(8 * k, 8 * k + 8)
+                qx, qq = _project(x[half], w[half], group_levels[half], DOWN if down else UP, np.float32(1), qx, qq)
+            raw[g] = qx / qq if moved and qx > 0 and qq > 0 else scale
+            largest = max(largest, raw[g])
+        step = largest / np.float32(15)
+        for g in range(16):
+            scales[i, g] = _three_bits(raw[g], np.float32(1) / step) if largest > 0 else 0
+        qx, qq = _fit_d(block, importance[first : first + 256], variance, w, minus[i], levels, scales[i])
+        d[i] = f16_from_f32((qx / qq if qq > 0 else step) * FUDGE_M) if largest > 0 else 0
+
+
+def _fields(search, n_groups: int, weights, importance):
+    n_blocks = weights.size // 256
+    d, scales = np.empty(n_blocks, np.uint16), np.empty((n_blocks, n_groups), np.uint16)
+    minus, vectors = np.zeros((n_blocks, 32), np.uint16), np.zeros((n_blocks, 32), np.uint16)
+    search(weights, importance, lattice("IQ1_S"), d, scales, minus, vectors)
+    return d, scales, minus, vectors
+
+
+def _combine(values, width: int, count: int):
+    """Numbers of 16 bits made of ``count`` of ``width`` bits, the first one lowest."""
+    shifted = values.reshape(len(values), -1, count) << np.arange(0, width * count, width, dtype=np.uint16)
+    return np.bitwise_or.reduce(shifted, axis=2)
+
+
+def encode_iq1_s(weights, importance, blocks):
+    d, scales, minus, vectors = _fields(_search_s, 8, weights, importance)
+    blocks = blocks.reshape(-1, 50)
+    blocks[:, :2] = d[:, None].view(np.uint8)
+    blocks[:, 2:34] = vectors & 255
+    blocks[:, 34:] = (_combine(vectors >> 8, 3, 4) | scales << 12 | minus[:, ::4] << 15).view(np.uint8)
+
+
+def encode_iq1_m(weights, importance, blocks):
+    d, scales, minus, vectors = _fields(_search_m, 16, weights, importance)
+    blocks = blocks.reshape(-1, 56)
+    blocks[:, :32] = vectors & 255
+    blocks[:, 32:48] = _combine(vectors >> 8 | minus << 3, 4, 2)
+    d_bits = (d[:, None] >> np.arange(0, 16, 4, dtype=np.uint16) & 15) << 12
+    blocks[:, 48:] = (_combine(scales, 3, 4) | d_bits).view(np.uint8)
