@@ -1,4 +1,4 @@
-"""What the tests of the quantized types share: weights that are hard to quantize, real ones, and libgguf as the judge."""
+"""What the tests of the quantized types share: hard weights, real ones, and libgguf as the judge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def hard_rows(n_cols: int = 1024) -> np.ndarray:
     faint_parts[32:64] *= 1e-6
     faint_parts[300:340] = 0
     faint_parts[512:768] *= 1e-9
-    rows = [zero, -zero, mixed_zero, outliers, zero + 1.25, zero - 0.3, faint_parts, normal * (rng.random(n_cols) > 0.99)]
+    sparse = normal * (rng.random(n_cols) > 0.99)
+    rows = [zero, -zero, mixed_zero, outliers, zero + 1.25, zero - 0.3, faint_parts, sparse]
     rows += [normal * 10.0**decade for decade in _TINY_DECADES + _HUGE_DECADES]
     rows += [np.abs(normal), -np.abs(normal), 1000 + 1e-3 * normal, -1000 + 1e-3 * normal, 0.01 * normal - 65504]
     rows += [-1 - 1e-7 * rng.integers(0, 3, n_cols), -1000 - 1e-4 * rng.random(n_cols), rng.standard_cauchy(n_cols)]
@@ -96,7 +97,7 @@ def assert_encodes_as_libgguf(name: str, weights: np.ndarray, importance: np.nda
 
 
 def assert_grid_is_that_of_decode(name: str, blocks: np.ndarray) -> None:
-    """A code one higher moves its weight by the group's step and nothing else; packing what was unpacked is the identity."""
+    """A code one higher moves its weight by the group's step and nothing else; unpack then pack is the identity."""
     quant = QUANTS[name]
     codes, steps = unpack(name, blocks)
     assert codes.min() == quant.code_min and codes.max() == quant.code_max

@@ -1,4 +1,4 @@
-"""What ggml's quantizers compute without a search: sums, extremes, and roundings other than to the nearest, ties to even."""
+"""What ggml's quantizers compute without a search: sums, extremes, truncation, rounding away from zero."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _INT32_END = np.float32(2.0**31)
 
 
 def store_f16(values, blocks, at):
-    """Writes ``values`` (n,) as f16 at byte ``at``, even, of blocks (n, block_bytes); gives them so rounded, (n, 1) f32."""
+    """Writes ``values`` (n,) as f16 at byte ``at`` of ``blocks``, both even; gives them so rounded, (n, 1) f32."""
     stored = blocks.view(np.float16)[:, at // 2]
     stored[...] = values
     return stored.astype(np.float32)[:, None]
@@ -34,7 +34,7 @@ def _sums(x, out):
 
 
 def extremes(x):
-    """Per group of x (groups, n) the weight of the largest magnitude, the lowest and the highest; of equals the first."""
+    """Per group of x (groups, n) its largest in magnitude, its lowest and its highest weight; of equals the first."""
     found = np.empty((3, len(x)), np.float32)
     _find_extremes(x, found)
     return found
@@ -72,7 +72,7 @@ def _first(x, a, b):
 
 @kernel
 def truncate(x, scales, minima, offset, code_max, codes):
-    """codes = int8((x - minimum) / scale + offset), at most ``code_max``; 0 where no int32 can hold it or scale is 0."""
+    """codes = int8((x - minimum) / scale + offset), at most ``code_max``; 0 where no int32 can hold that."""
     for g in range(len(x)):
         xg, minimum, group = x[g], minima[g], codes[g]
         inverse = F1 / scales[g] if scales[g] != F0 else F0
@@ -84,7 +84,7 @@ def truncate(x, scales, minima, offset, code_max, codes):
 
 @kernel
 def round_away(x, scales, codes):
-    """codes = int8 of x / scale rounded, halves away from zero; 0 where no int32 can hold it or scale is 0."""
+    """codes = int8 of x / scale rounded, halves away from zero; 0 where no int32 can hold that."""
     for g in range(len(x)):
         xg, group = x[g], codes[g]
         inverse = F1 / scales[g] if scales[g] != F0 else F0

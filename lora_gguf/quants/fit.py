@@ -1,9 +1,9 @@
 """ggml's searches for the scale of a group of weights, bit for bit.
 
-A search tries several scales for each group and keeps the one with the least weighted error. Here 64 groups are searched
-side by side, one a lane: element j of lane v stands at ``[j, v]`` and what is known of lane v at ``state[NAME, v]``, so
-that the inner loops run over lanes and vectorise, while each lane adds in ggml's order. Comparisons with NaN are false,
-as in C, so a lane without a fit keeps what it has.
+A search tries several scales for each group and keeps the one with the least weighted error. Here 64 groups are
+searched side by side, one a lane: element j of lane v stands at ``[j, v]`` and what is known of lane v at
+``state[NAME, v]``, so that the inner loops run over lanes and vectorise, while each lane adds in ggml's order.
+Comparisons with NaN are false, as in C, so a lane without a fit keeps what it has.
 
 In all of them x and w (groups, n) are f32 weights and their importance, ``numerators`` f32 the tries: a scale is the
 group's range, or extreme, divided by a numerator; codes (groups, n) and scales (groups,) are written.
@@ -64,7 +64,7 @@ def _scatter(lanes, first, groups):
             group[j] = np.int32(lanes[j, v])
 
 
-# Rows of the state: of every search; of ``fit_affine``; of the others, where the sums and the extremes have two rows each.
+# Rows of the state: of every search; of ``fit_affine``; of the others, where sums and extremes have two rows each.
 BEST, SCALE, INVERSE, KEPT = range(4)
 LOW, HIGH, SUM_W, SUM_X, SUM_L, SUM_L2, SUM_XL, NEW_SCALE, NEW_LOW, KEPT_LOW = range(4, 14)
 EXPLAINED, NORM, EXTREME, MAGNITUDE, ERROR, MOVES = 4, 5, 8, 9, 12, 13
@@ -76,8 +76,8 @@ def fit_affine(x, w, numerators, absolute, scales, minima, codes):
     """weight = scale * code - minimum, with codes 0 to ``numerators[0]`` (int8) and minima (groups,) of at least 0.
 
     Each try rounds with the scale (highest - lowest) / numerator and takes the weighted least squares fit to the codes
-    found, if its error, ``absolute`` or squared, is the least so far; the fit's minimum then replaces the lowest weight.
-    The first try is no fit: its scale counts as it is.
+    found, if its error, ``absolute`` or squared, is the least so far; the fit's minimum then stands for the lowest
+    weight. The first try is no fit: its scale counts as it is.
     """
     n = x.shape[1]
     scratch = np.empty((3 * n + N_ROWS, LANES), np.float32)

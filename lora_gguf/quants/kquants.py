@@ -43,16 +43,16 @@ def _fit_scales(values, importance_sums, code_max):
     return codes, scales
 
 
-def _fit_minimum_type(x, w, tries, absolute, scale_max, has_importance):
+def _fit_minimum_type(x, w, tries, absolute, scale_max, is_reference):
     """Codes (groups, n), then codes and scale of the super-blocks' scales, then of their minima."""
     n_groups = 256 // x.shape[1]
     scales, minima, codes = np.empty(len(x), np.float32), np.empty(len(x), np.float32), np.empty(x.shape, np.int8)
     fit.fit_affine(x, w, tries, absolute, scales, minima, codes)
     scales, minima = scales.reshape(-1, n_groups), minima.reshape(-1, n_groups)
-    if has_importance:
-        importance_sums = direct.sums(w).reshape(-1, n_groups)
-        return codes, *_fit_scales(scales, importance_sums, scale_max), *_fit_scales(minima, importance_sums, scale_max)
-    return codes, *_round_scales(scales, scale_max), *_round_scales(minima, scale_max)
+    if is_reference:
+        return codes, *_round_scales(scales, scale_max), *_round_scales(minima, scale_max)
+    importance_sums = direct.sums(w).reshape(-1, n_groups)
+    return codes, *_fit_scales(scales, importance_sums, scale_max), *_fit_scales(minima, importance_sums, scale_max)
 
 
 def _recode(x, steps, lows, lowest, highest, codes):
@@ -68,7 +68,8 @@ def encode_q2_k(weights, importance, blocks):
         w, tries = _importance_weights(weights, importance, 1).reshape(x.shape), fit.upward(3, -0.9, 0.05, 37)
     else:
         w, tries = np.abs(x), fit.upward(3, -0.5, 0.1, 16)
-    codes, scale_codes, d, minimum_codes, dmin = _fit_minimum_type(x, w, tries, not importance.size, 15, importance.size)
+    is_reference = importance.size == 0
+    codes, scale_codes, d, minimum_codes, dmin = _fit_minimum_type(x, w, tries, is_reference, 15, is_reference)
     scales = scale_codes | minimum_codes << 4
     blocks[:, :16] = scales
     steps, lows = direct.store_f16(d, blocks, 80) * (scales & 15), direct.store_f16(dmin, blocks, 82) * (scales >> 4)
@@ -78,15 +79,16 @@ def encode_q2_k(weights, importance, blocks):
 
 def _encode_k4(block_bytes, code_max, reference_tries, pack):
     """Q4_K and Q5_K: the same scales, one bit more in a code."""
+    importance_tries = fit.upward(code_max, -0.9, 0.05, 37)
 
     @np.errstate(all="ignore")
     def encode(weights, importance, blocks):
         x, blocks = weights.reshape(-1, 32), blocks.reshape(-1, block_bytes)
         if importance.size:
-            w, tries = _importance_weights(weights, importance, 2).reshape(x.shape), fit.upward(code_max, -0.9, 0.05, 37)
+            w, tries = _importance_weights(weights, importance, 2).reshape(x.shape), importance_tries
         else:
             w, tries = _root_mean_square_plus(x), reference_tries
-        codes, scale_codes, d, minimum_codes, dmin = _fit_minimum_type(x, w, tries, False, 63, importance.size)
+        codes, scale_codes, d, minimum_codes, dmin = _fit_minimum_type(x, w, tries, False, 63, importance.size == 0)
         if code_max == 31 or not importance.size:
             scale_codes, minimum_codes = np.minimum(scale_codes, 63), np.minimum(minimum_codes, 63)
         direct.store_f16(d, blocks, 0)

@@ -1,7 +1,4 @@
-"""The bytes of Q2_K to Q6_K: super-blocks of 256 weights, 8 or 16 groups with quantized scales under one or two f16 ones.
-
-The lanes of a group are counted by an array's shape, not by a literal: LLVM unrolls a literal count before its
-vectoriser sees the loop.
+"""The bytes of Q2_K to Q6_K: super-blocks of 256 weights, 8 or 16 groups, their quantized scales under one f16 or two.
 """
 
 from __future__ import annotations
@@ -9,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from lora_gguf.kernel import kernel
+from lora_gguf.quants.by_block import F32, I8, U8, by_block
 from lora_gguf.quants.half import f32_from_f16
 
 
@@ -21,10 +19,8 @@ def _f16(block, at):
 # Byte j of a half's 32 qs holds, from the low bits up, the codes of weights j, j + 32, j + 64 and j + 96 of that half.
 
 
-@kernel
+@by_block((U8, 84), (F32, 16, 16))
 def decode_q2_k(blocks, out):
-    blocks = blocks.reshape(-1, 84)
-    out = out.reshape(-1, 16, 16)
     for i in range(len(blocks)):
         block = blocks[i]
         d, dmin = _f16(block, 80), _f16(block, 82)
@@ -36,46 +32,31 @@ def decode_q2_k(blocks, out):
                 y[j] = step * np.float32(qs[j] >> shift & 3) - low
 
 
-@kernel
+@by_block((U8, 84), (I8, 8, 32), (F32, 16))
 def unpack_q2_k(blocks, codes, steps):
-    blocks, codes, steps = blocks.reshape(-1, 84), codes.reshape(-1, 2, 4, 32), steps.reshape(-1, 16)
     for i in range(len(blocks)):
         d = _f16(blocks[i], 80)
         for g in range(16):
             steps[i, g] = d * np.float32(blocks[i, g] & 15)
-        for half in range(2):
-            _unpack_two_bits(blocks[i, 16 + 32 * half :], codes[i, half])
+        for k in range(8):
+            qs, c, shift = blocks[i, 16 + 32 * (k // 4) :], codes[i, k], np.uint8(2 * (k & 3))
+            for j in range(c.size):
+                c[j] = qs[j] >> shift & 3
 
 
-@kernel
+@by_block((I8, 2, 4, 32), (U8, 84))
 def pack_q2_k(codes, blocks):
-    blocks, codes = blocks.reshape(-1, 84), codes.reshape(-1, 2, 4, 32)
     for i in range(len(blocks)):
         for half in range(2):
-            _pack_two_bits(codes[i, half], blocks[i, 16 + 32 * half :])
+            qs = blocks[i, 16 + 32 * half :]
+            c0, c1, c2, c3 = codes[i, half, 0], codes[i, half, 1], codes[i, half, 2], codes[i, half, 3]
+            for j in range(c0.size):
+                qs[j] = c0[j] & 3 | (c1[j] & 3) << 2 | (c2[j] & 3) << 4 | c3[j] << 6
 
 
-@kernel
-def _unpack_two_bits(qs, codes):
-    c0, c1, c2, c3 = codes[0], codes[1], codes[2], codes[3]
-    for j in range(c0.size):
-        c0[j] = qs[j] & 3
-        c1[j] = qs[j] >> 2 & 3
-    for j in range(c0.size):
-        c2[j] = qs[j] >> 4 & 3
-        c3[j] = qs[j] >> 6
-
-
-@kernel
-def _pack_two_bits(codes, qs):
-    c0, c1, c2, c3 = codes[0], codes[1], codes[2], codes[3]
-    for j in range(c0.size):
-        qs[j] = c0[j] & 3 | (c1[j] & 3) << 2 | (c2[j] & 3) << 4 | (c3[j] & 3) << 6
-
-
-# Q3_K is hmask:32 qs:64 scales:12 d:2, weight = d * (scale - 32) * (code - 4), 16 weights a scale. qs holds the lower two
-# bits of the codes as in Q2_K; bit k of byte j of hmask is the highest bit of weight 32 k + j. The sixteen 6-bit scales:
-# the nibbles of scales[0:8] are their lower four bits, scales[8:12] holds their upper two.
+# Q3_K is hmask:32 qs:64 scales:12 d:2, weight = d * (scale - 32) * (code - 4), 16 weights a scale. qs holds the lower
+# two bits of the codes as in Q2_K; bit k of byte j of hmask is the highest bit of weight 32 k + j. The sixteen 6-bit
+# scales: the nibbles of scales[0:8] are their lower four bits, scales[8:12] holds their upper two.
 
 
 @kernel
@@ -85,10 +66,8 @@ def _scale_q3_k(scales, g):
     return np.float32(np.int32(low | high << 4) - 32)
 
 
-@kernel
+@by_block((U8, 110), (F32, 16, 16))
 def decode_q3_k(blocks, out):
-    blocks = blocks.reshape(-1, 110)
-    out = out.reshape(-1, 16, 16)
     for i in range(len(blocks)):
         block = blocks[i]
         d = _f16(block, 108)
@@ -100,9 +79,8 @@ def decode_q3_k(blocks, out):
                 y[j] = step * np.float32(np.int32(qs[j] >> shift & 3 | (hmask[j] >> bit & 1) << 2) - 4)
 
 
-@kernel
+@by_block((U8, 110), (I8, 8, 32), (F32, 16))
 def unpack_q3_k(blocks, codes, steps):
-    blocks, codes, steps = blocks.reshape(-1, 110), codes.reshape(-1, 8, 32), steps.reshape(-1, 16)
     for i in range(len(blocks)):
         d, scales, hmask = _f16(blocks[i], 108), blocks[i, 96:], blocks[i]
         for g in range(16):
@@ -114,22 +92,18 @@ def unpack_q3_k(blocks, codes, steps):
                 c[j] = qs[j] >> shift & 3 | (hmask[j] >> bit & 1) << 2
 
 
-@kernel
+@by_block((I8, 2, 4, 32), (U8, 110))
 def pack_q3_k(codes, blocks):
-    blocks, codes = blocks.reshape(-1, 110), codes.reshape(-1, 2, 4, 32)
     for i in range(len(blocks)):
+        hmask = blocks[i, :32]
         for half in range(2):
-            _pack_two_bits(codes[i, half], blocks[i, 32 + 32 * half :])
-            _pack_third_bits(codes[i, half], blocks[i], 4 * half)
-
-
-@kernel
-def _pack_third_bits(codes, hmask, shift):
-    c0, c1, c2, c3 = codes[0], codes[1], codes[2], codes[3]
-    keep, shift = np.uint8(0xF0 >> shift), np.uint8(shift)
-    for j in range(c0.size):
-        bits = c0[j] >> 2 & 1 | c1[j] >> 1 & 2 | c2[j] & 4 | c3[j] << 1 & 8
-        hmask[j] = hmask[j] & keep | np.uint8(bits << shift)
+            qs, kept, shift = blocks[i, 32 + 32 * half :], np.uint8(0xF0 >> 4 * half), np.uint8(4 * half)
+            c0, c1, c2, c3 = codes[i, half, 0], codes[i, half, 1], codes[i, half, 2], codes[i, half, 3]
+            for j in range(c0.size):
+                qs[j] = c0[j] & 3 | (c1[j] & 3) << 2 | (c2[j] & 3) << 4 | c3[j] << 6
+            for j in range(c0.size):
+                bits = c0[j] >> 2 & 1 | c1[j] >> 1 & 2 | c2[j] & 4 | c3[j] << 1 & 8
+                hmask[j] = hmask[j] & kept | np.uint8(bits << shift)
 
 
 # Q4_K is d:2 dmin:2 scales:12 qs:128, weight = d * scale * code - dmin * min, 32 weights a scale. Byte j of a quarter's
@@ -155,9 +129,8 @@ def steps_and_lows(blocks, steps, lows):
         _steps_and_lows(blocks[i], steps[i], lows[i])
 
 
-@kernel
+@by_block((U8, 144), (F32, 8, 32))
 def decode_q4_k(blocks, out):
-    blocks, out = blocks.reshape(-1, 144), out.reshape(-1, 8, 32)
     steps, lows = np.empty(8, np.float32), np.empty(8, np.float32)
     for i in range(len(blocks)):
         _steps_and_lows(blocks[i], steps, lows)
@@ -169,9 +142,8 @@ def decode_q4_k(blocks, out):
                 z[j] = step_z * np.float32(qs[j] >> 4) - low_z
 
 
-@kernel
+@by_block((U8, 144), (I8, 8, 32), (F32, 8))
 def unpack_q4_k(blocks, codes, steps):
-    blocks, codes, steps = blocks.reshape(-1, 144), codes.reshape(-1, 8, 32), steps.reshape(-1, 8)
     lows = np.empty(8, np.float32)
     for i in range(len(blocks)):
         _steps_and_lows(blocks[i], steps[i], lows)
@@ -182,26 +154,20 @@ def unpack_q4_k(blocks, codes, steps):
                 e[j] = qs[j] >> 4
 
 
-@kernel
+@by_block((I8, 8, 32), (U8, 144))
 def pack_q4_k(codes, blocks):
-    blocks, codes = blocks.reshape(-1, 144), codes.reshape(-1, 8, 32)
     for i in range(len(blocks)):
         for k in range(0, 8, 2):
-            _pack_nibbles(codes[i, k], codes[i, k + 1], blocks[i, 16 + 16 * k :])
-
-
-@kernel
-def _pack_nibbles(low, high, qs):
-    for j in range(low.size):
-        qs[j] = low[j] & 15 | (high[j] & 15) << 4
+            low, high, qs = codes[i, k], codes[i, k + 1], blocks[i, 16 + 16 * k :]
+            for j in range(low.size):
+                qs[j] = low[j] & 15 | high[j] << 4
 
 
 # Q5_K is d:2 dmin:2 scales:12 qh:32 qs:128: as Q4_K, and bit k of byte j of qh is the fifth bit of weight 32 k + j.
 
 
-@kernel
+@by_block((U8, 176), (F32, 8, 32))
 def decode_q5_k(blocks, out):
-    blocks, out = blocks.reshape(-1, 176), out.reshape(-1, 8, 32)
     steps, lows = np.empty(8, np.float32), np.empty(8, np.float32)
     for i in range(len(blocks)):
         _steps_and_lows(blocks[i], steps, lows)
@@ -213,9 +179,8 @@ def decode_q5_k(blocks, out):
                 y[j] = step * np.float32(qs[j] >> shift & 15 | (qh[j] >> bit & 1) << 4) - low
 
 
-@kernel
+@by_block((U8, 176), (I8, 8, 32), (F32, 8))
 def unpack_q5_k(blocks, codes, steps):
-    blocks, codes, steps = blocks.reshape(-1, 176), codes.reshape(-1, 8, 32), steps.reshape(-1, 8)
     lows = np.empty(8, np.float32)
     for i in range(len(blocks)):
         _steps_and_lows(blocks[i], steps[i], lows)
@@ -227,17 +192,17 @@ def unpack_q5_k(blocks, codes, steps):
                 c[j] = qs[j] >> shift & 15 | (qh[j] >> bit & 1) << 4
 
 
-@kernel
+@by_block((I8, 8, 32), (U8, 176))
 def pack_q5_k(codes, blocks):
-    blocks, codes = blocks.reshape(-1, 176), codes.reshape(-1, 8, 32)
     for i in range(len(blocks)):
         qh = blocks[i, 16:48]
         for k in range(0, 8, 2):
-            low, high = codes[i, k], codes[i, k + 1]
-            _pack_nibbles(low, high, blocks[i, 48 + 16 * k :])
-            keep, shift = np.uint8(~(3 << k)), np.uint8(k)
+            low, high, qs = codes[i, k], codes[i, k + 1], blocks[i, 48 + 16 * k :]
             for j in range(low.size):
-                qh[j] = qh[j] & keep | np.uint8(low[j] >> 4 & 1 | high[j] >> 3 & 2) << shift
+                qs[j] = low[j] & 15 | high[j] << 4
+            kept, shift = np.uint8(~(3 << k)), np.uint8(k)
+            for j in range(low.size):
+                qh[j] = qh[j] & kept | np.uint8((low[j] >> 4 & 1 | high[j] >> 3 & 2) << shift)
 
 
 # Q6_K is ql:128 qh:64 scales:16 d:2, weight = d * scale * (code - 32), the scales int8, 16 weights a scale. Of a half,
@@ -245,9 +210,8 @@ def pack_q5_k(codes, blocks):
 # j, j + 32, j + 64 and j + 96.
 
 
-@kernel
+@by_block((U8, 210), (F32, 16, 16))
 def decode_q6_k(blocks, out):
-    blocks, out = blocks.reshape(-1, 210), out.reshape(-1, 16, 16)
     for i in range(len(blocks)):
         block = blocks[i]
         d = _f16(block, 208)
@@ -260,9 +224,8 @@ def decode_q6_k(blocks, out):
                 y[j] = step * np.float32(np.int32(ql[j] >> low_shift & 15 | (qh[j] >> high_shift & 3) << 4) - 32)
 
 
-@kernel
+@by_block((U8, 210), (I8, 8, 32), (F32, 16))
 def unpack_q6_k(blocks, codes, steps):
-    blocks, codes, steps = blocks.reshape(-1, 210), codes.reshape(-1, 8, 32), steps.reshape(-1, 16)
     for i in range(len(blocks)):
         block = blocks[i]
         d = _f16(block, 208)
@@ -276,14 +239,15 @@ def unpack_q6_k(blocks, codes, steps):
                 c[j] = ql[j] >> low_shift & 15 | (qh[j] >> high_shift & 3) << 4
 
 
-@kernel
+@by_block((I8, 2, 4, 32), (U8, 210))
 def pack_q6_k(codes, blocks):
-    blocks, codes = blocks.reshape(-1, 210), codes.reshape(-1, 2, 4, 32)
     for i in range(len(blocks)):
         for half in range(2):
+            for k in range(2):
+                low, high, ql = codes[i, half, k], codes[i, half, k + 2], blocks[i, 64 * half + 32 * k :]
+                for j in range(low.size):
+                    ql[j] = low[j] & 15 | high[j] << 4
             c0, c1, c2, c3 = codes[i, half, 0], codes[i, half, 1], codes[i, half, 2], codes[i, half, 3]
-            _pack_nibbles(c0, c2, blocks[i, 64 * half :])
-            _pack_nibbles(c1, c3, blocks[i, 64 * half + 32 :])
             qh = blocks[i, 128 + 32 * half :]
             for j in range(c0.size):
                 qh[j] = c0[j] >> 4 & 3 | c1[j] >> 2 & 12 | c2[j] & 48 | (c3[j] & 48) << 2

@@ -1,7 +1,6 @@
 """The bytes of Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: 32 weights a block, one f16 scale, and in the _1 types one f16 minimum.
 
-Blocks and codes are read as 16-bit words, two codes at a time. Where a loop is to be vectorised, an array's shape counts
-its lanes: LLVM unrolls a literal count before its vectoriser sees the loop.
+Codes are unpacked and packed in 16-bit words, two at a time, five-bit ones in 64-bit words.
 """
 
 from __future__ import annotations
@@ -9,12 +8,19 @@ from __future__ import annotations
 import numpy as np
 
 from lora_gguf.kernel import kernel
+from lora_gguf.quants.by_block import F32, U8, U16, U64, by_block
 from lora_gguf.quants.half import f32_from_f16
 
 
 @kernel
-def _words(array, per_block):
-    return array.reshape(-1).view(np.uint16).reshape(-1, per_block)
+def _f16(block, at):
+    return f32_from_f16(np.uint32(block[at]) | np.uint32(block[at + 1]) << 8)
+
+
+@kernel
+def _u32(block, at):
+    high = np.uint32(block[at + 2]) << 16 | np.uint32(block[at + 3]) << 24
+    return np.uint32(np.uint32(block[at]) | np.uint32(block[at + 1]) << 8 | high)
 
 
 # Four bits a code: byte j of qs holds weight j in its low nibble and weight j + 16 in its high one.
@@ -36,29 +42,24 @@ def _pack_nibbles(codes, qs):
 # Q4_0 is d:2 qs:16, weight = d * (code - 8).
 
 
-@kernel
+@by_block((U8, 18), (F32, 2, 16))
 def decode_q4_0(blocks, out):
-    d = _words(blocks, 9)[:, 0]
-    qs = blocks.reshape(-1, 18)[:, 2:]
-    out = out.reshape(-1, 2, 16)
-    for i in range(len(d)):
-        step, q, low, high = f32_from_f16(d[i]), qs[i], out[i, 0], out[i, 1]
+    for i in range(len(blocks)):
+        d, qs, low, high = _f16(blocks[i], 0), blocks[i, 2:], out[i, 0], out[i, 1]
         for j in range(low.size):
-            low[j] = np.float32(np.int32(q[j] & 15) - 8) * step
-            high[j] = np.float32(np.int32(q[j] >> 4) - 8) * step
+            low[j] = np.float32(np.int32(qs[j] & 15) - 8) * d
+            high[j] = np.float32(np.int32(qs[j] >> 4) - 8) * d
 
 
-@kernel
-def unpack_q4_0(blocks, codes, steps):
-    words, codes, steps = _words(blocks, 9), _words(codes, 16), steps.reshape(-1)
+@by_block((U16, 9), (U16, 16), (F32,))
+def unpack_q4_0(words, codes, steps):
     for i in range(len(words)):
         steps[i] = f32_from_f16(words[i, 0])
         _unpack_nibbles(words[i, 1:], codes[i])
 
 
-@kernel
-def pack_q4_0(codes, blocks):
-    words, codes = _words(blocks, 9), _words(codes, 16)
+@by_block((U16, 16), (U16, 9))
+def pack_q4_0(codes, words):
     for i in range(len(words)):
         _pack_nibbles(codes[i], words[i, 1:])
 
@@ -66,30 +67,25 @@ def pack_q4_0(codes, blocks):
 # Q4_1 is d:2 m:2 qs:16, weight = d * code + m.
 
 
-@kernel
+@by_block((U8, 20), (F32, 2, 16))
 def decode_q4_1(blocks, out):
-    words = _words(blocks, 10)
-    qs = blocks.reshape(-1, 20)[:, 4:]
-    out = out.reshape(-1, 2, 16)
-    for i in range(len(words)):
-        d, m = f32_from_f16(words[i, 0]), f32_from_f16(words[i, 1])
-        q, low, high = qs[i], out[i, 0], out[i, 1]
+    for i in range(len(blocks)):
+        d, m = _f16(blocks[i], 0), _f16(blocks[i], 2)
+        qs, low, high = blocks[i, 4:], out[i, 0], out[i, 1]
         for j in range(low.size):
-            low[j] = np.float32(q[j] & 15) * d + m
-            high[j] = np.float32(q[j] >> 4) * d + m
+            low[j] = np.float32(qs[j] & 15) * d + m
+            high[j] = np.float32(qs[j] >> 4) * d + m
 
 
-@kernel
-def unpack_q4_1(blocks, codes, steps):
-    words, codes, steps = _words(blocks, 10), _words(codes, 16), steps.reshape(-1)
+@by_block((U16, 10), (U16, 16), (F32,))
+def unpack_q4_1(words, codes, steps):
     for i in range(len(words)):
         steps[i] = f32_from_f16(words[i, 0])
         _unpack_nibbles(words[i, 2:], codes[i])
 
 
-@kernel
-def pack_q4_1(codes, blocks):
-    words, codes = _words(blocks, 10), _words(codes, 16)
+@by_block((U16, 16), (U16, 10))
+def pack_q4_1(codes, words):
     for i in range(len(words)):
         _pack_nibbles(codes[i], words[i, 2:])
 
@@ -104,11 +100,6 @@ _SEVEN_BITS = np.uint64(0x7F7F7F7F7F7F7F7F)
 _BIT_K_OF_BYTE_K = np.uint64(0x8040201008040201)
 _BYTE_K_TO_BIT_K = np.uint64(0x0102040810204080)
 _4, _8, _16 = np.uint64(4), np.uint64(8), np.uint64(16)
-
-
-@kernel
-def _eights(codes):
-    return codes.reshape(-1).view(np.uint64).reshape(-1, 4)
 
 
 @kernel
@@ -164,30 +155,25 @@ def _fifth_bit(qh, j):
 # Q5_0 is d:2 qh:4 qs:16, weight = d * (code - 16).
 
 
-@kernel
+@by_block((U8, 22), (F32, 2, 16))
 def decode_q5_0(blocks, out):
-    words = _words(blocks, 11)
-    qs = blocks.reshape(-1, 22)[:, 6:]
-    out = out.reshape(-1, 2, 16)
-    for i in range(len(words)):
-        d, qh = f32_from_f16(words[i, 0]), np.uint32(words[i, 1] | words[i, 2] << 16)
-        q, low, high = qs[i], out[i, 0], out[i, 1]
+    for i in range(len(blocks)):
+        d, qh = _f16(blocks[i], 0), _u32(blocks[i], 2)
+        qs, low, high = blocks[i, 6:], out[i, 0], out[i, 1]
         for j in range(low.size):
-            low[j] = np.float32(np.int32(q[j] & 15 | _fifth_bit(qh, j)) - 16) * d
-            high[j] = np.float32(np.int32(q[j] >> 4 | _fifth_bit(qh, j + 16)) - 16) * d
+            low[j] = np.float32(np.int32(qs[j] & 15 | _fifth_bit(qh, j)) - 16) * d
+            high[j] = np.float32(np.int32(qs[j] >> 4 | _fifth_bit(qh, j + 16)) - 16) * d
 
 
-@kernel
-def unpack_q5_0(blocks, codes, steps):
-    words, codes, steps = _words(blocks, 11), _eights(codes), steps.reshape(-1)
+@by_block((U16, 11), (U64, 4), (F32,))
+def unpack_q5_0(words, codes, steps):
     for i in range(len(words)):
         steps[i] = f32_from_f16(words[i, 0])
         _unpack_five_bits(words[i, 1:], codes[i])
 
 
-@kernel
-def pack_q5_0(codes, blocks):
-    words, codes = _words(blocks, 11), _eights(codes)
+@by_block((U64, 4), (U16, 11))
+def pack_q5_0(codes, words):
     for i in range(len(words)):
         _pack_five_bits(codes[i], words[i, 1:])
 
@@ -195,31 +181,25 @@ def pack_q5_0(codes, blocks):
 # Q5_1 is d:2 m:2 qh:4 qs:16, weight = d * code + m.
 
 
-@kernel
+@by_block((U8, 24), (F32, 2, 16))
 def decode_q5_1(blocks, out):
-    words = _words(blocks, 12)
-    qs = blocks.reshape(-1, 24)[:, 8:]
-    out = out.reshape(-1, 2, 16)
-    for i in range(len(words)):
-        d, m = f32_from_f16(words[i, 0]), f32_from_f16(words[i, 1])
-        qh = np.uint32(words[i, 2] | words[i, 3] << 16)
-        q, low, high = qs[i], out[i, 0], out[i, 1]
+    for i in range(len(blocks)):
+        d, m, qh = _f16(blocks[i], 0), _f16(blocks[i], 2), _u32(blocks[i], 4)
+        qs, low, high = blocks[i, 8:], out[i, 0], out[i, 1]
         for j in range(low.size):
-            low[j] = np.float32(np.int32(q[j] & 15 | _fifth_bit(qh, j))) * d + m
-            high[j] = np.float32(np.int32(q[j] >> 4 | _fifth_bit(qh, j + 16))) * d + m
+            low[j] = np.float32(np.int32(qs[j] & 15 | _fifth_bit(qh, j))) * d + m
+            high[j] = np.float32(np.int32(qs[j] >> 4 | _fifth_bit(qh, j + 16))) * d + m
 
 
-@kernel
-def unpack_q5_1(blocks, codes, steps):
-    words, codes, steps = _words(blocks, 12), _eights(codes), steps.reshape(-1)
+@by_block((U16, 12), (U64, 4), (F32,))
+def unpack_q5_1(words, codes, steps):
     for i in range(len(words)):
         steps[i] = f32_from_f16(words[i, 0])
         _unpack_five_bits(words[i, 2:], codes[i])
 
 
-@kernel
-def pack_q5_1(codes, blocks):
-    words, codes = _words(blocks, 12), _eights(codes)
+@by_block((U64, 4), (U16, 12))
+def pack_q5_1(codes, words):
     for i in range(len(words)):
         _pack_five_bits(codes[i], words[i, 2:])
 
@@ -227,29 +207,24 @@ def pack_q5_1(codes, blocks):
 # Q8_0 is d:2 qs:32, weight = d * code, and qs are the codes themselves.
 
 
-@kernel
+@by_block((U8, 34), (F32, 32))
 def decode_q8_0(blocks, out):
-    d = _words(blocks, 17)[:, 0]
-    qs = blocks.reshape(-1, 34)[:, 2:]
-    out = out.reshape(-1, 32)
-    for i in range(len(d)):
-        step, q, y = f32_from_f16(d[i]), qs[i], out[i]
+    for i in range(len(blocks)):
+        d, qs, y = _f16(blocks[i], 0), blocks[i, 2:], out[i]
         for j in range(y.size):
-            y[j] = np.float32(np.int8(q[j])) * step
+            y[j] = np.float32(np.int8(qs[j])) * d
 
 
-@kernel
-def unpack_q8_0(blocks, codes, steps):
-    words, codes, steps = _words(blocks, 17), _words(codes, 16), steps.reshape(-1)
+@by_block((U16, 17), (U16, 16), (F32,))
+def unpack_q8_0(words, codes, steps):
     for i in range(len(words)):
         steps[i] = f32_from_f16(words[i, 0])
         for k in range(16):
             codes[i, k] = words[i, k + 1]
 
 
-@kernel
-def pack_q8_0(codes, blocks):
-    words, codes = _words(blocks, 17), _words(codes, 16)
+@by_block((U16, 16), (U16, 17))
+def pack_q8_0(codes, words):
     for i in range(len(words)):
         for k in range(16):
             words[i, k + 1] = codes[i, k]
