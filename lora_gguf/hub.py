@@ -340,7 +340,7 @@ def _retrying(call: Callable):
             names = {base.__name__ for base in type(error).__mro__}
             if response is not None and response.status_code in RETRY_STATUS:
                 wait = max(wait, retry_after(response))
-            elif not names & {"TimeoutException", "NetworkError", "RemoteProtocolError"}:
+            elif not names & {"TimeoutException", "NetworkError", "RemoteProtocolError", "Timeout", "ConnectionError"}:
                 raise
         time.sleep(wait)
     return call()

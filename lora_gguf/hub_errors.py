@@ -10,13 +10,14 @@ from urllib.parse import urlsplit
 from lora_gguf.errors import FileError, HubError, IntegrityError, LoraGgufError, printable
 
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
-# class name of the client's error, first match wins -> what to say
+# class name of the client's error (of requests too, which it used before 1.0), first match wins -> what to say
 EXPLANATIONS = (
     ("GatedRepoError", "access is restricted: ask for it at {page}, then " + LOG_IN),
     ("DisabledRepoError", "the Hub has disabled this repository: see {page}"),
     ("RevisionNotFoundError", "there is no revision '{revision}': see the branches and tags at {page}/tree/main"),
     ("RepositoryNotFoundError", "no such repository at {host}, or a private one: check the name, or " + LOG_IN),
-    ("RemoteEntryNotFoundError", "there is no file {file} in revision '{revision}': see {page}/tree/main"),
+    ("LocalEntryNotFoundError", "not in the cache, and {host} cannot be asked: check the network"),
+    ("EntryNotFoundError", "there is no file {file} in revision '{revision}': see {page}/tree/main"),
     ("OfflineModeIsEnabled", "not in the cache, and offline mode is on: unset HF_HUB_OFFLINE to download it"),
     ("HFValidationError", "not the name of a repository: expected OWNER/NAME"),
     ("FileMetadataError", "{host} does not answer as a Hub does: check HF_ENDPOINT and any proxy"),
@@ -25,6 +26,8 @@ EXPLANATIONS = (
     ("UnsupportedProtocol", "{host} redirects to something that is not http: check HF_ENDPOINT"),
     ("ProxyError", "the proxy refused the connection: check HTTPS_PROXY"),
     ("TimeoutException", "{host} did not answer in time: try again, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds"),
+    ("Timeout", "{host} did not answer in time: try again, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds"),
+    ("InvalidSchema", "{host} redirects to something that is not http: check HF_ENDPOINT"),
     ("ConnectError", "cannot connect to {host} ({reason}): check the network, or set HF_HUB_OFFLINE=1 to use the cache"),
     ("RemoteProtocolError", "{host} keeps breaking the connection: try again later"),
     ("NetworkError", "the connection to {host} failed ({reason}): try again"),
