@@ -17,6 +17,43 @@ def store_f16(values, blocks, at):
     return stored.astype(np.float32)[:, None]
 
 
+@kernel
+def _nearest(t):
+    """int32, ties to even; beyond 2**22 whatever ggml's bit trick gives."""
+    return np.int32(np.int32(np.float32(t + np.float32(12582912)).view(np.int32) & 0x7FFFFF) - 0x400000)
+
+
+@kernel
+def round_scales(values, code_max, codes, scales):
+    """Codes (n, groups) uint8 of values (n, groups), by the scale that makes ``code_max`` of the largest."""
+    for i in range(len(values)):
+        largest = F0
+        for value in values[i]:
+            largest = value if value > largest else largest
+        inverse = code_max / largest if largest > F0 else F0
+        for g in range(values.shape[1]):
+            codes[i, g] = _nearest(inverse * values[i, g]) & 255
+        scales[i] = largest / code_max
+
+
+@kernel
+def round_signed_scales(values, lowest, highest, offset, least, codes, scales):
+    """Codes (n, groups) int8 of values (n, groups), by the scale that makes ``lowest`` of the largest in magnitude.
+
+    ``offset`` is added to the codes. Without a value of magnitude ``least`` or more, codes and scale are 0.
+    """
+    for i in range(len(values)):
+        extreme = F0
+        for value in values[i]:
+            extreme = value if abs(value) > abs(extreme) else extreme
+        is_zero = (abs(extreme) < least) | (extreme == F0)
+        inverse = np.float32(lowest) / extreme
+        for g in range(values.shape[1]):
+            code = np.int8(min(highest, _nearest(inverse * values[i, g])))
+            codes[i, g] = 0 if is_zero else code + offset
+        scales[i] = F0 if is_zero else F1 / inverse
+
+
 def sums(x):
     """f32 sums of the rows of x (groups, n), added one after the other."""
     out = np.empty(len(x), np.float32)

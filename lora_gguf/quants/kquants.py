@@ -24,16 +24,11 @@ def _root_mean_square_plus(x):
     return np.sqrt(direct.sums(x * x) / np.float32(x.shape[1]))[:, None] + np.abs(x)
 
 
-def _nearest(t):
-    """int32, ties to even; beyond 2**22 whatever ggml's bit trick gives."""
-    return ((t + np.float32(12582912)).view(np.int32) & 0x7FFFFF) - 0x400000
-
-
 def _round_scales(values, code_max):
-    """Codes (super-blocks, groups) uint8 and the f32 scale that makes ``code_max`` of a super-block's largest value."""
-    largest = np.fmax(np.fmax.reduce(values, axis=1), np.float32(0))
-    inverse = np.where(largest > 0, np.float32(code_max) / largest, np.float32(0))
-    return _nearest(inverse[:, None] * values).astype(np.uint8), largest / np.float32(code_max)
+    """Codes (super-blocks, groups) uint8 and f32 scales (super-blocks,): the largest value gets ``code_max``."""
+    codes, scales = np.empty(values.shape, np.uint8), np.empty(len(values), np.float32)
+    direct.round_scales(values, np.float32(code_max), codes, scales)
+    return codes, scales
 
 
 def _fit_scales(values, importance_sums, code_max):
@@ -108,28 +103,18 @@ def _store_six_bit_pairs(scales, minima, out):
     out[:, 8:] = scales[:, 4:] & 15 | minima[:, 4:] << 4
 
 
-def _extreme(values):
-    """The first value of the largest magnitude of each row, NaN aside, (rows, 1)."""
-    values = np.where(np.isnan(values), np.float32(0), values)
-    return np.take_along_axis(values, np.argmax(np.abs(values), axis=1)[:, None], axis=1)
-
-
 @np.errstate(all="ignore")
 def encode_q3_k(weights, importance, blocks):
     x, blocks = weights.reshape(-1, 16), blocks.reshape(-1, 110)
     scales, codes = np.empty(len(x), np.float32), np.empty(x.shape, np.int8)
+    d, scale_codes = np.empty(len(blocks), np.float32), np.empty((len(blocks), 16), np.int8)
     if importance.size:
         w = _importance_weights(weights, importance, 2).reshape(x.shape)
         fit.fit_symmetric(x, w, -fit.around(4, 9), scales, codes)
-        d, scale_codes = np.empty(len(blocks), np.float32), np.empty((len(blocks), 16), np.int8)
         fit.fit_symmetric(scales.reshape(-1, 16), direct.sums(w).reshape(-1, 16), -fit.around(32, 9), d, scale_codes)
     else:
         fit.fit_by_descent(x, scales, codes)
-        extreme = _extreme(scales.reshape(-1, 16))
-        inverse = np.float32(-32) / extreme
-        rounded = np.clip(_nearest(inverse * scales.reshape(-1, 16)).astype(np.int8), -32, 31) + np.int8(32)
-        scale_codes = np.where(extreme != 0, rounded, np.int8(0))
-        d = np.where(extreme != 0, np.float32(1) / inverse, np.float32(0)).reshape(-1)
+        direct.round_signed_scales(scales.reshape(-1, 16), -32, 31, 32, np.float32(0), scale_codes, d)
     _store_six_bits(scale_codes.view(np.uint8), blocks[:, 96:108])
     steps = direct.store_f16(d, blocks, 108) * (scale_codes - np.float32(32))
     _recode(x, steps, np.zeros_like(steps), -4, 3, codes)
@@ -148,15 +133,11 @@ def encode_q6_k(weights, importance, blocks):
     scales, codes = np.empty(len(x), np.float32), np.empty(x.shape, np.int8)
     w = np.broadcast_to(importance, weights.shape).reshape(x.shape) if importance.size else x * x
     fit.fit_symmetric(x, w, -fit.around(32, 9), scales, codes)
-    scales = scales.reshape(-1, 16)
-    extreme = _extreme(scales)
-    is_zero = np.abs(extreme) < np.float32(1e-15)
-    inverse = np.float32(-128) / extreme
-    scale_codes = np.where(is_zero, 0, np.minimum(_nearest(inverse * scales), 127)).astype(np.int8)
-    d = np.where(is_zero, np.float32(0), np.float32(1) / inverse).reshape(-1)
+    d, scale_codes = np.empty(len(blocks), np.float32), np.empty((len(blocks), 16), np.int8)
+    direct.round_signed_scales(scales.reshape(-1, 16), -128, 127, 0, np.float32(1e-15), scale_codes, d)
     blocks[:, 192:208] = scale_codes.view(np.uint8)
     steps = direct.store_f16(d, blocks, 208) * scale_codes
-    codes.reshape(-1, 256)[is_zero[:, 0]] = 0
+    codes.reshape(-1, 256)[d == 0] = 0
     _recode(x, steps, np.zeros_like(steps), -32, 31, codes)
     kquants_blocks.pack_q6_k(codes, blocks)
 
