@@ -85,6 +85,8 @@ FIELDS = {
     "monteclora_config": "object",
     "megatron_config": "object",
     "alpha": "number",
+    "lora_parameters": "object",
+    "fine_tune_type": "text",
     "save_projection": "flag",
     "token_indices": "indices",
     "block_share": "flag",
@@ -174,5 +176,6 @@ def check_supported(config: dict) -> None:
 
 
 def kind_of(config: dict) -> str:
-    """The ``peft_type`` in capitals; LORA where the file does not say."""
-    return config.get("peft_type", "LORA").upper()
+    """The ``peft_type`` in capitals; LORA where the file does not say. MLX is what mlx-lm saves."""
+    default = "MLX" if "lora_parameters" in config or "fine_tune_type" in config else "LORA"
+    return config.get("peft_type", default).upper()

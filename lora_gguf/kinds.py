@@ -260,6 +260,35 @@ def token_indices(path: str, config: dict) -> list[int] | None:
     return found
 
 
+def mlx(module: Module) -> Found:
+    """mlx-lm's LoRA and DoRA: factors transposed, embeddings the other way round, experts stacked; a scale of its own."""
+    a, b = (module.factors.get(name) for name in ("lora_a", "lora_b"))
+    if a is None or b is None or a.ndim != b.ndim or a.ndim not in (2, 3):
+        raise module.malformed(f"expected lora_a and lora_b, both matrices or both stacked, found {', '.join(module.factors)}")
+    if a.ndim == 2 and a.shape[1] == b.shape[0]:
+        a, b = (b, a) if module.path.endswith("embed_tokens") else (a.T, b.T)
+    if a.shape[-2] != b.shape[-1] or 0 in a.shape or 0 in b.shape:
+        raise module.malformed(f"lora_a {a.shape} and lora_b {b.shape} do not multiply")
+    scale = mlx_scale(module.config, a.shape[-2])
+    path = module.path.replace(".switch_mlp.", ".experts.")
+    pair = LoraPair(path, np.ascontiguousarray(a), np.ascontiguousarray(b), scale, module.sources)
+    magnitude = module.factors.get("m")
+    return [pair if magnitude is None else dora(module, pair, magnitude, path.endswith("embed_tokens"))]
+
+
+def mlx_scale(config: dict, rank: int) -> float:
+    """``scale`` of mlx-lm's configuration; its versions until 2024 multiplied it by alpha / rank."""
+    parameters = config.get("lora_parameters", {})
+    scale, alpha = parameters.get("scale"), parameters.get("alpha")
+    if type(scale) not in (int, float) or not math.isfinite(scale):
+        raise MalformedError("adapter_config.json: lora_parameters.scale: expected a finite number: correct the file")
+    if alpha is None:
+        return float(scale)
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise MalformedError("adapter_config.json: lora_parameters.alpha: expected a finite number: correct the file")
+    return scale * alpha / rank
+
+
 # peft_type -> its function, and the names of its factors
 KINDS: dict[str, tuple[Callable[[Module], Found], tuple[str, ...]]] = {
     "LORA": (lora, ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")),
@@ -271,6 +300,7 @@ KINDS: dict[str, tuple[Callable[[Module], Found], tuple[str, ...]]] = {
     "OFT": (oft, ("oft_R", "oft_embedding_R")),
     "BOFT": (boft, ("boft_R", "boft_s")),
     "LN_TUNING": (ln_tuning, ()),
+    "MLX": (mlx, ("lora_a", "lora_b", "m")),
     "TRAINABLE_TOKENS": (trainable_tokens, ("trainable_tokens_delta",)),
 }
 SHARED = ("vera_A", "vera_B")
