@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora_gguf.comparison import Comparison
+from lora_gguf.findings import Check
 from lora_gguf.merge import MergeReport
-from lora_gguf.retention import Retention, total
+from lora_gguf.retention import Retention, kind_of, total
+from lora_gguf.verify import VerifyReport
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
@@ -47,3 +50,28 @@ def as_dict(report: MergeReport) -> dict:
     ]
     copied = [tensor.target.name for tensor in report.plan.tensors if not tensor.recipe]
     return {"merged": tensors, "copied": copied, "all": report.whole.as_dict(), "warnings": report.plan.warnings}
+
+
+def verify_table(report: VerifyReport) -> str:
+    """One line per kind of adapted tensor, one for all of them, one for the rest of the file."""
+    groups: dict[tuple[str, str, str], list[Check]] = {}
+    for check in report.adapted:
+        groups.setdefault((kind_of(check.name), check.base_type, check.type), []).append(check)
+    rows = [
+        _verify_row(kind, f"{before} > {after}" if before != after else before, checks) for (kind, before, after), checks in groups.items()
+    ]
+    rows.append(_verify_row("all adapted", "", report.adapted))
+    rest = [check for check in report.checks if not check.touched]
+    rows.append(("untouched", "", len(rest), _verdict(rest), "-", "-", "-"))
+    return text_table(("tensors", "type", "count", "verdict", "delta kept", "noise/delta", "of rounding"), rows, left=2)
+
+
+def _verify_row(kind: str, types: str, checks: Sequence[Check]) -> tuple:
+    found = sum((check.comparison for check in checks), Comparison())
+    kept = f"{found.kept:.3f} ± {found.standard_error:.3f}"
+    return (kind, types, len(checks), _verdict(checks), kept, f"{found.noise:.1f}", f"{found.expected_noise:.1f}")
+
+
+def _verdict(checks: Sequence[Check]) -> str:
+    wrong = sum(not check.holds for check in checks)
+    return f"{wrong} wrong" if wrong else "holds"
