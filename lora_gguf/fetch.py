@@ -46,8 +46,8 @@ def fetch(
     """The local directory (or file) of the adapter ``source``: a path, or ``OWNER/NAME[@REVISION]`` on the Hub.
 
     A path that exists is returned as it is. From the Hub come only the files that matter, into its own cache, at one
-    commit, each compared with its hash; with ``output`` they are copied to that directory. ``progress`` is called with a
-    file's name, its bytes so far and its bytes in all. Raises ``HubError``, ``IntegrityError``, ``FileError``, ``UsageError``.
+    commit, each compared with its hash; with ``output`` they are copied there. ``progress`` is called with a
+    file's name, its bytes so far and in all. Raises ``HubError``, ``IntegrityError``, ``FileError``, ``UsageError``.
     """
     local = local_path(source)
     if local is not None:
@@ -71,17 +71,27 @@ def local_path(source: str | os.PathLike) -> Path | None:
             return Path(text)
     except (OSError, ValueError):
         pass
-    if isinstance(source, str) and _REFERENCE.fullmatch(text) and not text.startswith((".", "~", "/")) and "\\" not in text:
+    if (
+        isinstance(source, str)
+        and _REFERENCE.fullmatch(text)
+        and not text.startswith((".", "~", "/"))
+        and "\\" not in text
+    ):
         return None
-    raise FileError(f"{printable(text)}: no such file or folder, and not a Hub id: expected a path or OWNER/NAME[@REVISION]")
+    raise FileError(
+        f"{printable(text)}: no such file or folder, and not a Hub id: expected a path or OWNER/NAME[@REVISION]"
+    )
 
 
 def parse_reference(source: str, revision: str | None, subfolder: str | None) -> tuple[str, str | None, str]:
-    """Repository, revision and subfolder ('' for the root) of ``OWNER/NAME[@REVISION]``, ``hf://…`` or a page's address."""
+    """Repository, revision and subfolder ('' for the root) of ``OWNER/NAME[@REVISION]``, ``hf://…`` or an address."""
     match = _REFERENCE.fullmatch(source)
     written = match["revision"] or match["branch"]
     if revision and written and revision != written:
-        raise UsageError(f"{printable(source)}: it names revision {printable(written)}, and {printable(revision)} is asked for: give one")
+        raise UsageError(
+            f"{printable(source)}: it names revision {printable(written)}, "
+            f"and {printable(revision)} is asked for: give one"
+        )
     folder = (subfolder or match["folder"] or "").strip("/")
     if folder and not all(part.strip(".") and part.isprintable() for part in re.split(r"[/\\]", folder)):
         raise UsageError(f"subfolder '{printable(folder, 60)}': expected a folder within the repository")
@@ -126,7 +136,9 @@ def _shards(repo: Repo, subfolder: str, index: Path) -> list[str]:
 
 def _local_adapter(path: Path, revision: str | None, subfolder: str | None, output) -> Path:
     if revision or output is not None:
-        raise UsageError(f"{printable(path)}: a local path: a revision or an output folder is for repositories on the Hub")
+        raise UsageError(
+            f"{printable(path)}: a local path: a revision or an output folder is for repositories on the Hub"
+        )
     if subfolder and not (path / subfolder).is_dir():
         raise FileError(f"{printable(path)}: no folder {printable(subfolder)} in it: check --subfolder")
     return path / subfolder if subfolder else path
@@ -142,5 +154,7 @@ def _copy(paths: list[Path], folder: Path) -> Path:
             if not target.is_file() or target.read_bytes() != content:
                 write_bytes(target, content)
     except OSError as error:
-        raise FileError(f"{printable(folder)}: cannot copy the adapter there: {error.strerror}: name another folder") from error
+        raise FileError(
+            f"{printable(folder)}: cannot copy the adapter there: {error.strerror}: name another folder"
+        ) from error
     return folder

@@ -185,7 +185,9 @@ class GgufReader:
         cursor.position = 4
         self.version = cursor.unpack("I", "version")
         if self.version and self.version & 0xFFFF == 0:
-            raise UnsupportedError(f"{self.label}: a big-endian GGUF: convert it to little-endian with gguf-convert-endian")
+            raise UnsupportedError(
+                f"{self.label}: a big-endian GGUF: convert it to little-endian with gguf-convert-endian"
+            )
         if self.version not in (2, 3):
             raise MalformedError(f"{self.label}: GGUF version {self.version}: expected 2 or 3")
         self.n_tensors = cursor.unpack("Q", "tensor count")
@@ -250,10 +252,11 @@ class GgufReader:
         self.tensor_table_end = cursor.position
         self.data_position = padded(cursor.position, self.alignment)
         for info in self.tensors.values():
-            if self.data_position + info.offset + info.n_bytes > self.size:
+            end = self.data_position + info.offset + info.n_bytes
+            if end > self.size:
                 raise MalformedError(
-                    f"{self.label}: {info.name}: its data ends at byte {self.data_position + info.offset + info.n_bytes}, "
-                    f"found a file of {self.size}: the file is truncated, download it again"
+                    f"{self.label}: {info.name}: its data ends at byte {end}, found a file of {self.size}: "
+                    "the file is truncated, download it again"
                 )
 
     def _read_tensor_info(self, cursor: _Cursor) -> TensorInfo:
@@ -283,7 +286,9 @@ class GgufReader:
         if product >= 1 << 63 or product * info.type.block_bytes >= 1 << 63:
             raise cursor.error(f"{info.name}: shape {info.shape} overflows")
         if info.n_cols % info.type.block_size:
-            raise cursor.error(f"{info.name}: rows of {info.n_cols}: expected a multiple of {info.type.block_size} ({info.type})")
+            raise cursor.error(
+                f"{info.name}: rows of {info.n_cols}: expected a multiple of {info.type.block_size} ({info.type})"
+            )
 
     def get(self, key: str, default=None):
         """The value of ``key``: a number, a bool, a str, or a list of them; ``default`` where the key is missing."""
@@ -320,7 +325,9 @@ class GgufReader:
         """Raise ``IntegrityError`` if the file was written to since it was opened."""
         status = os.fstat(self.fd)
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise IntegrityError(f"{self.label}: the file changed while it was read: run again when nothing writes to it")
+            raise IntegrityError(
+                f"{self.label}: the file changed while it was read: run again when nothing writes to it"
+            )
 
 
 def decode_value(raw: bytes, type_id: int):

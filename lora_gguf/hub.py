@@ -8,7 +8,6 @@ killed runs are removed, free space is checked first, and each failure becomes o
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import sys
@@ -17,16 +16,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_gguf.errors import FileError, HubError, IntegrityError, LoraGgufError, printable
+from lora_gguf.errors import HubError, LoraGgufError, printable
+from lora_gguf.hashes import check_hashes, hexadecimal
 from lora_gguf.hub_errors import explained, host
-from lora_gguf.input_file import impostor
 from lora_gguf.output import check_space
 
 RETRY_WAITS = (1, 2, 4)
 MAX_RETRY_AFTER = 60
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 DEFAULT_REVISION = "main"
-LARGE = 256 << 20
+
 
 @dataclass(frozen=True)
 class RepoFile:
@@ -58,7 +57,7 @@ class Repo:
 
 
 def open_repo(repo_id: str, revision: str | None = None) -> Repo:
-    """List the files of ``repo_id`` at ``revision`` (a branch, tag or commit; default main): from the cache when offline."""
+    """The files of ``repo_id`` at ``revision`` (branch, tag, commit; default main); offline, those in the cache."""
     from huggingface_hub import HfApi, constants
 
     repo = Repo(repo_id, revision or DEFAULT_REVISION, "")
@@ -68,7 +67,9 @@ def open_repo(repo_id: str, revision: str | None = None) -> Repo:
     with _client(repo):
         api = HfApi(endpoint=constants.ENDPOINT)
         info = _retrying(
-            lambda: api.model_info(repo_id, revision=repo.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            lambda: api.model_info(
+                repo_id, revision=repo.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+            )
         )
         if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
             raise HubError(f"{printable(repo_id)}: {host()} names no commit: check HF_ENDPOINT")
@@ -77,7 +78,7 @@ def open_repo(repo_id: str, revision: str | None = None) -> Repo:
 
 
 def download(repo: Repo, name: str, progress: Callable[[str, int, int], None] | None = None) -> Path:
-    """The path in the cache of file ``name``, downloaded if need be, its hash checked; a wrong file is removed from the cache.
+    """The path in the cache of file ``name``, downloaded if need be, its hashes checked; a wrong file is removed.
 
     ``progress`` is called with the name, the bytes so far and the bytes in all (0 where unknown).
     """
@@ -93,12 +94,12 @@ def download(repo: Repo, name: str, progress: Callable[[str, int, int], None] | 
                 repo.id, name, revision=repo.commit, endpoint=constants.ENDPOINT, **_progress_option(name, progress)
             )
         )
-    _verify(repo, file, path)
+    check_hashes(path, {file.sha256, file.git_sha1} - {None}, f"{repo.id}: {printable(name)}")
     return path
 
 
 def search(what: str, tags: list[str], limit: int) -> list[str]:
-    """The ids of at most ``limit`` repositories with all of ``tags``, the most downloaded first. ``what`` is for errors."""
+    """The ids of at most ``limit`` repositories with all of ``tags``, the most downloaded first; ``what`` names it."""
     from huggingface_hub import HfApi, constants
 
     with _client(Repo(what, DEFAULT_REVISION, "")):
@@ -113,7 +114,10 @@ def tags_of(repo_id: str) -> list[str]:
 
     with _client(Repo(repo_id, DEFAULT_REVISION, "")):
         api = HfApi(endpoint=constants.ENDPOINT)
-        return [str(tag) for tag in _retrying(lambda: api.model_info(repo_id, timeout=constants.HF_HUB_ETAG_TIMEOUT)).tags or ()]
+        return [
+            str(tag)
+            for tag in _retrying(lambda: api.model_info(repo_id, timeout=constants.HF_HUB_ETAG_TIMEOUT)).tags or ()
+        ]
 
 
 def remember(repo: Repo) -> None:
@@ -143,8 +147,15 @@ def _check_names(repo: Repo) -> None:
     if not _is_name(repo.id):
         raise HubError(f"{printable(repo.id)}: not the name of a repository: expected OWNER/NAME")
     parts = repo.revision.split("/")
-    if not repo.revision.isprintable() or "\\" in repo.revision or len(repo.revision) > 200 or not all(p.strip(".") for p in parts):
-        raise HubError(f"{repo.id}: '{printable(repo.revision, 60)}' cannot be a revision: expected a branch, tag or commit")
+    if (
+        not repo.revision.isprintable()
+        or "\\" in repo.revision
+        or len(repo.revision) > 200
+        or not all(p.strip(".") for p in parts)
+    ):
+        raise HubError(
+            f"{repo.id}: '{printable(repo.revision, 60)}' cannot be a revision: expected a branch, tag or commit"
+        )
 
 
 def _repo_file(sibling) -> RepoFile:
@@ -152,14 +163,9 @@ def _repo_file(sibling) -> RepoFile:
     return RepoFile(
         str(sibling.rfilename),
         sibling.size,
-        _hex(getattr(lfs, "sha256", None), 64) if lfs else None,
-        _hex(sibling.blob_id, 40) if not lfs else None,
+        hexadecimal(getattr(lfs, "sha256", None), 64) if lfs else None,
+        hexadecimal(sibling.blob_id, 40) if not lfs else None,
     )
-
-
-def _hex(value, length: int) -> str | None:
-    text = str(value).lower()
-    return text if re.fullmatch(rf"[0-9a-f]{{{length}}}", text) else None
 
 
 def _cached(repo: Repo) -> Repo:
@@ -177,71 +183,6 @@ def _cached(repo: Repo) -> Repo:
 def _check_space(file: RepoFile) -> None:
     folder = next(folder for folder in (_cache(), *_cache().parents) if folder.is_dir())
     check_space(folder / Path(file.name).name, file.size or 0)
-
-
-def _verify(repo: Repo, file: RepoFile, path: Path) -> None:
-    """Compare the file's hashes with those of the listing and with the name of its blob, which is its ETag."""
-    blob = path.parent / os.readlink(path) if path.is_symlink() else path
-    expected = {file.sha256, file.git_sha1, _hex(blob.name, 64), _hex(blob.name, 40)} - {None}
-    if _is_noted(path, expected):
-        return
-    found = _digests(path, {len(digest) for digest in expected})
-    what = _impostor(path)
-    if expected <= found and what:
-        raise HubError(f"{repo.id}: {printable(file.name)}: {what}")
-    if expected <= found:
-        _note(path, expected)
-        return
-    for stale in (path, blob):
-        with contextlib.suppress(OSError):
-            stale.unlink()
-    raise IntegrityError(
-        f"{repo.id}: {printable(file.name)}: expected the hash {min(expected - found)}, found {max(found)}"
-        f"{f', which is {what}' if what else ''}: removed from the cache, run again; if that does not help, a proxy or the Hub is at fault"
-    )
-
-
-def _note_of(path: Path, expected: set[str]) -> tuple[Path, str]:
-    """Where it is noted that a file had its hashes, and what: a file of many gigabytes is not hashed again for each merge."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    status = path.stat()
-    text = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
-    return Path(home) / "lora-gguf" / "hashed" / min(expected, default="none"), text
-
-
-def _is_noted(path: Path, expected: set[str]) -> bool:
-    note, text = _note_of(path, expected)
-    with contextlib.suppress(OSError):
-        return path.stat().st_size >= LARGE and note.read_text() == text
-    return False
-
-
-def _note(path: Path, expected: set[str]) -> None:
-    note, text = _note_of(path, expected)
-    with contextlib.suppress(OSError):
-        if path.stat().st_size >= LARGE:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(text)
-
-
-def _impostor(path: Path) -> str | None:
-    with open(path, "rb") as file:
-        return impostor(file.read(64), path.name)
-
-
-def _digests(path: Path, lengths: set[int]) -> set[str]:
-    """The sha256 of a file, and its git blob id if ``lengths`` holds 40 (digits); both as git and Git LFS define them."""
-    hashes = [hashlib.sha256()] if 64 in lengths else []
-    if 40 in lengths:
-        hashes.append(hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                for digest in hashes:
-                    digest.update(chunk)
-    except OSError as error:
-        raise FileError(f"{printable(path)}: cannot read: {error.strerror}") from error
-    return {digest.hexdigest() for digest in hashes}
 
 
 def _remove_stale(repo: Repo, file: RepoFile) -> None:
@@ -298,7 +239,9 @@ def _client(repo: Repo, file: str = "", bars: bool = False) -> Iterator[None]:
     except LoraGgufError:
         raise
     except Exception as error:
-        raise explained(error, repo.id, repo.revision, file, str(_cache())) from None  # the cause's request holds the token
+        raise explained(
+            error, repo.id, repo.revision, file, str(_cache())
+        ) from None  # the cause's request holds the token
     finally:
         logging.set_verbosity(verbosity)
         if had_bars and are_progress_bars_disabled():
@@ -317,7 +260,10 @@ def _check_response(response) -> None:
     """Refuse what the client would follow blindly: an ETag that leaves the cache's folder, hours to wait."""
     for header in ("etag", "x-linked-etag", "x-repo-commit"):
         if not re.fullmatch(r'(W/)?"?[\w.:+=-]*"?', response.headers.get(header, "")):
-            raise HubError(f"{host()} sent {header} '{printable(response.headers[header], 60)}': expected a hash: check HF_ENDPOINT")
+            raise HubError(
+                f"{host()} sent {header} '{printable(response.headers[header], 60)}': "
+                "expected a hash: check HF_ENDPOINT"
+            )
     seconds = retry_after(response)
     if response.status_code in RETRY_STATUS and seconds > MAX_RETRY_AFTER:
         raise HubError(f"{host()} asks to wait {seconds} seconds (HTTP {response.status_code}): try again then")

@@ -21,14 +21,20 @@ EXPLANATIONS = (
     ("OfflineModeIsEnabled", "not in the cache, and offline mode is on: unset HF_HUB_OFFLINE to download it"),
     ("HFValidationError", "not the name of a repository: expected OWNER/NAME"),
     ("FileMetadataError", "{host} does not answer as a Hub does: check HF_ENDPOINT and any proxy"),
-    ("JSONDecodeError", "{host} answered with something else than JSON: check HF_ENDPOINT, and whether a proxy asks for a login"),
+    (
+        "JSONDecodeError",
+        "{host} answered with something else than JSON: check HF_ENDPOINT, and whether a proxy asks for a login",
+    ),
     ("TooManyRedirects", "{host} redirects without end: check HF_ENDPOINT"),
     ("UnsupportedProtocol", "{host} redirects to something that is not http: check HF_ENDPOINT"),
     ("ProxyError", "the proxy refused the connection: check HTTPS_PROXY"),
     ("TimeoutException", "{host} did not answer in time: try again, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds"),
     ("Timeout", "{host} did not answer in time: try again, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds"),
     ("InvalidSchema", "{host} redirects to something that is not http: check HF_ENDPOINT"),
-    ("ConnectError", "cannot connect to {host} ({reason}): check the network, or set HF_HUB_OFFLINE=1 to use the cache"),
+    (
+        "ConnectError",
+        "cannot connect to {host} ({reason}): check the network, or set HF_HUB_OFFLINE=1 to use the cache",
+    ),
     ("RemoteProtocolError", "{host} keeps breaking the connection: try again later"),
     ("NetworkError", "the connection to {host} failed ({reason}): try again"),
     ("ConnectionError", "the connection to {host} failed ({reason}): try again"),
@@ -66,7 +72,9 @@ def explained(error: Exception, repo_id: str, revision: str, file: str, cache: s
     status = getattr(getattr(error, "response", None), "status_code", 0)
     template = next((text for name, text in EXPLANATIONS if name in names), None) or STATUS_EXPLANATIONS.get(status)
     if template is None and status:
-        template = f"{{host}} answered with HTTP {status}: " + ("it has trouble, try again later" if status >= 500 else "see {page}")
+        template = f"{{host}} answered with HTTP {status}: " + (
+            "it has trouble, try again later" if status >= 500 else "see {page}"
+        )
     if template is None and isinstance(error, OSError) and error.errno:
         return FileError(f"{printable(cache)}: cannot write to the cache: {error.strerror}: make room, or set HF_HOME")
     if template is None and "Consistency check failed" in str(error):

@@ -18,13 +18,15 @@ IMPOSTORS = (
 
 
 def impostor(head: bytes, name: str = "") -> str | None:
-    """What a file ``name`` that starts with ``head`` is instead of what was expected, and what to do; None if nothing is known."""
+    """What a file ``name`` that starts with ``head`` is instead of what it should be, and what to do, if known."""
     start = head.lstrip().lower()
-    return next((what for magic, end, what in IMPOSTORS if start.startswith(magic) and not (end and name.endswith(end))), None)
+    return next(
+        (what for magic, end, what in IMPOSTORS if start.startswith(magic) and not (end and name.endswith(end))), None
+    )
 
 
 def open_input(path: str | os.PathLike) -> int:
-    """A descriptor of the regular file ``path``, open for reading; ``FileError`` for all else (opening a fifo would wait for ever)."""
+    """A descriptor of the regular file ``path``, open for reading; ``FileError`` for all else: a fifo would block."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise FileError(f"{printable(path)}: expected a file, found a directory or device: check the path")
@@ -35,7 +37,7 @@ def open_input(path: str | os.PathLike) -> int:
 
 
 def read_into(fd: int, position: int, buffer, label: str) -> None:
-    """Fill ``buffer`` (writable, contiguous) with the bytes from ``position`` on, which the file had when it was opened."""
+    """Fill ``buffer`` (writable, contiguous) with the bytes from ``position`` on, which the file had when opened."""
     view, done = memoryview(buffer).cast("B"), 0
     while done < len(view):
         try:
@@ -43,7 +45,9 @@ def read_into(fd: int, position: int, buffer, label: str) -> None:
         except OSError as error:
             raise FileError(f"{label}: cannot read: {error.strerror}") from error
         if n_bytes == 0:
-            raise IntegrityError(f"{label}: the file became shorter while it was read: run again when nothing writes to it")
+            raise IntegrityError(
+                f"{label}: the file became shorter while it was read: run again when nothing writes to it"
+            )
         done += n_bytes
 
 

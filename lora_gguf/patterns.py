@@ -1,9 +1,9 @@
 """PEFT's ``rank_pattern`` and ``alpha_pattern``: regular expressions from an untrusted file, matched in linear time.
 
 PEFT asks ``re.match(rf"(.*\\.)?({key})$", module)``; Python's engine backtracks, and a key of 15 characters can keep it
-busy for minutes. Here a key with more than one repetition or choice is parsed by Python's own parser and run as a set of
-states (K. Thompson, Regular Expression Search Algorithm, 1968): the same matches, in time proportional to key length x
-module length. Keys that are plain names are looked up, so that tens of thousands of them cost no more than one.
+busy for minutes. Here a key with more than one repetition or choice is parsed by Python's own parser and run as a set
+of states (K. Thompson, Regular Expression Search Algorithm, 1968): the same matches, in time proportional to key length
+x module length. Keys that are plain names are looked up, so that tens of thousands of them cost no more than one.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class _Index:
 
     def check_count(self, count: int, limit: int) -> None:
         if count > limit:
-            raise UnsupportedError(f"{len(self.order)} patterns are too many to match: write plain module names instead")
+            raise UnsupportedError(
+                f"{len(self.order)} patterns are too many to match: write plain module names instead"
+            )
 
     def first(self, module: str) -> str | None:
         best = min(self.matching_literals(module), default=len(self.order))

@@ -1,8 +1,8 @@
 """Pickles as data: an interpreter of the few opcodes that ``torch.save`` writes, with an allow-list of names.
 
-Python's own unpickler is not used: with every name blocked it still takes 2 GB for nine bytes. Here the memo is a dict,
-each opcode consumes input, nothing is imported or called but the inert builders that the caller lists, and keys are strings
-or whole numbers, so that no hash, comparison or repr walks what the file has nested.
+Python's own unpickler is not used: with every name blocked it still takes 2 GB for nine bytes. Here the memo is a
+dict, each opcode consumes input, nothing is imported or called but the inert builders that the caller lists, and keys
+are strings or whole numbers, so that no hash, comparison or repr walks what the file has nested.
 The opcodes are those of https://docs.python.org/3/library/pickletools.html.
 """
 
@@ -51,7 +51,9 @@ def load(raw: bytes, names: dict[str, object], persistent: Callable, label: str)
         reason = "text that is not UTF-8"
     except IndexError:
         reason = "it pops what it never pushed"
-    raise MalformedError(f"{label}: {reason} (byte {machine.at} of its pickle): not read; ask for the adapter as .safetensors")
+    raise MalformedError(
+        f"{label}: {reason} (byte {machine.at} of its pickle): not read; ask for the adapter as .safetensors"
+    )
 
 
 def set_item(target: dict, key, value) -> None:

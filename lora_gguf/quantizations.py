@@ -1,8 +1,8 @@
 """Base models on the Hub: the GGUF quantizations of a model, and references to one of them.
 
-A reference is a path, ``OWNER/NAME[@REVISION][:QUANT]`` (as llama.cpp's ``-hf`` takes it), ``hf://OWNER/NAME[@REVISION]/FILE.gguf``
-or the address of a file's page. The tags that say which model a repository quantizes are those of
-https://huggingface.co/docs/hub/model-cards.
+A reference is a path, ``OWNER/NAME[@REVISION][:QUANT]`` (as llama.cpp's ``-hf`` takes it),
+``hf://OWNER/NAME[@REVISION]/FILE.gguf`` or the address of a file's page. The tags that say which model a repository
+quantizes are those of https://huggingface.co/docs/hub/model-cards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _REFERENCES = (
     re.compile(rf"https?://(?:huggingface\.co|hf\.co)/{_ID}/(?:blob|resolve)/(?P<revision>[^/]+)/{_FILE}(?:\?.*)?"),
     re.compile(rf"(?:hf://)?{_ID}(?:@(?P<revision>[^:]+))?(?::(?P<quant>[\w.-]+))?", re.ASCII),
 )
-_QUANT = re.compile(r"(?:^|[-_./])((?:UD-)?(?:I?Q\d+_\w+|TQ\d_\d|BF16|F16|F32|FP16|MXFP4(?:_MOE)?|NVFP4))(?=[-./]|$)", re.IGNORECASE)
+_QUANT = re.compile(
+    r"(?:^|[-_./])((?:UD-)?(?:I?Q\d+_\w+|TQ\d_\d|BF16|F16|F32|FP16|MXFP4(?:_MOE)?|NVFP4))(?=[-./]|$)", re.IGNORECASE
+)
 _BITSANDBYTES = re.compile(r"(-unsloth)?-bnb-[48]bit$", re.IGNORECASE)
 _NO_MODEL = re.compile(r"(^|[-_./])(mmproj|imatrix|lora)", re.IGNORECASE)
 
@@ -45,7 +47,8 @@ class Quantization:
 def fetch_model(reference: str | os.PathLike, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
     """The local path of the GGUF (of a split one the first shard) that ``reference`` names, downloaded if need be.
 
-    A path is returned as it is, whether it exists or not. Raises ``HubError``, ``IntegrityError``, ``FileError``, ``UsageError``.
+    A path is returned as it is, whether it exists or not. Raises ``HubError``, ``IntegrityError``, ``FileError``,
+    ``UsageError``.
     """
     match = _reference(reference)
     if match is None:
@@ -55,7 +58,9 @@ def fetch_model(reference: str | os.PathLike, *, progress: Callable[[str, int, i
     if fields.get("file"):
         found = [entry for entry in quantizations(repo, every=True) if fields["file"] in entry.files]
         if not found:
-            raise HubError(f"{repo.id}: there is no file {printable(fields['file'], 80)}: it has {_listed(quantizations(repo))}")
+            raise HubError(
+                f"{repo.id}: there is no file {printable(fields['file'], 80)}: it has {_listed(quantizations(repo))}"
+            )
         return fetch_quantization(repo, found[0], progress)
     return fetch_quantization(repo, choose(quantizations(repo), fields["quant"], repo.id), progress)
 
@@ -71,7 +76,9 @@ def _reference(reference: str | os.PathLike) -> re.Match | None:
     return next((match for pattern in _REFERENCES if (match := pattern.fullmatch(text))), None)
 
 
-def fetch_quantization(repo: Repo, chosen: Quantization, progress: Callable[[str, int, int], None] | None = None) -> Path:
+def fetch_quantization(
+    repo: Repo, chosen: Quantization, progress: Callable[[str, int, int], None] | None = None
+) -> Path:
     """Download all files of a quantization; the path of the first."""
     paths = [download(repo, name, progress) for name in chosen.files]
     remember(repo)
@@ -79,7 +86,7 @@ def fetch_quantization(repo: Repo, chosen: Quantization, progress: Callable[[str
 
 
 def quantizations(repo: Repo, every: bool = False) -> list[Quantization]:
-    """The models among the GGUF files of a repository, shards together, smallest first; with ``every``, all GGUF files."""
+    """The models among the GGUF files of a repository, shards together, smallest first; ``every``: all GGUF files."""
     groups: dict[str, list[str]] = {}
     for name in sorted(repo.files):
         if name.endswith(".gguf") and (every or not _NO_MODEL.search(name)):
@@ -99,7 +106,7 @@ def _is_whole(names: list[str]) -> bool:
 
 
 def quant_of(name: str) -> str:
-    """The quantization that a file's name (or its folder's) states, in capitals; an empty string where it states none."""
+    """The quantization that a file's name (or its folder's) states, in capitals; an empty string if it states none."""
     split = split_name(name)
     stem = split[0] if split else name.removesuffix(".gguf")
     for part in reversed(stem.split("/")):
@@ -110,7 +117,7 @@ def quant_of(name: str) -> str:
 
 
 def choose(found: Iterable[Quantization], quant: str | None, where: str) -> Quantization:
-    """The one with this quantization; without a wish the only one, or Q4_K_M. The first counts where several have it."""
+    """The first with this quantization; without a wish Q4_K_M, or the only one there is."""
     found = list(found)
     if not found:
         raise HubError(f"{where}: no GGUF model found: see its page on the Hub for quantizations of it")
@@ -129,9 +136,10 @@ def _listed(found: Iterable[Quantization]) -> str:
 
 
 def find_quantizations(base_model: str) -> list[Quantization]:
-    """The GGUF quantizations on the Hub of ``base_model``, an id as adapters state it, the most downloaded repository first.
+    """The GGUF quantizations on the Hub of ``base_model``, an id as adapters state it, the most downloaded first.
 
-    A bitsandbytes variant stands for the model that it was made of, and so does a copy under the same name. Raises ``HubError``.
+    A bitsandbytes variant stands for the model that it was made of, and so does a copy under the same name.
+    Raises ``HubError``.
     """
     if not re.fullmatch(_ID, base_model, re.ASCII):
         raise HubError(f"base model '{printable(base_model, 80)}': not a Hub id: find the base's GGUF by its name")
@@ -147,7 +155,7 @@ def find_quantizations(base_model: str) -> list[Quantization]:
 
 
 def _same_model(base_model: str) -> list[str]:
-    """``base_model`` without bitsandbytes' suffix, and the ids that tags name as its origin, as long as the name stays the same."""
+    """``base_model`` without bitsandbytes' suffix, and the ids of the same name that tags give as its origin."""
     asked, models = [base_model], [_BITSANDBYTES.sub("", base_model)]
     name = models[0].partition("/")[2].lower()
     while asked and len(models) < MAX_REPOS:
@@ -155,7 +163,11 @@ def _same_model(base_model: str) -> list[str]:
         with contextlib.suppress(HubError):
             tags = tags_of(asked.pop())
         origins = {tag.rpartition(":")[2] for tag in tags if tag.startswith("base_model:")} - set(models)
-        same = sorted(origin for origin in origins if re.fullmatch(_ID, origin, re.ASCII) and origin.partition("/")[2].lower() == name)
+        same = sorted(
+            origin
+            for origin in origins
+            if re.fullmatch(_ID, origin, re.ASCII) and origin.partition("/")[2].lower() == name
+        )
         models += same
         asked += same
     return models

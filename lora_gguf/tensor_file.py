@@ -1,4 +1,4 @@
-"""What files of tensors share: reading without mmap, the dtypes and how they widen to f32, checks of names and sizes."""
+"""What files of tensors share: reading without mmap, dtypes and how they widen to f32, checks of names."""
 
 from __future__ import annotations
 

@@ -132,13 +132,13 @@ def _are_sizes(values) -> bool:
 
 # PyTorch's names of storages and of dtypes -> safetensors' name
 STORAGES = {
-    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32", "Short": "I16", "Char": "I8",
-    "Byte": "U8", "Bool": "BOOL",
+    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32", "Short": "I16",
+    "Char": "I8", "Byte": "U8", "Bool": "BOOL",
 }  # fmt: skip
 TORCH_DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
-    "bool": "BOOL",
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
+    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 # all that a pickle may name
 NAMES = {
@@ -155,14 +155,16 @@ NAMES = {
 
 
 def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """All tensors of a ``.bin`` by name, in the pickle's order; BF16 and F8 widened to f32, other types as they are stored.
+    """All tensors of a ``.bin`` by name, in the pickle's order; BF16 and F8 widened to f32, other types as stored.
 
     Raises ``MalformedError`` for whatever is not a plain dict of tensors, ``UnsupportedError`` for older formats.
     """
     with InputFile(path) as file:
         entries = _archive(file)
         if read_entry(file, entries["byteorder"]) != b"little" if "byteorder" in entries else False:
-            raise UnsupportedError(f"{file.label}: a file of a big-endian machine: save the adapter as .safetensors there")
+            raise UnsupportedError(
+                f"{file.label}: a file of a big-endian machine: save the adapter as .safetensors there"
+            )
         if entries["data.pkl"].n_bytes > MAX_PICKLE:
             raise damaged(file.label, f"a pickle of {entries['data.pkl'].n_bytes} bytes: expected at most {MAX_PICKLE}")
         views = load(read_entry(file, entries["data.pkl"]), NAMES, _storage, file.label)
@@ -184,7 +186,15 @@ def _archive(file: InputFile) -> dict[str, Entry]:
     try:
         with open(file.fd, "rb", closefd=False) as raw, zipfile.ZipFile(raw) as archive:
             infos, end = archive.infolist(), archive.start_dir
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OverflowError, EOFError, OSError) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        struct.error,
+        ValueError,
+        OverflowError,
+        EOFError,
+        OSError,
+    ) as error:
         raise damaged(file.label, f"not a zip archive: {printable(error, 80)}") from None
     pickles = [info.filename for info in infos if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1]
     if len(pickles) != 1 or len({info.filename for info in infos}) != len(infos):
@@ -210,7 +220,9 @@ def _check_magic(file: InputFile) -> None:
         what = "a tar archive, the format of PyTorch before version 0.1.10"
     if what:
         raise UnsupportedError(f"{file.label}: {what}: load it with torch and save it with safetensors.torch.save_file")
-    raise MalformedError(f"{file.label}: {impostor(head) or 'not a PyTorch file: expected a zip archive: download it again'}")
+    raise MalformedError(
+        f"{file.label}: {impostor(head) or 'not a PyTorch file: expected a zip archive: download it again'}"
+    )
 
 
 def _entry(file: InputFile, info: zipfile.ZipInfo, folder: str, end: int) -> Entry:
@@ -225,12 +237,19 @@ def _entry(file: InputFile, info: zipfile.ZipInfo, folder: str, end: int) -> Ent
         raise damaged(file.label, f"entry {name}: a link or device")
     if not 0 <= info.header_offset <= end - LOCAL_HEADER.size:
         raise damaged(file.label, f"entry {name}: its header lies within another entry or outside the file")
-    magic, _, flags, method, _, _, _, _, _, n_name, n_extra = LOCAL_HEADER.unpack(file.read(info.header_offset, LOCAL_HEADER.size))
+    magic, _, flags, method, _, _, _, _, _, n_name, n_extra = LOCAL_HEADER.unpack(
+        file.read(info.header_offset, LOCAL_HEADER.size)
+    )
     position = info.header_offset + LOCAL_HEADER.size + n_name + n_extra
     if position + info.file_size > end:
         raise damaged(file.label, f"entry {name}: {info.file_size} bytes at {position} overlap what begins at {end}")
     local_name = file.read(info.header_offset + LOCAL_HEADER.size, n_name)
-    if magic != ZIP_MAGIC or method != info.compress_type or flags & ~0x808 or local_name != info.filename.encode("utf-8"):
+    if (
+        magic != ZIP_MAGIC
+        or method != info.compress_type
+        or flags & ~0x808
+        or local_name != info.filename.encode("utf-8")
+    ):
         raise damaged(file.label, f"entry {name}: its own header differs from the directory's")
     return Entry(name, position, info.file_size, info.CRC)
 
@@ -238,12 +257,16 @@ def _entry(file: InputFile, info: zipfile.ZipInfo, folder: str, end: int) -> Ent
 def _check_views(file: InputFile, views) -> None:
     """``views`` is a dict of tensors, each within its storage, together no more than the file could hold four times."""
     if type(views) is not dict:
-        raise MalformedError(f"{file.label}: expected a dict of tensors, found {type(views).__name__}: save the adapter's state dict")
+        raise MalformedError(
+            f"{file.label}: expected a dict of tensors, found {type(views).__name__}: save the adapter's state dict"
+        )
     total = 0
     for name, view in views.items():
         check_name(name, file.label)
         if type(view) is not TensorView:
-            raise MalformedError(f"{file.label}: {name}: expected a tensor, found {type(view).__name__}: save only the adapter's tensors")
+            raise MalformedError(
+                f"{file.label}: {name}: expected a tensor, found {type(view).__name__}: save only the adapter's tensors"
+            )
         _check_view(file, name, view)
         total += math.prod(view.shape) * DTYPES[view.dtype].stored.itemsize
     if total > 4 * file.size:
@@ -259,7 +282,9 @@ def _check_view(file: InputFile, name: str, view: TensorView) -> None:
     itemsize = DTYPES[view.dtype].stored.itemsize
     unit = 1 if view.storage.dtype == "untyped" else itemsize
     if all(view.shape) and (last + 1) * itemsize > view.storage.numel * unit:
-        raise damaged(file.label, f"{name}: reaches item {last} of a storage of {view.storage.numel * unit // itemsize}")
+        raise damaged(
+            file.label, f"{name}: reaches item {last} of a storage of {view.storage.numel * unit // itemsize}"
+        )
 
 
 def _read_views(file: InputFile, entries: dict[str, Entry], views: dict[str, TensorView]) -> dict[str, np.ndarray]:

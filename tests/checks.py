@@ -58,8 +58,12 @@ def check_safetensors_mutants(path: Path, count: int, seed: int) -> int:
         ours = refusal_or(lambda: read_weights(path))
         if ours is not None:
             theirs = dict(safetensors.deserialize(content))
-            assert ours.keys() == theirs.keys() and all(list(ours[name].shape) == theirs[name]["shape"] for name in ours), content
-            assert all(len(t["data"]) == ours[n].nbytes // (2 if t["dtype"] in ("BF16",) else 1) for n, t in theirs.items()), content
+            assert ours.keys() == theirs.keys() and all(
+                list(ours[name].shape) == theirs[name]["shape"] for name in ours
+            ), content
+            assert all(
+                len(t["data"]) == ours[n].nbytes // (2 if t["dtype"] in ("BF16",) else 1) for n, t in theirs.items()
+            ), content
             n_accepted += 1
     return n_accepted
 

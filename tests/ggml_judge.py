@@ -88,7 +88,11 @@ class Judge:
         """As the function ``describe``; a file that makes libggml abort counts as refused."""
         if self.process is None:
             self.process = subprocess.Popen(
-                self.arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                self.arguments,
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
                 env={**os.environ, "GGML_NO_BACKTRACE": "1"},
             )
         try:

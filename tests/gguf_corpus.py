@@ -7,16 +7,31 @@ import struct
 from tests.common import pack_kv, pack_string, pack_tensor_info, text_kv, u32_kv
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
-BASE_KVS = (text_kv("general.architecture", "llama"), text_kv("general.name", "corpus"), u32_kv("llama.block_count", 1), text_kv("x", "y"))
+BASE_KVS = (
+    text_kv("general.architecture", "llama"),
+    text_kv("general.name", "corpus"),
+    u32_kv("llama.block_count", 1),
+    text_kv("x", "y"),
+)
 VECTOR = pack_tensor_info("t", (32,), 0, 0)
 MAX_U64, MAX_U32 = (1 << 64) - 1, (1 << 32) - 1
 
 
 def build(
-    key_values=BASE_KVS, infos=(VECTOR,), data: bytes = bytes(128), *, magic=b"GGUF", version=3, n_tensors=None, n_kv=None, alignment=32
+    key_values=BASE_KVS,
+    infos=(VECTOR,),
+    data: bytes = bytes(128),
+    *,
+    magic=b"GGUF",
+    version=3,
+    n_tensors=None,
+    n_kv=None,
+    alignment=32,
 ) -> bytes:
     """A GGUF of raw parts; the counts are right unless given."""
-    counts = struct.pack("<QQ", len(infos) if n_tensors is None else n_tensors, len(key_values) if n_kv is None else n_kv)
+    counts = struct.pack(
+        "<QQ", len(infos) if n_tensors is None else n_tensors, len(key_values) if n_kv is None else n_kv
+    )
     head = magic + struct.pack("<I", version) + counts + b"".join(key_values) + b"".join(infos)
     return head + b"\0" * (-len(head) % alignment) + data
 
@@ -36,7 +51,10 @@ def vector(name: str | bytes = "t", dims=(32,), type_id: int = 0, offset: int = 
 
 
 def two(first: int = 0, second: int = 128, names=("a", "b"), data: int = 256) -> bytes:
-    return build(infos=[pack_tensor_info(name, (32,), 0, offset) for name, offset in zip(names, (first, second), strict=True)], data=bytes(data))
+    return build(
+        infos=[pack_tensor_info(name, (32,), 0, offset) for name, offset in zip(names, (first, second), strict=True)],
+        data=bytes(data),
+    )
 
 
 def aligned(alignment: int, type_id: int = U32, pad: int | None = None) -> bytes:
@@ -79,7 +97,9 @@ ACCEPTED = {
     "empty value": kv("v", STRING, pack_string(b"")),
     "empty arrays": build([pack_kv(f"a{i}", ARRAY, array(i, 0)) for i in (*SCALAR_VALUES, STRING)], (), b""),
     "every scalar": build([pack_kv(f"s{i}", i, value) for i, value in SCALAR_VALUES.items()], (), b""),
-    "every array": build([pack_kv(f"a{i}", ARRAY, array(i, 3, value * 3)) for i, value in SCALAR_VALUES.items()], (), b""),
+    "every array": build(
+        [pack_kv(f"a{i}", ARRAY, array(i, 3, value * 3)) for i, value in SCALAR_VALUES.items()], (), b""
+    ),
     "array of strings": kv("s", ARRAY, array(STRING, 3, pack_string("a") + pack_string(b"\xff") + pack_string(""))),
     "name of 63 bytes": vector("x" * 63),
     "name that is a path": vector("../../etc/passwd"),
@@ -145,9 +165,13 @@ REFUSED = {
     "array of 10^9 bytes": kv("a", ARRAY, array(U8, 10**9, bytes(9))),
     "array of 2^61 doubles": kv("a", ARRAY, array(F64, 1 << 61, bytes(64))),
     "array of 2^33 strings": kv("a", ARRAY, array(STRING, 1 << 33, bytes(64))),
-    "array of strings, one of them 1 TiB": kv("a", ARRAY, array(STRING, 2, pack_string("a") + struct.pack("<Q", 1 << 40))),
+    "array of strings, one of them 1 TiB": kv(
+        "a", ARRAY, array(STRING, 2, pack_string("a") + struct.pack("<Q", 1 << 40))
+    ),
     "array of strings, one of length -1": kv("a", ARRAY, array(STRING, 2, struct.pack("<Q", MAX_U64) + bytes(64))),
-    "array of strings that jumps back": kv("a", ARRAY, array(STRING, 9, struct.pack("<Q", MAX_U64 - 7) * 2 + bytes(64))),
+    "array of strings that jumps back": kv(
+        "a", ARRAY, array(STRING, 9, struct.pack("<Q", MAX_U64 - 7) * 2 + bytes(64))
+    ),
     "array of type 99": kv("a", ARRAY, array(99, 1, bytes(8))),
     "array of arrays": nested(1),
     "array of arrays 5000 deep": nested(5000),
@@ -199,6 +223,8 @@ REFUSED = {
     "name of length -1": build(infos=(struct.pack("<Q", MAX_U64) + bytes(100),)),
     "HTML": b"<!DOCTYPE html><html><body>403 Forbidden</body></html>" * 10,
     "LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n",
-    "safetensors": struct.pack("<Q", 64) + b'{"t":{"dtype":"F32","shape":[32],"data_offsets":[0,128]}}'.ljust(64) + bytes(128),
+    "safetensors": struct.pack("<Q", 64)
+    + b'{"t":{"dtype":"F32","shape":[32],"data_offsets":[0,128]}}'.ljust(64)
+    + bytes(128),
     "zip": b"PK\x03\x04" + bytes(200),
 }

@@ -37,14 +37,28 @@ def pack_zip(entries: list[ZipEntry], prefix: bytes = b"", comment: bytes = b"")
         extra = struct.pack("<HHQQ", 1, 16, size, stored) if max(size, stored) >= 0xFFFFFFFF else b""
         if extra:
             fields = (*fields[:6], 0xFFFFFFFF, 0xFFFFFFFF)
-        directory += struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 20, *fields, len(name), len(extra), 0, 0, 0, entry.attributes, offset)
+        directory += struct.pack(
+            "<4s6H3I5H2I", b"PK\x01\x02", 20, *fields, len(name), len(extra), 0, 0, 0, entry.attributes, offset
+        )
         directory += name + extra
         body += struct.pack("<4s5H3I2H", b"PK\x03\x04", *fields, len(local_name), 0) + local_name + entry.data
-    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, len(entries), len(entries), len(directory), len(body) - len(prefix), len(comment))
+    end = struct.pack(
+        "<4s4H2IH",
+        b"PK\x05\x06",
+        0,
+        0,
+        len(entries),
+        len(entries),
+        len(directory),
+        len(body) - len(prefix),
+        len(comment),
+    )
     return body + directory + end + comment
 
 
-def pack_bin(pickle: bytes, storages: dict[str, bytes] | None = None, more: tuple[ZipEntry, ...] = (), **options) -> bytes:
+def pack_bin(
+    pickle: bytes, storages: dict[str, bytes] | None = None, more: tuple[ZipEntry, ...] = (), **options
+) -> bytes:
     """A PyTorch file of one pickle and its storages."""
     entries = [ZipEntry("a/data.pkl", pickle), ZipEntry("a/byteorder", b"little"), ZipEntry("a/version", b"3\n")]
     entries += [ZipEntry(f"a/data/{key}", data) for key, data in (storages or {}).items()]
@@ -77,7 +91,9 @@ def storage(key: str = "0", kind: bytes = name("torch", "FloatStorage"), numel=6
     return b"(" + text("storage") + kind + text(key) + text("cpu") + number(numel) + b"tQ"
 
 
-def tensor(shape=(2, 3), stride=(3, 1), offset=0, where: bytes | None = None, more: bytes = b"", function="_rebuild_tensor_v2") -> bytes:
+def tensor(
+    shape=(2, 3), stride=(3, 1), offset=0, where: bytes | None = None, more: bytes = b"", function="_rebuild_tensor_v2"
+) -> bytes:
     arguments = (storage() if where is None else where) + number(offset) + sequence(shape) + sequence(stride)
     hooks = b"\x89" + name("collections", "OrderedDict") + b")R"
     return name("torch._utils", function) + b"(" + arguments + hooks + more + b"tR"

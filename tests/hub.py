@@ -169,7 +169,9 @@ class Handler(BaseHTTPRequestHandler):
     def send_error_code(self, status: int, code: str = "", headers: dict | None = None) -> None:
         self.send_content(b"", {**({"X-Error-Code": code} if code else {}), **(headers or {})}, status)
 
-    def send_content(self, content: bytes, headers: dict | None = None, status: int = 200, length: int | None = None) -> None:
+    def send_content(
+        self, content: bytes, headers: dict | None = None, status: int = 200, length: int | None = None
+    ) -> None:
         """Answer with ``content`` (of it the range asked for), announcing ``length`` bytes where that is to be a lie."""
         headers = dict(headers or {})
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))

@@ -11,7 +11,32 @@ from tests.common import pack_kv, pack_string, pack_tensor_info, text_kv, u32_kv
 from tests.gguf_corpus import ARRAY, SCALAR_VALUES, STRING, array, build
 from tests.hostile_bin import name, pack_bin, storage, tensor, weights
 
-NUMBERS = (0, 1, 2, 3, 4, 7, 8, 9, 12, 13, 31, 32, 33, 63, 64, 127, 128, 255, 256, 1 << 15, 1 << 16, 1 << 30, 1 << 31, (1 << 32) - 1)
+NUMBERS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    9,
+    12,
+    13,
+    31,
+    32,
+    33,
+    63,
+    64,
+    127,
+    128,
+    255,
+    256,
+    1 << 15,
+    1 << 16,
+    1 << 30,
+    1 << 31,
+    (1 << 32) - 1,
+)
 LARGE = (1 << 32, 1 << 40, (1 << 62) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 32, (1 << 64) - 1)
 
 
@@ -43,7 +68,9 @@ def _add(content: bytearray, rng: random.Random) -> None:
     """A little more or less in a number of 8 bytes."""
     at = rng.randrange(max(1, len(content) - 8))
     raw = bytes(content[at : at + 8]).ljust(8, b"\0")
-    content[at : at + 8] = struct.pack("<Q", (struct.unpack("<Q", raw)[0] + rng.choice((-32, -8, -1, 1, 8, 32))) % (1 << 64))
+    content[at : at + 8] = struct.pack(
+        "<Q", (struct.unpack("<Q", raw)[0] + rng.choice((-32, -8, -1, 1, 8, 32))) % (1 << 64)
+    )
 
 
 def _cut(content: bytearray, rng: random.Random) -> None:
@@ -78,10 +105,18 @@ def _mutants(seeds: list[bytes], count: int, seed: int) -> Iterator[bytes]:
 def gguf_mutants(count: int, seed: int) -> Iterator[bytes]:
     """``count`` mutants of an adapter's, a model's and a tiny GGUF."""
     scalars = [pack_kv(f"s{i}", i, value) for i, value in SCALAR_VALUES.items()]
-    tokens = pack_kv("tokenizer.ggml.tokens", ARRAY, array(STRING, 20, b"".join(pack_string(f"token{i}") for i in range(20))))
+    tokens = pack_kv(
+        "tokenizer.ggml.tokens", ARRAY, array(STRING, 20, b"".join(pack_string(f"token{i}") for i in range(20)))
+    )
     head = [text_kv("general.architecture", "llama"), u32_kv("general.alignment", 32), u32_kv("llama.block_count", 2)]
-    pairs = [pack_tensor_info(f"blk.{i}.attn_q.weight.lora_{x}", (32, 4), 0, n * 512) for n, (i, x) in enumerate((i, x) for i in (0, 1) for x in "ab")]
-    mixed = [pack_tensor_info("token_embd.weight", (256, 2), 12, 0), pack_tensor_info("output_norm.weight", (8,), 0, 288)]
+    pairs = [
+        pack_tensor_info(f"blk.{i}.attn_q.weight.lora_{x}", (32, 4), 0, n * 512)
+        for n, (i, x) in enumerate((i, x) for i in (0, 1) for x in "ab")
+    ]
+    mixed = [
+        pack_tensor_info("token_embd.weight", (256, 2), 12, 0),
+        pack_tensor_info("output_norm.weight", (8,), 0, 288),
+    ]
     mixed += [pack_tensor_info("blk.0.ffn_up.weight", (32, 3), 8, 320)]
     seeds = [build(head, pairs, bytes(2048)), build([*head, *scalars, tokens], mixed, bytes(448)), build()]
     return _mutants(seeds, count, seed)
@@ -97,7 +132,11 @@ def _safetensors(n_tensors: int) -> bytes:
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for i in range(n_tensors):
         dtype, n_bytes = kinds[i % 4]
-        header[f"layers.{i}.lora_A.weight"] = {"dtype": dtype, "shape": [2, 3], "data_offsets": [end, end + 6 * n_bytes]}
+        header[f"layers.{i}.lora_A.weight"] = {
+            "dtype": dtype,
+            "shape": [2, 3],
+            "data_offsets": [end, end + 6 * n_bytes],
+        }
         end += 6 * n_bytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

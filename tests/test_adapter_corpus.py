@@ -22,7 +22,11 @@ PREFIX = "base_model.model."
 
 def tensors(modules=MODULES[:1]) -> dict[str, np.ndarray]:
     shapes = {"A": (4, 6), "B": (10, 4)}
-    return {f"{PREFIX}{module}.lora_{x}.weight": np.ones(shape, np.float32) for module in modules for x, shape in shapes.items()}
+    return {
+        f"{PREFIX}{module}.lora_{x}.weight": np.ones(shape, np.float32)
+        for module in modules
+        for x, shape in shapes.items()
+    }
 
 
 def config(**fields) -> bytes:
@@ -74,8 +78,14 @@ WRONG_FIELDS = {
     "lora_alpha absent": json.dumps({k: v for k, v in CONFIG.items() if k != "lora_alpha"}).encode(),
     **{f"use_rslora: {value!r}": config(use_rslora=value) for value in (1, "true", [])},
     **{f"use_dora: {value!r}": config(use_dora=value) for value in (1, "false")},
-    **{f"rank_pattern: {value!r}": config(rank_pattern=value) for value in ([], "q", {"q_proj": 0}, {"q_proj": "8"}, {"q_proj": 1.5})},
-    **{f"alpha_pattern: {value!r}": config(alpha_pattern=value) for value in ([], {"q_proj": "8"}, {"q_proj": None}, {"q_proj": [1]})},
+    **{
+        f"rank_pattern: {value!r}": config(rank_pattern=value)
+        for value in ([], "q", {"q_proj": 0}, {"q_proj": "8"}, {"q_proj": 1.5})
+    },
+    **{
+        f"alpha_pattern: {value!r}": config(alpha_pattern=value)
+        for value in ([], {"q_proj": "8"}, {"q_proj": None}, {"q_proj": [1]})
+    },
     "alpha_pattern 1e400": literal("alpha_pattern", '{"q_proj": 1e400}'),
     "rank_pattern of another rank": config(rank_pattern={"q_proj": 8}),
     "rank_pattern that is no regex": config(rank_pattern={"(": 4}),
@@ -100,7 +110,9 @@ UNSUPPORTED_FIELDS = {
     "rank_pattern that repeats a million times": config(rank_pattern={"(x{1000}){1000}": 4}),
     "rank_pattern of 20,000 keys with operators": config(rank_pattern={f"layer{i}.*mlp": 8 for i in range(20_000)}),
     "rank_pattern of 5000 bombs": config(rank_pattern={f"{BOMB}{i}": 8 for i in range(5000)}),
-    "rank_pattern of 1500 shapes": config(rank_pattern={"".join(".x"[i >> b & 1] for b in range(31)): 8 for i in range(1500)}),
+    "rank_pattern of 1500 shapes": config(
+        rank_pattern={"".join(".x"[i >> b & 1] for b in range(31)): 8 for i in range(1500)}
+    ),
     "layer_replication": config(layer_replication=[[0, 4]]),
     "init_lora_weights pissa": config(init_lora_weights="pissa"),
 }
@@ -110,8 +122,12 @@ READ = {
     "byte order mark": b"\xef\xbb\xbf" + config(),
     "blank lines": b"\n\n" + json.dumps(CONFIG, indent=8).encode() + b"\n",
     "unknown fields": config(something_new={"a": [1, 2, {"b": None}]}, runtime_config=None),
-    "null fields": config(rank_pattern=None, alpha_pattern=None, use_rslora=None, peft_type=None, base_model_name_or_path=None),
-    "regex bombs that match nothing": config(rank_pattern={BOMB: 8}, alpha_pattern={f"([a-z_.0-9]+)+{c}": 1 for c in "!@"}),
+    "null fields": config(
+        rank_pattern=None, alpha_pattern=None, use_rslora=None, peft_type=None, base_model_name_or_path=None
+    ),
+    "regex bombs that match nothing": config(
+        rank_pattern={BOMB: 8}, alpha_pattern={f"([a-z_.0-9]+)+{c}": 1 for c in "!@"}
+    ),
     "1000 patterns with operators": config(alpha_pattern={f"layers\\.{i}\\..*mlp": 8 for i in range(1000)}),
     "100 patterns of two repeats": config(rank_pattern={f".*layers{i}.*mlp": 8 for i in range(100)}),
     "100 bombs": config(rank_pattern={f"{BOMB}{i}": 8 for i in range(100)}),
@@ -133,7 +149,9 @@ READ = {
 def directory(path, raw_config: bytes, weights: bytes | dict | None = None):
     (path / "adapter_config.json").write_bytes(raw_config)
     content = tensors(MODULES) if weights is None else weights
-    (path / "adapter_model.safetensors").write_bytes(content if isinstance(content, bytes) else safetensors.numpy.save(content))
+    (path / "adapter_model.safetensors").write_bytes(
+        content if isinstance(content, bytes) else safetensors.numpy.save(content)
+    )
     return path
 
 

@@ -101,13 +101,31 @@ def test_strings_longer_than_the_window_and_across_it(tmp_path):
     strings = ["x" * n for n in (0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 5, 3 << 20, 2)]
     value = array(STRING, len(strings), b"".join(map(pack_string, strings)))
     path = tmp_path / "a.gguf"
-    path.write_bytes(build((pack_kv("before", STRING, pack_string("y" * 700_000)), pack_kv("s", ARRAY, value), *BASE_KVS)))
+    path.write_bytes(
+        build((pack_kv("before", STRING, pack_string("y" * 700_000)), pack_kv("s", ARRAY, value), *BASE_KVS))
+    )
     with GgufReader(path) as reader:
-        assert reader.get("s") == strings and reader.get("general.name") == "corpus" and len(reader.get("before")) == 700_000
+        assert (
+            reader.get("s") == strings
+            and reader.get("general.name") == "corpus"
+            and len(reader.get("before")) == 700_000
+        )
 
 
 def test_values_of_every_type(tmp_path):
-    values = {"B": 255, "b": -128, "H": 65535, "h": -2, "I": 1 << 31, "i": -3, "f": 0.5, "?": True, "Q": 1 << 63, "q": -4, "d": 1e300}
+    values = {
+        "B": 255,
+        "b": -128,
+        "H": 65535,
+        "h": -2,
+        "I": 1 << 31,
+        "i": -3,
+        "f": 0.5,
+        "?": True,
+        "Q": 1 << 63,
+        "q": -4,
+        "d": 1e300,
+    }
     ids = dict(zip(values, (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), strict=True))
     pairs = [pack_kv(f"one.{c}", ids[c], struct.pack("<" + c, v)) for c, v in values.items()]
     pairs += [pack_kv(f"many.{c}", ARRAY, array(ids[c], 2, struct.pack("<2" + c, v, v))) for c, v in values.items()]

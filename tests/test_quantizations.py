@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_gguf import hub as hub_module
+from lora_gguf import hashes
 from lora_gguf.errors import FileError, HubError, IntegrityError, UsageError
 from lora_gguf.hub import open_repo
 from lora_gguf.quantizations import choose, fetch_model, find_quantizations, quant_of, quantizations
@@ -45,7 +45,11 @@ def test_the_quantization_that_a_name_states(name, quant):
 
 def test_models_of_a_repository_shards_together(hub):
     found = quantizations(open_repo(REPO))
-    assert [(entry.quant, entry.n_bytes, len(entry.files)) for entry in found] == [("Q4_K_M", 404, 1), ("Q8_0", 804, 1), ("BF16", 1808, 2)]
+    assert [(entry.quant, entry.n_bytes, len(entry.files)) for entry in found] == [
+        ("Q4_K_M", 404, 1),
+        ("Q8_0", 804, 1),
+        ("BF16", 1808, 2),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,13 +71,28 @@ def test_a_reference_names_a_file(hub, reference, name):
     path = fetch_model(reference)
     assert path.read_bytes() == FILES[name] and path.as_posix().endswith(name)
     if "BF16" in name:
-        assert sorted(os.listdir(path.parent)) == ["Tiny-1B-BF16-00001-of-00002.gguf", "Tiny-1B-BF16-00002-of-00002.gguf"]
+        assert sorted(os.listdir(path.parent)) == [
+            "Tiny-1B-BF16-00001-of-00002.gguf",
+            "Tiny-1B-BF16-00002-of-00002.gguf",
+        ]
 
 
 def test_paths_stay_paths(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / REPO).mkdir(parents=True)
-    for path in ("model.gguf", "models/model.gguf", "./maker/x", "/a/b", "../a/b", REPO, "C:/x/y", "C:\\x.gguf", "a/b/c", "x", ""):
+    for path in (
+        "model.gguf",
+        "models/model.gguf",
+        "./maker/x",
+        "/a/b",
+        "../a/b",
+        REPO,
+        "C:/x/y",
+        "C:\\x.gguf",
+        "a/b/c",
+        "x",
+        "",
+    ):
         assert fetch_model(path) == Path(path)
     assert fetch_model(Path("maker/other")) == Path("maker/other") and not hub.log
 
@@ -111,12 +130,23 @@ def quantized(hub, repo_id: str, of: str, downloads: int, files=("t-Q4_K_M.gguf"
     hub.downloads[repo_id] = downloads
 
 
-@pytest.mark.parametrize("stated", [BASE, "unsloth/Tiny-1B-bnb-4bit", "unsloth/tiny-1b-unsloth-bnb-4bit", "unsloth/Tiny-1B"])
+@pytest.mark.parametrize(
+    "stated", [BASE, "unsloth/Tiny-1B-bnb-4bit", "unsloth/tiny-1b-unsloth-bnb-4bit", "unsloth/Tiny-1B"]
+)
 def test_quantizations_of_a_base_by_the_names_that_adapters_state(hub, stated):
-    hub.repos |= {BASE: {"config.json": b"{}"}, "unsloth/Tiny-1B": {}, "unsloth/Tiny-1B-bnb-4bit": {}, "unsloth/tiny-1b-unsloth-bnb-4bit": {}}
+    hub.repos |= {
+        BASE: {"config.json": b"{}"},
+        "unsloth/Tiny-1B": {},
+        "unsloth/Tiny-1B-bnb-4bit": {},
+        "unsloth/tiny-1b-unsloth-bnb-4bit": {},
+    }
     hub.tags["unsloth/Tiny-1B"] = [f"base_model:{BASE}", f"base_model:finetune:{BASE}"]
     for variant in ("unsloth/Tiny-1B-bnb-4bit", "unsloth/tiny-1b-unsloth-bnb-4bit"):
-        hub.tags[variant] = ["base_model:unsloth/Tiny-1B", "base_model:quantized:unsloth/Tiny-1B", f"base_model:quantized:{BASE}"]
+        hub.tags[variant] = [
+            "base_model:unsloth/Tiny-1B",
+            "base_model:quantized:unsloth/Tiny-1B",
+            f"base_model:quantized:{BASE}",
+        ]
     quantized(hub, "few/Tiny-1B-GGUF", BASE, 10, ("t-Q2_K.gguf", "t-Q4_K_M.gguf"))
     quantized(hub, "many/Tiny-1B-GGUF", BASE, 1000)
     quantized(hub, "other/Big-GGUF", "lab/Big", 99999)
@@ -144,7 +174,7 @@ def test_a_base_that_is_no_hub_id(hub, stated):
 
 
 def test_a_repository_that_refuses_is_left_out(hub):
-    from tests.test_fetch import answer
+    from tests.hub_faults import answer
 
     quantized(hub, "gated/Tiny-1B-GGUF", BASE, 1000)
     quantized(hub, "open/Tiny-1B-GGUF", BASE, 10)
@@ -153,10 +183,10 @@ def test_a_repository_that_refuses_is_left_out(hub):
 
 
 def test_a_large_file_is_hashed_once_and_again_when_it_changed(hub, monkeypatch):
-    monkeypatch.setattr(hub_module, "LARGE", 100)
+    monkeypatch.setattr(hashes, "LARGE", 100)
     hashed = []
-    digests = hub_module._digests
-    monkeypatch.setattr(hub_module, "_digests", lambda path, lengths: hashed.append(path) or digests(path, lengths))
+    digests = hashes.digests
+    monkeypatch.setattr(hashes, "digests", lambda path, lengths: hashed.append(path) or digests(path, lengths))
     path = fetch_model(f"{REPO}:Q8_0")
     assert fetch_model(f"{REPO}:Q8_0") == path and len(hashed) == 1
     path.resolve().write_bytes(b"GGUF" + b"9" * 800)

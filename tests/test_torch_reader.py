@@ -30,7 +30,9 @@ def test_what_torch_saved_is_read_as_torch_reads_it(path):
         with pytest.raises(UnsupportedError, match="before version 1.6"):
             read_weights(path)
         return
-    expected = {name.removeprefix(f"{path.stem}/"): array for name, array in read_weights(BIN / "expected.safetensors").items()}
+    expected = {
+        name.removeprefix(f"{path.stem}/"): array for name, array in read_weights(BIN / "expected.safetensors").items()
+    }
     weights = read_weights(path)
     assert weights.keys() == {name for name in expected if "/" not in name}
     for key, array in weights.items():
@@ -203,13 +205,20 @@ TENSORS = {
     "fewer strides than sizes": tensor((2, 3), (3,)),
     "40 dimensions": tensor((1,) * 40, (1,) * 40),
     "a terabyte by stride 0": tensor((1 << 38,), (0,)),
-    "three arguments": name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage() + number(0) + sequence([2]) + b"tR",
+    "three arguments": name("torch._utils", "_rebuild_tensor_v2")
+    + b"("
+    + storage()
+    + number(0)
+    + sequence([2])
+    + b"tR",
     "no arguments": name("torch._utils", "_rebuild_tensor_v2") + b")R",
     "no storage": tensor(where=b"N"),
     "conjugated": tensor(more=b"}" + text("neg") + b"\x88s"),
     "a storage that is missing": tensor(where=storage("1")),
     "a storage by a path": tensor(where=storage("../data.pkl")),
-    "a storage by a number": tensor(where=b"(" + text("storage") + name("torch", "FloatStorage") + number(0) + text("cpu") + number(6) + b"tQ"),
+    "a storage by a number": tensor(
+        where=b"(" + text("storage") + name("torch", "FloatStorage") + number(0) + text("cpu") + number(6) + b"tQ"
+    ),
     "a storage larger than its entry": tensor(where=storage(numel=7)),
     "a storage smaller than its entry": tensor((5,), (1,), where=storage(numel=5)),
     "a storage of another type than its entry": tensor(where=storage(kind=name("torch", "DoubleStorage"))),
@@ -220,7 +229,9 @@ TENSORS = {
     "a storage of bytes without a type": tensor(where=storage(kind=BYTES, numel=24)),
     "a type that is no type": tensor(where=storage(kind=BYTES, numel=24), more=text("float32"), **V3),
     "a type for a storage with a type": tensor(more=name("torch", "float32"), **V3),
-    "a typed view beyond its bytes": tensor((2, 4), (4, 1), where=storage(kind=BYTES, numel=24), more=name("torch", "float32"), **V3),
+    "a typed view beyond its bytes": tensor(
+        (2, 4), (4, 1), where=storage(kind=BYTES, numel=24), more=name("torch", "float32"), **V3
+    ),
     "a parameter of nothing": name("torch._utils", "_rebuild_parameter") + b")R",
     "a parameter of a storage": name("torch._utils", "_rebuild_parameter") + b"(" + storage() + b"\x88NtR",
 }
@@ -249,7 +260,9 @@ ARCHIVES = {
     "an entry with an escape sequence": pack_bin(GOOD, STORED, (ZipEntry("a/\x1b[2J", b""),)),
     "a link": pack_bin(GOOD, STORED, (ZipEntry("a/x", b"/etc/passwd", attributes=0xA1FF << 16),)),
     "a device": pack_bin(GOOD, STORED, (ZipEntry("a/x", b"", attributes=0x2000 << 16),)),
-    "a deflated pickle": pack_zip([ZipEntry("a/data.pkl", zlib.compress(GOOD)[2:-4], method=8, size=len(GOOD), crc=zlib.crc32(GOOD)), ENTRY]),
+    "a deflated pickle": pack_zip(
+        [ZipEntry("a/data.pkl", zlib.compress(GOOD)[2:-4], method=8, size=len(GOOD), crc=zlib.crc32(GOOD)), ENTRY]
+    ),
     "a deflated bomb": pack_bin(GOOD, {}, (ZipEntry("a/data/0", DEFLATED, method=8, size=50_000_000),)),
     "an unknown method": pack_zip([PICKLE, ZipEntry("a/data/0", DATA, method=99)]),
     "encrypted": pack_zip([PICKLE, ZipEntry("a/data/0", DATA, flags=1)]),
@@ -259,7 +272,9 @@ ARCHIVES = {
     "sizes of 2^60": pack_zip([PICKLE, ZipEntry("a/data/0", DATA, raw_size=1 << 60)]),
     "a size beyond the file": pack_zip([PICKLE, ZipEntry("a/data/0", DATA, raw_size=100_000)]),
     "stored, with two sizes": pack_zip([PICKLE, ZipEntry("a/data/0", DATA, size=48)]),
-    "two entries of the same bytes": pack_zip([PICKLE, ENTRY, ZipEntry("a/data/1", b"", raw_size=24, header_offset=len(GOOD) + 40)]),
+    "two entries of the same bytes": pack_zip(
+        [PICKLE, ENTRY, ZipEntry("a/data/1", b"", raw_size=24, header_offset=len(GOOD) + 40)]
+    ),
     "an entry within the pickle": pack_zip([PICKLE, ENTRY, ZipEntry("a/data/1", DATA, header_offset=20)]),
     "a header beyond the file": pack_zip([PICKLE, ENTRY, ZipEntry("a/data/1", DATA, header_offset=1 << 20)]),
     "another name in its own header": pack_zip([PICKLE, ZipEntry("a/data/0", DATA, local_name=b"a/data/1")]),
@@ -272,7 +287,8 @@ ARCHIVES = {
     "a bare pickle": pickle.dumps({"x": [1.0]}, protocol=2),
     "GGUF": b"GGUF" + b"\0" * 100,
     "1000 tensors of one storage": pack_bin(
-        weights(**{f"t{i}": tensor((50_000,), (1,), where=storage(numel=50_000)) for i in range(1000)}), {"0": bytes(200_000)}
+        weights(**{f"t{i}": tensor((50_000,), (1,), where=storage(numel=50_000)) for i in range(1000)}),
+        {"0": bytes(200_000)},
     ),
 }
 HOSTILE = {
@@ -289,7 +305,11 @@ def test_the_calls_would_be_made_by_pickle_itself(tmp_path):
     for i, program in enumerate((call(name("os", "system"), *CALLS["os.system"][2]), b"\x80\x02" + OPCODES["INST"])):
         folder = tmp_path / str(i)
         folder.mkdir()
-        subprocess.run([sys.executable, "-c", "import pickle, sys; pickle.loads(sys.stdin.buffer.read())"], input=program, cwd=folder)
+        subprocess.run(
+            [sys.executable, "-c", "import pickle, sys; pickle.loads(sys.stdin.buffer.read())"],
+            input=program,
+            cwd=folder,
+        )
         assert (folder / CANARY).exists()
 
 

@@ -46,7 +46,9 @@ ACCEPTED = {
     "unaligned header": pack(b'{"t": ' + T + b"} "),
     "scalar": pack({"t": tensor(shape=(), end=4)}, b"\0" * 4),
     "no elements": pack({"t": tensor(shape=(0, 3), end=0)}, b""),
-    "empty beside another at one offset": pack({"a": tensor(shape=(0,), end=0), "b": tensor(), "c": tensor(shape=(0,), start=8)}),
+    "empty beside another at one offset": pack(
+        {"a": tensor(shape=(0,), end=0), "b": tensor(), "c": tensor(shape=(0,), start=8)}
+    ),
     "tensors not in the order of their data": pack({"a": tensor(shape=(1,), start=4), "b": tensor(shape=(1,), end=4)}),
     "NaN data": pack({"t": tensor()}, b"\xff" * 8),
     "escaped name": pack(b'{"\\u0074\\u00e4": ' + T + b"}"),
@@ -92,7 +94,9 @@ REFUSED = {
     "boolean shape": pack({"t": tensor(shape=(True, 2))}),
     "text shape": pack({"t": {**tensor(), "shape": "2"}}),
     "shape 2^64": pack({"t": tensor(shape=(1 << 64,))}),
-    "shape whose product wraps to 4": pack({"t": tensor("U8", shape=(4194305, 4194305, 211106198978564), end=4)}, b"\0" * 4),
+    "shape whose product wraps to 4": pack(
+        {"t": tensor("U8", shape=(4194305, 4194305, 211106198978564), end=4)}, b"\0" * 4
+    ),
     "shape of 5000 digits": pack(b'{"t": {"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}'),
     "shape larger than the data": pack({"t": tensor(shape=(3,))}),
     "shape smaller than the data": pack({"t": tensor(shape=(1,))}),
@@ -138,7 +142,11 @@ def test_what_the_library_accepts_is_read(tmp_path, name):
     ours, theirs = read_weights(path), safetensors.numpy.load_file(path)
     assert ours.keys() == theirs.keys()
     for key, array in ours.items():
-        assert array.dtype == theirs[key].dtype and array.shape == theirs[key].shape and array.tobytes() == theirs[key].tobytes()
+        assert (
+            array.dtype == theirs[key].dtype
+            and array.shape == theirs[key].shape
+            and array.tobytes() == theirs[key].tobytes()
+        )
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *STRICTER, *UNSUPPORTED])
@@ -199,12 +207,30 @@ def test_every_bf16_and_f8_code():
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (7, 5, 3)])
 def test_every_type_of_numpy_round_trips(tmp_path, shape):
-    kinds = (np.float64, np.float32, np.float16, np.int64, np.int32, np.int16, np.int8, np.uint64, np.uint32, np.uint16, np.uint8, bool)
+    kinds = (
+        np.float64,
+        np.float32,
+        np.float16,
+        np.int64,
+        np.int32,
+        np.int16,
+        np.int8,
+        np.uint64,
+        np.uint32,
+        np.uint16,
+        np.uint8,
+        bool,
+    )
     rng = np.random.default_rng(0)
     arrays = {np.dtype(kind).name: np.asarray(rng.integers(0, 2, shape)).astype(kind) for kind in kinds}
     safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors")
     for name, array in read_weights(tmp_path / "a.safetensors").items():
-        assert array.dtype == arrays[name].dtype and array.shape == shape and (array == arrays[name]).all() and array.flags.writeable
+        assert (
+            array.dtype == arrays[name].dtype
+            and array.shape == shape
+            and (array == arrays[name]).all()
+            and array.flags.writeable
+        )
 
 
 def shards(tmp_path, index, **files) -> os.PathLike:
@@ -217,7 +243,9 @@ def shards(tmp_path, index, **files) -> os.PathLike:
 
 def test_shards_are_joined(tmp_path):
     x, y = np.ones(2, np.float32), np.zeros(3, np.float16)
-    path = shards(tmp_path, {"weight_map": {"x": "one.safetensors", "y": "two.safetensors"}}, one={"x": x}, two={"y": y})
+    path = shards(
+        tmp_path, {"weight_map": {"x": "one.safetensors", "y": "two.safetensors"}}, one={"x": x}, two={"y": y}
+    )
     assert {name: array.dtype for name, array in read_weights(path).items()} == {"x": np.float32, "y": np.float16}
 
 
@@ -241,7 +269,14 @@ def test_paths_that_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "fifo.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "secret.safetensors").write_bytes(b"")
-    for name in ("fifo.safetensors", "folder.safetensors", "none.safetensors", "secret.safetensors/x.bin", "a\0.safetensors", "a" * 300):
+    for name in (
+        "fifo.safetensors",
+        "folder.safetensors",
+        "none.safetensors",
+        "secret.safetensors/x.bin",
+        "a\0.safetensors",
+        "a" * 300,
+    ):
         with pytest.raises(FileError) as caught:
             read_weights(tmp_path / name)
         assert str(caught.value).isprintable()

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.test_fetch import BLOB, CONFIG_FILE, FILES, REPO, cache_of, command_line, drip
+from tests.hub_faults import BLOB, CONFIG_FILE, FILES, REPO, cache_of, command_line, drip
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -24,5 +24,7 @@ def test_kill_9(local_hub, tmp_path, seed):
         assert path.name not in FILES or path.read_bytes() == FILES[path.name]
     again = command_line(local_hub, tmp_path, "fetch", REPO, "-o", str(out))
     assert again.communicate(timeout=30)[1] == b"" and again.returncode == 0
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == {n: FILES[n] for n in ("adapter_config.json", "adapter_model.safetensors")}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        n: FILES[n] for n in ("adapter_config.json", "adapter_model.safetensors")
+    }
     assert not [path for path in cache_of(tmp_path) if path.endswith((".incomplete", ".lora-gguf-tmp"))]
