@@ -22,7 +22,7 @@ from lora_gguf.gguf_reader import GgufReader
 from lora_gguf.hparams import Hparams, from_base
 from lora_gguf.lora import EMBEDDING, LoraPair, Piece, read_adapter_gguf
 from lora_gguf.names import is_other_tower, layer_of, pieces, shape_in_base
-from lora_gguf.transforms import fused, stacked
+from lora_gguf.stacking import Part, fused, joined, oriented
 from lora_gguf.updates import Replaced, Update
 
 HEAD = "output.weight"
@@ -45,7 +45,8 @@ class Placement:
     There is one pair for each tensor at most; of ``updates``, which only a merge can carry out, several may change parts of
     one. ``untied`` says that the base's head is tied to its embedding and the adapter tells them apart, so that a merge must
     give the file an ``output.weight`` of its own, made from the base's ``token_embd.weight``. ``invocation_tokens`` (aLoRA)
-    say that the adapter is active only after these tokens, so that it can't be merged.
+    say that the adapter is active only after these tokens, so that it can't be merged. ``approximations`` gives the relative
+    error of the tensors whose update ``convert`` could not write exactly.
     """
 
     pairs: list[LoraPair] = field(default_factory=list)
@@ -54,14 +55,12 @@ class Placement:
     warnings: list[str] = field(default_factory=list)
     untied: bool = False
     invocation_tokens: list[int] = field(default_factory=list)
+    approximations: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         counts = Counter(account.outcome for account in self.accounts)
         n_tensors = len({update.name for update in (*self.pairs, *self.updates)})
         return f"{n_tensors} tensors updated; of the adapter's, " + ", ".join(f"{n} {what}" for what, n in counts.items())
-
-
-Part = tuple[Piece, LoraPair]
 
 
 def gguf_pairs(
@@ -84,7 +83,7 @@ def gguf_pairs(
     placement.accounts += [Account(name, "ignored", "", why) for name, why in adapter.ignored.items()]
     parts: dict[str, list[Part]] = {}
     errors: list[str] = []
-    for update in oriented(adapter.updates, hparams):
+    for update in oriented(adapter.updates, hparams.get("embedding_length")):
         found = place(update, hparams, parts, placement)
         if found and allowed(update, allow_unused):
             placement.accounts += [Account(name, "ignored", "", f"--allow-unused: {found[0]}") for name in update.sources]
@@ -124,28 +123,6 @@ def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader) -> Placement:
         details = errors if len(errors) < len(pairs) else ()
         raise MismatchError(f"{label}: {errors[0]}: is {base.label} the base it was trained on?", details)
     return Placement(pairs, accounts=[Account(name, "applied", pair.name) for pair in pairs for name in pair.sources])
-
-
-def oriented(updates: list[LoraPair | Update], hparams: Hparams) -> list[LoraPair | Update]:
-    """``updates`` with those of packed experts (E, …) turned to (out, in).
-
-    PEFT's versions disagree on which axis of a packed parameter is in and which is out; the model's width tells. Where it
-    is square it goes as the other parameters of the adapter do.
-    """
-    turns = {id(pair): is_turned(pair, hparams) for pair in updates if len(pair.shape) == 3}
-    known = [turn for turn in turns.values() if turn is not None]
-    default = bool(known) and all(known)
-    turned = {key for key, turn in turns.items() if (default if turn is None else turn)}
-    return [pair.take(Piece(pair.name, transpose=True)) if id(pair) in turned else pair for pair in updates]
-
-
-def is_turned(pair: LoraPair, hparams: Hparams) -> bool | None:
-    """Whether a packed parameter's update is (in, out); None where the shape cannot tell."""
-    width, (n_out, n_in) = hparams.get("embedding_length"), pair.shape[-2:]
-    if n_out == n_in or width not in (n_out, n_in):
-        return None
-    into_width = pair.name.rpartition(".")[2] in ("down_proj", "w2", "output_linear")
-    return (n_in if into_width else n_out) == width
 
 
 def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Part]], placement: Placement) -> list[str]:
@@ -205,26 +182,13 @@ def why_skipped(path: str, hparams: Hparams) -> str | None:
 def combine(name: str, parts: list[Part], hparams: Hparams, pairs: list[LoraPair]) -> list[str]:
     """Make one pair of all ``parts`` of a tensor and add it to ``pairs``; return what is wrong with it."""
     try:
-        pair = joined(name, parts, base_shape(name, hparams), hparams)
+        pair = joined(name, parts, base_shape(name, hparams), hparams.get("expert_count"))
     except MismatchError as error:
         return [f"{name}: {error}"]
     error = misfit(name, pair.shape, hparams)
     if not error:
         pairs.append(pair)
     return [error] if error else []
-
-
-def joined(name: str, parts: list[Part], shape: tuple[int, ...] | None, hparams: Hparams) -> LoraPair:
-    """One pair of all parts: experts stacked, absent ones zero; rows of a fused tensor side by side, ranks added."""
-    piece, pair = parts[0]
-    sources = tuple(dict.fromkeys(source for _, part in parts for source in part.sources))
-    if piece.slot is not None:
-        return stacked(name, parts, sources, shape[0] if shape and len(shape) == 3 else hparams.get("expert_count"))
-    if piece.offset is None and len(parts) == 1:
-        return pair
-    if shape is None or any(other.offset is None for other, _ in parts):
-        raise MismatchError("two modules claim it")
-    return fused(name, parts, sources, shape)
 
 
 def base_shape(name: str, hparams: Hparams) -> tuple[int, ...] | None:

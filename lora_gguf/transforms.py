@@ -14,9 +14,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lora_gguf.errors import MismatchError
-from lora_gguf.lora import LoraPair, Piece
-
 Dims = Callable[[str], int]
 Op = Callable[[np.ndarray, Dims], np.ndarray]
 
@@ -166,46 +163,3 @@ def falcon_h1_in_proj(n: int, dims: Dims) -> np.ndarray:
         raise ValueError(f"expected more than {sum(sizes)} rows, found {n}")
     factors = [dims(f"config.ssm_multipliers.{i}") for i in range(5)]
     return dims("config.ssm_in_multiplier") * np.repeat(factors, [*sizes, n - sum(sizes)])
-
-
-def stacked(name: str, parts: list[tuple[Piece, LoraPair]], sources: tuple[str, ...], n: int | None) -> LoraPair:
-    """Experts' pairs as one, (E, r, in) and (E, out, r); smaller ranks are padded with zeros."""
-    slots = [piece.slot for piece, _ in parts]
-    n = n or max(slots) + 1
-    if len(set(slots)) != len(slots) or max(slots) >= n:
-        raise MismatchError(f"expected experts 0 to {n - 1}, each once, found {max(slots)} and {len(slots)} in all")
-    shapes = {pair.shape for _, pair in parts}
-    if len(shapes) > 1:
-        raise MismatchError(f"its experts differ in shape: {sorted(shapes)}")
-    rank, (n_out, n_in) = max(pair.rank for _, pair in parts), parts[0][1].shape
-    scale = common_scale(parts)
-    a, b = np.zeros((n, rank, n_in), np.float32), np.zeros((n, n_out, rank), np.float32)
-    for piece, pair in parts:
-        a[piece.slot, : pair.rank] = pair.a
-        b[piece.slot, :, : pair.rank] = under_scale(pair, scale)
-    return LoraPair(name, a, b, scale, sources)
-
-
-def fused(name: str, parts: list[tuple[Piece, LoraPair]], sources: tuple[str, ...], shape: tuple[int, ...]) -> LoraPair:
-    """Pairs of some rows each as one of all rows: A one below the other, B block by block."""
-    scale, rank = common_scale(parts), sum(pair.rank for _, pair in parts)
-    a = np.concatenate([pair.a for _, pair in parts], axis=-2)
-    b, column = np.zeros((*shape[:-1], rank), np.float32), 0
-    for piece, pair in parts:
-        first = piece.offset or 0
-        rows = slice(first, first + pair.b.shape[-2])
-        if rows.stop > shape[-2] or pair.b.shape[:-2] != shape[:-2]:
-            raise MismatchError(f"expected parts of {shape}, found {pair.shape} at row {first}")
-        b[..., rows, column : column + pair.rank] = under_scale(pair, scale)
-        column += pair.rank
-    return LoraPair(name, a, b, scale, sources)
-
-
-def common_scale(parts: list[tuple[Piece, LoraPair]]) -> float:
-    """The first scale that is not zero."""
-    return next((pair.scale for _, pair in parts if pair.scale), 1.0)
-
-
-def under_scale(pair: LoraPair, scale: float) -> np.ndarray:
-    """The B of ``pair`` for another scale."""
-    return pair.b if pair.scale == scale else (pair.b * np.float64(pair.scale / scale)).astype(np.float32)

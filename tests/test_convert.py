@@ -14,9 +14,10 @@ from lora_gguf.gguf_reader import GgufReader
 from lora_gguf.hparams import from_config
 from lora_gguf.lora import read_adapter_gguf
 from tests import tiny
-from tests.common import smollm2_path
+from tests.common import FIXTURES, smollm2_path
 from tests.test_adapter import directory, tensors
 
+KINDS = FIXTURES / "kinds"
 DECODERS = [name for name in tiny.NAMES if name != "bert"]
 # llama.cpp's GELU is a table in F16
 TOLERANCE = dict.fromkeys(("bloom", "falcon", "gpt2", "gptneox", "starcoder2", "gemma", "gemma2", "gemma3"), 5e-3)
@@ -119,3 +120,38 @@ def test_scales_of_all_modules_survive_one_alpha(tmp_path):
     assert {pair.scale for pair in placement.pairs} == {3.0, 1.5, 0.75}
     for before, after in zip(placement.pairs, read_adapter_gguf(tmp_path / "a.gguf")[0], strict=True):
         np.testing.assert_allclose(after.delta(), before.delta(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dora", "dora-fused", "oft", "boft"])
+def test_what_is_not_low_rank_at_a_stated_rank(tmp_path, kind):
+    """At full rank the approximation is exact; at a lower one its error is the one that it states."""
+    name = (KINDS / kind / "base").read_text()
+    base = tiny.base_gguf(tmp_path, name)
+    model = from_config(tiny.config_of(name))
+    weights = tiny.tensors_of(name, model)
+    wanted = {key: array - weights[key] for key, array in tiny.tensors_from(KINDS / kind / "merged.safetensors", model).items()}
+    with pytest.raises(UnsupportedError, match="--rank"):
+        convert(KINDS / kind, tmp_path / "a.gguf", base)
+    for rank in (32, 5):
+        placement = convert(KINDS / kind, tmp_path / "a.gguf", base, rank=rank, force=True)
+        for pair in read_adapter_gguf(tmp_path / "a.gguf")[0]:
+            error = np.linalg.norm(pair.delta() - wanted[pair.name]) / np.linalg.norm(wanted[pair.name])
+            assert pair.rank == min(rank, *pair.shape) and abs(error - placement.approximations[pair.name]) < 1e-5
+            assert (error < 1e-5) == (rank == 32)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "vera", "adalora", "embedding", "rslora-patterns"])
+def test_what_is_low_rank_after_all_is_exact(tmp_path, kind):
+    name = (KINDS / kind / "base").read_text()
+    convert(KINDS / kind, tmp_path / "a.gguf", tiny.base_gguf(tmp_path, name))
+    model = from_config(tiny.config_of(name))
+    base, merged = tiny.tensors_of(name, model), tiny.tensors_from(KINDS / kind / "merged.safetensors", model)
+    for pair in read_adapter_gguf(tmp_path / "a.gguf")[0]:
+        np.testing.assert_allclose(base[pair.name] + pair.delta(), merged[pair.name], atol=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["whole", "lora-bias", "norms", "bias-all", "ia3"])
+def test_vectors_are_refused_with_any_rank(tmp_path, kind):
+    name = (KINDS / kind / "base").read_text()
+    with pytest.raises(UnsupportedError, match="merge it into the base"):
+        convert(KINDS / kind, tmp_path / "a.gguf", tiny.base_gguf(tmp_path, name), rank=8)
