@@ -20,7 +20,6 @@ UP = np.array([-1, 0, 1], np.float32) + SHIFT
 DOWN = np.array([-1, 0, 1], np.float32) - SHIFT
 NEGLIGIBLE_S, NEGLIGIBLE_M = np.float32(1e-12), np.float32(1e-7)
 LEAST = np.float32(-np.finfo(np.float32).max)
-LANES = 24  # at least 17, the number of lower boundaries among 16 weights
 FUDGE_S, FUDGE_M = np.float32(1.125), np.float32(1.1125)
 
 
@@ -59,9 +58,9 @@ def _weigh(x, importance, variance, w):
 def _sort(x, order):
     """``order`` such that x[order] ascends, equals in their order."""
     for j in range(len(x)):
-        rank = 0
+        rank = np.int32(0)
         for i in range(len(x)):
-            rank += x[i] < x[j] or (x[i] == x[j] and i < j)
+            rank += np.int32((x[i] < x[j]) | ((x[i] == x[j]) & (i < j)))
         order[rank] = j
 
 
@@ -124,37 +123,37 @@ def _project(x, w, levels, q, factor, qx, qq):
 
 
 @kernel
-def _score_row(cx, cw, q, i1, qx, qq):
-    """Σ w q x and Σ w q q of all splits with the lower boundary ``i1``, from cumulative sums of w x and of w."""
-    n = len(cx) - 1
-    for i2 in range(i1, n + 1):
-        qx[i2] = cx[i1] * q[0] + (cx[i2] - cx[i1]) * q[1] + (cx[n] - cx[i2]) * q[2]
-        qq[i2] = cw[i1] * q[0] * q[0] + (cw[i2] - cw[i1]) * q[1] * q[1] + (cw[n] - cw[i2]) * q[2] * q[2]
-
-
-@kernel
 def _better(qx, qq, best):
-    return qq > 0 and qx * qx > best * qq
+    return (qq > 0) & (qx * qx > best * qq)
 
 
 @kernel
-def _best_split_s(x, w, order, c, sums):
-    """The scale, the boundaries and the shift's sign of the best split of 32 weights. A row of splits is looked at one
-    by one only if some split in it beats the best so far."""
-    c[0, 0] = c[1, 0] = 0
+def _score(c, q, i1, i2):
+    """Σ w q x and Σ w q q of a split of 32 weights, from the cumulative sums of w x and of w."""
+    qx = c[0, i1] * q[0] + (c[0, i2] - c[0, i1]) * q[1] + (c[0, 32] - c[0, i2]) * q[2]
+    qq = c[1, i1] * q[0] * q[0] + (c[1, i2] - c[1, i1]) * q[1] * q[1] + (c[1, 32] - c[1, i2]) * q[2] * q[2]
+    return qx, qq
+
+
+@kernel
+def _best_split_s(x, w, order, c):
+    """The scale, the boundaries and the shift's sign of the best split of 32 weights, the first in the order of the
+    boundaries if there are several. A row of splits is taken one by one only where one of it beats the best so far."""
+    for j in range(40):
+        c[0, j] = c[1, j] = 0
     for j in range(32):
         c[0, j + 1] = c[0, j] + w[order[j]] * x[order[j]]
         c[1, j + 1] = c[1, j] + w[order[j]]
     scale, best, low, high, sign = np.float32(0), LEAST, 0, 0, 1
     for i1 in range(33):
-        _score_row(c[0], c[1], UP, i1, sums[0], sums[1])
-        _score_row(c[0], c[1], DOWN, i1, sums[2], sums[3])
-        hits = 0
-        for i2 in range(i1, 33):
-            hits += _better(sums[0, i2], sums[1, i2], best) or _better(sums[2, i2], sums[3, i2], best)
+        hits = np.int32(0)
+        for i2 in range(40):
+            ux, uq = _score(c, UP, i1, i2)
+            dx, dq = _score(c, DOWN, i1, i2)
+            hits += np.int32((_better(ux, uq, best) | _better(dx, dq, best)) & (i2 >= i1) & (i2 <= 32))
         for i2 in range(i1, 33 if hits else 0):
             for s in range(2):
-                qx, qq = sums[2 * s, i2], sums[2 * s + 1, i2]
+                qx, qq = _score(c, DOWN, i1, i2) if s else _score(c, UP, i1, i2)
                 if _better(qx, qq, best):
                     scale = qx / qq
                     best, low, high, sign = scale * qx, i1, i2, 1 - 2 * s
@@ -162,46 +161,47 @@ def _best_split_s(x, w, order, c, sums):
 
 
 @kernel
-def _score_splits(x, w, order, terms, starts, scores):
-    """Σ w q x and Σ w q q of all splits of 16 weights, to ``scores`` (higher boundary, sum, lower boundary).
+def _plus(a, b):
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7]
 
-    Sums 0 to 3 are Σ w q x with the shifts of the two halves up up, up down, down up, down down; 4 to 7 are Σ w q q.
-    ``terms`` (level, sum, place in the order) are their terms, ``starts`` the sums up to the higher boundary.
-    """
+
+@kernel
+def _terms(x, w, order, terms):
+    """The terms w q x, in columns 0 to 3, and w q q, in 4 to 7, of 16 sorted weights at each of the three levels; the
+    columns are for the shifts of the two halves of the group: up up, up down, down up, down down."""
     for j in range(16):
         i = order[j]
         for level in range(3):
             for k in range(4):
                 down = k // 2 if i < 8 else k % 2
                 q = DOWN[level] if down else UP[level]
-                terms[level, k, j] = w[i] * q * x[i]
-                terms[level, k + 4, j] = w[i] * q * q
-    for s in range(8):
-        lower = np.float32(0)
-        for i2 in range(17):
-            if i2 > 0:
-                for i1 in range(LANES):
-                    starts[i1] += terms[1, s, i2 - 1]
-                lower += terms[0, s, i2 - 1]
-            starts[i2] = lower
-            for i1 in range(LANES):
-                scores[i2, s, i1] = starts[i1]
-            for j in range(i2, 16):
-                for i1 in range(LANES):
-                    scores[i2, s, i1] += terms[2, s, j]
+                terms[16 * level + j, k] = w[i] * q * x[i]
+                terms[16 * level + j, k + 4] = w[i] * q * q
 
 
 @kernel
-def _best_split_m(scores):
-    """The scale, the boundaries and the shifts (0 to 3, as above) of the best split of 16 weights."""
+def _best_split_m(terms):
+    """The scale, the boundaries and the shifts (0 to 3, as above) of the best split of 16 weights.
+
+    Tuples, not arrays, hold the eight sums: those below the lower boundary, below the higher one, and of all.
+    """
     scale, best, low, high, shifts = np.float32(0), LEAST, 0, 0, 0
+    zero = np.float32(0)
+    lower = (zero, zero, zero, zero, zero, zero, zero, zero)
     for i1 in range(17):
+        middle = lower
         for i2 in range(i1, 17):
+            sums = middle
+            for j in range(32 + i2, 48):
+                sums = _plus(sums, _eight(terms[j], 0))
             for k in range(4):
-                qx, qq = scores[i2, k, i1], scores[i2, k + 4, i1]
-                if _better(qx, qq, best):
-                    scale = qx / qq
-                    best, low, high, shifts = scale * qx, i1, i2, k
+                if _better(sums[k], sums[k + 4], best):
+                    scale = sums[k] / sums[k + 4]
+                    best, low, high, shifts = scale * sums[k], i1, i2, k
+            if i2 < 16:
+                middle = _plus(middle, _eight(terms[16 + i2], 0))
+        if i1 < 16:
+            lower = _plus(lower, _eight(terms[i1], 0))
     return scale, low, high, shifts
 
 
@@ -210,7 +210,7 @@ def _search_s(weights, importance, lattice, d, scales, minus, vectors):
     """The fields of all IQ1_S blocks: d (f16), scales (blocks, 8), minus and vectors (blocks, 32)."""
     n_cols, points, neighbours = weights.shape[1], lattice.points, lattice.neighbours
     w, order, levels, errors = np.empty(32, np.float32), np.empty(32, np.int64), np.empty(32, np.int64), np.empty(512, np.float32)
-    c, sums, raw = np.empty((2, 33), np.float32), np.empty((4, 33), np.float32), np.empty(8, np.float32)
+    c, raw = np.empty((2, 40), np.float32), np.empty(8, np.float32)
     for i in range(len(d)):
         variance, largest = _twice_mean_square(weights.reshape(-1, 256)[i]), np.float32(0)
         for g in range(8):
@@ -219,7 +219,7 @@ def _search_s(weights, importance, lattice, d, scales, minus, vectors):
             if _weigh(x, importance[column : column + 32], variance, w) < NEGLIGIBLE_S:
                 continue
             _sort(x, order)
-            scale, low, high, sign = _best_split_s(x, w, order, c, sums)
+            scale, low, high, sign = _best_split_s(x, w, order, c)
             _split_levels(order, low, high, scale < 0, levels)
             sign, scale, moved = (-sign if scale < 0 else sign), abs(scale), False
             for k in range(4):
@@ -252,8 +252,7 @@ def _search_m(weights, importance, lattice, d, scales, minus, vectors):
     """The fields of all IQ1_M blocks: d (f16), scales (blocks, 16), minus and vectors (blocks, 32)."""
     n_cols, points, neighbours = weights.shape[1], lattice.points, lattice.neighbours
     w, order, levels, errors = np.empty(16, np.float32), np.empty(16, np.int64), np.empty(256, np.int64), np.empty(512, np.float32)
-    terms, starts, scores = np.empty((3, 8, 16), np.float32), np.empty(LANES, np.float32), np.empty((17, 8, LANES), np.float32)
-    raw = np.empty(16, np.float32)
+    terms, raw = np.empty((48, 8), np.float32), np.empty(16, np.float32)
     for i in range(len(d)):
         block, first = weights.reshape(-1, 256)[i], 256 * i % n_cols
         variance, largest = _twice_mean_square(block), np.float32(0)
@@ -264,8 +263,8 @@ def _search_m(weights, importance, lattice, d, scales, minus, vectors):
                 group_levels[:] = 0
                 continue
             _sort(x, order)
-            _score_splits(x, w, order, terms, starts, scores)
-            scale, low, high, shifts = _best_split_m(scores)
+            _terms(x, w, order, terms)
+            scale, low, high, shifts = _best_split_m(terms)
             _split_levels(order, low, high, scale < 0, group_levels)
             shifts, scale, moved, qx, qq = (3 - shifts if scale < 0 else shifts), abs(scale), False, np.float32(0), np.float32(0)
             for k in range(2):
