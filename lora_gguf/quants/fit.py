@@ -1,9 +1,10 @@
 """ggml's searches for the scale of a group of weights, bit for bit.
 
 A search tries several scales for each group and keeps the one with the least weighted error. Here 64 groups are
-searched side by side, one a lane: element j of lane v stands at ``[j, v]`` and what is known of lane v at
-``state[NAME, v]``, so that the inner loops run over lanes and vectorise, while each lane adds in ggml's order.
-Comparisons with NaN are false, as in C, so a lane without a fit keeps what it has.
+searched side by side, one a lane: what is known of lane v stands in ``s[NAME, v]`` and its element j in
+``s[NAME + j, v]``, so that the inner loops run over lanes and vectorise, while each lane adds in ggml's order. One array
+holds it all, which spares the compiled code the checks whether arrays overlap. Comparisons with NaN are false, as in C,
+so a lane without a fit keeps what it has.
 
 In all of them x and w (groups, n) are f32 weights and their importance, ``numerators`` f32 the tries: a scale is the
 group's range, or extreme, divided by a numerator; codes (groups, n) and scales (groups,) are written.
@@ -57,18 +58,18 @@ def _gather(groups, first, lanes):
 
 
 @kernel
-def _scatter(lanes, first, groups):
-    for v in range(min(LANES, len(groups) - first)):
-        group = groups[first + v]
+def _scatter(s, first, codes):
+    for v in range(min(LANES, len(codes) - first)):
+        group = codes[first + v]
         for j in range(group.size):
-            group[j] = np.int32(lanes[j, v])
+            group[j] = np.int32(s[LEVELS + j, v])
 
 
 # Rows of the state: of every search; of ``fit_affine``; of the others, where sums and extremes have two rows each.
 BEST, SCALE, INVERSE, KEPT = range(4)
 LOW, HIGH, SUM_W, SUM_X, SUM_L, SUM_L2, SUM_XL, NEW_SCALE, NEW_LOW, KEPT_LOW = range(4, 14)
 EXPLAINED, NORM, EXTREME, MAGNITUDE, ERROR, MOVES = 4, 5, 8, 9, 12, 13
-N_ROWS = 14
+X, W, LEVELS, N_ROWS = 14, 46, 78, 110  # the rows of the at most 32 weights, their importance and their levels
 
 
 @kernel
@@ -79,53 +80,51 @@ def fit_affine(x, w, numerators, absolute, scales, minima, codes):
     found, if its error, ``absolute`` or squared, is the least so far; the fit's minimum then stands for the lowest
     weight. The first try is no fit: its scale counts as it is.
     """
-    n = x.shape[1]
-    scratch = np.empty((3 * n + N_ROWS, LANES), np.float32)
-    xs, ws, levels, state = scratch[:n], scratch[n : 2 * n], scratch[2 * n : 3 * n], scratch[3 * n :]
+    s, n = np.empty((N_ROWS, LANES), np.float32), x.shape[1]
     highest = np.int32(numerators[0])
     for first in range(0, len(x), LANES):
-        _gather(x, first, xs)
-        _gather(w, first, ws)
-        _affine_start(xs, ws, state)
+        _gather(x, first, s[X:])
+        _gather(w, first, s[W:])
+        _affine_start(s, n)
         for k in range(len(numerators)):
-            _affine_round(xs, ws, numerators[k], highest, levels, state)
-            _affine_solve(state, k == 0)
-            _affine_keep(xs, ws, levels, absolute, state, k == 0)
+            _affine_round(s, n, numerators[k], highest)
+            _affine_solve(s, k == 0)
+            _affine_keep(s, n, absolute, k == 0)
         for j in range(n):
             for v in range(LANES):
-                levels[j, v] = _level(state[KEPT, v] * (xs[j, v] - state[KEPT_LOW, v]), np.int32(0), highest)
-        _scatter(levels, first, codes)
+                s[LEVELS + j, v] = _level(s[KEPT, v] * (s[X + j, v] - s[KEPT_LOW, v]), np.int32(0), highest)
+        _scatter(s, first, codes)
         for v in range(min(LANES, len(x) - first)):
-            scales[first + v], minima[first + v] = state[SCALE, v], -state[LOW, v]
+            scales[first + v], minima[first + v] = s[SCALE, v], -s[LOW, v]
 
 
 @kernel
-def _affine_start(x, w, s):
+def _affine_start(s, n):
     for v in range(LANES):
-        s[LOW, v], s[HIGH, v], s[SUM_W, v], s[SUM_X, v] = x[0, v], x[0, v], w[0, v], w[0, v] * x[0, v]
-    for j in range(1, len(x)):
+        s[LOW, v], s[HIGH, v], s[SUM_W, v], s[SUM_X, v] = s[X, v], s[X, v], s[W, v], s[W, v] * s[X, v]
+    for j in range(1, n):
         for v in range(LANES):
-            s[LOW, v] = x[j, v] if x[j, v] < s[LOW, v] else s[LOW, v]
-            s[HIGH, v] = x[j, v] if x[j, v] > s[HIGH, v] else s[HIGH, v]
-            s[SUM_W, v] += w[j, v]
-            s[SUM_X, v] += w[j, v] * x[j, v]
+            s[LOW, v] = s[X + j, v] if s[X + j, v] < s[LOW, v] else s[LOW, v]
+            s[HIGH, v] = s[X + j, v] if s[X + j, v] > s[HIGH, v] else s[HIGH, v]
+            s[SUM_W, v] += s[W + j, v]
+            s[SUM_X, v] += s[W + j, v] * s[X + j, v]
     for v in range(LANES):
         s[LOW, v] = F0 if s[LOW, v] > F0 else s[LOW, v]
 
 
 @kernel
-def _affine_round(x, w, numerator, highest, levels, s):
+def _affine_round(s, n, numerator, highest):
     for v in range(LANES):
         s[INVERSE, v] = numerator / (s[HIGH, v] - s[LOW, v])
         s[SUM_L, v], s[SUM_L2, v], s[SUM_XL, v] = F0, F0, F0
-    for j in range(len(x)):
+    for j in range(n):
         for v in range(LANES):
-            level = _level(s[INVERSE, v] * (x[j, v] - s[LOW, v]), np.int32(0), highest)
-            wl = w[j, v] * level
-            levels[j, v] = level
+            level = _level(s[INVERSE, v] * (s[X + j, v] - s[LOW, v]), np.int32(0), highest)
+            wl = s[W + j, v] * level
+            s[LEVELS + j, v] = level
             s[SUM_L, v] += wl
             s[SUM_L2, v] += wl * level
-            s[SUM_XL, v] += wl * x[j, v]
+            s[SUM_XL, v] += wl * s[X + j, v]
 
 
 @kernel
@@ -141,13 +140,13 @@ def _affine_solve(s, is_first):
 
 
 @kernel
-def _affine_keep(x, w, levels, absolute, s, is_first):
+def _affine_keep(s, n, absolute, is_first):
     error = s[SUM_L]
     error[:] = F0
-    for j in range(len(x)):
+    for j in range(n):
         for v in range(LANES):
-            difference = s[NEW_SCALE, v] * levels[j, v] + s[NEW_LOW, v] - x[j, v]
-            error[v] += w[j, v] * (abs(difference) if absolute else difference * difference)
+            difference = s[NEW_SCALE, v] * s[LEVELS + j, v] + s[NEW_LOW, v] - s[X + j, v]
+            error[v] += s[W + j, v] * (abs(difference) if absolute else difference * difference)
     for v in range(LANES):
         better = (error[v] < s[BEST, v]) | is_first
         s[BEST, v] = error[v] if better else s[BEST, v]
@@ -165,44 +164,40 @@ def fit_symmetric(x, w, numerators, scales, codes):
     the weighted least squares fit to the codes found if it explains the most so far. A group below 1e-15 is all zero:
     its scale and codes are 0.
     """
-    n = x.shape[1]
-    scratch = np.empty((3 * n + N_ROWS, LANES), np.float32)
-    xs, ws, levels, state = scratch[:n], scratch[n : 2 * n], scratch[2 * n : 3 * n], scratch[3 * n :]
+    s, n = np.empty((N_ROWS, LANES), np.float32), x.shape[1]
     lowest, highest = np.int32(numerators[0]), np.int32(-numerators[0] - 1)
     for first in range(0, len(x), LANES):
-        _gather(x, first, xs)
-        _gather(w, first, ws)
-        _find_extremes(xs, state)
+        _gather(x, first, s[X:])
+        _gather(w, first, s[W:])
+        _find_extremes(s, n)
         for k in range(len(numerators)):
             for v in range(LANES):
-                state[INVERSE, v] = numerators[k] / state[EXTREME, v]
-            _round(xs, ws, lowest, highest, False, levels, state)
-            _keep_if_better(state, k == 0)
-        state[INVERSE] = state[KEPT]
-        _round(xs, ws, lowest, highest, False, levels, state)
-        _write_symmetric(levels, first, lowest, state[SCALE], state[MAGNITUDE], scales, codes)
+                s[INVERSE, v] = numerators[k] / s[EXTREME, v]
+            _round(s, n, lowest, highest, False)
+            _keep_if_better(s, k == 0)
+        s[INVERSE] = s[KEPT]
+        _round(s, n, lowest, highest, False)
+        _write_symmetric(s, first, lowest, scales, codes)
 
 
 @kernel
 def fit_by_descent(x, scales, codes):
     """weight = scale * (code - 4), codes 0 to 7, importance x**2: each code in turn moves to where it explains more."""
-    n = x.shape[1]
-    scratch = np.empty((3 * n + N_ROWS, LANES), np.float32)
-    xs, ws, levels, state = scratch[:n], scratch[n : 2 * n], scratch[2 * n : 3 * n], scratch[3 * n :]
+    s, n = np.empty((N_ROWS, LANES), np.float32), x.shape[1]
     lowest, highest = np.int32(-4), np.int32(3)
     for first in range(0, len(x), LANES):
-        _gather(x, first, xs)
-        _find_extremes(xs, state)
+        _gather(x, first, s[X:])
+        _find_extremes(s, n)
         for v in range(LANES):
-            state[INVERSE, v] = np.float32(-4) / state[EXTREME, v]
+            s[INVERSE, v] = np.float32(-4) / s[EXTREME, v]
         for j in range(n):
             for v in range(LANES):
-                ws[j, v] = xs[j, v] * xs[j, v]
-        _round(xs, ws, lowest, highest, False, levels, state)
-        _descend(xs, ws, lowest, highest, False, levels, state)
+                s[W + j, v] = s[X + j, v] * s[X + j, v]
+        _round(s, n, lowest, highest, False)
+        _descend(s, n, lowest, highest, False)
         for v in range(LANES):
-            state[SCALE, v] = state[EXPLAINED, v] / state[NORM, v]
-        _write_symmetric(levels, first, lowest, state[SCALE], state[MAGNITUDE], scales, codes)
+            s[SCALE, v] = s[EXPLAINED, v] / s[NORM, v]
+        _write_symmetric(s, first, lowest, scales, codes)
 
 
 @kernel
@@ -212,54 +207,52 @@ def fit_positive(x, w, numerators, scales, codes):
     The best of the tries by squared error, then each code in turn moves to where it explains more. Codes are kept as
     bytes; a negative one, which only a negative weight brings about, wraps around.
     """
-    n = x.shape[1]
-    scratch = np.empty((3 * n + N_ROWS, LANES), np.float32)
-    xs, ws, levels, state = scratch[:n], scratch[n : 2 * n], scratch[2 * n : 3 * n], scratch[3 * n :]
+    s, n = np.empty((N_ROWS, LANES), np.float32), x.shape[1]
     highest = np.int32(numerators[0])
     for first in range(0, len(x), LANES):
-        _gather(x, first, xs)
-        _gather(w, first, ws)
-        state[EXTREME] = F0
+        _gather(x, first, s[X:])
+        _gather(w, first, s[W:])
+        s[EXTREME] = F0
         for j in range(n):
             for v in range(LANES):
-                state[EXTREME, v] = state[EXTREME, v] if state[EXTREME, v] > xs[j, v] else xs[j, v]
+                s[EXTREME, v] = s[EXTREME, v] if s[EXTREME, v] > s[X + j, v] else s[X + j, v]
         for k in range(len(numerators)):
-            _positive_try(xs, ws, numerators[k], highest, state, k == 0)
-        state[INVERSE] = state[KEPT]
-        _round(xs, ws, _NO_LIMIT, highest, True, levels, state)
-        _descend(xs, ws, _NO_LIMIT, highest, True, levels, state)
+            _positive_try(s, n, numerators[k], highest, k == 0)
+        s[INVERSE] = s[KEPT]
+        _round(s, n, _NO_LIMIT, highest, True)
+        _descend(s, n, _NO_LIMIT, highest, True)
         for v in range(min(LANES, len(x) - first)):
-            is_zero = state[EXTREME, v] < _TINY
-            scale = state[EXPLAINED, v] / state[NORM, v] if state[NORM, v] > F0 else F0
+            is_zero = s[EXTREME, v] < _TINY
+            scale = s[EXPLAINED, v] / s[NORM, v] if s[NORM, v] > F0 else F0
             scales[first + v] = F0 if is_zero else scale
             for j in range(n):
-                codes[first + v, j] = 0 if is_zero else np.int32(levels[j, v])
+                codes[first + v, j] = 0 if is_zero else np.int32(s[LEVELS + j, v])
 
 
 @kernel
-def _find_extremes(x, s):
+def _find_extremes(s, n):
     """n is even: the extremes go back and forth between two pairs of rows; a masked store would stall the next load."""
     s[EXTREME] = F0
     s[MAGNITUDE] = F0
-    for j in range(len(x)):
+    for j in range(n):
         now, after = 2 * (j & 1), 2 - 2 * (j & 1)
         for v in range(LANES):
-            magnitude, largest = abs(x[j, v]), s[MAGNITUDE + now, v]
+            magnitude, largest = abs(s[X + j, v]), s[MAGNITUDE + now, v]
             is_larger = magnitude > largest
-            s[EXTREME + after, v] = x[j, v] if is_larger else s[EXTREME + now, v]
+            s[EXTREME + after, v] = s[X + j, v] if is_larger else s[EXTREME + now, v]
             s[MAGNITUDE + after, v] = magnitude if is_larger else largest
 
 
 @kernel
-def _round(x, w, lowest, highest, are_bytes, levels, s):
+def _round(s, n, lowest, highest, are_bytes):
     s[EXPLAINED] = F0
     s[NORM] = F0
-    for j in range(len(x)):
+    for j in range(n):
         for v in range(LANES):
-            level = _level(s[INVERSE, v] * x[j, v], lowest, highest)
-            levels[j, v] = _byte(level) if are_bytes else level
-            s[EXPLAINED, v] += w[j, v] * x[j, v] * level
-            s[NORM, v] += w[j, v] * level * level
+            level = _level(s[INVERSE, v] * s[X + j, v], lowest, highest)
+            s[LEVELS + j, v] = _byte(level) if are_bytes else level
+            s[EXPLAINED, v] += s[W + j, v] * s[X + j, v] * level
+            s[NORM, v] += s[W + j, v] * level * level
 
 
 @kernel
@@ -279,16 +272,16 @@ def _keep_if_better(s, is_first):
 
 
 @kernel
-def _positive_try(x, w, numerator, highest, s, is_first):
+def _positive_try(s, n, numerator, highest, is_first):
     for v in range(LANES):
         s[INVERSE, v] = numerator / s[EXTREME, v]
         s[SCALE, v] = F1 / s[INVERSE, v]
         s[ERROR, v] = F0
-    for j in range(len(x)):
+    for j in range(n):
         for v in range(LANES):
-            level = _level(s[INVERSE, v] * x[j, v], _NO_LIMIT, highest)
-            difference = x[j, v] - s[SCALE, v] * (_byte(level) if is_first else level)
-            s[ERROR, v] += w[j, v] * difference * difference
+            level = _level(s[INVERSE, v] * s[X + j, v], _NO_LIMIT, highest)
+            difference = s[X + j, v] - s[SCALE, v] * (_byte(level) if is_first else level)
+            s[ERROR, v] += s[W + j, v] * difference * difference
     for v in range(LANES):
         better = (s[ERROR, v] < s[BEST, v]) | is_first
         s[BEST, v] = s[ERROR, v] if better else s[BEST, v]
@@ -296,21 +289,21 @@ def _positive_try(x, w, numerator, highest, s, is_first):
 
 
 @kernel
-def _descend(x, w, lowest, highest, are_bytes, levels, s):
+def _descend(s, n, lowest, highest, are_bytes):
     for _ in range(5):
         s[MOVES] = F0
-        for j in range(len(x)):
+        for j in range(n):
             now, after = 2 * (j & 1), 2 - 2 * (j & 1)
             for v in range(LANES):
-                level, weight, wx = levels[j, v], w[j, v], w[j, v] * x[j, v]
+                level, weight, wx = s[LEVELS + j, v], s[W + j, v], s[W + j, v] * s[X + j, v]
                 old_explained, old_norm = s[EXPLAINED + now, v], s[NORM + now, v]
                 explained, norm = old_explained - wx * level, old_norm - weight * level * level
-                moved = _level(x[j, v] * norm / explained, lowest, highest)
+                moved = _level(s[X + j, v] * norm / explained, lowest, highest)
                 new_explained, new_norm = explained + wx * moved, norm + weight * moved * moved
                 gains = new_explained * new_explained * old_norm > old_explained * old_explained * new_norm
                 has_norm = norm > F0 if are_bytes else new_norm > F0
                 better = (explained > F0) & has_norm & (moved != level) & gains
-                levels[j, v] = (_byte(moved) if are_bytes else moved) if better else level
+                s[LEVELS + j, v] = (_byte(moved) if are_bytes else moved) if better else level
                 s[EXPLAINED + after, v] = new_explained if better else old_explained
                 s[NORM + after, v] = new_norm if better else old_norm
                 s[MOVES, v] += F1 if better else F0
@@ -319,12 +312,12 @@ def _descend(x, w, lowest, highest, are_bytes, levels, s):
 
 
 @kernel
-def _write_symmetric(levels, first, lowest, scale, magnitude, scales, codes):
+def _write_symmetric(s, first, lowest, scales, codes):
     for v in range(min(LANES, len(codes) - first)):
-        is_zero, group = magnitude[v] < _TINY, codes[first + v]
-        scales[first + v] = F0 if is_zero else scale[v]
+        is_zero, group = s[MAGNITUDE, v] < _TINY, codes[first + v]
+        scales[first + v] = F0 if is_zero else s[SCALE, v]
         for j in range(group.size):
-            group[j] = 0 if is_zero else np.int32(levels[j, v]) - lowest
+            group[j] = 0 if is_zero else np.int32(s[LEVELS + j, v]) - lowest
 
 
 @kernel
