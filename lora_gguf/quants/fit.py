@@ -2,9 +2,9 @@
 
 A search tries several scales for each group and keeps the one with the least weighted error. Here 64 groups are
 searched side by side, one a lane: what is known of lane v stands in ``s[NAME, v]`` and its element j in
-``s[NAME + j, v]``, so that the inner loops run over lanes and vectorise, while each lane adds in ggml's order. One array
-holds it all, which spares the compiled code the checks whether arrays overlap. Comparisons with NaN are false, as in C,
-so a lane without a fit keeps what it has.
+``s[NAME + j, v]``, so that the inner loops run over lanes and vectorise, while each lane adds in ggml's order. One
+array holds it all, which spares the compiled code the checks whether arrays overlap. Comparisons with NaN are false, as
+in C, so a lane without a fit keeps what it has.
 
 In all of them x and w (groups, n) are f32 weights and their importance, ``numerators`` f32 the tries: a scale is the
 group's range, or extreme, divided by a numerator; codes (groups, n) and scales (groups,) are written.
