@@ -1,0 +1,94 @@
+"""``extract`` and ``factoring``: the adapter that was merged comes back out."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from lora_gguf.errors import LoraGgufError, MismatchError, UsageError
+from lora_gguf.extract import extract
+from lora_gguf.factoring import factor
+from lora_gguf.hparams import from_config
+from lora_gguf.lora import read_adapter_gguf
+from tests import tiny
+from tests.test_convert import TOLERANCE, assert_top
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("extract")
+
+
+def files(folder, name):
+    """A base, and PEFT's merged model as a GGUF."""
+    model = from_config(tiny.config_of(name))
+    base, merged = tiny.tensors_of(name, model), tiny.tensors_of(name, model, "merged")
+    return tiny.base_gguf(folder, name), tiny.write_gguf(folder / f"{name}-tuned.gguf", name, base | merged), base, merged
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3moe", "gpt-oss"])
+def test_the_adapter_comes_back_and_runs(folder, name):
+    base, tuned, before, merged = files(folder, name)
+    out = folder / f"{name}-adapter.gguf"
+    found = extract(base, tuned, out, 8, "f32")
+    assert {tensor.name for tensor in found.tensors} == merged.keys() and not found.left_out
+    assert min(tensor.kept for tensor in found.tensors) > 0.999999
+    assert found.n_same == len(before) - len(merged)
+    for pair in read_adapter_gguf(out)[0]:
+        np.testing.assert_allclose(pair.delta(), merged[pair.name] - before[pair.name], atol=1e-5)
+    assert_top(tiny.generate(base, out), tiny.expected(name)["merged"]["top"], TOLERANCE.get(name, 1e-3))
+
+
+def test_a_rank_too_low_says_how_much_it_kept(folder):
+    base, tuned, before, merged = files(folder, "llama")
+    found = extract(base, tuned, folder / "low.gguf", 2, "f32", force=True)
+    for tensor, pair in zip(found.tensors, read_adapter_gguf(folder / "low.gguf")[0], strict=True):
+        wanted = merged[pair.name] - before[pair.name]
+        kept = 1 - np.square(wanted - pair.delta()).sum() / np.square(wanted).sum()
+        assert 0 < tensor.kept < 0.99 and abs(kept - tensor.kept) < 1e-5
+        assert abs(tensor.relative_size - np.linalg.norm(wanted) / np.linalg.norm(before[pair.name])) < 1e-5
+    assert json.loads(json.dumps(found.as_dict()))["rank"] == 2
+
+
+def test_what_has_no_place_in_an_adapter_is_named(folder):
+    base, _, before, _ = files(folder, "gemma2")
+    changed = {name: array + 0.1 for name, array in before.items() if name in ("token_embd.weight", "blk.0.attn_norm.weight", "blk.0.attn_q.weight")}
+    tuned = tiny.write_gguf(folder / "gemma-tuned.gguf", "gemma2", before | changed)
+    found = extract(base, tuned, folder / "gemma.gguf", 4)
+    assert [tensor.name for tensor in found.tensors] == ["blk.0.attn_q.weight"]
+    assert set(found.left_out) == {"token_embd.weight", "blk.0.attn_norm.weight"} and "tied" in found.left_out["token_embd.weight"]
+
+
+def test_refusals(folder):
+    base, tuned, before, _ = files(folder, "llama")
+    out = folder / "refused.gguf"
+    with pytest.raises(MismatchError, match="nothing differs"):
+        extract(base, base, out)
+    with pytest.raises(MismatchError, match="gpt2"):
+        extract(base, tiny.base_gguf(folder, "gpt2"), out)
+    with pytest.raises(UsageError, match="rank"):
+        extract(base, tuned, out, 0)
+    smaller = tiny.write_gguf(folder / "smaller.gguf", "llama", before | {"output.weight": before["output.weight"][:-1]})
+    with pytest.raises(MismatchError, match="output.weight"):
+        extract(base, smaller, out)
+    with pytest.raises(LoraGgufError, match="input"):
+        extract(base, tuned, tuned, force=True)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("shape", [(40, 300), (900, 700), (700, 900)])
+def test_factors_keep_what_the_best_ones_would(shape):
+    rng = np.random.default_rng(5)
+    matrix = (rng.standard_normal((shape[0], 10)) @ rng.standard_normal((10, shape[1])) + 0.1 * rng.standard_normal(shape)).astype(np.float32)
+    found = factor(matrix, 12)
+    best = np.square(np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[:12]).sum() / np.square(matrix.astype(np.float64)).sum()
+    left = np.square(matrix - found.b.astype(np.float64) @ found.a).sum() / np.square(matrix.astype(np.float64)).sum()
+    assert found.a.shape == (12, shape[1]) and found.b.shape == (shape[0], 12)
+    assert abs(found.share - best) < 1e-4 and abs(1 - left - found.share) < 1e-4
+
+
+def test_factors_of_nothing():
+    found = factor(np.zeros((5, 4), np.float32), 8)
+    assert found.a.shape == (4, 4) and found.share == 1.0 and found.error == 0.0
