@@ -81,12 +81,14 @@ def _best_neighbour(neighbours, first, count, x, w, scale, shift, errors):
             level = np.int32(code >> (2 * i)) & np.int32(3)
             difference = scale * (np.float32(level - np.int32(1)) + shift) - x[i]
             error += w[i] * difference * difference
-        errors[n] = error
-    least, best = np.float32(np.inf), np.uint64(0)
+        errors[n] = np.float32(error).view(np.int32)
+    least, best = errors[0], np.int32(count)
     for n in range(count):
-        better = errors[n] < least
-        least, best = (errors[n], n) if better else (least, best)
-    return neighbours[first + best]
+        least = errors[n] if errors[n] < least else least
+    for n in range(count):
+        at = np.int32(n) if errors[n] == least else np.int32(count)
+        best = at if at < best else best
+    return neighbours[first + np.uint64(best)]
 
 
 @kernel
@@ -209,7 +211,7 @@ def _best_split_m(terms):
 def _search_s(weights, importance, lattice, d, scales, minus, vectors):
     """The fields of all IQ1_S blocks: d (f16), scales (blocks, 8), minus and vectors (blocks, 32)."""
     n_cols, points, neighbours = weights.shape[1], lattice.points, lattice.neighbours
-    w, order, levels, errors = np.empty(32, np.float32), np.empty(32, np.int64), np.empty(32, np.int64), np.empty(512, np.float32)
+    w, order, levels, errors = np.empty(32, np.float32), np.empty(32, np.int64), np.empty(32, np.int64), np.empty(512, np.int32)
     c, raw = np.empty((2, 40), np.float32), np.empty(8, np.float32)
     for i in range(len(d)):
         variance, largest = _twice_mean_square(weights.reshape(-1, 256)[i]), np.float32(0)
@@ -251,7 +253,7 @@ def _fit_d(x, importance, variance, w, minus, levels, scales):
 def _search_m(weights, importance, lattice, d, scales, minus, vectors):
     """The fields of all IQ1_M blocks: d (f16), scales (blocks, 16), minus and vectors (blocks, 32)."""
     n_cols, points, neighbours = weights.shape[1], lattice.points, lattice.neighbours
-    w, order, levels, errors = np.empty(16, np.float32), np.empty(16, np.int64), np.empty(256, np.int64), np.empty(512, np.float32)
+    w, order, levels, errors = np.empty(16, np.float32), np.empty(16, np.int64), np.empty(256, np.int64), np.empty(512, np.int32)
     terms, raw = np.empty((48, 8), np.float32), np.empty(16, np.float32)
     for i in range(len(d)):
         block, first = weights.reshape(-1, 256)[i], 256 * i % n_cols

@@ -183,12 +183,14 @@ def _best_neighbour(neighbours, first, count, m, root, scale, errors):
             level = np.int32(code >> (width * i)) & np.int32((1 << width) - 1)
             difference = scale * np.float32(np.int32(2 * level + 1)) - m[i]
             error += root[i] * difference * difference
-        errors[n] = error
-    least, best = np.float32(np.inf), np.uint64(0)
+        errors[n] = np.float32(error).view(np.int32)
+    least, best = errors[0], np.int32(count)
     for n in range(count):
-        better = errors[n] < least
-        least, best = (errors[n], n) if better else (least, best)
-    return neighbours[first + best]
+        least = errors[n] if errors[n] < least else least
+    for n in range(count):
+        at = np.int32(n) if errors[n] == least else np.int32(count)
+        best = at if at < best else best
+    return neighbours[first + np.uint64(best)]
 
 
 @kernel
@@ -276,7 +278,7 @@ def _search_blocks(weights, importance, lattice, rules, d, nibbles, signs, vecto
     """
     n_levels, dims, points, neighbours = lattice
     n_cols, group, per_group = weights.shape[1], rules.group, rules.group // dims
-    work, rounded, errors = np.empty((5, group), np.float32), np.empty(group, np.int32), np.empty(512, np.float32)
+    work, rounded, errors = np.empty((5, group), np.float32), np.empty(group, np.int32), np.empty(512, np.int32)
     trial, group_signs, scales = np.empty((2, per_group), np.uint16), np.empty(group // 8, np.uint8), np.empty(256 // group, np.float32)
     for i in range(len(d)):
         x = weights.reshape(-1, 256)[i]
