@@ -85,6 +85,10 @@ SHARED_HALVES = {"ffn_gate_shexp": (t.part(0, 2),), "ffn_up_shexp": (t.part(1, 2
 FUSED_EXPERTS = (split(r"experts\.gate_up_proj", **EXPERT_HALVES),)
 BLOCKS = tuple(t.block(i, t.q_rows, t.kv_rows, t.kv_rows) for i in range(3))
 
+# the last of two layers of a classifier; the only one has the name that the map gives
+CLASSIFIER = (Rule("classifier", (Out("cls.output"),)),)
+# q, k and v apart in Hugging Face, which the GGUF holds in one
+APART = tuple(Rule(rf"self_attn\.{part}_proj", (Out(f"attn_{part}"),)) for part in "qkv")
 LATENT = (
     Rule(
         "kv_b_proj",
@@ -136,6 +140,11 @@ def packed(pattern: str, tensor: str, transpose: bool = False) -> Rule:
     return Rule(pattern, (Out(tensor, slots="expert_count", transpose=transpose),))
 
 
+# architecture of a class, a number in config.json -> the architecture if that number is there and not 0
+VARIANTS = {
+    ("nemotron_h", "num_experts_per_tok"): "nemotron_h_moe",
+    ("nomic-bert", "moe_every_n_layers"): "nomic-bert-moe",
+}
 # GGUF's general.architecture -> its row
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(
@@ -291,7 +300,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "deepseek2-ocr": Architecture(("DeepseekOCRForCausalLM",)),
     "glm-dsa": Architecture(("GlmMoeDsaForCausalLM",), LATENT, LATENT_IGNORED),
-    "kimi-linear": Architecture(("KimiLinearForCausalLM", "KimiLinearModel"), LATENT, ALL_ATTENTION_IGNORED),
+    "kimi-linear": Architecture(
+        ("KimiLinearForCausalLM", "KimiLinearModel"),
+        (*LATENT, Rule(r"forget_gate\.f_a_proj", (Out("ssm_f_a"),)), Rule(r"forget_gate\.f_b_proj", (Out("ssm_f_b"),))),
+        ALL_ATTENTION_IGNORED,
+    ),
     "chatglm": Architecture(
         ("GlmForCausalLM", "ChatGLMModel", "ChatGLMForConditionalGeneration"),
     ),
@@ -323,21 +336,24 @@ ARCHITECTURES: dict[str, Architecture] = {
             "RobertaForSequenceClassification", "XLMRobertaModel", "XLMRobertaForSequenceClassification",
             "DistilBertModel", "DistilBertForMaskedLM", "DistilBertForSequenceClassification",
         ),
-        (),
+        CLASSIFIER,
         r"^cls\.|^position_embd|^token_types",
         headless=True,
     ),
-    "nomic-bert": Architecture(("NomicBertModel",), (), r"^cls\.|^token_types", headless=True),
+    "nomic-bert": Architecture(("NomicBertModel",), APART, r"^cls\.|^token_types", headless=True),
     "nomic-bert-moe": Architecture(
         (),
         (
             packed(r"mlp\.experts\.mlp\.w1", "ffn_up_exps"),
             packed(r"mlp\.experts\.mlp\.w2", "ffn_down_exps", transpose=True),
+            *APART,
         ),
         r"^cls\.|^token_types",
         headless=True,
     ),
-    "modern-bert": Architecture(("ModernBertModel", "ModernBertForMaskedLM", "ModernBertForSequenceClassification"), headless=True),
+    "modern-bert": Architecture(
+        ("ModernBertModel", "ModernBertForMaskedLM", "ModernBertForSequenceClassification"), CLASSIFIER, r"^cls\.", headless=True
+    ),
     "neo-bert": Architecture(("NeoBERT", "NeoBERTLMHead", "NeoBERTForSequenceClassification"), headless=True),
     "eurobert": Architecture(("EuroBertModel",), headless=True),
     "jina-bert-v2": Architecture(("JinaBertModel", "JinaBertForMaskedLM"), headless=True),

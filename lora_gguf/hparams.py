@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from lora_gguf.architectures import ARCHITECTURES
+from lora_gguf.architectures import ARCHITECTURES, VARIANTS
 from lora_gguf.errors import MalformedError, UnsupportedError, printable
 from lora_gguf.gguf_reader import GgufReader, TensorInfo
 
@@ -160,5 +160,16 @@ def architecture_of(config: dict) -> str:
         raise MalformedError("config.json: architectures: expected the model's class, found none: give the base as a GGUF")
     for architecture, row in ARCHITECTURES.items():
         if classes[0] in row.hf:
-            return architecture
+            return variant(architecture, {**config, **text})
     raise UnsupportedError(f"config.json: {printable(classes[0], 60)} is not supported: give the base as a GGUF")
+
+
+def variant(architecture: str, config: dict) -> str:
+    """The architecture that a model of one class becomes, by its configuration."""
+    for (name, field), other in VARIANTS.items():
+        if name == architecture and config.get(field):
+            return other
+    layers = config.get("layers_block_type") or config.get("layer_types")
+    if architecture == "granitehybrid" and isinstance(layers, list) and "mamba" not in layers:
+        return "granitemoe" if config.get("num_experts_per_tok") and config.get("num_local_experts") else "granite"
+    return architecture

@@ -21,6 +21,7 @@ OTHER_TOWERS_START = (
 OTHER_TOWERS = (
     "visual.", "vision.", "audio.", "talker.", "vision_", "audio_", "token2wav.", "code2wav.", "projector.",
     "pre_mm_projector_norm", "image_newline", "patch_embed", "patch_merger.", "patch_merge_mlp.", "model.connector.",
+    "vqmodel.", "model.aligner.", "generation_",
 )  # fmt: skip
 LAYER = re.compile(r"\.(\d+)\.")
 EXPERT = re.compile(r"(?P<head>.*\.(?:chunk_experts|experts|moe))\.(?:(?P<slot>\d+)\.(?P<tail>.+)|(?P<list>\w+)s\.(?P<index>\d+))")
@@ -159,10 +160,14 @@ def outs(path: str, hparams: Hparams) -> tuple[Out, ...]:
     return (Out(),)
 
 
+def block_name(layer: int | None, tensor: str) -> str:
+    return f"{tensor}.weight" if layer is None else f"blk.{layer}.{tensor}.weight"
+
+
 def plain_in_base(found: tuple[Out, ...], path: str, hparams: Hparams) -> tuple[Out, ...]:
     """``found``, or one plain tensor where the base is of an older layout, from before those tensors were split."""
     layer = layer_of(path)
-    if hparams.tensors is None or not all(out.tensor and hparams.lacks(f"blk.{layer}.{out.tensor}.weight") for out in found):
+    if hparams.tensors is None or not all(out.tensor and hparams.lacks(block_name(layer, out.tensor)) for out in found):
         return found
     return (Out(),) if tensor_name(path, hparams) in hparams.tensors else found
 
@@ -171,7 +176,7 @@ def out_name(out: Out, path: str, slot: int | None, hparams: Hparams) -> str | N
     """The GGUF name of ``out``; an expert of a layer that is dense in the base has the dense layer's name."""
     layer = layer_of(path)
     if out.tensor:
-        return f"blk.{layer}.{out.tensor}.weight"
+        return block_name(layer, out.tensor)
     name = tensor_name(path, hparams)
     stem = EXPERT_TENSORS.get(path.rpartition(".")[2]) if re.search(r"(^|\.)(experts|moe)\.[^.]+$", path) else None
     if stem and (name is None or hparams.lacks(name)):

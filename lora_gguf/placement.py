@@ -172,6 +172,8 @@ def why_skipped(path: str, hparams: Hparams) -> str | None:
         return "part of a vision or audio tower, which the text model's GGUF does not hold"
     if re.match(r"(model\.)?mtp\.", path):
         return "multi-token prediction, which the GGUF does not hold"
+    if ARCHITECTURES[hparams.architecture].headless and re.match(r"(\w+\.)?(pooler|cls|vocab_\w+)(\.|$)", path):
+        return "a head, which the GGUF of an encoder does not hold"
     n_layers, layer = hparams.get("block_count"), layer_of(path)
     extra = hparams.get("config.num_nextn_predict_layers")
     if hparams.tensors is None and extra and layer is not None and n_layers and layer >= n_layers:
