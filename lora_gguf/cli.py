@@ -29,6 +29,7 @@ app = typer.Typer(
 
 
 class Rounding(str, Enum):
+    auto = "auto"
     dither = "dither"
     nearest = "nearest"
     fresh = "fresh"
@@ -102,7 +103,7 @@ def merge(
         Optional[Path], typer.Option("-o", "--outfile", "--output", help="Default: BASE-ADAPTER.gguf in this folder.")
     ] = None,
     scale: Annotated[float, typer.Option(help="Multiplies the adapter's own scale.")] = 1.0,
-    rounding: Annotated[Rounding, typer.Option(help="How weights get back on a grid.")] = Rounding.dither,
+    rounding: Annotated[Rounding, typer.Option(help="How weights get back on a grid.")] = Rounding.auto,
     seed: Annotated[int, typer.Option(min=0, help="Of the dither; the same seed gives the same bytes.")] = 0,
     type: Annotated[Optional[str], typer.Option(help="The type of the adapted tensors, such as Q8_0; default: the base's.")] = None,
     quantize: Annotated[

@@ -12,6 +12,7 @@ from lora_gguf.base import Base
 from lora_gguf.errors import MismatchError, NumericError, UnsupportedError, UsageError
 from lora_gguf.ggml import BY_NAME, GgmlType
 from lora_gguf.gguf_reader import TensorInfo
+from lora_gguf.importance import weightings
 from lora_gguf.lora import EMBEDDING, LoraPair
 from lora_gguf.mixes import fallback_type, file_type_of, mix_types, model_of
 from lora_gguf.placement import Placement
@@ -32,7 +33,7 @@ class Policy:
     all tensors; ``imatrix`` maps tensor names to the importance of their columns, f32 (matrices, cols).
     """
 
-    rounding: str = "dither"
+    rounding: str = "auto"
     seed: int = 0
     type: str | None = None
     mix: str | None = None
@@ -104,6 +105,11 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
     types = _mix_types(base, policy) if policy.mix else {}
     for name, tensor in plans.items():
         choose(tensor, types.get(name), policy)
+    if policy.rounding == "auto":
+        moved = [tensor for tensor in plans.values() if tensor.recipe and tensor.recipe.keeps_grid and tensor.changes]
+        weighting = weightings(base, {tensor.source.name for tensor in moved}, policy.imatrix)
+        for tensor in moved:
+            tensor.recipe = replace(tensor.recipe, weighting=weighting[tensor.source.name])
     return Plan(list(plans.values()), [warning for placement, _ in placements for warning in placement.warnings])
 
 

@@ -8,13 +8,19 @@ import numpy as np
 
 from lora_gguf.ggml import GgmlType
 from lora_gguf.quants import Quant
-from lora_gguf.rounding import round_bf16, round_codes, round_f16, round_levels, tally_rows
+from lora_gguf.refit import refit
+from lora_gguf.rounding import beyond, round_bf16, round_codes, round_f16, round_levels, tally_rows
 
 NO_IMPORTANCE = np.empty(0, np.float32)
+NO_SHIFT = np.empty((0, 0), np.float32)
+NO_ROWS = np.empty((0, 0), np.uint8)
+LEADING = 64  # columns of a block that the fit of its grid looks at
+OUTSIDE = 0.02  # share of a block's weights beyond its range from which on it gets a new grid
 # the width of the random offset before the floor; a rounding that is not here finds a new grid
-SPREADS = {"dither": 1.0, "nearest": 0.0}
+SPREADS = {"auto": 1.0, "dither": 1.0, "nearest": 0.0}
 ROUNDINGS = (*SPREADS, "fresh")
 _HALVES = {"F16": round_f16, "BF16": round_bf16}
+_UNITS = {"F16": 2.0**-11, "BF16": 2.0**-8}
 # where a block's f16 scales and minima lie, in bytes: ggml refuses to load a block in which one is NaN or infinity
 F16_FIELDS = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
@@ -27,7 +33,8 @@ F16_FIELDS = {
 class Recipe:
     """How the rows of a tensor are rewritten: from which type to which, and by which rounding.
 
-    ``importance`` is f32 (matrices, cols), E[x²] of each column of the input, or None.
+    ``importance`` is f32 (matrices, cols), E[x²] of each column of the input as an imatrix has it, or None: the quantizers
+    use it. ``weighting`` likewise, measured or estimated: ``auto`` uses it where it moves a grid.
     """
 
     source: Quant
@@ -35,6 +42,7 @@ class Recipe:
     rounding: str
     key: np.uint64
     importance: np.ndarray | None = None
+    weighting: np.ndarray | None = None
 
     @property
     def keeps_grid(self) -> bool:
@@ -53,21 +61,91 @@ def recode(recipe: Recipe, blocks: np.ndarray, delta: np.ndarray, first_row: int
         return _renew(recipe, blocks, delta, matrix, sums), sums
     if recipe.source.unpack is None:
         halves = blocks.view(np.uint16)
-        _HALVES[recipe.source.type.name](halves, delta, SPREADS[recipe.rounding], recipe.key, first_row, sums)
+        _move_halves(recipe, halves, delta, first_row, sums)
     else:
-        _move_codes(recipe.source, blocks, delta, SPREADS[recipe.rounding], recipe.key, first_row, sums)
+        _move_codes(recipe, blocks, delta, first_row, matrix, sums)
     return blocks, sums
 
 
-def _move_codes(quant: Quant, blocks, delta, spread: float, key: np.uint64, first_row: int, sums) -> None:
+def _move_halves(recipe: Recipe, halves, delta, first_row: int, sums) -> None:
+    """``auto`` dithers the rows whose update is smaller than what the type can tell apart, and rounds the others to nearest."""
+    move, unit = _HALVES[recipe.source.type.name], _UNITS[recipe.source.type.name]
+    spreads = np.full(len(delta), SPREADS[recipe.rounding])
+    if recipe.rounding == "auto":
+        weights = np.empty_like(delta)
+        recipe.source.decode(halves.view(np.uint8), weights)
+        spreads[np.square(delta).mean(axis=1) > np.square(weights * np.float32(unit)).mean(axis=1)] = 0.0
+    for i in range(len(delta)):
+        move(halves[i : i + 1], delta[i : i + 1], spreads[i], recipe.key, first_row + i, sums)
+
+
+def _move_codes(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums) -> None:
+    quant, spread = recipe.source, SPREADS[recipe.rounding]
     codes = np.empty(delta.shape, np.int8)
     steps = np.empty((delta.shape[0], delta.shape[1] // quant.group), np.float32)
     quant.unpack(blocks, codes, steps)
-    if quant.levels is None:
-        round_codes(codes, steps, delta, quant.code_min, quant.code_max, spread, key, first_row, sums)
+    if recipe.rounding == "auto" and quant.type.name in F16_FIELDS:
+        far = quant.levels is None and _may_leave(steps, delta)
+        before, wanted = (blocks.copy(), delta.copy()) if far else (None, None)
+        shift = _refit(recipe, blocks, codes, steps, delta, matrix)
+        outside = beyond(codes, steps, delta, quant.code_min, quant.code_max) if far else NO_ROWS
     else:
-        round_levels(codes, steps, delta, quant.levels, quant.code_min, spread, key, first_row, sums)
+        shift, outside = NO_SHIFT, NO_ROWS
+    if quant.levels is None:
+        round_codes(codes, steps, delta, shift, quant.code_min, quant.code_max, spread, recipe.key, first_row, sums)
+    else:
+        round_levels(codes, steps, delta, shift, quant.levels, quant.code_min, spread, recipe.key, first_row, sums)
     quant.pack(codes, blocks)
+    if outside.any():
+        sums[:] = _renew_some(recipe, blocks, before, wanted, outside, matrix)
+
+
+def _may_leave(steps, delta) -> bool:
+    """Whether any update is larger than half of any step, so that it can take a weight out of its grid's range."""
+    sizes = np.abs(steps)
+    smallest = sizes.min(where=sizes > 0, initial=np.inf)
+    return max(delta.max(initial=0), -delta.min(initial=0)) > 0.4 * smallest
+
+
+def _refit(recipe: Recipe, blocks, codes, steps, delta, matrix: int) -> np.ndarray:
+    """Move the grid; returns what it moved by."""
+    quant = recipe.source
+    weights, shift = np.empty_like(delta), np.empty_like(delta)
+    quant.decode(blocks, weights)
+    importance = np.ones(delta.shape[1], np.float32) if recipe.weighting is None else recipe.weighting[matrix]
+    d_at, m_at = (*F16_FIELDS[quant.type.name], -1)[:2]
+    columns = leading_columns(importance, quant.type.block_size)
+    refit(blocks, weights, codes, steps, delta, importance, columns, d_at, m_at, shift)
+    return shift
+
+
+def leading_columns(importance: np.ndarray, block_size: int) -> np.ndarray:
+    """The columns of each block that matter most, in ascending order: int32 (blocks of a row, at most ``LEADING``)."""
+    by_block = importance.reshape(-1, block_size)
+    n = min(LEADING, block_size)
+    chosen = np.sort(np.argpartition(-by_block, n - 1, axis=1)[:, :n], axis=1)
+    return (chosen + np.arange(len(by_block))[:, None] * block_size).astype(np.int32)
+
+
+def _renew_some(recipe: Recipe, blocks, before, delta, outside, matrix: int) -> np.ndarray:
+    """Give the blocks with many weights ``outside`` their range the grid that the type's own quantizer finds. Returns the sums.
+
+    ``outside`` uint8 (rows, groups of a row): how many of a group's weights leave the range by more than half a step.
+    """
+    sums, size = np.zeros(4), recipe.source.type.block_size
+    n_blocks = delta.shape[1] // size
+    renew = outside.reshape(len(delta), n_blocks, -1).sum(axis=2) > OUTSIDE * size
+    rows = np.flatnonzero(renew.any(axis=1))
+    if len(rows):
+        fresh = _renew(recipe, before[rows], delta[rows], matrix, np.zeros(4))
+        of_block = (len(rows), n_blocks, -1)
+        chosen = np.where(renew[rows, :, None], fresh.reshape(of_block), blocks[rows].reshape(of_block))
+        blocks[rows] = chosen.reshape(len(rows), -1)
+    old, new = np.empty_like(delta), np.empty_like(delta)
+    recipe.source.decode(before, old)
+    recipe.source.decode(blocks, new)
+    tally_rows(old, new, delta, sums)
+    return sums
 
 
 def _renew(recipe: Recipe, blocks, delta, matrix: int, sums) -> np.ndarray:

@@ -6,6 +6,8 @@ is added before the floor:
     nearest     0.5: moves only where the update exceeds half a step, and so erases most adapters
     dither      uniform in [0, 1): moves by one step with probability |delta| / step, unbiased (stochastic rounding)
 
+``refit`` comes before either: it moves the grid itself so that the columns that matter most need no rounding.
+
 The random numbers are a hash of (seed, tensor name, row, column): the bytes depend on neither threads nor chunks.
 """
 
@@ -107,11 +109,21 @@ def _move(codes, step, delta, moved, low, high, spread, row_key):
 
 
 @kernel
-def round_codes(codes, steps, delta, code_min, code_max, spread, key, first_row, sums):
+def _tally_with(delta, shift, moved, changed, sums):
+    """``_tally`` of a row whose grid moved by ``shift`` (cols,) before its codes did."""
+    for j in range(len(moved)):
+        moved[j] += shift[j]
+        shift[j] += delta[j]
+    _tally(shift, moved, changed, sums)
+
+
+@kernel
+def round_codes(codes, steps, delta, shift, code_min, code_max, spread, key, first_row, sums):
     """Move int8 ``codes`` (rows, cols), in place, by ``delta`` (rows, cols) on a grid of ``steps`` (rows, cols // group).
 
-    ``spread`` is the width of the random offset: 1 dithers, 0 rounds to nearest. ``sums`` (4,) f64 gains
-    Σ delta·achieved, Σ delta², Σ achieved², and the number of codes that changed.
+    ``shift`` is what the grid has moved already (rows, cols), or (0, cols); it is overwritten. ``spread`` is the width of
+    the random offset: 1 dithers, 0 rounds to nearest. ``sums`` (4,) f64 gains Σ wanted·achieved, Σ wanted², Σ achieved², and
+    the number of codes that changed; wanted is delta + shift.
     """
     n_rows, n_cols = codes.shape
     n_groups = steps.shape[1]
@@ -124,7 +136,37 @@ def round_codes(codes, steps, delta, code_min, code_max, spread, key, first_row,
             codes[i], step.ravel(), delta[i], moved, np.float32(code_min), np.float32(code_max), np.float32(spread),
             _row_key(key, first_row + i),
         )  # fmt: skip
-        _tally(delta[i], moved, changed, sums)
+        if len(shift):
+            _tally_with(delta[i], shift[i], moved, changed, sums)
+        else:
+            _tally(delta[i], moved, changed, sums)
+
+
+@kernel
+def beyond(codes, steps, delta, code_min, code_max):
+    """How many weights of each group the update takes out of the grid's range by more than half a step: uint8 (rows, groups).
+
+    Arguments as for ``round_codes``.
+    """
+    n_rows, n_cols = codes.shape
+    group = n_cols // steps.shape[1]
+    low, high = np.float32(code_min) - np.float32(0.5), np.float32(code_max) + np.float32(0.5)
+    counts = np.empty(steps.shape, np.uint8)
+    for i in range(n_rows):
+        for g in range(steps.shape[1]):
+            step = steps[i, g]
+            inverse = np.float32(0.0) if step == 0 else np.float32(1.0) / step
+            counts[i, g] = _beyond(codes[i, g * group : (g + 1) * group], delta[i, g * group : (g + 1) * group], inverse, low, high)
+    return counts
+
+
+@kernel
+def _beyond(codes, delta, inverse, low, high):
+    n = np.int32(0)
+    for j in range(len(codes)):
+        wanted = np.float32(codes[j]) + delta[j] * inverse
+        n = np.int32(n + np.int32(wanted < low) + np.int32(wanted > high))
+    return min(n, 255)
 
 
 @kernel
@@ -142,7 +184,7 @@ def _bracket(wanted, levels, below, low, high):
 
 
 @kernel
-def round_levels(codes, steps, delta, levels, code_min, spread, key, first_row, sums):
+def round_levels(codes, steps, delta, shift, levels, code_min, spread, key, first_row, sums):
     """As ``round_codes``, on a codebook: code c stands for ``levels[c - code_min] * step``, levels ascending, f32."""
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]
@@ -167,7 +209,10 @@ def round_levels(codes, steps, delta, levels, code_min, spread, key, first_row, 
             codes[i, j] = np.int8(new + code_min)
             moved[j] = (levels[new] - levels[old]) * steps[i, j // group]
             changed += new != old
-        _tally(delta[i], moved, changed, sums)
+        if len(shift):
+            _tally_with(delta[i], shift[i], moved, changed, sums)
+        else:
+            _tally(delta[i], moved, changed, sums)
 
 
 @kernel

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lora_gguf.requantize import NO_SHIFT
 from lora_gguf.rounding import low_rank, round_bf16, round_codes, round_f16, round_levels, tally_rows, tensor_key
 
 KEY = tensor_key(0, "blk.0.attn_q.weight")
@@ -20,7 +21,7 @@ def grid(rows=40, cols=512, group=32, seed=0, size=0.1):
 
 def rounded(codes, steps, delta, spread=1.0, key=KEY, first_row=0):
     codes, sums = codes.copy(), np.zeros(4)
-    round_codes(codes, steps, delta, 0, 15, spread, key, first_row, sums)
+    round_codes(codes, steps, delta, NO_SHIFT, 0, 15, spread, key, first_row, sums)
     return codes, sums
 
 
@@ -105,18 +106,18 @@ def test_a_codebook_rounds_between_uneven_levels():
     codes, steps, delta = grid(group=32, size=1.0)
     old = LEVELS[codes] * np.repeat(steps, 32, 1)
     got, sums = codes.copy(), np.zeros(4)
-    round_levels(got, steps, delta, LEVELS, 0, 0.0, KEY, 0, sums)
+    round_levels(got, steps, delta, NO_SHIFT, LEVELS, 0, 0.0, KEY, 0, sums)
     wanted = np.clip((old + delta) / np.repeat(steps, 32, 1), -12, 12)
     best = np.abs(LEVELS[None, None] - wanted[..., None]).min(-1)
     assert np.allclose(np.abs(LEVELS[got] - wanted), best, atol=1e-4)
     mean = np.zeros(codes.shape)
     for seed in range(400):
         got = codes.copy()
-        round_levels(got, steps, delta, LEVELS, 0, 1.0, tensor_key(seed, "t"), 0, np.zeros(4))
+        round_levels(got, steps, delta, NO_SHIFT, LEVELS, 0, 1.0, tensor_key(seed, "t"), 0, np.zeros(4))
         mean += LEVELS[got] / 400
     assert abs((mean - wanted).mean()) < 0.01 and np.abs(mean - wanted).max() < 1.0
     still = codes.copy()
-    round_levels(still, steps, delta * 0, LEVELS, 0, 1.0, KEY, 0, np.zeros(4))
+    round_levels(still, steps, delta * 0, NO_SHIFT, LEVELS, 0, 1.0, KEY, 0, np.zeros(4))
     assert (still == codes).all()
 
 

@@ -1,0 +1,119 @@
+"""Moving a block's grid towards its update: against a least-squares solver, and what it must not break."""
+
+import numpy as np
+import pytest
+from libgguf import dequantize_rows, quantize_rows
+
+from lora_gguf.ggml import BY_NAME
+from lora_gguf.quants import QUANTS
+from lora_gguf.requantize import F16_FIELDS, Recipe, leading_columns, recode
+from lora_gguf.refit import refit
+from lora_gguf.rounding import tensor_key
+
+TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+
+
+def blocks_of(type_name, rows=8, cols=512, seed=0, size=0.02):
+    """Quantized rows, what they decode to, and an update of ``size`` times the weights."""
+    rng = np.random.default_rng(seed)
+    weights = (rng.normal(size=(rows, cols)) * 0.02).astype(np.float32)
+    blocks = np.frombuffer(bytes(quantize_rows(weights, BY_NAME[type_name].id)), np.uint8).reshape(rows, -1).copy()
+    delta = (rng.normal(size=(rows, cols)) * 0.02 * size).astype(np.float32)
+    return blocks, decoded(type_name, blocks, cols), delta
+
+
+def decoded(type_name, blocks, cols=512):
+    return np.asarray(dequantize_rows(blocks, BY_NAME[type_name].id, n_per_row=cols)).reshape(len(blocks), cols)
+
+
+def refitted(type_name, importance, seed=0):
+    quant = QUANTS[type_name]
+    blocks, before, delta = blocks_of(type_name, seed=seed)
+    codes = np.empty(delta.shape, np.int8)
+    steps = np.empty((len(delta), 512 // quant.group), np.float32)
+    quant.unpack(blocks, codes, steps)
+    left, shift = delta.copy(), np.empty_like(delta)
+    fields = (*F16_FIELDS[type_name], -1)[:2]
+    refit(blocks, before, codes, steps, left, importance, leading_columns(importance, quant.type.block_size), *fields, shift)
+    return blocks, before, delta, left, shift, steps
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_what_it_says_is_what_the_blocks_hold(type_name):
+    importance = np.random.default_rng(1).uniform(0.1, 10, 512).astype(np.float32)
+    blocks, before, delta, left, shift, steps = refitted(type_name, importance)
+    after = decoded(type_name, blocks)
+    assert np.allclose(after - before, shift, atol=2e-6) and np.allclose(left + shift, delta, atol=1e-6)
+    codes, again = np.empty(delta.shape, np.int8), np.empty_like(steps)
+    QUANTS[type_name].unpack(blocks, codes, again)
+    assert np.allclose(again, steps, rtol=1e-5)
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_the_weighted_error_never_grows(type_name):
+    importance = np.ones(512, np.float32)
+    importance[[5, 100, 301, 477]] = 3000
+    _, _, delta, left, _, _ = refitted(type_name, importance)
+    columns = leading_columns(importance, QUANTS[type_name].type.block_size)
+    size = QUANTS[type_name].type.block_size
+    for block, chosen in enumerate(columns):
+        assert (chosen // size == block).all()
+        error = (importance[chosen] * left[:, chosen] ** 2).sum(1)
+        assert (error <= (importance[chosen] * delta[:, chosen] ** 2).sum(1) * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("type_name", ["Q4_1", "Q5_1", "Q4_K", "Q5_K"])
+def test_one_column_that_matters_is_met(type_name):
+    importance = np.full(512, 1e-3, np.float32)
+    importance[77] = 1e4
+    _, _, delta, left, _, _ = refitted(type_name, importance)
+    assert np.median(np.abs(left[:, 77])) < 0.3 * np.median(np.abs(delta[:, 77]))
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_auto_is_unbiased(type_name):
+    quant = QUANTS[type_name]
+    importance = np.ones((1, 512), np.float32)
+    importance[0, 40] = 1000
+    total, tries = 0.0, 60
+    for seed in range(tries):
+        blocks, before, delta = blocks_of(type_name, rows=16)
+        recipe = Recipe(quant, quant, "auto", tensor_key(seed, "t"), None, importance)
+        new, sums = recode(recipe, blocks, delta.copy(), 0)
+        moved = decoded(type_name, new) - before
+        assert np.isclose(sums[0], (moved.astype(np.float64) * delta).sum(), rtol=2e-2)
+        total += (moved * delta).sum() / (delta * delta).sum() / tries
+    assert 0.85 < total < 1.1
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_auto_in_chunks_and_without_an_update(type_name):
+    quant = QUANTS[type_name]
+    blocks, _, delta = blocks_of(type_name, size=1.0)
+    recipe = Recipe(quant, quant, "auto", tensor_key(0, "t"), None, None)
+    whole, _ = recode(recipe, blocks.copy(), delta.copy(), 0)
+    parts = [recode(recipe, blocks[i : i + 3].copy(), delta[i : i + 3].copy(), i)[0] for i in range(0, 8, 3)]
+    assert (np.concatenate(parts) == whole).all()
+    still, _ = recode(recipe, blocks.copy(), np.zeros_like(delta), 0)
+    assert (still == blocks).all()
+
+
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q4_K", "Q6_K"])
+def test_auto_keeps_an_update_that_leaves_the_grid(type_name):
+    quant = QUANTS[type_name]
+    blocks, before, delta = blocks_of(type_name, size=3.0)
+    new, sums = recode(Recipe(quant, quant, "auto", tensor_key(0, "t"), None, None), blocks, delta.copy(), 0)
+    moved = decoded(type_name, new).astype(np.float64) - before
+    assert (moved * delta).sum() / (delta.astype(np.float64) ** 2).sum() > 0.9
+    assert np.isclose(sums[0] / sums[1], (moved * delta).sum() / (delta.astype(np.float64) ** 2).sum(), atol=1e-3)
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_blocks_of_zeros_and_of_one_value(type_name):
+    quant = QUANTS[type_name]
+    for value in (0.0, 0.01, -0.01):
+        weights = np.full((2, 512), value, np.float32)
+        blocks = np.frombuffer(bytes(quantize_rows(weights, quant.type.id)), np.uint8).reshape(2, -1).copy()
+        delta = (np.random.default_rng(0).normal(size=(2, 512)) * 1e-3).astype(np.float32)
+        new, sums = recode(Recipe(quant, quant, "auto", tensor_key(0, "t"), None, None), blocks, delta, 0)
+        assert np.isfinite(sums).all() and np.isfinite(decoded(type_name, new)).all()
