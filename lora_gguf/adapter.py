@@ -33,8 +33,8 @@ PARAMETERS = ("gate_up_proj", "gate_proj", "w1", "up_proj", "v1", "w3", "down_pr
 class Adapter:
     """An adapter in Hugging Face terms.
 
-    ``updates`` are named by module path (``model.layers.0.self_attn.q_proj``), in the layout that the module's weight has in
-    Hugging Face: (out, in). ``ignored`` maps tensors that are no update to the reason.
+    ``updates`` are named by module path (``model.layers.0.self_attn.q_proj``), in the layout that the module's weight
+    has in Hugging Face: (out, in). ``ignored`` maps tensors that are no update to the reason.
     """
 
     label: str
@@ -57,15 +57,18 @@ class Adapter:
 def read_adapter(directory: str | os.PathLike, expert_b_layout: str | None = None) -> Adapter:
     """Read ``adapter_config.json`` and the weights beside it.
 
-    ``expert_b_layout`` (rank-major or expert-major) is how the B's of packed experts lie, where the adapter itself does not
-    say. Raises ``MalformedError``, ``UnsupportedError`` (a kind of adapter), ``NumericError`` (NaN, infinity), ``FileError``.
+    ``expert_b_layout`` (rank-major or expert-major) is how the B's of packed experts lie, where the adapter itself does
+    not say. Raises ``MalformedError``, ``UnsupportedError`` (a kind of adapter), ``NumericError`` (NaN, infinity),
+    ``FileError``.
     """
     directory = adapter_directory(directory)
     config = adapter_config.read_config(directory)
     adapter_config.check_supported(config)
     path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
     if path is None:
-        raise FileError(f"{printable(directory)}: expected {WEIGHTS[0]} or {WEIGHTS[2]}, found neither: download it again")
+        raise FileError(
+            f"{printable(directory)}: expected {WEIGHTS[0]} or {WEIGHTS[2]}, found neither: download it again"
+        )
     tensors = {name: as_f32(name, array) for name, array in read_weights(path).items()}
     check_all_finite(tensors, path.name)
     updates, ignored = updates_of(tensors, config, path.name, expert_b_layout)
@@ -88,7 +91,9 @@ def adapter_directory(path: str | os.PathLike) -> Path:
 
 def as_f32(name: str, array: np.ndarray) -> np.ndarray:
     if array.dtype.kind != "f" and not name.endswith("ranknum"):
-        raise MalformedError(f"{printable(name)}: expected floating-point numbers, found {array.dtype}: download it again")
+        raise MalformedError(
+            f"{printable(name)}: expected floating-point numbers, found {array.dtype}: download it again"
+        )
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, np.float32)
 
@@ -96,7 +101,9 @@ def as_f32(name: str, array: np.ndarray) -> np.ndarray:
 def check_all_finite(tensors: dict[str, np.ndarray], label: str) -> None:
     found = [place for name, array in tensors.items() if (place := check_finite(name, array, label))]
     if found:
-        raise NumericError(f"{found[0]}: expected finite numbers: the adapter is broken, train or download it again", found)
+        raise NumericError(
+            f"{found[0]}: expected finite numbers: the adapter is broken, train or download it again", found
+        )
 
 
 def updates_of(
@@ -112,12 +119,15 @@ def updates_of(
     if strange:
         raise MalformedError(f"{label}: {strange[0]}", strange if len(strange) > 1 else ())
     if not updates:
-        raise MalformedError(f"{label}: expected the tensors of a {kind_of(config)} adapter, found none: it is no adapter")
+        raise MalformedError(
+            f"{label}: expected the tensors of a {kind_of(config)} adapter, found none: it is no adapter"
+        )
     return updates, ignored
 
 
 def sort_tensors(tensors: dict[str, np.ndarray], config: dict):
-    """``tensors`` as modules with adapter factors, updates by whole tensors, ignored ones with the reason, strange ones."""
+    """``tensors`` as modules with adapter factors, updates by whole tensors, ignored ones with the reason, strange
+    ones."""
     kind_factors = (*KINDS[kind_of(config)][1], "trainable_tokens_delta")
     pattern = re.compile(
         rf"(?P<path>.+?)\.(?P<factor>{'|'.join(kind_factors)})(\.(?!(weight|bias)$)[^.]+)?(?P<bias>\.bias)?(\.weight)?"
@@ -201,7 +211,11 @@ def packed_pair(module: Module, target: str, expert_b_layout: str | None) -> Lor
     path = target.removesuffix(".weight")
     if n == 1:
         return LoraPair(path, a, b, scale, module.sources)
-    by_expert = b.reshape(len(b), n, rank) if is_expert_major(target, config, expert_b_layout) else b.reshape(len(b), rank, n).swapaxes(1, 2)
+    by_expert = (
+        b.reshape(len(b), n, rank)
+        if is_expert_major(target, config, expert_b_layout)
+        else b.reshape(len(b), rank, n).swapaxes(1, 2)
+    )
     b = np.ascontiguousarray(by_expert.swapaxes(0, 1))
     return LoraPair(path, a.reshape(n, rank, -1), b, scale, module.sources)
 
@@ -209,7 +223,9 @@ def packed_pair(module: Module, target: str, expert_b_layout: str | None) -> Lor
 def is_expert_major(target: str, config: dict, expert_b_layout: str | None) -> bool:
     """Whether the columns of B lie expert by expert (Unsloth until September 2026), not rank by rank (PEFT)."""
     fused = config.get("unsloth_fused_expert_lora", {}).get("parameters", {})
-    named = next((entry for name, entry in fused.items() if target.endswith(name)), {}) if isinstance(fused, dict) else {}
+    named = (
+        next((entry for name, entry in fused.items() if target.endswith(name)), {}) if isinstance(fused, dict) else {}
+    )
     layout = named.get("lora_B_layout") if isinstance(named, dict) else None
     layout = layout or config.get("lora_B_layout")
     return layout == "grouped_by_expert" if layout else expert_b_layout == "expert-major"

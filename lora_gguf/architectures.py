@@ -44,10 +44,10 @@ class Rule:
 class Architecture:
     """``hf`` are the class names in config.json's ``architectures``.
 
-    ``ignored_at_run_time`` matches the GGUF names on which llama.cpp does not apply adapters.
-    ``fused_experts`` tells that gate and up of the experts stay one tensor. ``norm_shift`` is what GGUF adds to the norms
-    (None: different things to each). ``other_vocabulary``: the GGUF has fewer or more rows of embedding than Hugging Face;
-    ``headless``: no output layer, so that no head is tied to the embedding.
+    ``ignored_at_run_time`` matches the GGUF names on which llama.cpp does not apply adapters. ``fused_experts`` tells
+    that gate and up of the experts stay one tensor. ``norm_shift`` is what GGUF adds to the norms (None: different
+    things to each). ``other_vocabulary``: the GGUF has fewer or more rows of embedding than Hugging Face; ``headless``:
+    no output layer, so that no head is tied to the embedding.
     """
 
     hf: tuple[str, ...] = ()
@@ -98,7 +98,9 @@ LATENT = (
         ),
     ),
 )
-LATENT_IGNORED = r"\.(attn_q|attn_q_a|attn_q_b|attn_kv_a_mqa|attn_kv_b|attn_k_b|attn_v_b|indexer\S*)\.weight$|^output\.weight$"
+LATENT_IGNORED = (
+    r"\.(attn_q|attn_q_a|attn_q_b|attn_kv_a_mqa|attn_kv_b|attn_k_b|attn_v_b|indexer\S*)\.weight$|^output\.weight$"
+)
 ALL_ATTENTION_IGNORED = r"\.(attn_|ssm_|indexer)\S*\.weight$|^output\.weight$"
 
 GRANITE_DENSE = (
@@ -227,7 +229,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "qwen": Architecture(("QWenLMHeadModel",)),
     "qwen2": Architecture(
-        ("Qwen2ForCausalLM", "Qwen2Model", "Qwen2AudioForConditionalGeneration", "KORMoForCausalLM", "DotsOCRForCausalLM")
+        (
+            "Qwen2ForCausalLM", "Qwen2Model", "Qwen2AudioForConditionalGeneration", "KORMoForCausalLM",
+            "DotsOCRForCausalLM",
+        )
     ),
     "qwen2vl": Architecture(
         (
@@ -249,7 +254,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), norm_shift=1.0, other_vocabulary=True
     ),
     "gemma3n": Architecture(
-        ("Gemma3nForConditionalGeneration", "Gemma3nForCausalLM"), (), r"altup_(proj|unembd|router)|per_layer_token_embd",
+        ("Gemma3nForConditionalGeneration", "Gemma3nForCausalLM"),
+        (),
+        r"altup_(proj|unembd|router)|per_layer_token_embd",
         other_vocabulary=True,
     ),
     "gemma4": Architecture(("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"), fused_experts=True),
@@ -271,7 +278,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "refact": Architecture(
         ("GPTRefactForCausalLM",),
         (
-            split(r"attn\.kv", attn_k=(t.block(0, t.head_dim, t.head_dim),), attn_v=(t.block(1, t.head_dim, t.head_dim),)),
+            split(
+                r"attn\.kv",
+                attn_k=(t.block(0, t.head_dim, t.head_dim),),
+                attn_v=(t.block(1, t.head_dim, t.head_dim),),
+            ),
             split(r"mlp\.gate_up_proj", **HALVES),
             Rule(r"attn\.q", (Out("attn_q"),)),
         ),
@@ -308,7 +319,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "chatglm": Architecture(
         ("GlmForCausalLM", "ChatGLMModel", "ChatGLMForConditionalGeneration"),
     ),
-    "glm4": Architecture(("Glm4ForCausalLM", "Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration"), GLM_MROPE),
+    "glm4": Architecture(
+        ("Glm4ForCausalLM", "Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration"), GLM_MROPE
+    ),
     "glm4moe": Architecture(("Glm4MoeForCausalLM", "Glm4vMoeForConditionalGeneration")),
     "plamo": Architecture(("PlamoForCausalLM",), (rows("q_proj", t.plamo), cols("o_proj", t.plamo))),
     "plamo2": Architecture(("Plamo2ForCausalLM", "PLaMo2ForCausalLM"), norm_shift=None),
@@ -352,7 +365,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         headless=True,
     ),
     "modern-bert": Architecture(
-        ("ModernBertModel", "ModernBertForMaskedLM", "ModernBertForSequenceClassification"), CLASSIFIER, r"^cls\.", headless=True
+        ("ModernBertModel", "ModernBertForMaskedLM", "ModernBertForSequenceClassification"),
+        CLASSIFIER,
+        r"^cls\.",
+        headless=True,
     ),
     "neo-bert": Architecture(("NeoBERT", "NeoBERTLMHead", "NeoBERTForSequenceClassification"), headless=True),
     "eurobert": Architecture(("EuroBertModel",), headless=True),

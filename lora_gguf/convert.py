@@ -33,9 +33,9 @@ def convert(
 ) -> Placement:
     """Write the PEFT adapter in ``directory`` as a GGUF to ``out`` and return the account of its tensors.
 
-    The layout follows the header of ``base``, a GGUF, and ``base_config``, a ``config.json`` or the folder that holds it,
-    where the GGUF does not say or is not given. ``outtype`` is one of ``OUT_TYPES``; F32, the default, is exact. What isn't
-    low rank (DoRA, OFT, …) is refused, or with ``rank`` approximated at that rank against ``base``.
+    The layout follows the header of ``base``, a GGUF, and ``base_config``, a ``config.json`` or the folder that holds
+    it, where the GGUF does not say or is not given. ``outtype`` is one of ``OUT_TYPES``; F32, the default, is exact.
+    What isn't low rank (DoRA, OFT, …) is refused, or with ``rank`` approximated at that rank against ``base``.
     """
     if outtype not in OUT_TYPES:
         raise UsageError(f"--outtype {outtype}: expected one of {', '.join(OUT_TYPES)}")
@@ -62,7 +62,7 @@ def to_pairs(placement: Placement, adapter: Adapter, base: Base | None, rank: in
     if refused:
         hint = "vectors have no low-rank form" if vectors else "approximate it with --rank N and --base"
         raise UnsupportedError(
-            f"{adapter.label}: {refused[0].name}: {refused[0].kind}: an adapter GGUF holds low-rank updates only: {hint}, "
+            f"{adapter.label}: {refused[0].name}: {refused[0].kind}: an adapter GGUF is low rank: {hint}, "
             "or merge it into the base",
             [f"{update.name}: {update.kind}" for update in refused],
         )

@@ -22,7 +22,8 @@ CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Extracted:
-    """One tensor that differs: its ``shape``, the norm of the difference over that of the base, and the share of its energy kept."""
+    """One tensor that differs: its ``shape``, the norm of the difference over that of the base, and the share of its
+    energy kept."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,7 +33,8 @@ class Extracted:
 
 @dataclass
 class Extraction:
-    """``tensors`` that became pairs, and ``left_out``: tensors that differ but have no place in an adapter, with the reason."""
+    """``tensors`` that became pairs, and ``left_out``: tensors that differ but have no place in an adapter, with the
+    reason."""
 
     architecture: str
     rank: int
@@ -42,10 +44,17 @@ class Extraction:
 
     def as_dict(self) -> dict:
         """The report as plain data for JSON."""
-        tensors = [{"name": t.name, "shape": list(t.shape), "relative_size": t.relative_size, "kept": t.kept} for t in self.tensors]
+        tensors = [
+            {"name": t.name, "shape": list(t.shape), "relative_size": t.relative_size, "kept": t.kept}
+            for t in self.tensors
+        ]
         return {
-            "architecture": self.architecture, "rank": self.rank, "n_same": self.n_same, "tensors": tensors, "left_out": self.left_out,
-        }  # fmt: skip
+            "architecture": self.architecture,
+            "rank": self.rank,
+            "n_same": self.n_same,
+            "tensors": tensors,
+            "left_out": self.left_out,
+        }
 
 
 def extract(
@@ -61,8 +70,8 @@ def extract(
     """Write to ``out`` the adapter of ``rank`` that turns ``base`` into ``tuned`` as nearly as that rank can.
 
     Both are GGUFs of one architecture, of any types: each difference is taken between dequantized weights, so what the
-    quantization of either adds is in it. One tensor is in memory at a time. Raises ``MismatchError`` where the two are not
-    of one model, ``NumericError`` for NaN and infinity.
+    quantization of either adds is in it. One tensor is in memory at a time. Raises ``MismatchError`` where the two are
+    not of one model, ``NumericError`` for NaN and infinity.
     """
     if rank < 1 or outtype not in OUT_TYPES:
         raise UsageError(f"expected a rank from 1 and a type of {', '.join(OUT_TYPES)}, found {rank} and {outtype}")
@@ -90,12 +99,19 @@ def check_alike(before: Base, after: Base) -> None:
     shapes = [{name: info.shape for name, info in model.tensors.items()} for model in (before, after)]
     differing = [name for name in shapes[0].keys() & shapes[1].keys() if shapes[0][name] != shapes[1][name]]
     missing = [name for name in shapes[0] if name not in shapes[1]]
-    strange = [f"{name}: expected {shapes[0][name]}, found {shapes[1].get(name, 'nothing')}" for name in sorted(differing + missing)]
+    strange = [
+        f"{name}: expected {shapes[0][name]}, found {shapes[1].get(name, 'nothing')}"
+        for name in sorted(differing + missing)
+    ]
     if strange:
-        raise MismatchError(f"{after.label}: {strange[0]}: give two files of one model", strange if len(strange) > 1 else ())
+        raise MismatchError(
+            f"{after.label}: {strange[0]}: give two files of one model", strange if len(strange) > 1 else ()
+        )
 
 
-def extract_tensor(name: str, before: Base, after: Base, found: Extraction, progress: Progress | None) -> LoraPair | None:
+def extract_tensor(
+    name: str, before: Base, after: Base, found: Extraction, progress: Progress | None
+) -> LoraPair | None:
     """The pair of one tensor; None where there is no difference, or none that has a place in an adapter."""
     info = before.tensors[name]
     if progress:

@@ -16,7 +16,8 @@ OVERSAMPLING, ITERATIONS = 16, 4
 
 @dataclass(frozen=True)
 class Factors:
-    """``b`` (m, r) and ``a`` (r, n), f32, with b @ a near a matrix of squared norm ``energy``, of which ``kept`` is in them."""
+    """``b`` (m, r) and ``a`` (r, n), f32, with b @ a near a matrix of squared norm ``energy``, of which ``kept`` is in
+    them."""
 
     a: np.ndarray
     b: np.ndarray
@@ -35,7 +36,8 @@ class Factors:
 
 
 def factor(matrix: np.ndarray, rank: int) -> Factors:
-    """The leading ``rank`` singular triples of ``matrix`` (m, n) f32 as factors of equal size; rank at most min(m, n)."""
+    """The leading ``rank`` singular triples of ``matrix`` (m, n) f32 as factors of equal size; rank at most min(m,
+    n)."""
     rank = min(rank, *matrix.shape)
     energy = float(np.square(matrix, dtype=np.float64).sum())
     u, sizes, v = _decompose(matrix, rank)

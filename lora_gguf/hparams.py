@@ -19,7 +19,13 @@ CONFIG_KEYS: dict[str, tuple[str, ...]] = {
     "attention.value_length": ("v_head_dim", "head_dim"),
     "attention.key_length_mla": (),
     "attention.value_length_mla": ("v_head_dim",),
-    "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config.moe_num_experts"),
+    "expert_count": (
+        "num_local_experts",
+        "num_experts",
+        "n_routed_experts",
+        "moe_num_experts",
+        "ffn_config.moe_num_experts",
+    ),
     "rope.dimension_count": ("qk_rope_head_dim",),
     "rope.dimension_sections": ("rope_scaling.mrope_section", "rope_parameters.mrope_section"),
     "ssm.group_count": ("linear_num_key_heads",),
@@ -70,20 +76,33 @@ class Dims:
 
     def __call__(self, key: str):
         value = self.hparams.get(key, self.layer)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (value <= 0 and not key.startswith("config.")):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or (value <= 0 and not key.startswith("config."))
+        ):
             source = "config.json" if key.startswith("config.") else self.hparams.label
-            fix = "give it with --base-config" if key.startswith("config.") else "the base lacks what its layout depends on"
-            raise MalformedError(f"{source}: {key.removeprefix('config.')}: expected a number, found {printable(value, 40)}: {fix}")
+            fix = (
+                "give it with --base-config"
+                if key.startswith("config.")
+                else "the base lacks what its layout depends on"
+            )
+            raise MalformedError(
+                f"{source}: {key.removeprefix('config.')}: expected a number, found {printable(value, 40)}: {fix}"
+            )
         return value
 
 
 class Hparams:
-    """What the base is like: ``architecture`` as GGUF names it, its hyperparameters, and its ``tensors`` if its GGUF is there.
+    """What the base is like: ``architecture`` as GGUF names it, its hyperparameters, and its ``tensors`` if its GGUF is
+    there.
 
     The GGUF's header decides; ``config`` (config.json) is asked for what it does not say.
     """
 
-    def __init__(self, architecture: str, values: dict, tensors: dict[str, TensorInfo] | None, config: dict, label: str):
+    def __init__(
+        self, architecture: str, values: dict, tensors: dict[str, TensorInfo] | None, config: dict, label: str
+    ):
         self.architecture, self.values, self.tensors, self.label = architecture, values, tensors, label
         text = next((part for key in TEXT_CONFIGS if isinstance(part := _at(config, key), dict)), {})
         self.configs = (text, config)
@@ -135,7 +154,9 @@ def from_base(base: GgufReader, config: dict | None = None) -> Hparams:
     if not base.architecture:
         raise MalformedError(f"{base.label}: expected general.architecture, found none: it is no model")
     if base.get("general.type", "model") != "model":
-        raise MalformedError(f"{base.label}: expected a model, found general.type {printable(base.get('general.type'), 40)}")
+        raise MalformedError(
+            f"{base.label}: expected a model, found general.type {printable(base.get('general.type'), 40)}"
+        )
     check_known(base.architecture, base.label)
     prefix = f"{base.architecture}."
     values = {key.removeprefix(prefix): base.get(key) for key in base.kv if key.startswith(prefix)}
@@ -149,7 +170,9 @@ def from_config(config: dict) -> Hparams:
 
 def check_known(architecture: str, label: str) -> None:
     if architecture not in ARCHITECTURES:
-        raise UnsupportedError(f"{label}: architecture {printable(architecture, 40)}: the layout of its weights is not known to us")
+        raise UnsupportedError(
+            f"{label}: architecture {printable(architecture, 40)}: the layout of its weights is not known to us"
+        )
 
 
 def architecture_of(config: dict) -> str:
@@ -157,7 +180,9 @@ def architecture_of(config: dict) -> str:
     text = next((part for key in TEXT_CONFIGS if isinstance(part := _at(config, key), dict)), {})
     classes = text.get("architectures") or config.get("architectures")
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
-        raise MalformedError("config.json: architectures: expected the model's class, found none: give the base as a GGUF")
+        raise MalformedError(
+            "config.json: architectures: expected the model's class, found none: give the base as a GGUF"
+        )
     for architecture, row in ARCHITECTURES.items():
         if classes[0] in row.hf:
             return variant(architecture, {**config, **text})

@@ -74,7 +74,7 @@ def scale_of(path: str, rank: int, config: dict, alpha_field: str = "lora_alpha"
     expected = pattern_value(config.get("rank_pattern"), path, number(config, "r"))
     if expected != rank:
         raise MalformedError(
-            f"{path}: expected rank {expected} (adapter_config.json), found {rank}: the two files are not of one adapter"
+            f"{path}: expected rank {expected} (adapter_config.json), found {rank}: the files are not of one adapter"
         )
     alpha = pattern_value(config.get("alpha_pattern"), path, number(config, alpha_field))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -100,7 +100,9 @@ def lora(module: Module) -> Found:
 
 def dora(module: Module, pair: LoraPair, magnitude: np.ndarray, embedding: bool) -> Dora:
     if embedding:
-        raise UnsupportedError(f"{module.path}: DoRA on an embedding takes lengths over the vocabulary: merge it with PEFT")
+        raise UnsupportedError(
+            f"{module.path}: DoRA on an embedding takes lengths over the vocabulary: merge it with PEFT"
+        )
     if magnitude.size != pair.shape[0]:
         raise module.malformed(f"expected {pair.shape[0]} magnitudes, found {magnitude.size}")
     return Dora(name=module.path, shape=pair.shape, sources=module.sources, pair=pair, magnitude=magnitude.ravel())
@@ -109,14 +111,18 @@ def dora(module: Module, pair: LoraPair, magnitude: np.ndarray, embedding: bool)
 def added_bias(module: Module, values: np.ndarray, n: int) -> Added:
     if values.size != n:
         raise module.malformed(f"expected a bias of {n}, found {values.size}")
-    return Added(name=module.path, shape=(1, n), sources=(module.names["lora_B.bias"],), part="bias", values=values.reshape(1, n))
+    return Added(
+        name=module.path, shape=(1, n), sources=(module.names["lora_B.bias"],), part="bias", values=values.reshape(1, n)
+    )
 
 
 def adalora(module: Module) -> Found:
     """AdaLoRA: B @ (A * E), by the number of ranks that are left."""
     b, a = module.product("lora_B", "lora_A")
     (e,) = module.matrices("lora_E")
-    ranknum = module.factors.get("ranknum", np.array(float(number(module.config, "init_r")) if "init_r" in module.config else 0.0))
+    ranknum = module.factors.get(
+        "ranknum", np.array(float(number(module.config, "init_r")) if "init_r" in module.config else 0.0)
+    )
     if e.shape != (len(a), 1) or ranknum.size != 1 or ranknum <= 0:
         raise module.malformed(f"expected lora_E of {(len(a), 1)}, found {e.shape}, and a ranknum or init_r")
     alpha = number(module.config, "lora_alpha")
@@ -131,7 +137,9 @@ def vera(module: Module) -> Found:
     a, b = module.shared["vera_A"], module.shared["vera_B"]
     d, out = (module.factors.get(name, np.zeros(0)).ravel() for name in ("vera_lambda_d", "vera_lambda_b"))
     if a.ndim != 2 or b.ndim != 2 or not len(a) == b.shape[1] == len(d) or not 0 < len(out) <= len(b):
-        raise module.malformed(f"vera_A {a.shape}, vera_B {b.shape} and vectors of {len(d)} and {len(out)} do not multiply")
+        raise module.malformed(
+            f"vera_A {a.shape}, vera_B {b.shape} and vectors of {len(d)} and {len(out)} do not multiply"
+        )
     return [LoraPair(module.path, a * d[:, None], b[: len(out)] * out[:, None], 1.0, module.sources, wide=True)]
 
 
@@ -163,7 +171,9 @@ def lokr(module: Module) -> Found:
         raise module.malformed("expected a rank r, found 0")
     scale = pattern_value(config.get("alpha_pattern"), module.path, number(config, "alpha")) / rank
     place = dict(rows=np.arange(shape[0]), cols=np.arange(shape[1]))
-    return [Kronecker(name=module.path, shape=shape, sources=module.sources, scale=scale, left=left, right=right, **place)]
+    return [
+        Kronecker(name=module.path, shape=shape, sources=module.sources, scale=scale, left=left, right=right, **place)
+    ]
 
 
 def ia3(module: Module) -> Found:
@@ -187,7 +197,8 @@ def cayley(skew: np.ndarray) -> np.ndarray:
 
 
 def neumann(skew: np.ndarray, n_terms: int) -> np.ndarray:
-    """OFT's approximation of ``cayley``: I + 2S + 2S² + …, the last power once; PEFT's counts 3 and 4 both end with S³."""
+    """OFT's approximation of ``cayley``: I + 2S + 2S² + …, the last power once; PEFT's counts 3 and 4 both end with
+    S³."""
     skew = skew.astype(np.float64)
     total, power = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape).copy(), skew
     last = n_terms - 1 if n_terms < 3 else max(3, n_terms - 1)
@@ -213,7 +224,11 @@ def oft(module: Module) -> Found:
         limit = config.get("eps", 6e-5) / math.sqrt(len(skew))
         length = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
         skew = np.where(length <= limit, skew, skew * limit / np.maximum(length, 1e-300))
-    turns = neumann(skew, config.get("num_cayley_neumann_terms", 5)) if config.get("use_cayley_neumann", True) else cayley(skew)
+    turns = (
+        neumann(skew, config.get("num_cayley_neumann_terms", 5))
+        if config.get("use_cayley_neumann", True)
+        else cayley(skew)
+    )
     blocks = (turns if name == "oft_embedding_R" else turns.swapaxes(1, 2)).astype(np.float32)
     n_cols = 0 if config.get("block_share") else len(blocks) * size
     return [Rotated(name=module.path, shape=(0, n_cols), sources=module.sources, stages=[(None, blocks)])]
@@ -261,10 +276,13 @@ def token_indices(path: str, config: dict) -> list[int] | None:
 
 
 def mlx(module: Module) -> Found:
-    """mlx-lm's LoRA and DoRA: factors transposed, embeddings the other way round, experts stacked; a scale of its own."""
+    """mlx-lm's LoRA and DoRA: factors transposed, embeddings the other way round, experts stacked; a scale of its
+    own."""
     a, b = (module.factors.get(name) for name in ("lora_a", "lora_b"))
     if a is None or b is None or a.ndim != b.ndim or a.ndim not in (2, 3):
-        raise module.malformed(f"expected lora_a and lora_b, both matrices or both stacked, found {', '.join(module.factors)}")
+        raise module.malformed(
+            f"expected lora_a and lora_b, both matrices or both stacked, found {', '.join(module.factors)}"
+        )
     if a.ndim == 2 and a.shape[1] == b.shape[0]:
         a, b = (b, a) if module.path.endswith("embed_tokens") else (a.T, b.T)
     if a.shape[-2] != b.shape[-1] or 0 in a.shape or 0 in b.shape:

@@ -22,8 +22,8 @@ EMBEDDING = "token_embd.weight"
 class Piece:
     """A part of a Hugging Face weight, and where it goes: a gather of rows and columns, a factor a row, a transpose.
 
-    None means all rows, all columns, no factor; ``transpose`` comes last. The part becomes the GGUF tensor ``name``, or the
-    matrix at ``slot`` of its leading axis; with an ``offset`` only the rows from there on.
+    None means all rows, all columns, no factor; ``transpose`` comes last. The part becomes the GGUF tensor ``name``, or
+    the matrix at ``slot`` of its leading axis; with an ``offset`` only the rows from there on.
     """
 
     name: str
@@ -42,8 +42,8 @@ class LoraPair:
     ``a`` is (r, in) and ``b`` (out, r), f32 and contiguous, in the layout that the GGUF tensor has; for stacked experts
     both have a leading axis E: (E, r, in) and (E, out, r). ``scale`` is PEFT's: alpha / r, or alpha / sqrt(r).
     ``sources`` are the adapter's tensors that it comes from. In ``adapter.py``, before names and layouts are those of
-    GGUF, ``name`` is the path of the Hugging Face module, and ``wide`` says that only the first columns of ``a``, as many as
-    the module has, count.
+    GGUF, ``name`` is the path of the Hugging Face module, and ``wide`` says that only the first columns of ``a``, as
+    many as the module has, count.
     """
 
     name: str
@@ -162,8 +162,8 @@ def write_adapter_gguf(
 ) -> None:
     """Write ``pairs`` as an adapter that llama.cpp loads.
 
-    ``metadata`` are further (key, value, type name) entries. Where one alpha gives every pair its scale, B is written as
-    it is; else the remaining factor is folded into B.
+    ``metadata`` are further (key, value, type name) entries. Where one alpha gives every pair its scale, B is written
+    as it is; else the remaining factor is folded into B.
     """
     from lora_gguf.gguf_writer import GgufWriter, TensorSpec, key_value
 

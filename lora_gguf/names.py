@@ -24,7 +24,9 @@ OTHER_TOWERS = (
     "vqmodel.", "model.aligner.", "generation_",
 )  # fmt: skip
 LAYER = re.compile(r"\.(\d+)\.")
-EXPERT = re.compile(r"(?P<head>.*\.(?:chunk_experts|experts|moe))\.(?:(?P<slot>\d+)\.(?P<tail>.+)|(?P<list>\w+)s\.(?P<index>\d+))")
+EXPERT = re.compile(
+    r"(?P<head>.*\.(?:chunk_experts|experts|moe))\.(?:(?P<slot>\d+)\.(?P<tail>.+)|(?P<list>\w+)s\.(?P<index>\d+))"
+)
 # an expert's module -> what all experts' weights together are called
 EXPERT_TENSORS = {
     "gate_proj": "ffn_gate_exps", "w1": "ffn_gate_exps", "linear": "ffn_gate_exps", "gate": "ffn_gate_exps",
@@ -34,8 +36,9 @@ EXPERT_TENSORS = {
 }  # fmt: skip
 # prefixes of the same module in differently wrapped models: what to take off, what to put in its place
 PREFIXES = (
-    ("lfm.", "model."), ("ernie.", "model."), ("bert.", ""), ("roberta.", ""), ("distilbert.", ""), ("transformer.", ""),
-    ("model.", ""), ("model.", "backbone."), ("model.backbone.", "backbone."), ("", "model."), ("model.model.", "model."),
+    ("lfm.", "model."), ("ernie.", "model."), ("bert.", ""), ("roberta.", ""), ("distilbert.", ""),
+    ("transformer.", ""), ("model.", ""), ("model.", "backbone."), ("model.backbone.", "backbone."), ("", "model."),
+    ("model.model.", "model."),
 )  # fmt: skip
 WRAPPERS = ("language_model.", "text_model.", "thinker.", "llm.")
 # a module that holds several weights -> the modules of the same weights apart
@@ -53,6 +56,21 @@ def is_other_tower(path: str) -> bool:
     return path.startswith(OTHER_TOWERS_START) or any(part in path for part in OTHER_TOWERS)
 
 
+def why_skipped(path: str, hparams: Hparams) -> str | None:
+    """The reason why a module has no place in a text model's GGUF, or None."""
+    if is_other_tower(path):
+        return "part of a vision or audio tower, which the text model's GGUF does not hold"
+    if re.match(r"(model\.)?mtp\.", path):
+        return "multi-token prediction, which the GGUF does not hold"
+    if ARCHITECTURES[hparams.architecture].headless and re.match(r"(\w+\.)?(pooler|cls|vocab_\w+)(\.|$)", path):
+        return "a head, which the GGUF of an encoder does not hold"
+    n_layers, layer = hparams.get("block_count"), layer_of(path)
+    extra = hparams.get("config.num_nextn_predict_layers")
+    if hparams.tensors is None and extra and layer is not None and n_layers and layer >= n_layers:
+        return "multi-token prediction, which the GGUF may not hold"
+    return None
+
+
 def layer_of(path: str) -> int | None:
     """The number of the layer that the module stands in: the first number in its path."""
     match = LAYER.search(path)
@@ -61,7 +79,8 @@ def layer_of(path: str) -> int | None:
 
 @lru_cache(maxsize=1)
 def name_map() -> dict[str, tuple[tuple[object, str], ...]]:
-    """Module path with ``{bid}`` for the layer -> (tensor enum, GGUF name with ``{bid}``) pairs, over all architectures."""
+    """Module path with ``{bid}`` for the layer -> (tensor enum, GGUF name with ``{bid}``) pairs, over all
+    architectures."""
     from gguf.constants import TENSOR_NAMES
     from gguf.tensor_mapping import TensorNameMap
 
@@ -127,7 +146,9 @@ def pieces(path: str, shape: tuple[int, int], hparams: Hparams) -> list[Piece]:
     whole, slot = split_expert(path)
     apart = apart_in_base(whole, shape, hparams)
     if apart:
-        return [part for name, first, n in apart for part in shifted(pieces(name, (n, shape[1]), hparams), first, n, slot)]
+        return [
+            part for name, first, n in apart for part in shifted(pieces(name, (n, shape[1]), hparams), first, n, slot)
+        ]
     found = []
     for out in plain_in_base(outs(whole, hparams), whole, hparams):
         name = out_name(out, whole, slot, hparams)
@@ -138,7 +159,8 @@ def pieces(path: str, shape: tuple[int, int], hparams: Hparams) -> list[Piece]:
 
 
 def shape_in_base(path: str, hparams: Hparams) -> tuple[int, int] | None:
-    """(out, in) of the module's weight in Hugging Face's layout, from the base's tensors; None where it has none for it."""
+    """(out, in) of the module's weight in Hugging Face's layout, from the base's tensors; None where it has none for
+    it."""
     whole, slot = split_expert(path)
     n_rows = n_cols = 0
     for out in plain_in_base(outs(whole, hparams), whole, hparams):
@@ -185,7 +207,9 @@ def out_name(out: Out, path: str, slot: int | None, hparams: Hparams) -> str | N
     return name
 
 
-def out_pieces(out: Out, name: str, path: str, slot: int | None, shape: tuple[int, int], hparams: Hparams) -> list[Piece]:
+def out_pieces(
+    out: Out, name: str, path: str, slot: int | None, shape: tuple[int, int], hparams: Hparams
+) -> list[Piece]:
     """The pieces of one ``out``: one, or one for each of its slots."""
     dims = hparams.dims(layer_of(path))
     rows, cols = (gather(ops, n, dims) for ops, n in ((out.rows, shape[0]), (out.cols, shape[1])))
@@ -209,7 +233,8 @@ def gather(ops, n: int, dims) -> np.ndarray | None:
 
 
 def apart_in_base(path: str, shape: tuple[int, int], hparams: Hparams) -> list[tuple[str, int, int]]:
-    """The modules (path, first row, rows) that a module of several weights is in the base; empty where it is one there too."""
+    """The modules (path, first row, rows) that a module of several weights is in the base; empty where it is one there
+    too."""
     head, _, tail = path.rpartition(".")
     if tail not in TOGETHER or hparams.tensors is None or len(outs(path, hparams)) > 1:
         return []
@@ -227,7 +252,11 @@ def apart_in_base(path: str, shape: tuple[int, int], hparams: Hparams) -> list[t
 def shifted(parts: list[Piece], first: int, n: int, slot: int | None) -> list[Piece]:
     """Pieces of rows ``first`` to ``first + n`` of a weight as pieces of that weight."""
     return [
-        replace(piece, rows=first + (np.arange(n) if piece.rows is None else piece.rows), slot=piece.slot if slot is None else slot)
+        replace(
+            piece,
+            rows=first + (np.arange(n) if piece.rows is None else piece.rows),
+            slot=piece.slot if slot is None else slot,
+        )
         for piece in parts
     ]
 

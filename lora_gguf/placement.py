@@ -17,11 +17,11 @@ import numpy as np
 
 from lora_gguf.adapter import Adapter
 from lora_gguf.architectures import ARCHITECTURES
-from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, printable
+from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, UsageError, printable
 from lora_gguf.gguf_reader import GgufReader
 from lora_gguf.hparams import Hparams, from_base
 from lora_gguf.lora import EMBEDDING, LoraPair, Piece, read_adapter_gguf
-from lora_gguf.names import is_other_tower, layer_of, pieces, shape_in_base
+from lora_gguf.names import pieces, shape_in_base, why_skipped
 from lora_gguf.stacking import Part, fused, joined, oriented
 from lora_gguf.updates import Replaced, Update
 
@@ -42,11 +42,11 @@ class Account:
 class Placement:
     """``pairs`` and ``updates`` in GGUF terms, an ``Account`` for each tensor of the adapter, and warnings.
 
-    There is one pair for each tensor at most; of ``updates``, which only a merge can carry out, several may change parts of
-    one. ``untied`` says that the base's head is tied to its embedding and the adapter tells them apart, so that a merge must
-    give the file an ``output.weight`` of its own, made from the base's ``token_embd.weight``. ``invocation_tokens`` (aLoRA)
-    say that the adapter is active only after these tokens, so that it can't be merged. ``approximations`` gives the relative
-    error of the tensors whose update ``convert`` could not write exactly.
+    There is one pair for each tensor at most; of ``updates``, which only a merge can carry out, several may change
+    parts of one. ``untied`` says that the base's head is tied to its embedding and the adapter tells them apart, so
+    that a merge must give the file an ``output.weight`` of its own, made from the base's ``token_embd.weight``.
+    ``invocation_tokens`` (aLoRA) say that the adapter is active only after these tokens, so that it can't be merged.
+    ``approximations`` gives the relative error of the tensors whose update ``convert`` could not write exactly.
     """
 
     pairs: list[LoraPair] = field(default_factory=list)
@@ -60,7 +60,8 @@ class Placement:
     def __str__(self) -> str:
         counts = Counter(account.outcome for account in self.accounts)
         n_tensors = len({update.name for update in (*self.pairs, *self.updates)})
-        return f"{n_tensors} tensors updated; of the adapter's, " + ", ".join(f"{n} {what}" for what, n in counts.items())
+        outcomes = ", ".join(f"{n} {what}" for what, n in counts.items())
+        return f"{n_tensors} tensors updated; of the adapter's, {outcomes}"
 
 
 def gguf_pairs(
@@ -73,10 +74,10 @@ def gguf_pairs(
 ) -> Placement:
     """Place all updates of ``adapter`` in ``base``: an open GGUF, or the dimensions in a ``config.json``.
 
-    Without ``updates`` an adapter that isn't low rank (``Placement.updates``) is refused. ``tied`` says what becomes of an adapted head or embedding where the base has one tensor for both: ``refuse``,
-    ``separate`` (see ``Placement``), or ``shared`` (the one tensor changes). What does not fit and whose name the regular
-    expression ``allow_unused`` finds is ignored. Raises ``MismatchError`` that lists every update which does not fit, with
-    the likely cause.
+    Without ``updates`` an adapter that isn't low rank (``Placement.updates``) is refused. ``tied`` says what becomes of
+    an adapted head or embedding where the base has one tensor for both: ``refuse``, ``separate`` (see ``Placement``),
+    or ``shared`` (the one tensor changes). What does not fit and whose name the regular expression ``allow_unused``
+    finds is ignored. Raises ``MismatchError`` that lists every update which does not fit, with the likely cause.
     """
     hparams = base if isinstance(base, Hparams) else from_base(base)
     placement = Placement(invocation_tokens=adapter.invocation_tokens)
@@ -86,7 +87,9 @@ def gguf_pairs(
     for update in oriented(adapter.updates, hparams.get("embedding_length")):
         found = place(update, hparams, parts, placement)
         if found and allowed(update, allow_unused):
-            placement.accounts += [Account(name, "ignored", "", f"--allow-unused: {found[0]}") for name in update.sources]
+            placement.accounts += [
+                Account(name, "ignored", "", f"--allow-unused: {found[0]}") for name in update.sources
+            ]
         else:
             errors += found
     for name, found in parts.items():
@@ -105,7 +108,11 @@ def gguf_pairs(
 
 
 def allowed(update: LoraPair | Update, pattern: str | None) -> bool:
-    return pattern is not None and any(re.search(pattern, name) for name in update.sources)
+    """Whether the user lets this leftover pass."""
+    try:
+        return pattern is not None and any(re.search(pattern, name) for name in update.sources)
+    except re.error as error:
+        raise UsageError(f"--allow-unused {printable(pattern, 60)}: not a regular expression: {error}") from None
 
 
 def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader) -> Placement:
@@ -126,7 +133,8 @@ def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader) -> Placement:
 
 
 def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Part]], placement: Placement) -> list[str]:
-    """Add what ``update`` (named by module path) becomes to ``parts`` or the placement; return what is wrong with it."""
+    """Add what ``update`` (named by module path) becomes to ``parts`` or the placement; return what is wrong with
+    it."""
     skipped = why_skipped(update.name, hparams)
     if skipped:
         placement.accounts += [Account(name, "ignored", "", skipped) for name in update.sources]
@@ -137,9 +145,7 @@ def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Par
         if 0 in update.shape:
             update = replace(update, shape=shape)
         if found and isinstance(update, LoraPair):
-            for piece in found:
-                parts.setdefault(piece.name, []).append((piece, trimmed(update, piece, hparams).take(piece)))
-            errors = []
+            errors = place_pair(update, found, hparams, parts)
         else:
             errors = place_update(update, found, hparams, placement)
     except ValueError:
@@ -155,6 +161,15 @@ def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Par
     return errors
 
 
+def place_pair(pair: LoraPair, found: list[Piece], hparams: Hparams, parts: dict[str, list[Part]]) -> list[str]:
+    """Add the parts of ``pair`` to ``parts``; return the tensors that the base lacks."""
+    lacking = [piece.name for piece in found if hparams.tensors is not None and base_shape(piece.name, hparams) is None]
+    if not lacking:
+        for piece in found:
+            parts.setdefault(piece.name, []).append((piece, trimmed(pair, piece, hparams).take(piece)))
+    return [f"{name}: expected in {hparams.label}, not found" for name in dict.fromkeys(lacking)]
+
+
 def trimmed(pair: LoraPair, piece: Piece, hparams: Hparams) -> LoraPair:
     """``pair`` with as many columns as the module has (VeRA), and as many rows as the vocabulary has (Gemma 3)."""
     if pair.wide:
@@ -165,20 +180,6 @@ def trimmed(pair: LoraPair, piece: Piece, hparams: Hparams) -> LoraPair:
         b[: len(pair.b)] = pair.b[: shape[0]]
         pair = replace(pair, b=b)
     return pair
-
-def why_skipped(path: str, hparams: Hparams) -> str | None:
-    """The reason why a module has no place in a text model's GGUF, or None."""
-    if is_other_tower(path):
-        return "part of a vision or audio tower, which the text model's GGUF does not hold"
-    if re.match(r"(model\.)?mtp\.", path):
-        return "multi-token prediction, which the GGUF does not hold"
-    if ARCHITECTURES[hparams.architecture].headless and re.match(r"(\w+\.)?(pooler|cls|vocab_\w+)(\.|$)", path):
-        return "a head, which the GGUF of an encoder does not hold"
-    n_layers, layer = hparams.get("block_count"), layer_of(path)
-    extra = hparams.get("config.num_nextn_predict_layers")
-    if hparams.tensors is None and extra and layer is not None and n_layers and layer >= n_layers:
-        return "multi-token prediction, which the GGUF may not hold"
-    return None
 
 
 def combine(name: str, parts: list[Part], hparams: Hparams, pairs: list[LoraPair]) -> list[str]:
@@ -194,7 +195,8 @@ def combine(name: str, parts: list[Part], hparams: Hparams, pairs: list[LoraPair
 
 
 def base_shape(name: str, hparams: Hparams) -> tuple[int, ...] | None:
-    """The shape of a tensor of the base, of its embedding for a head that is tied to it; None where it has none such."""
+    """The shape of a tensor of the base, of its embedding for a head that is tied to it; None where it has none
+    such."""
     tensors = hparams.tensors or {}
     if name == HEAD and hparams.tied:
         name = EMBEDDING
@@ -206,7 +208,9 @@ def misfit(name: str, shape: tuple[int, ...], hparams: Hparams) -> str | None:
     expected = base_shape(name, hparams)
     if hparams.tensors is None or expected == shape:
         return None
-    return f"{name}: expected {expected}, found {shape}" if expected else f"{name}: expected in {hparams.label}, not found"
+    return (
+        f"{name}: expected {expected}, found {shape}" if expected else f"{name}: expected in {hparams.label}, not found"
+    )
 
 
 def place_update(update: Update, found: list[Piece], hparams: Hparams, placement: Placement) -> list[str]:
@@ -222,10 +226,17 @@ def place_update(update: Update, found: list[Piece], hparams: Hparams, placement
         part = shifted_norm(update, piece, hparams).take(piece)
         shape = base_shape(piece.name, hparams) or ()
         n_rows = math.prod(shape[:-1]) if shape else 0
-        if shape and part.shape[1] == shape[-1] and part.offset + part.shape[0] <= n_rows and (piece.slot is None or part.shape[0] == shape[-2]):
+        if (
+            shape
+            and part.shape[1] == shape[-1]
+            and part.offset + part.shape[0] <= n_rows
+            and (piece.slot is None or part.shape[0] == shape[-2])
+        ):
             taken.append(part)
         else:
-            errors.append(misfit(piece.name, part.shape, hparams) or f"{piece.name}: {part.shape} does not fit into {shape}")
+            errors.append(
+                misfit(piece.name, part.shape, hparams) or f"{piece.name}: {part.shape} does not fit into {shape}"
+            )
     if not errors:
         placement.updates += taken
     return errors
@@ -234,7 +245,9 @@ def place_update(update: Update, found: list[Piece], hparams: Hparams, placement
 def bias_piece(update: Update, piece: Piece) -> Piece:
     """The place of a module's bias: the rows of its weight are the entries of its bias."""
     if piece.offset is not None or piece.slot is not None or piece.scale is not None or piece.transpose:
-        raise UnsupportedError(f"{update.name}: a bias that GGUF stores fused or scaled ({piece.name}): merge it with PEFT")
+        raise UnsupportedError(
+            f"{update.name}: a bias that GGUF stores fused or scaled ({piece.name}): merge it with PEFT"
+        )
     return Piece(part_name(piece, update), cols=piece.rows)
 
 
@@ -262,12 +275,15 @@ def shape_of(update: LoraPair | Update, hparams: Hparams) -> tuple[int, int]:
         return shape
     base = shape_in_base(update.name, hparams)
     if base is None:
-        raise MalformedError(f"{update.name}: its shape depends on the base: give --base BASE.gguf, with a tensor for it")
+        raise MalformedError(
+            f"{update.name}: its shape depends on the base: give --base BASE.gguf, with a tensor for it"
+        )
     return (shape[0] or base[0], base[1])
 
 
 def resolve_tied(placement: Placement, hparams: Hparams, tied: str) -> list[str]:
-    """Settle what happens to the head and the embedding where the base has one tensor for both; return what is wrong."""
+    """Settle what happens to the head and the embedding where the base has one tensor for both; return what is
+    wrong."""
     if not hparams.tied:
         return []
     same_rows(placement)
@@ -314,7 +330,10 @@ def run_time_warnings(pairs: list[LoraPair], hparams: Hparams) -> list[str]:
         return []
     ignored = [pair.name for pair in pairs if re.search(row.ignored_at_run_time, pair.name)]
     kinds = Counter(re.sub(r"^blk\.\d+\.", "", name) for name in ignored)
-    return [f"{kind}: llama.cpp ignores adapters on it ({n} tensors, {hparams.architecture}): merge instead" for kind, n in kinds.items()]
+    return [
+        f"{kind}: llama.cpp ignores adapters on it ({n} tensors, {hparams.architecture}): merge instead"
+        for kind, n in kinds.items()
+    ]
 
 
 def likely_cause(adapter: Adapter, hparams: Hparams, errors: list[str]) -> str:
@@ -324,4 +343,5 @@ def likely_cause(adapter: Adapter, hparams: Hparams, errors: list[str]) -> str:
         return "merge with --tied separate or shared, or train without lm_head and embed_tokens"
     if len(errors) == len(adapter.updates):
         return f"is {printable(hparams.label)} ({hparams.architecture}) the base it was trained on{trained_on}?"
-    return f"{len(errors)} of {len(adapter.updates)} modules do not fit: is the base of the same size and version{trained_on}?"
+    n = f"{len(errors)} of {len(adapter.updates)} modules do not fit"
+    return f"{n}: is the base of the same size and version{trained_on}?"

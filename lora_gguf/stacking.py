@@ -1,4 +1,5 @@
-"""Several parts of one tensor as one pair: experts stacked, rows of a fused tensor side by side, packed experts turned."""
+"""Several parts of one tensor as one pair: experts stacked, rows of a fused tensor side by side, packed experts
+turned."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ Part = tuple[Piece, LoraPair]
 def oriented(updates: list[LoraPair | Update], width: int | None) -> list[LoraPair | Update]:
     """``updates`` with those of packed experts (E, …) turned to (out, in).
 
-    PEFT's versions disagree on which axis of a packed parameter is in and which is out; the model's ``width`` tells. Where it
-    is square it goes as the other parameters of the adapter do.
+    PEFT's versions disagree on which axis of a packed parameter is in and which is out; the model's ``width`` tells.
+    Where it is square it goes as the other parameters of the adapter do.
     """
     turns = {id(pair): is_turned(pair, width) for pair in updates if len(pair.shape) == 3}
     known = [turn for turn in turns.values() if turn is not None]

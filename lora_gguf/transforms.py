@@ -1,9 +1,10 @@
 """How a Hugging Face weight becomes GGUF tensors: which of its rows and columns go where.
 
 An operation is a function ``op(index, dims) -> index``: it takes the numbers of the weight's rows (or columns) in their
-present order and returns those that the GGUF tensor has, in its order. A chain of them is one gather, and on W = B @ A a
-gather of rows is ``B[index]``, a gather of columns ``A[:, index]``: exact. ``dims(key)`` is a hyperparameter of the layer
-under its GGUF key, without the architecture. An operation raises ``ValueError`` where the count of rows can't be right.
+present order and returns those that the GGUF tensor has, in its order. A chain of them is one gather, and on W = B @ A
+a gather of rows is ``B[index]``, a gather of columns ``A[:, index]``: exact. ``dims(key)`` is a hyperparameter of the
+layer under its GGUF key, without the architecture. An operation raises ``ValueError`` where the count of rows can't be
+right.
 
 The layouts are those of llama.cpp's converters; names in the docstrings are Hugging Face's.
 """
@@ -21,7 +22,8 @@ HEADS, KV_HEADS = "attention.head_count", "attention.head_count_kv"
 
 
 def rotary(heads: str) -> Op:
-    """Rotary halves to rotary pairs: per head, row (s, j) of (2, d/2) goes to (j, s). ``heads`` is the key of their number."""
+    """Rotary halves to rotary pairs: per head, row (s, j) of (2, d/2) goes to (j, s). ``heads`` is the key of their
+    number."""
 
     def op(index: np.ndarray, dims: Dims) -> np.ndarray:
         return index.reshape(dims(heads), 2, -1).swapaxes(1, 2).ravel()
@@ -39,7 +41,8 @@ def rotary_k_xverse(index: np.ndarray, dims: Dims) -> np.ndarray:
 
 
 def rotary_partial(heads: str) -> Op:
-    """GLM's pairs to halves: of each head's first ``rope.dimension_count`` rows the even ones, then the odd ones; the rest stays."""
+    """GLM's pairs to halves: of each head's first ``rope.dimension_count`` rows the even ones, then the odd ones; the
+    rest stays."""
 
     def op(index: np.ndarray, dims: Dims) -> np.ndarray:
         by_head = index.reshape(dims(heads), -1)

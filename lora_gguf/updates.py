@@ -1,7 +1,7 @@
 """Updates that are not low rank: DoRA, IA³, OFT, BOFT, large LoHa and LoKr, whole tensors, single rows.
 
-A merge sees one interface, that of ``Update``: what is added to some rows of a tensor, given those rows as they are in the
-base. It needs no more than the rows at hand, so a merge streams; and no row depends on which others are at hand.
+A merge sees one interface, that of ``Update``: what is added to some rows of a tensor, given those rows as they are in
+the base. It needs no more than the rows at hand, so a merge streams; and no row depends on which others are at hand.
 
 A vector of the base (a bias, a norm) is a matrix of one row here.
 """
@@ -20,9 +20,9 @@ from lora_gguf.lora import LoraPair, Piece
 class Update:
     """A change of rows ``offset`` to ``offset + shape[0]`` of the tensor ``name``, its leading axes taken as one.
 
-    ``shape`` is (rows, cols) of the part that changes; ``sources`` are the adapter's tensors. As in ``LoraPair``, ``name`` is
-    a module path in Hugging Face's layout until ``take`` makes it a GGUF tensor. ``part`` is what of the module changes, its
-    weight or its bias; an ``optional`` one is left out where the base has no such tensor.
+    ``shape`` is (rows, cols) of the part that changes; ``sources`` are the adapter's tensors. As in ``LoraPair``,
+    ``name`` is a module path in Hugging Face's layout until ``take`` makes it a GGUF tensor. ``part`` is what of the
+    module changes, its weight or its bias; an ``optional`` one is left out where the base has no such tensor.
     """
 
     name: str
@@ -60,7 +60,9 @@ class Update:
     def moved(self, piece: Piece, **fields) -> Update:
         """This update with ``fields`` changed, at the piece's place."""
         if piece.transpose:
-            raise UnsupportedError(f"{self.name}: {self.kind} on {piece.name}, which GGUF stores transposed: merge it with PEFT")
+            raise UnsupportedError(
+                f"{self.name}: {self.kind} on {piece.name}, which GGUF stores transposed: merge it with PEFT"
+            )
         n_rows = self.shape[0] if piece.rows is None else len(piece.rows)
         offset = (piece.offset or 0) + (piece.slot or 0) * n_rows
         return replace(self, name=piece.name, shape=(n_rows, self.shape[1]), offset=offset, **fields)
@@ -116,7 +118,9 @@ class Scaled(Update):
 
     def take(self, piece: Piece) -> Update:
         return self.moved(
-            piece, row_factors=gathered(self.row_factors, piece.rows), col_factors=gathered(self.col_factors, piece.cols)
+            piece,
+            row_factors=gathered(self.row_factors, piece.rows),
+            col_factors=gathered(self.col_factors, piece.cols),
         )
 
 
@@ -124,8 +128,8 @@ class Scaled(Update):
 class Rotated(Update):
     """OFT and BOFT: W times block-diagonal rotations of its columns, then perhaps a factor a row.
 
-    ``stages`` are applied in turn: (order, blocks): column ``order[j]`` of W is column j of the blocks (n, size, size), and
-    becomes W_j @ block_j. No order means that of W; one block stands for all. arXiv 2306.07280, 2311.06243.
+    ``stages`` are applied in turn: (order, blocks): column ``order[j]`` of W is column j of the blocks (n, size, size),
+    and becomes W_j @ block_j. No order means that of W; one block stands for all. arXiv 2306.07280, 2311.06243.
     """
 
     stages: list[tuple[np.ndarray | None, np.ndarray]]
@@ -161,8 +165,9 @@ class Rotated(Update):
 class Computed(Update):
     """An added matrix too large or of too high a rank to hold, made row by row.
 
-    Entry (i, j) of LoHa's is the product of those of two pairs; of LoKr's, ``left[i // m, j // n] * right[i % m, j % n]``
-    with (m, n) the shape of ``right``. ``rows`` and ``cols`` are the numbers that the part has in Hugging Face's layout.
+    Entry (i, j) of LoHa's is the product of those of two pairs; of LoKr's, ``left[i // m, j // n] * right[i % m, j %
+    n]`` with (m, n) the shape of ``right``. ``rows`` and ``cols`` are the numbers that the part has in Hugging Face's
+    layout.
     """
 
     scale: float
@@ -180,7 +185,9 @@ class Computed(Update):
 
     def take(self, piece: Piece) -> Update:
         factors = None if piece.scale is None else piece.scale.astype(np.float32)
-        return self.moved(piece, rows=gathered(self.rows, piece.rows), cols=gathered(self.cols, piece.cols), factors=factors)
+        return self.moved(
+            piece, rows=gathered(self.rows, piece.rows), cols=gathered(self.cols, piece.cols), factors=factors
+        )
 
 
 @dataclass(kw_only=True)
@@ -237,7 +244,8 @@ def scaled_pair(update: Computed, a: np.ndarray, b: np.ndarray) -> LoraPair:
 
 @dataclass(kw_only=True)
 class Added(Update):
-    """A whole matrix added: biases that were trained beside B, mergekit's leftovers. ``values`` has the shape of the part."""
+    """A whole matrix added: biases that were trained beside B, mergekit's leftovers. ``values`` has the shape of the
+    part."""
 
     values: np.ndarray
     kind = "added tensor"
@@ -253,8 +261,8 @@ class Added(Update):
 class Replaced(Update):
     """Rows that were trained whole: ``modules_to_save``, norms, ``trainable_token_indices``.
 
-    ``values`` has the shape of the part, or holds only its rows ``only``. ``shared`` says that the embedding's values are the
-    head's too.
+    ``values`` has the shape of the part, or holds only its rows ``only``. ``shared`` says that the embedding's values
+    are the head's too.
     """
 
     values: np.ndarray
@@ -274,7 +282,9 @@ class Replaced(Update):
     def take(self, piece: Piece) -> Update:
         if self.only is not None:
             if piece.rows is not None or piece.cols is not None or piece.scale is not None:
-                raise UnsupportedError(f"{self.name}: single rows of {piece.name}, whose layout differs: merge it with PEFT")
+                raise UnsupportedError(
+                    f"{self.name}: single rows of {piece.name}, whose layout differs: merge it with PEFT"
+                )
             return self.moved(piece)
         return self.moved(piece, values=placed(self.values, piece))
 

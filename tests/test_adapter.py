@@ -84,7 +84,16 @@ def test_refuses_fields_of_a_wrong_type(tmp_path, field, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{", '{"r": 4, "r": 5}', '{"r": NaN}', '{"lora_alpha": Infinity}', "[" * 100_000, '{"lora_alpha": 1e400}'],
+    [
+        "",
+        "[]",
+        "{",
+        '{"r": 4, "r": 5}',
+        '{"r": NaN}',
+        '{"lora_alpha": Infinity}',
+        "[" * 100_000,
+        '{"lora_alpha": 1e400}',
+    ],
 )
 def test_refuses_what_is_no_configuration(tmp_path, text):
     directory(tmp_path)
@@ -102,7 +111,12 @@ def test_reads_a_configuration_with_a_byte_order_mark(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("peft_type", "PROMPT_TUNING"), ("use_qalora", True), ("layer_replication", [[0, 4]]), ("init_lora_weights", "pissa_niter_4")],
+    [
+        ("peft_type", "PROMPT_TUNING"),
+        ("use_qalora", True),
+        ("layer_replication", [[0, 4]]),
+        ("init_lora_weights", "pissa_niter_4"),
+    ],
 )
 def test_refuses_kinds_by_name_with_a_way_out(tmp_path, field, value):
     with pytest.raises(UnsupportedError, match=field):
@@ -121,7 +135,9 @@ def test_refuses_numbers_that_are_none_and_names_their_place(tmp_path, value, fa
 
 
 def test_reports_all_offenders_at_once(tmp_path):
-    weights = tensors() | tensors("model.layers.1.self_attn.q_proj") | {"base_model.model.what.ever": np.ones(3, np.float32)}
+    weights = (
+        tensors() | tensors("model.layers.1.self_attn.q_proj") | {"base_model.model.what.ever": np.ones(3, np.float32)}
+    )
     del weights["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
     weights |= {name: array for name, array in tensors("model.layers.2.self_attn.q_proj", r=8).items()}
     with pytest.raises(MalformedError) as error:

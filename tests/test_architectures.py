@@ -16,25 +16,53 @@ LAYER = 3
 
 
 def random_dims(seed):
-    """A model's dimensions, all different where they may be; ``values`` are its GGUF keys, ``config`` its config.json."""
+    """A model's dimensions, all different where they may be; ``values`` are its GGUF keys, ``config`` its
+    config.json."""
     rng = np.random.default_rng(seed)
-    d = SimpleNamespace(kv=int(rng.integers(1, 4)), d=2 * int(rng.integers(1, 5)), E=int(rng.integers(2, 6)), ff=int(rng.integers(3, 9)))
+    d = SimpleNamespace(
+        kv=int(rng.integers(1, 4)), d=2 * int(rng.integers(1, 5)), E=int(rng.integers(2, 6)), ff=int(rng.integers(3, 9))
+    )
     d.q, d.n = d.kv * int(rng.integers(1, 4)), int(rng.integers(5, 12))
-    d.rope, d.nope, d.v, d.latent = 2 * int(rng.integers(1, d.d // 2 + 1)), int(rng.integers(2, 5)), int(rng.integers(2, 5)), int(rng.integers(3, 6))
+    d.rope, d.nope, d.v, d.latent = (
+        2 * int(rng.integers(1, d.d // 2 + 1)),
+        int(rng.integers(2, 5)),
+        int(rng.integers(2, 5)),
+        int(rng.integers(3, 6)),
+    )
     d.nk, d.hk, d.hv = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(rng.integers(1, 5))
     d.nv = d.nk * int(rng.integers(1, 4))
     d.values = {
-        "block_count": 8, "embedding_length": d.n, "attention.head_count": d.q, "attention.head_count_kv": [d.kv] * 8,
-        "attention.key_length": d.d, "attention.value_length": d.d, "expert_count": d.E, "rope.dimension_count": d.rope,
-        "attention.key_length_mla": d.nope + d.rope, "attention.value_length_mla": d.v, "rope.dimension_sections": [1, 1, 1, 0],
-        "ssm.group_count": d.nk, "ssm.time_step_rank": d.nv, "ssm.state_size": d.hk, "ssm.inner_size": d.nv * d.hv,
-    }  # fmt: skip
+        "block_count": 8,
+        "embedding_length": d.n,
+        "attention.head_count": d.q,
+        "attention.head_count_kv": [d.kv] * 8,
+        "attention.key_length": d.d,
+        "attention.value_length": d.d,
+        "expert_count": d.E,
+        "rope.dimension_count": d.rope,
+        "attention.key_length_mla": d.nope + d.rope,
+        "attention.value_length_mla": d.v,
+        "rope.dimension_sections": [1, 1, 1, 0],
+        "ssm.group_count": d.nk,
+        "ssm.time_step_rank": d.nv,
+        "ssm.state_size": d.hk,
+        "ssm.inner_size": d.nv * d.hv,
+    }
     d.inner, d.state = 3, 4
     d.config = {
-        "attention_in_multiplier": 2.0, "key_multiplier": 3.0, "attention_out_multiplier": 5.0, "mlp_multipliers": [7.0, 11.0],
-        "ssm_out_multiplier": 13.0, "ssm_in_multiplier": 2.0, "ssm_multipliers": [2.0, 3.0, 5.0, 7.0, 11.0], "mamba_d_ssm": 3,
-        "mamba_n_groups": 2, "mamba_d_state": 2, "lm_head_multiplier": 17.0, "embedding_multiplier": 19.0,
-    }  # fmt: skip
+        "attention_in_multiplier": 2.0,
+        "key_multiplier": 3.0,
+        "attention_out_multiplier": 5.0,
+        "mlp_multipliers": [7.0, 11.0],
+        "ssm_out_multiplier": 13.0,
+        "ssm_in_multiplier": 2.0,
+        "ssm_multipliers": [2.0, 3.0, 5.0, 7.0, 11.0],
+        "mamba_d_ssm": 3,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 2,
+        "lm_head_multiplier": 17.0,
+        "embedding_multiplier": 19.0,
+    }
     return d
 
 
@@ -89,7 +117,11 @@ def internlm2(w, d):
 
 def blocks(w, d, turn):
     q, k, v = np.split(w, np.cumsum([d.q * d.d, d.kv * d.d]))
-    return {"attn_q": rotary(q, d.q), "attn_k": rotary(k, d.kv), "attn_v": v} if turn else {"attn_q": q, "attn_k": k, "attn_v": v}
+    return (
+        {"attn_q": rotary(q, d.q), "attn_k": rotary(k, d.kv), "attn_v": v}
+        if turn
+        else {"attn_q": q, "attn_k": k, "attn_v": v}
+    )
 
 
 def by_head(w, d):
@@ -121,7 +153,11 @@ O = ("model.layers.3.self_attn.o_proj", lambda d: (d.n, d.q * d.d), lambda w, d:
 ROTARY = [Q, K, V, O]
 LATENT = [
     ("model.layers.3.self_attn.kv_b_proj", lambda d: (d.q * (d.nope + d.v), d.latent), latent),
-    ("model.layers.3.self_attn.kv_a_proj_with_mqa", lambda d: (d.latent + d.rope, d.n), lambda w, d: {"attn_kv_a_mqa": w}),
+    (
+        "model.layers.3.self_attn.kv_a_proj_with_mqa",
+        lambda d: (d.latent + d.rope, d.n),
+        lambda w, d: {"attn_kv_a_mqa": w},
+    ),
 ]
 GATE_UP_EXPERT = "model.layers.3.mlp.experts.gate_up_proj"
 LINEAR = "model.layers.3.linear_attn."
@@ -151,7 +187,11 @@ GRANITE_MOE = [
         lambda d: (2 * d.ff, d.n),
         lambda w, d: halves(w, "ffn_gate_exps", "ffn_up_exps"),
     ),
-    ("model.layers.3.shared_mlp.input_linear", lambda d: (2 * d.ff, d.n), lambda w, d: halves(w, "ffn_gate_shexp", "ffn_up_shexp")),
+    (
+        "model.layers.3.shared_mlp.input_linear",
+        lambda d: (2 * d.ff, d.n),
+        lambda w, d: halves(w, "ffn_gate_shexp", "ffn_up_shexp"),
+    ),
     ("model.layers.3.shared_mlp.output_linear", lambda d: (d.n, d.ff), lambda w, d: {"ffn_down_shexp": w}),
 ]
 
@@ -178,8 +218,20 @@ LAYOUTS = {
     **{
         name: ROTARY
         for name in (
-            "llama", "llama-embed", "mistral3", "smollm3", "arcee", "arctic", "deci", "minicpm", "olmo",
-            "chameleon", "deepseek", "granite", "granitemoe", "granitehybrid",
+            "llama",
+            "llama-embed",
+            "mistral3",
+            "smollm3",
+            "arcee",
+            "arctic",
+            "deci",
+            "minicpm",
+            "olmo",
+            "chameleon",
+            "deepseek",
+            "granite",
+            "granitemoe",
+            "granitehybrid",
         )
     },
     "nemotron_h": [("model.layers.3.mixer.q_proj", Q[1], Q[2]), ("backbone.layers.3.mixer.k_proj", K[1], K[2])],
@@ -192,7 +244,11 @@ LAYOUTS = {
     "internlm2": [("model.layers.3.attention.wqkv", lambda d: ((d.q + 2 * d.kv) * d.d, d.n), internlm2)],
     "baichuan": [("model.layers.3.self_attn.W_pack", lambda d: (3 * d.q * d.kv * d.d, d.n), thirds)],
     "bailingmoe": [
-        ("model.layers.3.attention.query_key_value", lambda d: ((d.q + 2 * d.kv) * d.d, d.n), lambda w, d: blocks(w, d, turn=True))
+        (
+            "model.layers.3.attention.query_key_value",
+            lambda d: ((d.q + 2 * d.kv) * d.d, d.n),
+            lambda w, d: blocks(w, d, turn=True),
+        )
     ],
     "ernie4_5": [
         ERNIE_QKV,
@@ -213,10 +269,18 @@ LAYOUTS = {
         )
     ],
     "gptneox": [
-        ("gpt_neox.layers.3.attention.query_key_value", lambda d: (3 * d.q * d.d, d.n), lambda w, d: {"attn_qkv": by_head(w, d)})
+        (
+            "gpt_neox.layers.3.attention.query_key_value",
+            lambda d: (3 * d.q * d.d, d.n),
+            lambda w, d: {"attn_qkv": by_head(w, d)},
+        )
     ],
     "bloom": [
-        ("transformer.h.3.self_attention.query_key_value", lambda d: (3 * d.q * d.d, d.n), lambda w, d: {"attn_qkv": by_head(w, d)})
+        (
+            "transformer.h.3.self_attention.query_key_value",
+            lambda d: (3 * d.q * d.d, d.n),
+            lambda w, d: {"attn_qkv": by_head(w, d)},
+        )
     ],
     "falcon-h1": FALCON_H1,
     "refact": [
@@ -228,15 +292,37 @@ LAYOUTS = {
         ("transformer.h.3.mlp.gate_up_proj", lambda d: (2 * d.ff, d.n), lambda w, d: halves(w, "ffn_gate", "ffn_up")),
         ("transformer.h.3.attn.q", lambda d: (d.q * d.d, d.n), lambda w, d: {"attn_q": w}),
     ],
-    "openelm": [("transformer.layers.3.ffn.proj_1", lambda d: (2 * d.ff, d.n), lambda w, d: halves(w, "ffn_gate", "ffn_up"))],
+    "openelm": [
+        ("transformer.layers.3.ffn.proj_1", lambda d: (2 * d.ff, d.n), lambda w, d: halves(w, "ffn_gate", "ffn_up"))
+    ],
     "dbrx": [
-        ("transformer.blocks.3.ffn.experts.mlp.w1", lambda d: (d.E * d.ff, d.n), lambda w, d: {"ffn_gate_exps": experts(w, d)}),
-        ("transformer.blocks.3.ffn.experts.mlp.v1", lambda d: (d.E * d.ff, d.n), lambda w, d: {"ffn_up_exps": experts(w, d)}),
-        ("transformer.blocks.3.ffn.experts.mlp.w2", lambda d: (d.E * d.ff, d.n), lambda w, d: {"ffn_down_exps": experts(w, d, True)}),
+        (
+            "transformer.blocks.3.ffn.experts.mlp.w1",
+            lambda d: (d.E * d.ff, d.n),
+            lambda w, d: {"ffn_gate_exps": experts(w, d)},
+        ),
+        (
+            "transformer.blocks.3.ffn.experts.mlp.v1",
+            lambda d: (d.E * d.ff, d.n),
+            lambda w, d: {"ffn_up_exps": experts(w, d)},
+        ),
+        (
+            "transformer.blocks.3.ffn.experts.mlp.w2",
+            lambda d: (d.E * d.ff, d.n),
+            lambda w, d: {"ffn_down_exps": experts(w, d, True)},
+        ),
     ],
     "nomic-bert-moe": [
-        ("encoder.layers.3.mlp.experts.mlp.w1", lambda d: (d.E * d.ff, d.n), lambda w, d: {"ffn_up_exps": experts(w, d)}),
-        ("encoder.layers.3.mlp.experts.mlp.w2", lambda d: (d.E * d.ff, d.n), lambda w, d: {"ffn_down_exps": experts(w, d, True)}),
+        (
+            "encoder.layers.3.mlp.experts.mlp.w1",
+            lambda d: (d.E * d.ff, d.n),
+            lambda w, d: {"ffn_up_exps": experts(w, d)},
+        ),
+        (
+            "encoder.layers.3.mlp.experts.mlp.w2",
+            lambda d: (d.E * d.ff, d.n),
+            lambda w, d: {"ffn_down_exps": experts(w, d, True)},
+        ),
     ],
     "deepseek2": LATENT,
     "glm-dsa": LATENT,
@@ -254,7 +340,9 @@ LAYOUTS = {
         (GATE_UP_EXPERT, lambda d: (2 * d.ff, d.n), lambda w, d: {"ffn_gate_exps": w[::2], "ffn_up_exps": w[1::2]}),
     ],
     "qwen3moe": [(GATE_UP_EXPERT, lambda d: (2 * d.ff, d.n), lambda w, d: halves(w, "ffn_gate_exps", "ffn_up_exps"))],
-    "gemma4": [("model.layers.3.experts.gate_up_proj", lambda d: (2 * d.ff, d.n), lambda w, d: {"ffn_gate_up_exps": w})],
+    "gemma4": [
+        ("model.layers.3.experts.gate_up_proj", lambda d: (2 * d.ff, d.n), lambda w, d: {"ffn_gate_up_exps": w})
+    ],
 }
 LAYOUTS["granitemoe"] = LAYOUTS["granitemoe"] + GRANITE_MOE
 LAYOUTS["granitehybrid"] = LAYOUTS["granitehybrid"] + GRANITE_MOE
@@ -273,7 +361,9 @@ def converted(path, pair, hparams):
         part = pair.take(piece)
         delta = part.b.astype(np.float64) @ part.a.astype(np.float64)
         assert piece.slot is None or piece.slot == len(found.get(stem, ()))
-        found[stem] = np.concatenate([found.get(stem, delta[None][:0]), delta[None]]) if piece.slot is not None else delta
+        found[stem] = (
+            np.concatenate([found.get(stem, delta[None][:0]), delta[None]]) if piece.slot is not None else delta
+        )
     return found
 
 
@@ -287,7 +377,9 @@ def test_the_update_is_that_of_the_dense_layout(architecture, seed):
         a, b = (rng.integers(-8, 9, size).astype(np.float32) for size in ((2, n_in), (n_out, 2)))
         pair = LoraPair(path, a, b, 1.0)
         expected = layout(b.astype(np.float64) @ a.astype(np.float64), dims)
-        found = converted(path, pair, model(architecture, dims, **({"expert_count": 0} if architecture == "granite" else {})))
+        found = converted(
+            path, pair, model(architecture, dims, **({"expert_count": 0} if architecture == "granite" else {}))
+        )
         assert found.keys() == expected.keys(), path
         for name, delta in expected.items():
             np.testing.assert_array_equal(found[name], delta, err_msg=f"{path} {name}")
@@ -297,12 +389,16 @@ def test_every_row_with_a_rule_has_its_layout_here():
     def moves(out):
         return out.rows or out.cols or out.scale or out.slots
 
-    assert {name for name, row in ARCHITECTURES.items() if any(moves(out) for rule in row.rules for out in rule.outs)} <= LAYOUTS.keys()
+    assert {
+        name for name, row in ARCHITECTURES.items() if any(moves(out) for rule in row.rules for out in rule.outs)
+    } <= LAYOUTS.keys()
 
 
 def test_a_dense_granite_hybrid_has_no_shared_expert():
     dims = random_dims(1)
-    found = pieces("model.layers.3.shared_mlp.input_linear", (2 * dims.ff, dims.n), model("granitehybrid", dims, expert_count=0))
+    found = pieces(
+        "model.layers.3.shared_mlp.input_linear", (2 * dims.ff, dims.n), model("granitehybrid", dims, expert_count=0)
+    )
     assert [piece.name for piece in found] == ["blk.3.ffn_gate.weight", "blk.3.ffn_up.weight"]
 
 

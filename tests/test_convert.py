@@ -39,7 +39,8 @@ def assert_top(found, wanted, atol):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_llama_cpp_agrees_with_transformers_and_peft(name, folder):
-    """The base proves the layouts (nothing of ours is between transformers and llama.cpp but them), the adapter the rest."""
+    """The base proves the layouts (nothing of ours is between transformers and llama.cpp but them), the adapter the
+    rest."""
     atol = TOLERANCE.get(name, 1e-4)
     base, out = tiny.base_gguf(folder, name), folder / f"{name}-adapter.gguf"
     assert_top(tiny.generate(base), tiny.expected(name)["base"]["top"], atol)
@@ -105,7 +106,9 @@ def test_activated_lora_keeps_its_tokens(tmp_path):
 
 def test_a_kind_that_is_not_low_rank_is_refused_by_name(tmp_path):
     name = "base_model.model.model.layers.0.self_attn.q_proj"
-    weights = tensors("model.layers.0.self_attn.q_proj", n_in=32, n_out=32) | {f"{name}.lora_magnitude_vector": np.ones(32, np.float32)}
+    weights = tensors("model.layers.0.self_attn.q_proj", n_in=32, n_out=32) | {
+        f"{name}.lora_magnitude_vector": np.ones(32, np.float32)
+    }
     source = directory(tmp_path, weights, use_dora=True)
     with pytest.raises(UnsupportedError, match="DoRA.*merge"):
         convert(source, tmp_path / "a.gguf", tiny.base_gguf(tmp_path, "llama"))
@@ -129,7 +132,10 @@ def test_what_is_not_low_rank_at_a_stated_rank(tmp_path, kind):
     base = tiny.base_gguf(tmp_path, name)
     model = from_config(tiny.config_of(name))
     weights = tiny.tensors_of(name, model)
-    wanted = {key: array - weights[key] for key, array in tiny.tensors_from(KINDS / kind / "merged.safetensors", model).items()}
+    wanted = {
+        key: array - weights[key]
+        for key, array in tiny.tensors_from(KINDS / kind / "merged.safetensors", model).items()
+    }
     with pytest.raises(UnsupportedError, match="--rank"):
         convert(KINDS / kind, tmp_path / "a.gguf", base)
     for rank in (32, 5):

@@ -25,7 +25,12 @@ def files(folder, name):
     """A base, and PEFT's merged model as a GGUF."""
     model = from_config(tiny.config_of(name))
     base, merged = tiny.tensors_of(name, model), tiny.tensors_of(name, model, "merged")
-    return tiny.base_gguf(folder, name), tiny.write_gguf(folder / f"{name}-tuned.gguf", name, base | merged), base, merged
+    return (
+        tiny.base_gguf(folder, name),
+        tiny.write_gguf(folder / f"{name}-tuned.gguf", name, base | merged),
+        base,
+        merged,
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3moe", "gpt-oss"])
@@ -54,11 +59,18 @@ def test_a_rank_too_low_says_how_much_it_kept(folder):
 
 def test_what_has_no_place_in_an_adapter_is_named(folder):
     base, _, before, _ = files(folder, "gemma2")
-    changed = {name: array + 0.1 for name, array in before.items() if name in ("token_embd.weight", "blk.0.attn_norm.weight", "blk.0.attn_q.weight")}
+    changed = {
+        name: array + 0.1
+        for name, array in before.items()
+        if name in ("token_embd.weight", "blk.0.attn_norm.weight", "blk.0.attn_q.weight")
+    }
     tuned = tiny.write_gguf(folder / "gemma-tuned.gguf", "gemma2", before | changed)
     found = extract(base, tuned, folder / "gemma.gguf", 4)
     assert [tensor.name for tensor in found.tensors] == ["blk.0.attn_q.weight"]
-    assert set(found.left_out) == {"token_embd.weight", "blk.0.attn_norm.weight"} and "tied" in found.left_out["token_embd.weight"]
+    assert (
+        set(found.left_out) == {"token_embd.weight", "blk.0.attn_norm.weight"}
+        and "tied" in found.left_out["token_embd.weight"]
+    )
 
 
 def test_refusals(folder):
@@ -70,7 +82,9 @@ def test_refusals(folder):
         extract(base, tiny.base_gguf(folder, "gpt2"), out)
     with pytest.raises(UsageError, match="rank"):
         extract(base, tuned, out, 0)
-    smaller = tiny.write_gguf(folder / "smaller.gguf", "llama", before | {"output.weight": before["output.weight"][:-1]})
+    smaller = tiny.write_gguf(
+        folder / "smaller.gguf", "llama", before | {"output.weight": before["output.weight"][:-1]}
+    )
     with pytest.raises(MismatchError, match="output.weight"):
         extract(base, smaller, out)
     with pytest.raises(LoraGgufError, match="input"):
@@ -81,9 +95,14 @@ def test_refusals(folder):
 @pytest.mark.parametrize("shape", [(40, 300), (900, 700), (700, 900)])
 def test_factors_keep_what_the_best_ones_would(shape):
     rng = np.random.default_rng(5)
-    matrix = (rng.standard_normal((shape[0], 10)) @ rng.standard_normal((10, shape[1])) + 0.1 * rng.standard_normal(shape)).astype(np.float32)
+    matrix = (
+        rng.standard_normal((shape[0], 10)) @ rng.standard_normal((10, shape[1])) + 0.1 * rng.standard_normal(shape)
+    ).astype(np.float32)
     found = factor(matrix, 12)
-    best = np.square(np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[:12]).sum() / np.square(matrix.astype(np.float64)).sum()
+    best = (
+        np.square(np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[:12]).sum()
+        / np.square(matrix.astype(np.float64)).sum()
+    )
     left = np.square(matrix - found.b.astype(np.float64) @ found.a).sum() / np.square(matrix.astype(np.float64)).sum()
     assert found.a.shape == (12, shape[1]) and found.b.shape == (shape[0], 12)
     assert abs(found.share - best) < 1e-4 and abs(1 - left - found.share) < 1e-4

@@ -19,7 +19,9 @@ PATH = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def write(folder, tensors, **config):
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "adapter_model.safetensors"
+    )
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -30,19 +32,29 @@ def random(*shape, seed=0):
 
 def mlx(folder, tensors, **parameters):
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "adapters.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters})
+    )
     return read_adapter(folder).updates
 
 
 def test_mlx_factors_are_transposed_and_have_a_scale_of_their_own(tmp_path):
     a, b = random(6, 4), random(4, 10, seed=1)
-    (pair,) = mlx(tmp_path, {"model.layers.0.self_attn.q_proj.lora_a": a, "model.layers.0.self_attn.q_proj.lora_b": b}, rank=4, scale=20.0)
+    (pair,) = mlx(
+        tmp_path,
+        {"model.layers.0.self_attn.q_proj.lora_a": a, "model.layers.0.self_attn.q_proj.lora_b": b},
+        rank=4,
+        scale=20.0,
+    )
     assert pair.name == "model.layers.0.self_attn.q_proj"
     np.testing.assert_allclose(pair.delta(), 20 * (a @ b).T, rtol=1e-5)
 
 
 def test_mlx_of_2024_multiplied_by_alpha_over_rank(tmp_path):
-    tensors = {"model.layers.0.self_attn.q_proj.lora_a": random(6, 4), "model.layers.0.self_attn.q_proj.lora_b": random(4, 10)}
+    tensors = {
+        "model.layers.0.self_attn.q_proj.lora_a": random(6, 4),
+        "model.layers.0.self_attn.q_proj.lora_b": random(4, 10),
+    }
     assert mlx(tmp_path, tensors, rank=4, scale=10.0, alpha=16)[0].scale == 40.0
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from lora_gguf.errors import MalformedError, NumericError
+from lora_gguf.ggml import BY_NAME
 from lora_gguf.gguf_reader import GgufReader
 from lora_gguf.gguf_writer import GgufWriter, TensorSpec, key_value
-from lora_gguf.ggml import BY_NAME
 from lora_gguf.lora import LoraPair, read_adapter_gguf, write_adapter_gguf
 
 
@@ -51,7 +51,11 @@ def test_rows_that_are_no_whole_blocks_become_f16(tmp_path):
 
 def test_one_alpha_leaves_b_as_it_is_and_other_scales_go_into_b(tmp_path):
     written = [pair(f"blk.{i}.attn_q.weight", r=32) for i in range(3)] + [pair("blk.3.attn_q.weight", r=16, scale=4.0)]
-    written += [pair("blk.4.attn_q.weight", scale=0.5), pair("blk.5.attn_q.weight", scale=0.0), pair("blk.6.attn_q.weight", scale=-1)]
+    written += [
+        pair("blk.4.attn_q.weight", scale=0.5),
+        pair("blk.5.attn_q.weight", scale=0.0),
+        pair("blk.6.attn_q.weight", scale=-1),
+    ]
     write_adapter_gguf(tmp_path / "a.gguf", written, "llama")
     read, _ = read_adapter_gguf(tmp_path / "a.gguf")
     for before, after in zip(written, read, strict=True):
@@ -77,7 +81,12 @@ def test_refuses_what_the_type_cannot_hold(tmp_path, outtype, value):
 
 
 def write(path, tensors, alpha=("adapter.lora.alpha", 8.0, "f32"), kind="adapter"):
-    header = [("general.architecture", "llama", "str"), ("general.type", kind, "str"), ("adapter.type", "lora", "str"), alpha]
+    header = [
+        ("general.architecture", "llama", "str"),
+        ("general.type", kind, "str"),
+        ("adapter.type", "lora", "str"),
+        alpha,
+    ]
     specs = [TensorSpec(name, BY_NAME["F32"], array.shape) for name, array in tensors.items()]
     with GgufWriter(path, [key_value(*entry) for entry in header if entry], specs) as writer:
         for name, array in tensors.items():
@@ -91,7 +100,8 @@ Q = "blk.0.attn_q.weight"
 
 
 @pytest.mark.parametrize(
-    ("alpha", "scale"), [(("adapter.lora.alpha", 8.0, "f32"), 2.0), (("adapter.lora.alpha", 0.0, "f32"), 1.0), (None, 1.0)]
+    ("alpha", "scale"),
+    [(("adapter.lora.alpha", 8.0, "f32"), 2.0), (("adapter.lora.alpha", 0.0, "f32"), 1.0), (None, 1.0)],
 )
 def test_scale_is_alpha_by_rank_and_one_without_alpha(tmp_path, alpha, scale):
     tensors = {f"{Q}.lora_a": A, f"{Q}.lora_b": B, "blk.0.attn_norm.weight": np.ones(3, np.float32)}

@@ -1,4 +1,5 @@
-"""``names``: every weight matrix of the model classes that transformers has, and of those with code of their own, finds its tensor."""
+"""``names``: every weight matrix of the model classes that transformers has, and of those with code of their own, finds
+its tensor."""
 
 from __future__ import annotations
 
@@ -11,16 +12,42 @@ import pytest
 from lora_gguf.architectures import ARCHITECTURES
 from lora_gguf.errors import MalformedError
 from lora_gguf.hparams import Hparams, architecture_of
-from lora_gguf.names import candidates, is_other_tower, layer_of, pieces, split_expert, tensor_name, tensors_of
-from lora_gguf.placement import why_skipped
+from lora_gguf.names import (
+    candidates,
+    is_other_tower,
+    layer_of,
+    pieces,
+    split_expert,
+    tensor_name,
+    tensors_of,
+    why_skipped,
+)
 from tests.common import FIXTURES
 
 MODULES = json.loads((FIXTURES / "modules.json").read_text())
 CASES = [(architecture, name) for architecture, classes in MODULES.items() for name in classes]
-SIZES = {"block_count": 4, "expert_count": 4, "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 8}
-SIZES |= {"ssm.group_count": 2, "ssm.time_step_rank": 4, "ssm.state_size": 8, "ssm.inner_size": 32, "attention.key_length_mla": 16}
+SIZES = {
+    "block_count": 4,
+    "expert_count": 4,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "attention.key_length": 8,
+}
+SIZES |= {
+    "ssm.group_count": 2,
+    "ssm.time_step_rank": 4,
+    "ssm.state_size": 8,
+    "ssm.inner_size": 32,
+    "attention.key_length_mla": 16,
+}
 SIZES |= {"attention.value_length_mla": 8, "rope.dimension_count": 8}
-MULTIPLIERS = {"mlp_multipliers": [1, 1], "ssm_multipliers": [1] * 5, "mamba_d_ssm": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+MULTIPLIERS = {
+    "mlp_multipliers": [1, 1],
+    "ssm_multipliers": [1] * 5,
+    "mamba_d_ssm": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+}
 # architectures of which one class has layers that only some bases have
 FUSED_OR_DENSE = ("granitehybrid", "nomic-bert")
 # the fixed shapes that some layouts need
@@ -28,7 +55,13 @@ ROWS = {"kv_b_proj": 64, "in_proj_qkv": 64, "in_proj_qkvz": 96, "q_proj": 5120}
 
 
 def model(architecture):
-    return Hparams(architecture, SIZES, None, dict.fromkeys(("attention_in_multiplier", "key_multiplier"), 1.0) | MULTIPLIERS, "base")
+    return Hparams(
+        architecture,
+        SIZES,
+        None,
+        dict.fromkeys(("attention_in_multiplier", "key_multiplier"), 1.0) | MULTIPLIERS,
+        "base",
+    )
 
 
 def targets(architecture, path):
@@ -62,58 +95,193 @@ def test_every_matrix_of_a_class_has_its_tensor(architecture, name):
 
 
 # classes that transformers does not have: modules as their own code calls them, and their tensors
-OWN_CODE = {
-    "qwen": {"transformer.h.3.attn.c_attn": "attn_qkv", "transformer.h.3.attn.c_proj": "attn_output", "transformer.h.3.mlp.w1": "ffn_up", "transformer.h.3.mlp.w2": "ffn_gate", "transformer.h.3.mlp.c_proj": "ffn_down"},
-    "baichuan": {"model.layers.3.self_attn.o_proj": "attn_output", "model.layers.3.mlp.gate_proj": "ffn_gate", "lm_head": "output"},
-    "internlm2": {"model.layers.3.attention.wo": "attn_output", "model.layers.3.feed_forward.w1": "ffn_gate", "model.layers.3.feed_forward.w2": "ffn_down", "model.layers.3.feed_forward.w3": "ffn_up", "output": "output", "model.tok_embeddings": "token_embd"},
-    "minicpm": {"model.layers.3.self_attn.q_proj": "attn_q", "model.layers.3.mlp.up_proj": "ffn_up"},
-    "minicpm3": {"model.layers.3.self_attn.q_a_proj": "attn_q_a", "model.layers.3.self_attn.kv_b_proj": "attn_kv_b"},
-    "chatglm": {"transformer.encoder.layers.3.self_attention.query_key_value": "attn_qkv", "transformer.encoder.layers.3.self_attention.dense": "attn_output", "transformer.encoder.layers.3.mlp.dense_h_to_4h": "ffn_up", "transformer.encoder.layers.3.mlp.dense_4h_to_h": "ffn_down", "transformer.embedding.word_embeddings": "token_embd", "transformer.output_layer": "output"},
-    "exaone": {"transformer.h.3.attn.attention.q_proj": "attn_q", "transformer.h.3.attn.attention.out_proj": "attn_output", "transformer.h.3.mlp.c_fc_0": "ffn_gate", "transformer.h.3.mlp.c_fc_1": "ffn_up", "transformer.h.3.mlp.c_proj": "ffn_down"},
-    "orion": {"model.layers.3.self_attn.q_proj": "attn_q", "model.layers.3.mlp.down_proj": "ffn_down"},
-    "xverse": {"model.layers.3.self_attn.o_proj": "attn_output", "model.layers.3.mlp.gate_proj": "ffn_gate"},
-    "codeshell": {"transformer.h.3.attn.c_attn": "attn_qkv", "transformer.h.3.attn.c_proj": "attn_output", "transformer.h.3.mlp.c_fc": "ffn_up", "transformer.h.3.mlp.c_proj": "ffn_down"},
-    "refact": {"transformer.h.3.attn.c_proj": "attn_output", "transformer.h.3.mlp.c_proj": "ffn_down"},
-    "openelm": {"transformer.layers.3.attn.qkv_proj": "attn_qkv", "transformer.layers.3.attn.out_proj": "attn_output", "transformer.layers.3.ffn.proj_2": "ffn_down"},
-    "plamo": {"model.layers.layers.3.self_attn.k_proj": "attn_k", "model.layers.layers.3.mlp.down_proj": "ffn_down"},
-    "plamo2": {"model.layers.layers.3.mixer.qkv_proj": "attn_qkv", "model.layers.layers.3.mixer.o_proj": "attn_output", "model.layers.layers.3.mlp.gate_up_proj": "ffn_up", "model.layers.layers.3.mixer.in_proj": "ssm_in"},
-    "plm": {"model.layers.3.self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "model.layers.3.mlp.up_proj": "ffn_up"},
-    "deepseek": {"model.layers.3.mlp.experts.2.gate_proj": "ffn_gate_exps", "model.layers.3.mlp.shared_experts.down_proj": "ffn_down_shexp", "model.layers.3.mlp.gate": "ffn_gate_inp"},
-    "dbrx": {"transformer.blocks.3.norm_attn_norm.attn.Wqkv": "attn_qkv", "transformer.blocks.3.norm_attn_norm.attn.out_proj": "attn_output", "transformer.blocks.3.ffn.router.layer": "ffn_gate_inp"},
-    "dots1": {"model.layers.3.mlp.experts.2.up_proj": "ffn_up_exps", "model.layers.3.mlp.shared_experts.up_proj": "ffn_up_shexp"},
-    "arctic": {"model.layers.3.block_sparse_moe.experts.2.w2": "ffn_down_exps", "model.layers.3.residual_mlp.w1": "ffn_gate"},
-    "bailingmoe": {"model.layers.3.attention.dense": "attn_output", "model.layers.3.mlp.experts.2.down_proj": "ffn_down_exps"},
-    "hunyuan-moe": {"model.layers.3.mlp.experts.2.gate_proj": "ffn_gate_exps", "model.layers.3.mlp.shared_mlp.up_proj": "ffn_up_shexp"},
-    "hunyuan-dense": {"model.layers.3.self_attn.q_proj": "attn_q", "model.layers.3.mlp.up_proj": "ffn_up"},
-    "jamba": {"model.layers.3.feed_forward.experts.2.gate_proj": "ffn_gate_exps", "model.layers.3.mamba.in_proj": "ssm_in", "model.layers.3.self_attn.q_proj": "attn_q", "model.layers.3.feed_forward.router": "ffn_gate_inp"},
-    "mamba": {"backbone.layers.3.mixer.in_proj": "ssm_in", "backbone.layers.3.mixer.x_proj": "ssm_x", "backbone.layers.3.mixer.out_proj": "ssm_out"},
-    "mamba2": {"backbone.layers.3.mixer.in_proj": "ssm_in", "model.backbone.layers.3.mixer.out_proj": "ssm_out"},
-    "nemotron": {"model.layers.3.self_attn.q_proj": "attn_q", "model.layers.3.mlp.up_proj": "ffn_up", "model.layers.3.mlp.down_proj": "ffn_down"},
-    "nemotron_h_moe": {"model.layers.3.mixer.experts.2.up_proj": "ffn_up_exps", "backbone.layers.3.mixer.shared_experts.down_proj": "ffn_down_shexp", "model.layers.3.mixer.gate": "ffn_gate_inp"},
-    "lfm2moe": {"model.layers.3.feed_forward.experts.2.w1": "ffn_gate_exps", "model.layers.3.feed_forward.gate": "ffn_gate_inp", "model.layers.3.conv.in_proj": "shortconv.in_proj"},
-    "gemma3n": {"model.layers.3.self_attn.q_proj": "attn_q", "model.layers.3.per_layer_input_gate": "inp_gate", "model.layers.3.laurel.linear_left": "laurel_l"},
-    "falcon-h1": {"model.layers.3.mamba.in_proj": "ssm_in", "model.layers.3.feed_forward.up_proj": "ffn_up"},
-    "llada": {"model.transformer.blocks.3.v_proj": "attn_v", "model.transformer.blocks.3.attn_out": "attn_output", "model.transformer.blocks.3.ff_proj": "ffn_gate", "model.transformer.blocks.3.up_proj": "ffn_up", "model.transformer.blocks.3.ff_out": "ffn_down"},
-    "llada-moe": {"model.layers.3.mlp.experts.2.up_proj": "ffn_up_exps"},
-    "dream": {"model.layers.3.self_attn.q_proj": "attn_q"},
-    "rnd1": {"model.layers.3.mlp.experts.2.up_proj": "ffn_up_exps"},
-    "smallthinker": {"model.layers.3.block_sparse_moe.experts.2.up": "ffn_up_exps", "model.layers.3.block_sparse_moe.primary_router": "ffn_gate_inp"},
-    "pangu-embedded": {"model.layers.3.self_attn.q_proj": "attn_q"},
-    "bailingmoe2": {"model.layers.3.attention.query_key_value": "attn_qkv", "model.layers.3.mlp.shared_experts.up_proj": "ffn_up_shexp"},
-    "deci": {"model.layers.3.mlp.gate_proj": "ffn_gate"},
-    "cogvlm": {"model.layers.3.self_attn.language_expert_query_key_value": "attn_qkv"},
-    "neo-bert": {"transformer_encoder.3.qkv": "attn_qkv"},
-    "jina-bert-v2": {"encoder.layer.3.attention.self.query": "attn_q", "encoder.layer.3.mlp.up_gated_layer": "ffn_up"},
-    "nomic-bert-moe": {"encoder.layers.3.attn.Wqkv": "attn_qkv", "encoder.layers.3.mlp.fc1": "ffn_up"},
-    "maincoder": {"model.layers.3.self_attn.q_proj": "attn_q"},
-    "bitnet": {"model.layers.3.self_attn.q_proj": "attn_q", "model.layers.3.mlp.down_proj": "ffn_down"},
-    "chameleon": {"model.layers.3.self_attn.q_proj": "attn_q"},
-    "exaone-moe": {"model.layers.3.mlp.experts.2.up_proj": "ffn_up_exps"},
-    "plamo3": {"model.layers.layers.3.mlp.down_proj": "ffn_down"},
-    "jais": {"transformer.h.3.attn.c_attn": "attn_qkv", "transformer.h.3.mlp.c_fc": "ffn_up", "transformer.h.3.mlp.c_fc2": "ffn_gate"},
-    "llama-embed": {"layers.3.self_attn.q_proj": "attn_q"},
-    "deepseek2-ocr": {"model.layers.3.self_attn.q_proj": "attn_q"},
-}  # fmt: skip
+OWN_CODE_TEXT = """
+qwen
+    transformer.h.3.attn.c_attn attn_qkv
+    transformer.h.3.attn.c_proj attn_output
+    transformer.h.3.mlp.w1 ffn_up
+    transformer.h.3.mlp.w2 ffn_gate
+    transformer.h.3.mlp.c_proj ffn_down
+baichuan
+    model.layers.3.self_attn.o_proj attn_output
+    model.layers.3.mlp.gate_proj ffn_gate
+    lm_head output
+internlm2
+    model.layers.3.attention.wo attn_output
+    model.layers.3.feed_forward.w1 ffn_gate
+    model.layers.3.feed_forward.w2 ffn_down
+    model.layers.3.feed_forward.w3 ffn_up
+    output output
+    model.tok_embeddings token_embd
+minicpm
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.mlp.up_proj ffn_up
+minicpm3
+    model.layers.3.self_attn.q_a_proj attn_q_a
+    model.layers.3.self_attn.kv_b_proj attn_kv_b
+chatglm
+    transformer.encoder.layers.3.self_attention.query_key_value attn_qkv
+    transformer.encoder.layers.3.self_attention.dense attn_output
+    transformer.encoder.layers.3.mlp.dense_h_to_4h ffn_up
+    transformer.encoder.layers.3.mlp.dense_4h_to_h ffn_down
+    transformer.embedding.word_embeddings token_embd
+    transformer.output_layer output
+exaone
+    transformer.h.3.attn.attention.q_proj attn_q
+    transformer.h.3.attn.attention.out_proj attn_output
+    transformer.h.3.mlp.c_fc_0 ffn_gate
+    transformer.h.3.mlp.c_fc_1 ffn_up
+    transformer.h.3.mlp.c_proj ffn_down
+orion
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.mlp.down_proj ffn_down
+xverse
+    model.layers.3.self_attn.o_proj attn_output
+    model.layers.3.mlp.gate_proj ffn_gate
+codeshell
+    transformer.h.3.attn.c_attn attn_qkv
+    transformer.h.3.attn.c_proj attn_output
+    transformer.h.3.mlp.c_fc ffn_up
+    transformer.h.3.mlp.c_proj ffn_down
+refact
+    transformer.h.3.attn.c_proj attn_output
+    transformer.h.3.mlp.c_proj ffn_down
+openelm
+    transformer.layers.3.attn.qkv_proj attn_qkv
+    transformer.layers.3.attn.out_proj attn_output
+    transformer.layers.3.ffn.proj_2 ffn_down
+plamo
+    model.layers.layers.3.self_attn.k_proj attn_k
+    model.layers.layers.3.mlp.down_proj ffn_down
+plamo2
+    model.layers.layers.3.mixer.qkv_proj attn_qkv
+    model.layers.layers.3.mixer.o_proj attn_output
+    model.layers.layers.3.mlp.gate_up_proj ffn_up
+    model.layers.layers.3.mixer.in_proj ssm_in
+plm
+    model.layers.3.self_attn.kv_a_proj_with_mqa attn_kv_a_mqa
+    model.layers.3.mlp.up_proj ffn_up
+deepseek
+    model.layers.3.mlp.experts.2.gate_proj ffn_gate_exps
+    model.layers.3.mlp.shared_experts.down_proj ffn_down_shexp
+    model.layers.3.mlp.gate ffn_gate_inp
+dbrx
+    transformer.blocks.3.norm_attn_norm.attn.Wqkv attn_qkv
+    transformer.blocks.3.norm_attn_norm.attn.out_proj attn_output
+    transformer.blocks.3.ffn.router.layer ffn_gate_inp
+dots1
+    model.layers.3.mlp.experts.2.up_proj ffn_up_exps
+    model.layers.3.mlp.shared_experts.up_proj ffn_up_shexp
+arctic
+    model.layers.3.block_sparse_moe.experts.2.w2 ffn_down_exps
+    model.layers.3.residual_mlp.w1 ffn_gate
+bailingmoe
+    model.layers.3.attention.dense attn_output
+    model.layers.3.mlp.experts.2.down_proj ffn_down_exps
+hunyuan-moe
+    model.layers.3.mlp.experts.2.gate_proj ffn_gate_exps
+    model.layers.3.mlp.shared_mlp.up_proj ffn_up_shexp
+hunyuan-dense
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.mlp.up_proj ffn_up
+jamba
+    model.layers.3.feed_forward.experts.2.gate_proj ffn_gate_exps
+    model.layers.3.mamba.in_proj ssm_in
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.feed_forward.router ffn_gate_inp
+mamba
+    backbone.layers.3.mixer.in_proj ssm_in
+    backbone.layers.3.mixer.x_proj ssm_x
+    backbone.layers.3.mixer.out_proj ssm_out
+mamba2
+    backbone.layers.3.mixer.in_proj ssm_in
+    model.backbone.layers.3.mixer.out_proj ssm_out
+nemotron
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.mlp.up_proj ffn_up
+    model.layers.3.mlp.down_proj ffn_down
+nemotron_h_moe
+    model.layers.3.mixer.experts.2.up_proj ffn_up_exps
+    backbone.layers.3.mixer.shared_experts.down_proj ffn_down_shexp
+    model.layers.3.mixer.gate ffn_gate_inp
+lfm2moe
+    model.layers.3.feed_forward.experts.2.w1 ffn_gate_exps
+    model.layers.3.feed_forward.gate ffn_gate_inp
+    model.layers.3.conv.in_proj shortconv.in_proj
+gemma3n
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.per_layer_input_gate inp_gate
+    model.layers.3.laurel.linear_left laurel_l
+falcon-h1
+    model.layers.3.mamba.in_proj ssm_in
+    model.layers.3.feed_forward.up_proj ffn_up
+llada
+    model.transformer.blocks.3.v_proj attn_v
+    model.transformer.blocks.3.attn_out attn_output
+    model.transformer.blocks.3.ff_proj ffn_gate
+    model.transformer.blocks.3.up_proj ffn_up
+    model.transformer.blocks.3.ff_out ffn_down
+llada-moe
+    model.layers.3.mlp.experts.2.up_proj ffn_up_exps
+dream
+    model.layers.3.self_attn.q_proj attn_q
+rnd1
+    model.layers.3.mlp.experts.2.up_proj ffn_up_exps
+smallthinker
+    model.layers.3.block_sparse_moe.experts.2.up ffn_up_exps
+    model.layers.3.block_sparse_moe.primary_router ffn_gate_inp
+pangu-embedded
+    model.layers.3.self_attn.q_proj attn_q
+bailingmoe2
+    model.layers.3.attention.query_key_value attn_qkv
+    model.layers.3.mlp.shared_experts.up_proj ffn_up_shexp
+deci
+    model.layers.3.mlp.gate_proj ffn_gate
+cogvlm
+    model.layers.3.self_attn.language_expert_query_key_value attn_qkv
+neo-bert
+    transformer_encoder.3.qkv attn_qkv
+jina-bert-v2
+    encoder.layer.3.attention.self.query attn_q
+    encoder.layer.3.mlp.up_gated_layer ffn_up
+nomic-bert-moe
+    encoder.layers.3.attn.Wqkv attn_qkv
+    encoder.layers.3.mlp.fc1 ffn_up
+maincoder
+    model.layers.3.self_attn.q_proj attn_q
+bitnet
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.mlp.down_proj ffn_down
+chameleon
+    model.layers.3.self_attn.q_proj attn_q
+exaone-moe
+    model.layers.3.mlp.experts.2.up_proj ffn_up_exps
+plamo3
+    model.layers.layers.3.mlp.down_proj ffn_down
+jais
+    transformer.h.3.attn.c_attn attn_qkv
+    transformer.h.3.mlp.c_fc ffn_up
+    transformer.h.3.mlp.c_fc2 ffn_gate
+llama-embed
+    layers.3.self_attn.q_proj attn_q
+deepseek2-ocr
+    model.layers.3.self_attn.q_proj attn_q
+"""
+
+
+def own_code():
+    """architecture -> module path -> tensor."""
+    architecture, found = "", {}
+    for line in OWN_CODE_TEXT.split("\n"):
+        if line.startswith(" "):
+            path, tensor = line.split()
+            found[architecture][path] = tensor
+        elif line:
+            architecture, found[line] = line, {}
+    return found
+
+
+OWN_CODE = own_code()
 
 
 @pytest.mark.parametrize("architecture", OWN_CODE)
@@ -151,8 +319,17 @@ def test_candidates_unwrap_text_models():
     [
         ({"architectures": ["LlamaForCausalLM"]}, "llama"),
         ({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {"hidden_size": 8}}, "gemma3"),
-        ({"architectures": ["LlavaForConditionalGeneration"], "text_config": {"architectures": ["Qwen2ForCausalLM"]}}, "qwen2"),
-        ({"architectures": ["InternVLChatModel"], "llm_config": {"architectures": ["InternLM2ForCausalLM"]}}, "internlm2"),
+        (
+            {
+                "architectures": ["LlavaForConditionalGeneration"],
+                "text_config": {"architectures": ["Qwen2ForCausalLM"]},
+            },
+            "qwen2",
+        ),
+        (
+            {"architectures": ["InternVLChatModel"], "llm_config": {"architectures": ["InternLM2ForCausalLM"]}},
+            "internlm2",
+        ),
         ({"architectures": ["NemotronHForCausalLM"], "num_experts_per_tok": 6}, "nemotron_h_moe"),
         ({"architectures": ["NemotronHForCausalLM"]}, "nemotron_h"),
         ({"architectures": ["NomicBertModel"], "moe_every_n_layers": 2}, "nomic-bert-moe"),

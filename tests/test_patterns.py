@@ -38,14 +38,19 @@ def test_matches_as_peft_does_on_random_keys():
             assert matcher(key)(module) == bool(re.match(rf"(.*\.)?({key})$", module)), (key, module)
 
 
-@pytest.mark.parametrize("key", ["(.*)*(.*)*x", "([a-z_.0-9]+)+!", "(a|a)*b", "((a*)*)*b", "(aa|a)" * 100 + "b", "a?" * 99 + "b", "a*" * 50 + "b"])
+@pytest.mark.parametrize(
+    "key",
+    ["(.*)*(.*)*x", "([a-z_.0-9]+)+!", "(a|a)*b", "((a*)*)*b", "(aa|a)" * 100 + "b", "a?" * 99 + "b", "a*" * 50 + "b"],
+)
 def test_is_immune_to_backtracking(key):
     start = time.perf_counter()
     assert not matcher(key)("a" * 200)
     assert time.perf_counter() - start < 0.5
 
 
-@pytest.mark.parametrize("key", ["(?=x)", r"(x)\1", "x{100000}", "(?i:x)", r"\bq", "(x{1000}){1000}", "a" * 20000, "a" * 20000 + "*"])
+@pytest.mark.parametrize(
+    "key", ["(?=x)", r"(x)\1", "x{100000}", "(?i:x)", r"\bq", "(x{1000}){1000}", "a" * 20000, "a" * 20000 + "*"]
+)
 def test_refuses_what_it_cannot_match_in_linear_time(key):
     with pytest.raises(UnsupportedError):
         matcher(f"({key})*")
@@ -73,7 +78,9 @@ def test_many_keys_answer_as_the_first_of_them_that_matches():
 
 
 def test_tens_of_thousands_of_plain_names_cost_little():
-    keys = {f"model.layers.{i}.mlp.experts.{j}.{p}_proj": 8 for i in range(60) for j in range(256) for p in ("up", "down")}
+    keys = {
+        f"model.layers.{i}.mlp.experts.{j}.{p}_proj": 8 for i in range(60) for j in range(256) for p in ("up", "down")
+    }
     start = time.perf_counter()
     assert all(first_match(keys, key) == key for key in list(keys)[::10])
     assert first_match(keys, "xmodel.layers.3.mlp.experts.0.up_proj") is None

@@ -1,4 +1,5 @@
-"""``placement``: real PEFT adapters on small models of many architectures, against what PEFT's own merge makes of them."""
+"""``placement``: real PEFT adapters on small models of many architectures, against what PEFT's own merge makes of
+them."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def merged_weights(name):
 def test_the_merged_weights_are_pefts(name, folder):
     base = tiny.tensors_of(name, from_config(tiny.config_of(name)))
     with GgufReader(tiny.base_gguf(folder, name)) as reader:
-        placement = gguf_pairs(read_adapter(tiny.TINY / name / "adapter"), from_base(reader, tiny.config_of(name)), updates=True)
+        placement = gguf_pairs(
+            read_adapter(tiny.TINY / name / "adapter"), from_base(reader, tiny.config_of(name)), updates=True
+        )
     wanted = merged_weights(name)
     assert {pair.name for pair in placement.pairs} == wanted.keys() and not placement.updates
     assert all(account.outcome == "applied" for account in placement.accounts)
@@ -119,7 +122,9 @@ def test_split_gate_and_up_on_a_fused_base(folder):
         gate, up = f"blk.{layer}.ffn_gate.weight", f"blk.{layer}.ffn_up.weight"
         tensors[up] = np.concatenate([tensors.pop(gate), tensors[up]])
     pairs = placed("llama", tensors, folder)
-    assert_delta(pairs["blk.1.ffn_up.weight"], np.concatenate([wanted["blk.1.ffn_gate.weight"], wanted["blk.1.ffn_up.weight"]]))
+    assert_delta(
+        pairs["blk.1.ffn_up.weight"], np.concatenate([wanted["blk.1.ffn_gate.weight"], wanted["blk.1.ffn_up.weight"]])
+    )
 
 
 def test_experts_of_a_fused_base(folder):
@@ -268,7 +273,9 @@ def test_a_tied_base(folder, tied):
     tensors = tiny.tensors_of("qwen2", from_config(tiny.config_of("qwen2")))
     del tensors["output.weight"]
     adapter = embedding_adapter(folder, "qwen2")
-    head, embedding = ({update.name: update for update in adapter.updates}[name] for name in ("lm_head", "model.embed_tokens"))
+    head, embedding = (
+        {update.name: update for update in adapter.updates}[name] for name in ("lm_head", "model.embed_tokens")
+    )
     if tied == "refuse":
         with pytest.raises(MismatchError, match="tied"):
             placed("qwen2", tensors, folder, adapter)
@@ -290,7 +297,9 @@ def test_an_encoder_is_not_tied(folder):
         assert not from_base(reader).tied
 
 
-@pytest.mark.parametrize("part", ["model.visual.blocks.0.attn.qkv", "vision_tower.encoder.layers.0.q_proj", "model.mtp.layers.0.fc"])
+@pytest.mark.parametrize(
+    "part", ["model.visual.blocks.0.attn.qkv", "vision_tower.encoder.layers.0.q_proj", "model.mtp.layers.0.fc"]
+)
 def test_other_towers_are_ignored_with_a_reason(folder, part):
     adapter = read_adapter(tiny.TINY / "llama" / "adapter")
     adapter.updates.append(replace(adapter.updates[0], name=part, sources=(f"{part}.lora_A", f"{part}.lora_B")))
@@ -303,7 +312,10 @@ def test_other_towers_are_ignored_with_a_reason(folder, part):
 
 def test_what_does_not_fit_is_listed_whole_and_only_passes_by_name(folder):
     adapter = read_adapter(tiny.TINY / "llama" / "adapter")
-    stray = [replace(adapter.updates[0], name=f"model.layers.{i}.nonsense", sources=(f"stray{i}.lora_A", f"stray{i}.lora_B")) for i in range(3)]
+    stray = [
+        replace(adapter.updates[0], name=f"model.layers.{i}.nonsense", sources=(f"stray{i}.lora_A", f"stray{i}.lora_B"))
+        for i in range(3)
+    ]
     adapter.updates += stray
     with GgufReader(tiny.base_gguf(folder, "llama")) as reader:
         with pytest.raises(MismatchError) as error:
@@ -318,14 +330,21 @@ def test_what_does_not_fit_is_listed_whole_and_only_passes_by_name(folder):
 def test_a_wrong_base_names_what_the_adapter_was_trained_on(folder):
     adapter = read_adapter(tiny.TINY / "gemma2" / "adapter")
     adapter.config["base_model_name_or_path"] = "google/gemma-2-2b"
-    with GgufReader(tiny.base_gguf(folder, "gpt2")) as reader, pytest.raises(MismatchError, match=r"gpt2.*google/gemma-2-2b"):
+    with (
+        GgufReader(tiny.base_gguf(folder, "gpt2")) as reader,
+        pytest.raises(MismatchError, match=r"gpt2.*google/gemma-2-2b"),
+    ):
         gguf_pairs(adapter, reader)
 
 
-@pytest.mark.parametrize("wrapper", ["language_model.model", "model.language_model", "model.text_model", "thinker.model"])
+@pytest.mark.parametrize(
+    "wrapper", ["language_model.model", "model.language_model", "model.text_model", "thinker.model"]
+)
 def test_wrapped_text_models(folder, wrapper):
     adapter = read_adapter(tiny.TINY / "qwen2" / "adapter")
-    adapter.updates = [replace(update, name=f"{wrapper}.{update.name.removeprefix('model.')}") for update in adapter.updates]
+    adapter.updates = [
+        replace(update, name=f"{wrapper}.{update.name.removeprefix('model.')}") for update in adapter.updates
+    ]
     with GgufReader(tiny.base_gguf(folder, "qwen2")) as reader:
         names = {pair.name for pair in gguf_pairs(adapter, reader).pairs}
     assert names == deltas("qwen2").keys()

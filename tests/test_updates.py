@@ -92,13 +92,22 @@ def test_low_rank_after_all(kind, folder):
 def update_of(kind, rng):
     """A random update of each kind in which columns or rows are told apart by where they stand."""
     if kind is Hadamard:
-        pairs = tuple((rng.standard_normal((12, 2), np.float32), rng.standard_normal((2, 8), np.float32)) for _ in range(2))
+        pairs = tuple(
+            (rng.standard_normal((12, 2), np.float32), rng.standard_normal((2, 8), np.float32)) for _ in range(2)
+        )
         return Hadamard(name="x", shape=(12, 8), scale=1.5, pairs=pairs, rows=np.arange(12), cols=np.arange(8))
     if kind is Kronecker:
         left, right = rng.standard_normal((3, 4), np.float32), rng.standard_normal((4, 2), np.float32)
-        return Kronecker(name="x", shape=(12, 8), scale=0.5, left=left, right=right, rows=np.arange(12), cols=np.arange(8))
+        return Kronecker(
+            name="x", shape=(12, 8), scale=0.5, left=left, right=right, rows=np.arange(12), cols=np.arange(8)
+        )
     blocks = rng.standard_normal((2, 4, 4)).astype(np.float32)
-    return Rotated(name="x", shape=(12, 8), stages=[(None, blocks), (rng.permutation(8), blocks[::-1].copy())], row_factors=rng.random(12, np.float32))
+    return Rotated(
+        name="x",
+        shape=(12, 8),
+        stages=[(None, blocks), (rng.permutation(8), blocks[::-1].copy())],
+        row_factors=rng.random(12, np.float32),
+    )
 
 
 @pytest.mark.parametrize("kind", [Hadamard, Kronecker, Rotated])

@@ -1,7 +1,7 @@
 """The small models of ``fixtures/tiny`` as F32 GGUFs that llama.cpp runs.
 
-Their weights go through the package's own table of layouts; that the result is right is for llama.cpp to say, whose tokens
-must be those of transformers.
+Their weights go through the package's own table of layouts; that the result is right is for llama.cpp to say, whose
+tokens must be those of transformers.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from lora_gguf.architectures import ARCHITECTURES
 from lora_gguf.ggml import BY_NAME
 from lora_gguf.gguf_writer import GgufWriter, TensorSpec, key_value
 from lora_gguf.hparams import Hparams, from_config
-from lora_gguf.architectures import ARCHITECTURES
 from lora_gguf.names import layer_of, pieces, tensor_name
 from tests.common import FIXTURES
 
@@ -43,7 +43,9 @@ def converted(path: str, weight: np.ndarray, model: Hparams) -> dict[str, np.nda
         part = part if piece.scale is None else part * piece.scale[:, None]
         found.setdefault(piece.name, []).append(part.swapaxes(-1, -2) if piece.transpose else part)
     assert found, path
-    return {name: np.stack(parts) if len(parts) > 1 or "attn_k_b" in name else parts[0] for name, parts in found.items()}
+    return {
+        name: np.stack(parts) if len(parts) > 1 or "attn_k_b" in name else parts[0] for name, parts in found.items()
+    }
 
 
 def vector(path: str, part: str, values: np.ndarray, model: Hparams) -> dict[str, np.ndarray]:
@@ -53,7 +55,9 @@ def vector(path: str, part: str, values: np.ndarray, model: Hparams) -> dict[str
         return {f"{name.removesuffix('.weight')}.bias": array[:, 0] for name, array in turned.items()}
     name = tensor_name(path, model)
     assert name, path
-    shift = (ARCHITECTURES[model.architecture].norm_shift or 0.0) if part == "weight" and "linear_attn" not in path else 0.0
+    shift = (
+        (ARCHITECTURES[model.architecture].norm_shift or 0.0) if part == "weight" and "linear_attn" not in path else 0.0
+    )
     return {name.removesuffix("weight") + part if name.endswith("weight") else name: values + np.float32(shift)}
 
 
@@ -70,8 +74,16 @@ def ssm(key: str, values: np.ndarray, model: Hparams) -> dict[str, np.ndarray]:
     if key.endswith("conv1d.weight"):
         values = values[:, 0]
         if tiled:
-            width, n = model.get("config.linear_value_head_dim"), 2 * model.get("ssm.group_count") * model.get("ssm.state_size")
-            values = np.concatenate([values[:n], values[n:].reshape(-1, width, values.shape[1])[value_order(model)].reshape(-1, values.shape[1])])
+            width, n = (
+                model.get("config.linear_value_head_dim"),
+                2 * model.get("ssm.group_count") * model.get("ssm.state_size"),
+            )
+            values = np.concatenate(
+                [
+                    values[:n],
+                    values[n:].reshape(-1, width, values.shape[1])[value_order(model)].reshape(-1, values.shape[1]),
+                ]
+            )
         return {f"{block}.ssm_conv1d.weight": values}
     if tiled and values.ndim == 1 and not key.endswith("conv1d.bias"):
         values = values[value_order(model)]
@@ -118,98 +130,109 @@ def tensors_from(path: Path, model: Hparams) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(array) for name, array in found.items()}
 
 
+# architecture -> further keys: (key, a field of config.json or a value, its type)
+GRANITE = (
+    ("attention.scale", "attention_multiplier", "f32"),
+    ("embedding_scale", "embedding_multiplier", "f32"),
+    ("residual_scale", "residual_multiplier", "f32"),
+    ("logit_scale", "logits_scaling", "f32"),
+)
+LINEAR_ATTENTION = (("ssm.conv_kernel", "linear_conv_kernel_dim", "u32"), ("full_attention_interval", 2, "u32"))
+FURTHER = {
+    "granite": GRANITE,
+    "granitemoe": GRANITE,
+    "phi3": (("rope.scaling.original_context_length", 128, "u32"),),
+    "gptneox": (("use_parallel_residual", True, "bool"),),
+    "bert": (("attention.causal", False, "bool"), ("pooling_type", 1, "u32")),
+    "qwen3next": LINEAR_ATTENTION,
+    "qwen35": (*LINEAR_ATTENTION, ("rope.dimension_sections", [1, 1, 0, 0], "i32")),
+    "deepseek2": (
+        ("attention.kv_lora_rank", "kv_lora_rank", "u32"),
+        ("attention.q_lora_rank", "q_lora_rank", "u32"),
+        ("leading_dense_block_count", "first_k_dense_replace", "u32"),
+        ("expert_shared_count", "n_shared_experts", "u32"),
+        ("attention.value_length_mla", "v_head_dim", "u32"),
+        ("attention.value_length", "kv_lora_rank", "u32"),
+        ("expert_weights_scale", 1.0, "f32"),
+        ("expert_weights_norm", False, "bool"),
+        ("expert_gating_func", 1, "u32"),
+    ),
+    "falcon-h1": (
+        ("ssm.inner_size", "mamba_d_ssm", "u32"),
+        ("ssm.time_step_rank", "mamba_n_heads", "u32"),
+        ("ssm.state_size", "mamba_d_state", "u32"),
+        ("ssm.group_count", "mamba_n_groups", "u32"),
+        ("ssm.conv_kernel", "mamba_d_conv", "u32"),
+    ),
+}
+# what every architecture may have: (key, fields of config.json, its type)
+COMMON = (
+    ("feed_forward_length", ("intermediate_size", "n_inner", "ffn_hidden_size"), "u32"),
+    ("attention.layer_norm_rms_epsilon", ("rms_norm_eps",), "f32"),
+    ("attention.layer_norm_epsilon", ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"), "f32"),
+    ("expert_used_count", ("num_experts_per_tok",), "u32"),
+    ("expert_feed_forward_length", ("moe_intermediate_size",), "u32"),
+    ("expert_shared_feed_forward_length", ("shared_expert_intermediate_size",), "u32"),
+    ("attention.sliding_window", ("sliding_window",), "u32"),
+    ("attn_logit_softcapping", ("attn_logit_softcapping",), "f32"),
+    ("final_logit_softcapping", ("final_logit_softcapping",), "f32"),
+)
+
+
 def key_values(name: str, model: Hparams) -> list[bytes]:
-    """The header of a model: hyperparameters and a vocabulary of bytes."""
-    a, get = model.architecture, model.get
-    heads, n_rope = get("attention.head_count"), None
-    config = {**config_of(name), **(config_of(name).get("rope_parameters") or {})}
-    values: list[tuple[str, object, str]] = [("general.architecture", a, "str"), ("general.type", "model", "str")]
+    """The header of a model: hyperparameters and a vocabulary."""
+    a, config = model.architecture, {**config_of(name), **(config_of(name).get("rope_parameters") or {})}
+    entries = [("vocab_size", config["vocab_size"], "u32"), ("context_length", 128, "u32"), *widths(model, config)]
+    entries += [("rope.freq_base", float(config.get("rope_theta") or 10000.0), "f32")]
+    for key, fields, kind in COMMON:
+        entries.append((key, next((config[field] for field in fields if config.get(field) is not None), None), kind))
+    entries += [
+        (key, config[value] if isinstance(value, str) else value, kind) for key, value, kind in FURTHER.get(a, ())
+    ]
+    if a in ("gpt-oss", "granitemoe"):
+        entries.append(("expert_feed_forward_length", config["intermediate_size"], "u32"))
+    if a == "bloom":
+        entries.append(("feed_forward_length", 4 * config["hidden_size"], "u32"))
+    found = {key: key_value(f"{a}.{key}", value, kind) for key, value, kind in entries if value is not None}
+    head = [key_value("general.architecture", a, "str"), key_value("general.type", "model", "str")]
+    return [*head, *found.values(), *vocabulary(config["vocab_size"], a)]
 
-    def add(key: str, value, kind: str = "u32") -> None:
-        if value is not None:
-            values.append((f"{a}.{key}", value, kind))
 
-    for key in ("block_count", "embedding_length", "attention.head_count", "attention.head_count_kv"):
-        add(key, get(key))
-    width = config.get("head_dim") or get("embedding_length") // heads
-    n_rope = int(width * (config.get("partial_rotary_factor") or config.get("rotary_pct") or 1))
-    add("context_length", 128)
-    add("vocab_size", config["vocab_size"])
-    add("feed_forward_length", config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_hidden_size") or 4 * get("embedding_length"))
-    add("rope.freq_base", float(config.get("rope_theta") or 10000.0), "f32")
-    epsilon = config.get("rms_norm_eps")
-    add("attention.layer_norm_rms_epsilon", epsilon, "f32")
-    add("attention.layer_norm_epsilon", next((config[k] for k in ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon") if k in config), 1e-5), "f32")
-    if a == "deepseek2":
+def widths(model: Hparams, config: dict) -> list[tuple[str, object, str]]:
+    """Layers, heads and their sizes."""
+    keys = ["block_count", "embedding_length", "attention.head_count", "attention.head_count_kv", "expert_count"]
+    keys += ["ssm.group_count", "ssm.time_step_rank", "ssm.state_size", "ssm.inner_size"]
+    found = {key: model.get(key) for key in keys}
+    width = config.get("head_dim") or found["embedding_length"] // found["attention.head_count"]
+    part = config.get("partial_rotary_factor") or config.get("rotary_pct") or 1
+    found |= {"rope.dimension_count": int(width * part), "attention.key_length": width, "attention.value_length": width}
+    if model.architecture == "deepseek2":  # one head of keys and values, in the latent space
         n_rope = config["qk_rope_head_dim"]
-        add("attention.key_length_mla", config["qk_nope_head_dim"] + n_rope)
-        add("attention.value_length_mla", config["v_head_dim"])
-        values = [entry for entry in values if not entry[0].endswith("head_count_kv")]
-        add("attention.head_count_kv", 1)
-        add("attention.key_length", config["kv_lora_rank"] + n_rope)
-        add("attention.value_length", config["kv_lora_rank"])
-        add("attention.kv_lora_rank", config["kv_lora_rank"])
-        add("attention.q_lora_rank", config["q_lora_rank"])
-        add("leading_dense_block_count", config["first_k_dense_replace"])
-        add("expert_shared_count", config["n_shared_experts"])
-        add("expert_weights_scale", 1.0, "f32")
-        add("expert_weights_norm", False, "bool")
-        add("expert_gating_func", 1)
-    else:
-        add("attention.key_length", width)
-        add("attention.value_length", width)
-    add("rope.dimension_count", n_rope)
-    add("expert_count", get("expert_count"))
-    add("expert_used_count", config.get("num_experts_per_tok"))
-    if a != "llama":
-        add("expert_feed_forward_length", config.get("moe_intermediate_size") or (config.get("intermediate_size") if get("expert_count") else None))
-    add("expert_shared_feed_forward_length", config.get("shared_expert_intermediate_size"))
-    add("attention.sliding_window", config.get("sliding_window"))
-    add("attn_logit_softcapping", config.get("attn_logit_softcapping"), "f32")
-    add("final_logit_softcapping", config.get("final_logit_softcapping"), "f32")
-    if a.startswith("granite"):
-        for key, field in (("attention.scale", "attention_multiplier"), ("embedding_scale", "embedding_multiplier"), ("residual_scale", "residual_multiplier"), ("logit_scale", "logits_scaling")):
-            add(key, config[field], "f32")
-    if a == "phi3":
-        add("rope.scaling.original_context_length", 128)
-    if a == "gptneox":
-        add("use_parallel_residual", True, "bool")
-    if a == "bert":
-        add("attention.causal", False, "bool")
-        add("pooling_type", 1)
-    if a.startswith(("qwen3next", "qwen35")):
-        for key in ("ssm.group_count", "ssm.time_step_rank", "ssm.state_size", "ssm.inner_size"):
-            add(key, get(key))
-        add("ssm.conv_kernel", config["linear_conv_kernel_dim"])
-        add("full_attention_interval", 2)
-        if a == "qwen35":
-            values.append((f"{a}.rope.dimension_sections", (config.get("mrope_section") or [1, 1, 0]) + [0], "i32"))
-    if a == "falcon-h1":
-        for key, field in (("inner_size", "mamba_d_ssm"), ("time_step_rank", "mamba_n_heads"), ("state_size", "mamba_d_state"), ("group_count", "mamba_n_groups"), ("conv_kernel", "mamba_d_conv")):
-            add(f"ssm.{key}", config[field])
-    return [key_value(*entry) for entry in values] + vocabulary(config["vocab_size"], a)
+        found |= {"attention.head_count_kv": 1, "rope.dimension_count": n_rope}
+        found |= {"attention.key_length": config["kv_lora_rank"] + n_rope}
+        found |= {"attention.key_length_mla": config["qk_nope_head_dim"] + n_rope}
+    return [(key, value, "u32") for key, value in found.items()]
 
 
 def vocabulary(n: int, architecture: str) -> list[bytes]:
     """Three control tokens, and words that are whole characters, so that a server reports each token alone."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"t{i};" for i in range(3, n - 1)), "<0x0A>"]
-    types = [2, 3, 3, *[1] * (n - 4), 6]
     if architecture == "bert":
-        return [
-            key_value("tokenizer.ggml.model", "bert", "str"),
-            key_value("tokenizer.ggml.tokens", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"\u2581t{i}" for i in range(n - 4))], "str"),
-            key_value("tokenizer.ggml.token_type", [3, 2, 3, 3, *[1] * (n - 4)], "i32"),
-            key_value("tokenizer.ggml.token_type_count", 2, "u32"),
-            *(key_value(f"tokenizer.ggml.{what}_token_id", i, "u32") for what, i in (("bos", 2), ("eos", 3), ("unknown", 1), ("seperator", 3), ("padding", 0), ("cls", 2))),
-        ]
+        words, types = (
+            ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"\u2581t{i}" for i in range(n - 4))],
+            [3, 2, 3, 3, *[1] * (n - 4)],
+        )
+        special = {"bos": 2, "eos": 3, "unknown": 1, "seperator": 3, "padding": 0, "cls": 2}
+        further = [key_value("tokenizer.ggml.token_type_count", 2, "u32")]
+    else:
+        words = ["<unk>", "<s>", "</s>", *(f"t{i};" for i in range(3, n - 1)), "<0x0A>"]
+        types, special = [2, 3, 3, *[1] * (n - 4), 6], {"bos": 1, "eos": 2, "unknown": 0}
+        further = [key_value("tokenizer.ggml.scores", [0.0] * n, "f32")]
     return [
-        key_value("tokenizer.ggml.model", "llama", "str"),
-        key_value("tokenizer.ggml.tokens", tokens, "str"),
-        key_value("tokenizer.ggml.scores", [0.0] * n, "f32"),
+        key_value("tokenizer.ggml.model", "bert" if architecture == "bert" else "llama", "str"),
+        key_value("tokenizer.ggml.tokens", words, "str"),
         key_value("tokenizer.ggml.token_type", types, "i32"),
-        key_value("tokenizer.ggml.bos_token_id", 1, "u32"),
-        key_value("tokenizer.ggml.eos_token_id", 2, "u32"),
-        key_value("tokenizer.ggml.unknown_token_id", 0, "u32"),
+        *further,
+        *(key_value(f"tokenizer.ggml.{what}_token_id", i, "u32") for what, i in special.items()),
     ]
 
 
@@ -248,9 +271,18 @@ def server(model: Path, adapter: Path | None = None, embedding: bool = False):
 
 def generate(model: Path, adapter: Path | None = None) -> list[list[tuple[int, float]]]:
     """The five likeliest tokens with their log-probabilities at each step of greedy generation after ``PROMPT``."""
-    request = {"prompt": PROMPT, "n_predict": 8, "temperature": 0, "n_probs": 5, "ignore_eos": True, "cache_prompt": False}
+    request = {
+        "prompt": PROMPT,
+        "n_predict": 8,
+        "temperature": 0,
+        "n_probs": 5,
+        "ignore_eos": True,
+        "cache_prompt": False,
+    }
     choice = server(model, adapter).handle_completions(request)["choices"][0]
-    return [[(token["id"], token["logprob"]) for token in step["top_logprobs"]] for step in choice["logprobs"]["content"]]
+    return [
+        [(token["id"], token["logprob"]) for token in step["top_logprobs"]] for step in choice["logprobs"]["content"]
+    ]
 
 
 def embed(model: Path, adapter: Path | None = None) -> list[float]:
