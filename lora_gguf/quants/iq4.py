@@ -1,7 +1,7 @@
 """IQ4_NL and IQ4_XS: four bits a weight into a codebook of sixteen levels (ggml).
 
     IQ4_NL    18 bytes,  32 weights   d f16, then qs[16], weight j in the low half of byte j, j + 16 in the high half
-    IQ4_XS   136 bytes, 256 weights   d f16; scales_h, 16 bits, two for each 32 weights; scales_l[4], four bits for each;
+    IQ4_XS   136 bytes, 256 weights   d f16; scales_h, 16 bits, two for each 32 weights; scales_l[4], four for each;
                                       then qs[128], 16 bytes for each 32 weights as in IQ4_NL
 
 A weight is ``d * LEVELS[code]``, in IQ4_XS ``d * (scale - 32) * LEVELS[code]``, where scale has six bits. ``d``, and so
@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_gguf.kernel import kernel
 from lora_gguf.quants import quant
+from lora_gguf.quants.by_block import F32, I8, U8, by_block
 from lora_gguf.quants.half import f16_from_f32, f32_from_f16
 
 LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
@@ -22,9 +23,8 @@ LANES = 16  # blocks of 32 weights that the search handles side by side
 NEGLIGIBLE = np.float32(1e-15)
 
 
-@kernel
+@by_block((U8, 18), (F32, 32))
 def decode_iq4_nl(blocks, out):
-    blocks, out = blocks.reshape(-1, 18), out.reshape(-1, 32)
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(block[0] | block[1] << 8)
@@ -33,9 +33,8 @@ def decode_iq4_nl(blocks, out):
             out[i, j + 16] = d * LEVELS[block[2 + j] >> 4]
 
 
-@kernel
+@by_block((U8, 18), (I8, 32), (F32,))
 def unpack_iq4_nl(blocks, codes, steps):
-    blocks, codes, steps = blocks.reshape(-1, 18), codes.reshape(-1, 32), steps.reshape(-1)
     for i in range(len(blocks)):
         block = blocks[i]
         steps[i] = f32_from_f16(block[0] | block[1] << 8)
@@ -44,9 +43,8 @@ def unpack_iq4_nl(blocks, codes, steps):
             codes[i, j + 16] = block[2 + j] >> 4
 
 
-@kernel
+@by_block((I8, 32), (U8, 18))
 def pack_iq4_nl(codes, blocks):
-    blocks, codes = blocks.reshape(-1, 18), codes.reshape(-1, 32)
     for i in range(len(blocks)):
         for j in range(16):
             blocks[i, 2 + j] = codes[i, j] | codes[i, j + 16] << 4
@@ -61,9 +59,8 @@ def _step_iq4_xs(block, s):
     return d * np.float32(np.int32(low | high << 4) - 32)
 
 
-@kernel
+@by_block((U8, 136), (F32, 8, 32))
 def decode_iq4_xs(blocks, out):
-    blocks, out = blocks.reshape(-1, 136), out.reshape(-1, 8, 32)
     for i in range(len(blocks)):
         for s in range(8):
             step = _step_iq4_xs(blocks[i], s)
@@ -73,9 +70,8 @@ def decode_iq4_xs(blocks, out):
                 out[i, s, j + 16] = step * LEVELS[byte >> 4]
 
 
-@kernel
+@by_block((U8, 136), (I8, 8, 32), (F32, 8))
 def unpack_iq4_xs(blocks, codes, steps):
-    blocks, codes, steps = blocks.reshape(-1, 136), codes.reshape(-1, 8, 32), steps.reshape(-1, 8)
     for i in range(len(blocks)):
         for s in range(8):
             steps[i, s] = _step_iq4_xs(blocks[i], s)
@@ -85,9 +81,8 @@ def unpack_iq4_xs(blocks, codes, steps):
                 codes[i, s, j + 16] = byte >> 4
 
 
-@kernel
+@by_block((I8, 8, 32), (U8, 136))
 def pack_iq4_xs(codes, blocks):
-    blocks, codes = blocks.reshape(-1, 136), codes.reshape(-1, 8, 32)
     for i in range(len(blocks)):
         for s in range(8):
             for j in range(16):
@@ -95,20 +90,20 @@ def pack_iq4_xs(codes, blocks):
 
 
 @kernel
+def _twice_mean_square(x):
+    total = np.float32(0)
+    for v in x:
+        total += v * v
+    return total * np.float32(2 / len(x))
+
+
+@kernel
 def _load(x, importance, variance, xs, ws):
-    """Lay a group's weights and their importances into a lane; ``variance`` is twice their mean square."""
+    """Lay a group's weights and their importances into a lane; ``variance`` is twice their block's mean square."""
     for j in range(32):
         xs[j] = x[j]
         square = x[j] * x[j]
         ws[j] = importance[j] * np.sqrt(variance + square) if len(importance) else square
-
-
-@kernel
-def _twice_mean_square(x):
-    total = np.float32(0)
-    for j in range(len(x)):
-        total += x[j] * x[j]
-    return total * np.float32(2 / len(x))
 
 
 @kernel
@@ -140,7 +135,7 @@ def _extremes(xs, largest):
 
 @kernel
 def _search(xs, ws, scratch, scales):
-    """Each lane's scale of least weighted square error: 16 guesses at it, each refined once; 0 for a negligible lane."""
+    """Each lane's scale of least weighted square error: 16 guesses, each refined once; 0 for a negligible lane."""
     largest, inverse, best, qx, qq = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
     _extremes(xs, largest)
     for guess in range(-8, 8):
@@ -157,6 +152,34 @@ def _search(xs, ws, scratch, scales):
             best[lane] = scale * qx[lane] if better else best[lane]
     for lane in range(LANES):
         scales[lane] = np.float32(0) if abs(largest[lane]) < NEGLIGIBLE else scales[lane]
+
+
+@kernel
+def _fit(x, importance, scales):
+    """The scales (blocks, groups) of the weights (blocks, groups * 32)."""
+    n_groups, n_cols = scales.shape[1], max(1, len(importance))
+    xs, ws = np.empty((32, LANES), np.float32), np.empty((32, LANES), np.float32)
+    scratch, found = np.empty((5, LANES), np.float32), np.empty(LANES, np.float32)
+    groups, flat = x.reshape(-1, 32), scales.reshape(-1)
+    variance = np.float32(0)
+    for first in range(0, len(flat), LANES):
+        n = min(LANES, len(flat) - first)
+        for lane in range(n):
+            g = first + lane
+            column = 32 * g % n_cols
+            if g % n_groups == 0:
+                variance = _twice_mean_square(x[g // n_groups])
+            _load(groups[g], importance[column : column + 32], variance, xs[:, lane], ws[:, lane])
+        _search(xs, ws, scratch, found)
+        for lane in range(n):
+            flat[first + lane] = found[lane]
+
+
+def _fitted(weights, importance, block_size: int):
+    x = weights.reshape(-1, block_size)
+    scales = np.empty((len(x), block_size // 32), np.float32)
+    _fit(x, importance, scales)
+    return x, scales
 
 
 @kernel
@@ -183,22 +206,10 @@ def _write_codes(x, scale, qs):
 
 
 @kernel
-def encode_iq4_nl(weights, importance, blocks):
-    n_cols = weights.shape[1]
-    weights, blocks = weights.reshape(-1, 32), blocks.reshape(-1, 18)
-    xs, ws = np.empty((32, LANES), np.float32), np.empty((32, LANES), np.float32)
-    scratch = np.empty((5, LANES), np.float32)
-    scales = np.empty(LANES, np.float32)
-    for first in range(0, len(blocks), LANES):
-        n = min(LANES, len(blocks) - first)
-        for lane in range(n):
-            x, column = weights[first + lane], (first + lane) * 32 % n_cols
-            _load(x, importance[column : column + 32], _twice_mean_square(x), xs[:, lane], ws[:, lane])
-        _search(xs, ws, scratch, scales)
-        for lane in range(n):
-            block = blocks[first + lane]
-            _write_f16(scales[lane], block)
-            _write_codes(weights[first + lane], scales[lane], block[2:])
+def _write_iq4_nl(x, scales, blocks):
+    for i in range(len(blocks)):
+        _write_f16(scales[i, 0], blocks[i])
+        _write_codes(x[i], scales[i, 0], blocks[i, 2:])
 
 
 @kernel
@@ -208,42 +219,30 @@ def _nearest_int(x):
 
 
 @kernel
-def _write_iq4_xs(x, scales, block):
-    """Quantize the eight scales of a block to six bits and the weights to those."""
-    extreme = np.float32(0)
-    for scale in scales:
-        extreme = scale if abs(scale) > abs(extreme) else extreme
-    d = -extreme / np.float32(32)
-    inverse = np.float32(1) / d if d != 0 else np.float32(0)
-    block[:8] = 0
-    _write_f16(d, block)
-    for s in range(8):
-        scale = max(-32, min(31, _nearest_int(inverse * scales[s])))
-        bits = scale + 32
-        block[4 + s // 2] |= (bits & 15) << (4 * (s % 2))
-        block[2 + s // 4] |= (bits >> 4) << (2 * (s % 4))
-        _write_codes(x[32 * s : 32 * s + 32], d * np.float32(scale), block[8 + 16 * s :])
+def _write_iq4_xs(x, scales, blocks):
+    """Quantize the eight scales of each block to six bits and the weights to those."""
+    for i in range(len(blocks)):
+        block, extreme = blocks[i], np.float32(0)
+        for scale in scales[i]:
+            extreme = scale if abs(scale) > abs(extreme) else extreme
+        d = -extreme / np.float32(32)
+        inverse = np.float32(1) / d if d != 0 else np.float32(0)
+        for at in range(2, 8):
+            block[at] = 0
+        _write_f16(d, block)
+        for s in range(8):
+            scale = max(-32, min(31, _nearest_int(inverse * scales[i, s])))
+            block[4 + s // 2] |= (scale + 32 & 15) << (4 * (s % 2))
+            block[2 + s // 4] |= (scale + 32 >> 4) << (2 * (s % 4))
+            _write_codes(x[i, 32 * s :], d * np.float32(scale), block[8 + 16 * s :])
 
 
-@kernel
+def encode_iq4_nl(weights, importance, blocks):
+    _write_iq4_nl(*_fitted(weights, importance, 32), blocks.reshape(-1, 18))
+
+
 def encode_iq4_xs(weights, importance, blocks):
-    n_cols = weights.shape[1]
-    weights, blocks = weights.reshape(-1, 256), blocks.reshape(-1, 136)
-    xs, ws = np.empty((32, LANES), np.float32), np.empty((32, LANES), np.float32)
-    scratch = np.empty((5, LANES), np.float32)
-    scales = np.empty(LANES, np.float32)
-    for first in range(0, len(blocks), LANES // 8):
-        n = min(LANES // 8, len(blocks) - first)
-        for b in range(n):
-            x, column = weights[first + b], (first + b) * 256 % n_cols
-            variance = _twice_mean_square(x)
-            for s in range(8):
-                part, start = x[32 * s : 32 * s + 32], column + 32 * s
-                lane = 8 * b + s
-                _load(part, importance[start : start + 32], variance, xs[:, lane], ws[:, lane])
-        _search(xs, ws, scratch, scales)
-        for b in range(n):
-            _write_iq4_xs(weights[first + b], scales[8 * b : 8 * b + 8], blocks[first + b])
+    _write_iq4_xs(*_fitted(weights, importance, 256), blocks.reshape(-1, 136))
 
 
 IQ4 = [

@@ -20,13 +20,14 @@ SHELLS = {"IQ2_XXS": 2, "IQ2_XS": 2, "IQ2_S": 1, "IQ3_XXS": 2, "IQ3_S": 3, "IQ1_
 class Lattice(NamedTuple):
     """All points of ``n_levels`` levels in ``dims`` dimensions; point Σ level_i · n_levels**i has the number i.
 
-    ``points`` int32 (points, 2): a point's vector and 0, or where it is off the grid, its first neighbour and how many.
-    ``neighbours`` uint32: the vectors near each point, by distance, then by vector, that in the upper half; the lower
-    half holds the levels, 16 / dims bits each, the first one lowest.
+    ``points`` int32 (points, 2): a point's vector and 0, or where it is off the grid, its first neighbour and how many,
+    at most ``longest``. ``neighbours`` uint32: the vectors near each point, by distance, then by number; the number is
+    in the upper half, the lower half holds the levels, 16 / dims bits each, the first one lowest.
     """
 
     n_levels: int
     dims: int
+    longest: int
     points: np.ndarray
     neighbours: np.ndarray
 
@@ -54,7 +55,7 @@ def lattice(name: str) -> Lattice:
     vectors = np.empty(points[:, 1].sum(), np.uint32)
     _list_neighbours(coordinates, ranks, SHELLS[name], points, vectors)
     codes = (ranks << 16 // dims * np.arange(dims)).sum(1).astype(np.uint32)
-    return Lattice(n_levels, dims, points, vectors << 16 | codes[vectors])
+    return Lattice(n_levels, dims, int(points[:, 1].max()), points, vectors << 16 | codes[vectors])
 
 
 @kernel

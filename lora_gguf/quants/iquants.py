@@ -6,7 +6,7 @@ minuses even.
 
     IQ2_XXS  66 bytes   d f16; for each 32 weights 4 indices of 8 bits, then 32 bits: 4 signs of 7, scale of 4
     IQ2_XS   74 bytes   d f16; 32 times 16 bits: index of 9, signs of 7; scales[8], 4 bits for each 16 weights
-    IQ2_S    82 bytes   d f16; 32 low bytes of indices; signs[32]; qh[8], two high bits of each index; scales[8] as above
+    IQ2_S    82 bytes   d f16; 32 low bytes of indices; signs[32]; qh[8], two high bits of each; scales[8] as above
     IQ3_XXS  98 bytes   d f16; 64 indices of 8 bits; for each 32 weights 32 bits: 4 signs of 7, scale of 4
     IQ3_S   110 bytes   d f16; 64 low bytes of indices; qh[8], their high bits; signs[32]; scales[4], 4 bits for each 32
     IQ1_S    50 bytes   d f16; 32 low bytes of indices; for each 32 weights 16 bits: 4 times three high bits of an
@@ -23,10 +23,18 @@ import numpy as np
 
 from lora_gguf.kernel import kernel
 from lora_gguf.quants import quant
+from lora_gguf.quants.by_block import F32, U8, by_block
 from lora_gguf.quants.half import f32_from_f16
-from lora_gguf.quants.iq1_encode import encode_iq1_m, encode_iq1_s
 from lora_gguf.quants.iquant_grids import grid
-from lora_gguf.quants.iquants_encode import encode_iq2_s, encode_iq2_xs, encode_iq2_xxs, encode_iq3_s, encode_iq3_xxs
+from lora_gguf.quants.iquants_encode import (
+    encode_iq1_m,
+    encode_iq1_s,
+    encode_iq2_s,
+    encode_iq2_xs,
+    encode_iq2_xxs,
+    encode_iq3_s,
+    encode_iq3_xxs,
+)
 
 SHIFT = np.float32(0.125)
 EVEN_SIGNS = np.array([s | (s.bit_count() & 1) << 7 for s in range(128)], np.uint8)
@@ -51,9 +59,8 @@ def _signed(step, first, second, signs, y):
         y[j + 4] = -high if signs & (16 << j) else high
 
 
-@kernel
+@by_block((U8, 66), (F32, 8), (F32, 8, 4, 8))
 def _decode_iq2_xxs(blocks, grid, out):
-    blocks, out = blocks.reshape(-1, 66), out.reshape(-1, 8, 4, 8)
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(_u16(block, 0))
@@ -66,9 +73,8 @@ def _decode_iq2_xxs(blocks, grid, out):
                 _signed(step, grid[index, :4], grid[index, 4:], signs, out[i, s, k])
 
 
-@kernel
+@by_block((U8, 74), (F32, 8), (F32, 32, 8))
 def _decode_iq2_xs(blocks, grid, out):
-    blocks, out = blocks.reshape(-1, 74), out.reshape(-1, 32, 8)
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(_u16(block, 0))
@@ -80,9 +86,8 @@ def _decode_iq2_xs(blocks, grid, out):
             _signed(step, grid[index, :4], grid[index, 4:], EVEN_SIGNS[bits >> 9], out[i, k])
 
 
-@kernel
+@by_block((U8, 82), (F32, 8), (F32, 32, 8))
 def _decode_iq2_s(blocks, grid, out):
-    blocks, out = blocks.reshape(-1, 82), out.reshape(-1, 32, 8)
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(_u16(block, 0))
@@ -93,9 +98,8 @@ def _decode_iq2_s(blocks, grid, out):
             _signed(step, grid[index, :4], grid[index, 4:], block[34 + k], out[i, k])
 
 
-@kernel
+@by_block((U8, 98), (F32, 4), (F32, 8, 4, 8))
 def _decode_iq3_xxs(blocks, grid, out):
-    blocks, out = blocks.reshape(-1, 98), out.reshape(-1, 8, 4, 8)
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(_u16(block, 0))
@@ -108,9 +112,8 @@ def _decode_iq3_xxs(blocks, grid, out):
                 _signed(step, grid[block[at]], grid[block[at + 1]], signs, out[i, s, k])
 
 
-@kernel
+@by_block((U8, 110), (F32, 4), (F32, 32, 8))
 def _decode_iq3_s(blocks, grid, out):
-    blocks, out = blocks.reshape(-1, 110), out.reshape(-1, 32, 8)
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(_u16(block, 0))
@@ -128,9 +131,8 @@ def _shifted(step, vector, minus, y):
         y[j] = step * (vector[j] + shift)
 
 
-@kernel
+@by_block((U8, 50), (F32, 8), (F32, 8, 4, 8))
 def _decode_iq1_s(blocks, grid, out):
-    blocks, out = blocks.reshape(-1, 50), out.reshape(-1, 8, 4, 8)
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(_u16(block, 0))
@@ -142,9 +144,8 @@ def _decode_iq1_s(blocks, grid, out):
                 _shifted(step, grid[index], bits & 0x8000, out[i, s, k])
 
 
-@kernel
+@by_block((U8, 56), (F32, 8), (F32, 32, 8))
 def _decode_iq1_m(blocks, grid, out):
-    blocks, out = blocks.reshape(-1, 56), out.reshape(-1, 32, 8)
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(block[49] >> 4 | block[51] & 0xF0 | (block[53] & 0xF0) << 4 | (block[55] & 0xF0) << 8)

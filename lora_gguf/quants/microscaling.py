@@ -19,6 +19,7 @@ import numpy as np
 
 from lora_gguf.kernel import kernel
 from lora_gguf.quants import quant
+from lora_gguf.quants.by_block import F32, I8, U8, by_block
 
 VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 LEVELS = np.sort(VALUES)
@@ -52,9 +53,8 @@ def _nibble(rank):
     return rank ^ 15 ^ (7 * (rank >> 3))
 
 
-@kernel
+@by_block((U8, 17), (F32, 32))
 def decode_mxfp4(blocks, out):
-    blocks, out = blocks.reshape(-1, 17), out.reshape(-1, 32)
     for i in range(len(blocks)):
         d = E8M0[blocks[i, 0]]
         for j in range(16):
@@ -63,9 +63,8 @@ def decode_mxfp4(blocks, out):
             out[i, j + 16] = VALUES[byte >> 4] * d
 
 
-@kernel
+@by_block((U8, 17), (I8, 32), (F32,))
 def unpack_mxfp4(blocks, codes, steps):
-    blocks, codes, steps = blocks.reshape(-1, 17), codes.reshape(-1, 32), steps.reshape(-1)
     for i in range(len(blocks)):
         steps[i] = E8M0[blocks[i, 0]]
         for j in range(16):
@@ -74,17 +73,15 @@ def unpack_mxfp4(blocks, codes, steps):
             codes[i, j + 16] = _rank(byte >> 4)
 
 
-@kernel
+@by_block((I8, 32), (U8, 17))
 def pack_mxfp4(codes, blocks):
-    blocks, codes = blocks.reshape(-1, 17), codes.reshape(-1, 32)
     for i in range(len(blocks)):
         for j in range(16):
             blocks[i, 1 + j] = _nibble(codes[i, j]) | _nibble(codes[i, j + 16]) << 4
 
 
-@kernel
+@by_block((U8, 36), (F32, 4, 16))
 def decode_nvfp4(blocks, out):
-    blocks, out = blocks.reshape(-1, 36), out.reshape(-1, 4, 16)
     for i in range(len(blocks)):
         for s in range(4):
             d = E4M3[blocks[i, s]]
@@ -94,9 +91,8 @@ def decode_nvfp4(blocks, out):
                 out[i, s, j + 8] = VALUES[byte >> 4] * d
 
 
-@kernel
+@by_block((U8, 36), (I8, 4, 16), (F32, 4))
 def unpack_nvfp4(blocks, codes, steps):
-    blocks, codes, steps = blocks.reshape(-1, 36), codes.reshape(-1, 4, 16), steps.reshape(-1, 4)
     for i in range(len(blocks)):
         for s in range(4):
             steps[i, s] = E4M3[blocks[i, s]]
@@ -106,9 +102,8 @@ def unpack_nvfp4(blocks, codes, steps):
                 codes[i, s, j + 8] = _rank(byte >> 4)
 
 
-@kernel
+@by_block((I8, 4, 16), (U8, 36))
 def pack_nvfp4(codes, blocks):
-    blocks, codes = blocks.reshape(-1, 36), codes.reshape(-1, 4, 16)
     for i in range(len(blocks)):
         for s in range(4):
             for j in range(8):
@@ -148,9 +143,8 @@ def _e8m0(amax):
     return (int(math.floor(np.float32(math.log2(amax)))) + 125) & 0xFF
 
 
-@kernel
+@by_block((F32, 32), (F32,), (U8, 17))
 def encode_mxfp4(weights, importance, blocks):
-    weights, blocks = weights.reshape(-1, 32), blocks.reshape(-1, 17)
     nibbles = np.empty(32, np.uint8)
     for i in range(len(blocks)):
         e = _e8m0(_amax(weights[i]))
@@ -171,9 +165,8 @@ def _e4m3(x):
     return byte if byte < 15 << 3 else 0x7E
 
 
-@kernel
+@by_block((F32, 4, 16), (F32,), (U8, 36))
 def encode_nvfp4(weights, importance, blocks):
-    weights, blocks = weights.reshape(-1, 4, 16), blocks.reshape(-1, 36)
     nibbles = np.empty(16, np.uint8)
     for i in range(len(blocks)):
         for s in range(4):

@@ -1,8 +1,8 @@
-"""ggml's quantizers of IQ1_S and IQ1_M, bit-identical: every split of the sorted weights of a group into -1, 0 and 1.
+"""The search of ggml's IQ1 quantizers, bit-identical: every split of the sorted weights of a group into -1, 0 and 1.
 
-A group's weights are sorted; each pair of boundaries makes the lower ones -1, the upper ones 1. Each split is tried with
-the levels shifted up and down by an eighth (IQ1_M: either way for each half of the group), its best scale and its score
-follow from weighted sums, and the best split's vectors then move to the grid. All sums are added in ggml's order.
+A group's weights are sorted; each pair of boundaries makes the lower ones -1, the upper ones 1. Each split is tried
+with the levels shifted up and down by an eighth (IQ1_M: either way for each half of the group), its best scale and its
+score follow from weighted sums, and the best split's vectors then move to the grid. All sums are added in ggml's order.
 
 Where a group is too small to matter, ggml writes the sign of a shift left over from another block; here it is a plus.
 """
@@ -13,7 +13,6 @@ import numpy as np
 
 from lora_gguf.kernel import kernel
 from lora_gguf.quants.half import f16_from_f32
-from lora_gguf.quants.iquant_grids import lattice
 
 SHIFT = np.float32(0.125)
 UP = np.array([-1, 0, 1], np.float32) + SHIFT
@@ -27,12 +26,6 @@ FUDGE_S, FUDGE_M = np.float32(1.125), np.float32(1.1125)
 def _nearest_int(x):
     """ggml's rounding to an integer, halves to even, NaN to 0, infinity to the lowest."""
     return np.int32(np.float32(x + np.float32(12582912)).view(np.uint32) & 0x7FFFFF) - np.int32(0x400000)
-
-
-@kernel
-def _three_bits(scale, inverse):
-    """The nearest to ``scale`` of 1, 3, … 15 steps, as 0 to 7."""
-    return max(0, min(7, _nearest_int(np.float32(0.5) * (inverse * scale - np.float32(1)))))
 
 
 @kernel
@@ -139,14 +132,14 @@ def _score(c, q, i1, i2):
 
 @kernel
 def _best_split_s(x, w, order, c):
-    """The scale, the boundaries and the shift's sign of the best split of 32 weights, the first in the order of the
-    boundaries if there are several. A row of splits is taken one by one only where one of it beats the best so far."""
+    """The scale, the boundaries and whether the shift is down of the best split of 32 weights, the first one if there
+    are several. A row of splits is taken one by one only where one of it beats the best so far."""
     for j in range(40):
         c[0, j] = c[1, j] = 0
     for j in range(32):
         c[0, j + 1] = c[0, j] + w[order[j]] * x[order[j]]
         c[1, j + 1] = c[1, j] + w[order[j]]
-    scale, best, low, high, sign = np.float32(0), LEAST, 0, 0, 1
+    scale, best, low, high, down = np.float32(0), LEAST, 0, 0, False
     for i1 in range(33):
         hits = np.int32(0)
         for i2 in range(40):
@@ -154,12 +147,12 @@ def _best_split_s(x, w, order, c):
             dx, dq = _score(c, DOWN, i1, i2)
             hits += np.int32((_better(ux, uq, best) | _better(dx, dq, best)) & (i2 >= i1) & (i2 <= 32))
         for i2 in range(i1, 33 if hits else 0):
-            for s in range(2):
-                qx, qq = _score(c, DOWN, i1, i2) if s else _score(c, UP, i1, i2)
+            for minus in (False, True):
+                qx, qq = _score(c, DOWN if minus else UP, i1, i2)
                 if _better(qx, qq, best):
                     scale = qx / qq
-                    best, low, high, sign = scale * qx, i1, i2, 1 - 2 * s
-    return scale, low, high, sign
+                    best, low, high, down = scale * qx, i1, i2, minus
+    return scale, low, high, down
 
 
 @kernel
@@ -208,110 +201,96 @@ def _best_split_m(terms):
 
 
 @kernel
-def _search_s(weights, importance, lattice, d, scales, minus, vectors):
-    """The fields of all IQ1_S blocks: d (f16), scales (blocks, 8), minus and vectors (blocks, 32)."""
+def _three_bits(raw, scales):
+    """Round the scales of a block to the nearest of 1, 3, … 15 steps, kept as 0 to 7; returns the step."""
+    largest = np.float32(0)
+    for scale in raw:
+        largest = max(largest, scale)
+    step = largest / np.float32(15)
+    inverse = np.float32(1) / step if largest > 0 else np.float32(0)
+    for g in range(len(raw)):
+        level = _nearest_int(np.float32(0.5) * (inverse * raw[g] - np.float32(1)))
+        scales[g] = max(0, min(7, level)) if largest > 0 else 0
+    return step
+
+
+@kernel
+def search_iq1_s(weights, importance, lattice, d, scales, down, vectors):
+    """The fields of all IQ1_S blocks: d (f16), scales (blocks, 8), down and vectors (blocks, 32), zero on entry."""
     n_cols, points, neighbours = weights.shape[1], lattice.points, lattice.neighbours
-    w, order, levels, errors = np.empty(32, np.float32), np.empty(32, np.int64), np.empty(32, np.int64), np.empty(512, np.int32)
-    c, raw = np.empty((2, 40), np.float32), np.empty(8, np.float32)
+    w, order, levels = np.empty(32, np.float32), np.empty(32, np.int64), np.empty(32, np.int64)
+    c, raw, errors = np.empty((2, 40), np.float32), np.empty(8, np.float32), np.empty(lattice.longest, np.int32)
     for i in range(len(d)):
-        variance, largest = _twice_mean_square(weights.reshape(-1, 256)[i]), np.float32(0)
+        variance = _twice_mean_square(weights.reshape(-1, 256)[i])
         for g in range(8):
             column, x = (256 * i + 32 * g) % n_cols, weights.reshape(-1, 32)[8 * i + g]
             raw[g] = 0
             if _weigh(x, importance[column : column + 32], variance, w) < NEGLIGIBLE_S:
                 continue
             _sort(x, order)
-            scale, low, high, sign = _best_split_s(x, w, order, c)
+            scale, low, high, minus = _best_split_s(x, w, order, c)
             _split_levels(order, low, high, scale < 0, levels)
-            sign, scale, moved = (-sign if scale < 0 else sign), abs(scale), False
-            for k in range(4):
-                vectors[i, 4 * g + k], off = _place(points, neighbours, x, w, k, scale, sign * SHIFT, errors, levels)
-                minus[i, 4 * g + k] = sign < 0
+            minus, scale, moved = minus != (scale < 0), abs(scale), False
+            for k in range(4 * g, 4 * g + 4):
+                shift = -SHIFT if minus else SHIFT
+                vectors[i, k], off = _place(points, neighbours, x, w, k - 4 * g, scale, shift, errors, levels)
+                down[i, k] = minus
                 moved |= off
-            qx, qq = _project(x, w, levels, UP if sign > 0 else DOWN, np.float32(1), np.float32(0), np.float32(0))
+            qx, qq = _project(x, w, levels, DOWN if minus else UP, np.float32(1), np.float32(0), np.float32(0))
             raw[g] = qx / qq if moved and qx > 0 and qq > 0 else scale
-            largest = max(largest, raw[g])
-        step = largest / np.float32(15)
-        for g in range(8):
-            scales[i, g] = _three_bits(raw[g], np.float32(1) / step) if largest > 0 else 0
-        d[i] = f16_from_f32(step * FUDGE_S)
+        d[i] = f16_from_f32(_three_bits(raw, scales[i]) * FUDGE_S)
 
 
 @kernel
-def _fit_d(x, importance, variance, w, minus, levels, scales):
-    """The scale of a whole IQ1_M block of least weighted square error."""
+def _place_halves(points, neighbours, x, w, scale, shifts, errors, levels, vectors):
+    """Put both eights of a group of IQ1_M on the grid; returns the scale refined if one of them moved."""
+    qx, qq, moved = np.float32(0), np.float32(0), False
+    for k in range(2):
+        minus = shifts % 2 if k else shifts // 2
+        vectors[k], off = _place(points, neighbours, x, w, k, scale, -SHIFT if minus else SHIFT, errors, levels)
+        moved |= off
+        start, end = 8 * k, 8 * k + 8
+        q = DOWN if minus else UP
+        qx, qq = _project(x[start:end], w[start:end], levels[start:end], q, np.float32(1), qx, qq)
+    return qx / qq if moved and qx > 0 and qq > 0 else scale
+
+
+@kernel
+def _fit_d(x, importance, variance, w, down, levels, scales):
+    """Σ w q x and Σ w q q of a whole block of IQ1_M, whose quotient is its best scale."""
     qx, qq = np.float32(0), np.float32(0)
     for k in range(32):
-        start, part = 8 * k, x[8 * k : 8 * k + 8]
-        _weigh(part, importance[start : start + 8], variance, w)
+        start, end = 8 * k, 8 * k + 8
+        _weigh(x[start:end], importance[start:end], variance, w)
         factor = np.float32(2 * scales[k // 2] + 1)
-        qx, qq = _project(part, w, levels[start : start + 8], DOWN if minus[k] else UP, factor, qx, qq)
+        qx, qq = _project(x[start:end], w, levels[start:end], DOWN if down[k] else UP, factor, qx, qq)
     return qx, qq
 
 
 @kernel
-def _search_m(weights, importance, lattice, d, scales, minus, vectors):
-    """The fields of all IQ1_M blocks: d (f16), scales (blocks, 16), minus and vectors (blocks, 32)."""
+def search_iq1_m(weights, importance, lattice, d, scales, down, vectors):
+    """The fields of all IQ1_M blocks: d (f16), scales (blocks, 16), down and vectors (blocks, 32), zero on entry."""
     n_cols, points, neighbours = weights.shape[1], lattice.points, lattice.neighbours
-    w, order, levels, errors = np.empty(16, np.float32), np.empty(16, np.int64), np.empty(256, np.int64), np.empty(512, np.int32)
-    terms, raw = np.empty((48, 8), np.float32), np.empty(16, np.float32)
+    w, order, levels = np.empty(16, np.float32), np.empty(16, np.int64), np.empty(256, np.int64)
+    terms, raw, errors = np.empty((48, 8), np.float32), np.empty(16, np.float32), np.empty(lattice.longest, np.int32)
     for i in range(len(d)):
         block, first = weights.reshape(-1, 256)[i], 256 * i % n_cols
-        variance, largest = _twice_mean_square(block), np.float32(0)
+        variance = _twice_mean_square(block)
         for g in range(16):
-            x, group_levels = block[16 * g : 16 * g + 16], levels[16 * g : 16 * g + 16]
+            start, end = 16 * g, 16 * g + 16
+            x, group_levels = block[start:end], levels[start:end]
             raw[g] = 0
-            if _weigh(x, importance[first + 16 * g : first + 16 * g + 16], variance, w) < NEGLIGIBLE_M:
-                group_levels[:] = 0
+            group_levels[:] = 0
+            if _weigh(x, importance[first + start : first + end], variance, w) < NEGLIGIBLE_M:
                 continue
             _sort(x, order)
             _terms(x, w, order, terms)
             scale, low, high, shifts = _best_split_m(terms)
             _split_levels(order, low, high, scale < 0, group_levels)
-            shifts, scale, moved, qx, qq = (3 - shifts if scale < 0 else shifts), abs(scale), False, np.float32(0), np.float32(0)
-            for k in range(2):
-                down = shifts % 2 if k else shifts // 2
-                shift = -SHIFT if down else SHIFT
-                vectors[i, 2 * g + k], off = _place(points, neighbours, x, w, k, scale, shift, errors, group_levels)
-                minus[i, 2 * g + k] = down
-                moved |= off
-                half = slice(8 * k, 8 * k + 8)
-                qx, qq = _project(x[half], w[half], group_levels[half], DOWN if down else UP, np.float32(1), qx, qq)
-            raw[g] = qx / qq if moved and qx > 0 and qq > 0 else scale
-            largest = max(largest, raw[g])
-        step = largest / np.float32(15)
-        for g in range(16):
-            scales[i, g] = _three_bits(raw[g], np.float32(1) / step) if largest > 0 else 0
-        qx, qq = _fit_d(block, importance[first : first + 256], variance, w, minus[i], levels, scales[i])
-        d[i] = f16_from_f32((qx / qq if qq > 0 else step) * FUDGE_M) if largest > 0 else 0
-
-
-def _fields(search, n_groups: int, weights, importance):
-    n_blocks = weights.size // 256
-    d, scales = np.empty(n_blocks, np.uint16), np.empty((n_blocks, n_groups), np.uint16)
-    minus, vectors = np.zeros((n_blocks, 32), np.uint16), np.zeros((n_blocks, 32), np.uint16)
-    search(weights, importance, lattice("IQ1_S"), d, scales, minus, vectors)
-    return d, scales, minus, vectors
-
-
-def _combine(values, width: int, count: int):
-    """Numbers of 16 bits made of ``count`` of ``width`` bits, the first one lowest."""
-    shifted = values.reshape(len(values), -1, count) << np.arange(0, width * count, width, dtype=np.uint16)
-    return np.bitwise_or.reduce(shifted, axis=2)
-
-
-def encode_iq1_s(weights, importance, blocks):
-    d, scales, minus, vectors = _fields(_search_s, 8, weights, importance)
-    blocks = blocks.reshape(-1, 50)
-    blocks[:, :2] = d[:, None].view(np.uint8)
-    blocks[:, 2:34] = vectors & 255
-    blocks[:, 34:] = (_combine(vectors >> 8, 3, 4) | scales << 12 | minus[:, ::4] << 15).view(np.uint8)
-
-
-def encode_iq1_m(weights, importance, blocks):
-    d, scales, minus, vectors = _fields(_search_m, 16, weights, importance)
-    blocks = blocks.reshape(-1, 56)
-    blocks[:, :32] = vectors & 255
-    blocks[:, 32:48] = _combine(vectors >> 8 | minus << 3, 4, 2)
-    d_bits = (d[:, None] >> np.arange(0, 16, 4, dtype=np.uint16) & 15) << 12
-    blocks[:, 48:] = (_combine(scales, 3, 4) | d_bits).view(np.uint8)
+            shifts = 3 - shifts if scale < 0 else shifts
+            down[i, 2 * g], down[i, 2 * g + 1] = shifts // 2, shifts % 2
+            pair = vectors[i, 2 * g : 2 * g + 2]
+            raw[g] = _place_halves(points, neighbours, x, w, abs(scale), shifts, errors, group_levels, pair)
+        step = _three_bits(raw, scales[i])
+        qx, qq = _fit_d(block, importance[first : first + 256], variance, w, down[i], levels, scales[i])
+        d[i] = f16_from_f32((qx / qq if qq > 0 else step) * FUDGE_M) if step > 0 else 0
