@@ -1,6 +1,7 @@
 """Real parts end to end: a real adapter, a real model, and what llama.cpp says with them."""
 
 import hashlib
+import json
 import os
 
 import numpy as np
@@ -14,7 +15,7 @@ from lora_gguf.gguf_writer import GgufWriter, TensorSpec, raw_key_values
 from lora_gguf.merge import merge
 from lora_gguf.plan import Policy
 from lora_gguf.quants import QUANTS
-from tests.common import DEMO_ADAPTER, complete, gemma3_path, llama_server, smollm2_path
+from tests.common import DEMO_ADAPTER, FIXTURES, complete, gemma3_path, llama_server, smollm2_path
 
 PROMPT = "<|im_start|>user\nHow do I make tea?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -51,11 +52,10 @@ def merged(tmp_path_factory):
     return path, merge(smollm2_path(), [(DEMO_ADAPTER, 1.0)], path)
 
 
-def test_a_merge_into_an_f32_copy_says_what_the_adapter_says_at_run_time(tmp_path, converted):
-    base = as_type(smollm2_path(), tmp_path / "f32.gguf", "F32")
-    merge(base, [(DEMO_ADAPTER, 1.0)], tmp_path / "merged.gguf")
-    at_run_time = text(base, converted)
-    assert text(tmp_path / "merged.gguf") == at_run_time != text(base)
+def test_a_merge_into_an_f32_copy_says_what_the_adapter_says_at_run_time(tmp_path, converted, f32_base):
+    merge(f32_base, [(DEMO_ADAPTER, 1.0)], tmp_path / "merged.gguf")
+    at_run_time = text(f32_base, converted)
+    assert text(tmp_path / "merged.gguf") == at_run_time != text(f32_base)
 
 
 def test_the_merged_file_talks_like_the_adapter_and_unlike_the_base(merged, converted):
@@ -82,7 +82,7 @@ def test_size_is_the_bases_plus_metadata(merged):
     assert 0 < os.path.getsize(merged[0]) - os.path.getsize(smollm2_path()) < 4096
 
 
-@pytest.mark.parametrize(("rounding", "low", "high"), [("dither", 0.9, 1.1), ("nearest", -0.01, 0.05)])
+@pytest.mark.parametrize(("rounding", "low", "high"), [("auto", 0.9, 1.1), ("dither", 0.9, 1.1), ("nearest", -0.01, 0.05)])
 def test_how_much_of_a_real_adapter_is_kept(tmp_path, rounding, low, high):
     report = merge(smollm2_path(), [(DEMO_ADAPTER, 1.0)], tmp_path / "merged.gguf", Policy(rounding))
     assert low < report.whole.kept < high
@@ -99,3 +99,31 @@ def test_every_real_tensor_decodes_as_in_c(model):
                 ours = np.empty((len(raw), info.n_cols), np.float32)
                 QUANTS[info.type.name].decode(raw, ours)
                 assert ours.tobytes() == np.asarray(dequantize_rows(raw, info.type.id, n_per_row=info.n_cols)).tobytes()
+
+
+@pytest.fixture(scope="module")
+def f32_base(tmp_path_factory):
+    return as_type(smollm2_path(), tmp_path_factory.mktemp("base") / "f32.gguf", "F32")
+
+
+def next_logprobs(server, token_ids) -> dict[int, float]:
+    request = {"prompt": token_ids, "n_predict": 1, "temperature": 0, "n_probs": 40, "cache_prompt": True}
+    content = server.handle_completions(request)["choices"][0]["logprobs"]["content"][0]
+    return {entry["id"]: entry["logprob"] for entry in content["top_logprobs"]}
+
+
+@pytest.mark.parametrize("name", ["demo-adapter", "scales-adapter"])
+def test_the_converted_adapter_changes_the_logits_as_peft_does(tmp_path, f32_base, name):
+    """Reference: transformers + PEFT in f32, see fixtures/make_reference_logprobs.py; llama.cpp on an f32 copy of the base."""
+    convert(FIXTURES / name, tmp_path / "adapter.gguf", smollm2_path())
+    cases = json.loads((FIXTURES / "reference-logprobs.json").read_text())["cases"]
+    server = llama_server(f32_base, tmp_path / "adapter.gguf")
+    differences = []
+    for case in cases[name]:
+        for k, top in enumerate(case["top"]):
+            found = next_logprobs(server, case["token_ids"][: case["first"] + k + 1])
+            differences += [abs(found[token] - logprob) for token, logprob in top[:5]]
+    assert len(differences) >= 5 * 20
+    assert np.mean(differences) < 0.02 and max(differences) < 0.15
+    far = [abs(a[1] - b[1]) for case, plain in zip(cases[name], cases["base"]) for a, b in zip(case["top"][0][:3], plain["top"][0][:3])]
+    assert max(far) > 0.3  # the adapter does change what is said, so the closeness above is no accident
