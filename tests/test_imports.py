@@ -10,7 +10,7 @@ from tests.common import ROOT
 
 # a module imports only from rows above it
 ORDER = """errors progress ggml kernel input_file gguf_reader output gguf_writer base quants rounding patterns lora updates tensor_file
-pickle_reader torch_reader weights hashes hub_errors hub fetch quantizations kinds adapter_config adapter transforms architectures hparams names stacking placement factoring extract convert
+pickle_reader torch_reader weights hashes hub_errors hub fetch quantizations kinds adapter_config adapter transforms architectures hparams names stacking placement factoring extract convert support
 sources mixes requantize plan layout chunks growth retention merge tables cli __main__""".split()
 
 

@@ -1,0 +1,60 @@
+"""``support``: the tables of what is supported, held against adapters that PEFT made."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lora_gguf.architectures import ARCHITECTURES
+from lora_gguf.convert import convert
+from lora_gguf.errors import UnsupportedError
+from lora_gguf.support import KINDS, architectures_table, kinds_table, notes
+from tests import tiny
+from tests.common import FIXTURES
+
+# what a fixture is an example of: a word of the table's line
+EXAMPLES = {
+    "rslora-patterns": "rsLoRA",
+    "embedding": "embeddings and heads",
+    "adalora": "AdaLoRA",
+    "vera": "VeRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "dora": "DoRA",
+    "oft": "OFT",
+    "boft": "BOFT",
+    "tokens": "trainable_token_indices",
+    "only-tokens": "trainable_token_indices",
+    "norms": "LN tuning",
+    "whole-gemma": "norms",
+    "lora-bias": "lora_bias",
+    "bias-all": 'bias="all"',
+    "bias-lora-only": 'bias="lora_only"',
+}
+
+
+def outcome(source, base, out, rank):
+    try:
+        return convert(source, out, base, rank=rank, force=True)
+    except UnsupportedError:
+        return None
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_convert_does_what_the_table_says(tmp_path, name):
+    says = next(convert for kind, (convert, _) in KINDS.items() if EXAMPLES[name] in kind)
+    source = FIXTURES / "kinds" / name
+    base = tiny.base_gguf(tmp_path, (source / "base").read_text())
+    plain, ranked = (outcome(source, base, tmp_path / "a.gguf", rank) for rank in (None, 4))
+    assert bool(plain) == says.startswith("exact")
+    assert bool(ranked) == (says != "refused")
+    assert bool(ranked and ranked.approximations) == says.startswith("`--rank")
+
+
+def test_the_tables_hold_every_row():
+    assert len(re.findall("^\\|", kinds_table(), re.MULTILINE)) == len(KINDS) + 2
+    table = architectures_table()
+    assert all(f"| {name} |" in table for name in ARCHITECTURES)
+    assert notes(ARCHITECTURES["qwen2"]) == "" and "rearranged" in notes(ARCHITECTURES["llama"])
+    assert "merge" in notes(ARCHITECTURES["deepseek2"])
