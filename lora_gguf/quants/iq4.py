@@ -146,7 +146,7 @@ def _search(xs, ws, scratch, scales):
                 inverse[lane] = (np.float32(guess) + LEVELS[0]) / largest[lane]
         _project(xs, ws, inverse, qx, qq)
         for lane in range(LANES):
-            scale = qx[lane] / qq[lane]
+            scale = qx[lane] / qq[lane] if qq[lane] > 0 else np.float32(0)
             better = guess == -8 or (qq[lane] > 0 and qx[lane] * qx[lane] > best[lane] * qq[lane])
             scales[lane] = scale if better else scales[lane]
             best[lane] = scale * qx[lane] if better else best[lane]
