@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import typer
 
 from lora_gguf import __version__
 from lora_gguf.errors import LoraGgufError, UsageError, printable
+from lora_gguf.output import remove_live
 from lora_gguf.progress import bar
 
 _ClickUsageError = typer.BadParameter.__base__  # typer brings its own click
@@ -39,6 +41,11 @@ class Tied(str, Enum):
     separate = "separate"
     shared = "shared"
     refuse = "refuse"
+
+
+class ExpertLayout(str, Enum):
+    rank_major = "rank-major"
+    expert_major = "expert-major"
 
 
 class OutType(str, Enum):
@@ -80,16 +87,66 @@ def convert(
     base_config: Annotated[Optional[Path], typer.Option(help="Without a GGUF: the folder with the base's config.json.")] = None,
     output: Annotated[Optional[Path], typer.Option("-o", "--outfile", help="Default: ADAPTER.gguf in this folder.")] = None,
     outtype: Annotated[OutType, typer.Option(help="The type of the tensors; f32 is exact.")] = OutType.f32,
+    rank: Annotated[Optional[int], typer.Option(min=1, help="Approximate DoRA, OFT and the like at this rank.")] = None,
+    allow_unused: Annotated[
+        Optional[str], typer.Option(metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches.")
+    ] = None,
+    expert_b_layout: Annotated[
+        Optional[ExpertLayout], typer.Option(help="How lora_B of fused experts is laid out, where the adapter doesn't say.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what became of each adapter tensor as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
 ) -> None:
-    """Turn a PEFT adapter into a GGUF adapter for llama.cpp's --lora."""
+    """Turn a PEFT adapter into a GGUF adapter for llama.cpp's --lora.
+
+    lora-gguf convert user/my-adapter --base model-Q4_K_M.gguf -o my-adapter.gguf
+    """
     from lora_gguf.convert import convert as convert_adapter
     from lora_gguf.fetch import fetch as fetch_adapter
     from lora_gguf.sources import adapter_name
 
     out = output or Path(f"{adapter_name(adapter)}.gguf")
-    placement = convert_adapter(fetch_adapter(adapter), out, base, base_config, outtype.value, force=force)
-    _say(f"wrote {printable(out)} ({os.path.getsize(out) / 1e6:.1f} MB): {placement}")
+    placement = convert_adapter(
+        fetch_adapter(adapter),
+        out,
+        base,
+        base_config,
+        outtype.value,
+        force=force,
+        allow_unused=allow_unused,
+        expert_b_layout=expert_b_layout and expert_b_layout.value,
+        rank=rank,
+    )
+    _warn(placement.warnings)
+    if as_json:
+        print(json.dumps([vars(account) for account in placement.accounts], indent=1))
+    if not quiet:
+        _say(f"wrote {printable(out)} ({os.path.getsize(out) / 1e6:.1f} MB): {placement}")
+
+
+@app.command()
+def extract(
+    base: Annotated[Path, typer.Argument(metavar="BASE.gguf", help="The model before.")],
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED.gguf", help="The model after, of the same architecture.")],
+    output: Annotated[Path, typer.Option("-o", "--outfile", help="The adapter to write.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of each tensor's update.")] = 32,
+    outtype: Annotated[OutType, typer.Option(help="The type of the tensors.")] = OutType.f16,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the energy kept of each tensor as JSON.")] = False,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")] = True,
+) -> None:
+    """Make the adapter that turns one GGUF into another, as nearly as its rank can (truncated SVD).
+
+    lora-gguf extract base.gguf tuned.gguf --rank 32 -o adapter.gguf
+    """
+    from lora_gguf import tables
+    from lora_gguf.extract import extract as extract_adapter
+
+    with bar("extracting", progress) as advance:
+        found = extract_adapter(base, tuned, output, rank, outtype.value, force=force, progress=advance)
+    print(json.dumps(found.as_dict(), indent=1) if as_json else tables.extraction_table(found))
+    _say(f"wrote {printable(output)} ({os.path.getsize(output) / 1e6:.1f} MB)")
 
 
 @app.command()
@@ -142,11 +199,12 @@ def merge(
         check_target(out, force=force, inputs=[base])
     adapters = [(fetch_adapter(name), factor) for name, factor in named]
     from lora_gguf.growth import parse_growth
+    from lora_gguf.imatrix import read_imatrix
     from lora_gguf.merge import merge as merge_adapters
     from lora_gguf.plan import Policy
 
-    importance = _importance(imatrix) if imatrix else {}
-    policy = Policy(rounding.value, seed, type and type.upper(), quantize and quantize.upper(), importance)
+    measured = read_imatrix(imatrix) if imatrix else None
+    policy = Policy(rounding.value, seed, type and type.upper(), quantize and quantize.upper(), measured)
     with bar("merging", progress and not quiet) as advance:
         report = merge_adapters(
             base,
@@ -164,8 +222,7 @@ def merge(
             force=force,
             progress=advance,
         )
-    for warning in report.plan.warnings:
-        _say(f"lora-gguf: warning: {printable(warning, 600)}")
+    _warn(report.plan.warnings)
     _print_report(report, as_json)
     if not quiet:
         for path in report.written:
@@ -203,12 +260,6 @@ def verify(
         raise as_error(report.label, report.findings)
 
 
-def _importance(path: Path) -> dict:
-    from lora_gguf.imatrix import read_imatrix
-
-    return read_imatrix(path)
-
-
 def _with_scale(text: str) -> tuple[str, float]:
     """ADAPTER[:SCALE], as llama.cpp's --lora-scaled takes it."""
     name, _, number = text.rpartition(":")
@@ -232,6 +283,11 @@ def _print_report(report, as_json: bool) -> None:
     print(json.dumps(tables.as_dict(report), indent=1) if as_json else tables.retention_table(report))
 
 
+def _warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        _say(f"lora-gguf: warning: {printable(warning, 600)}")
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
@@ -249,7 +305,11 @@ def main() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _terminate)
-    sys.exit(_run())
+    try:
+        code = _run()
+    finally:
+        remove_live()
+    sys.exit(code)
 
 
 def _run(arguments: list[str] | None = None) -> int:
@@ -275,6 +335,11 @@ def _run(arguments: list[str] | None = None) -> int:
     except MemoryError:
         _complain("out of memory: lower --threads")
         return 7
+    except Exception as error:
+        if "LORA_GGUF_DEBUG" in os.environ:
+            raise
+        _complain(f"internal error: {builtins.type(error).__name__}: {error}: please report it with LORA_GGUF_DEBUG=1's traceback")
+        return 1
 
 
 def _complain(line: str) -> None:

@@ -9,32 +9,36 @@ that the eight largest hold. So the guess is a negative power of the columns' me
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
 from lora_gguf.base import Base
 from lora_gguf.gguf_reader import TensorInfo
+from lora_gguf.imatrix import Imatrix
 from lora_gguf.quants import QUANTS
 
 POWER = -1.5
 SAMPLE_ROWS = 64
 FLOOR = 1e-3  # of the median: columns of zeros say nothing
 # who reads the residual stream in a layer, and which of these tell its large columns best
-_RESIDUAL = ("attn_q", "attn_k", "attn_v", "attn_qkv", "ffn_gate", "ffn_up", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", "ffn_gate_shexp", "ffn_up_shexp")
+_RESIDUAL = (
+    "attn_q", "attn_k", "attn_v", "attn_qkv", "ffn_gate", "ffn_up", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps",
+    "ffn_gate_shexp", "ffn_up_shexp",
+)  # fmt: skip
 _TELLING = (("attn_v", "attn_qkv"), ("ffn_up", "ffn_up_exps", "ffn_gate_up_exps"))
 _NAME = re.compile(r"(blk\.\d+\.)(\w+)\.weight")
 
 
-def weightings(base: Base, names: Iterable[str], imatrix: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def weightings(base: Base, names: Iterable[str], imatrix: Imatrix | None) -> dict[str, np.ndarray]:
     """The importance of the columns of each of the tensors ``names``: f32 (matrices, cols), mean 1."""
     energies: dict[str, np.ndarray] = {}
     found = {}
     for name in names:
         info = base.tensors[name]
-        measured = imatrix.get(name)
+        measured = imatrix.of(info) if imatrix else None
         shape = (info.n_rows // (1, *info.shape)[-2], info.n_cols)
-        guess = guessed(base, name, energies) if measured is None else np.asarray(measured, np.float64).reshape(-1, info.n_cols)
+        guess = guessed(base, name, energies) if measured is None else measured.astype(np.float64)
         scaled = guess / np.maximum(guess.mean(axis=-1, keepdims=True), 1e-30)
         found[name] = np.ascontiguousarray(np.broadcast_to(scaled, shape), np.float32)
     return found

@@ -23,6 +23,7 @@ except ImportError:  # Windows: no advisory locks, so stale files stay
 
 SUFFIX = ".lora-gguf-tmp"
 _COPY_CHUNK = 8 << 20
+_LIVE: set[Path] = set()  # temporary files of this process
 
 
 def check_target(path: str | os.PathLike, *, force: bool = False, inputs: Iterable[os.PathLike | str] = ()) -> Path:
@@ -70,11 +71,12 @@ class OutputFile:
 
     def __enter__(self) -> OutputFile:
         self.temporary = self.target.with_name(f".{self.target.name[:200]}.{os.getpid()}{SUFFIX}")
+        _LIVE.add(self.temporary)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         try:
             self.fd = os.open(self.temporary, flags, 0o666)
         except OSError as error:
-            self.temporary = None
+            self._forget()
             raise FileError(f"{self.label}: cannot write in its folder: {error.strerror}") from error
         if fcntl:
             with contextlib.suppress(OSError):
@@ -89,7 +91,11 @@ class OutputFile:
         if self.temporary:
             with contextlib.suppress(OSError):
                 os.unlink(self.temporary)
-            self.temporary = None
+            self._forget()
+
+    def _forget(self) -> None:
+        _LIVE.discard(self.temporary)
+        self.temporary = None
 
     def write_at(self, position: int, buffer) -> None:
         """Write all of ``buffer`` (contiguous bytes) at ``position`` bytes from the file's start."""
@@ -138,7 +144,7 @@ class OutputFile:
             try:
                 os.link(self.temporary, self.target)  # unlike rename, never replaces what appeared in the meantime
                 os.unlink(self.temporary)
-                self.temporary = None
+                self._forget()
                 return
             except FileExistsError:
                 raise
@@ -146,10 +152,18 @@ class OutputFile:
                 if self.target.exists():
                     raise FileExistsError(self.target) from None
         os.replace(self.temporary, self.target)
-        self.temporary = None
+        self._forget()
 
     def _failed(self, verb: str, error: OSError) -> FileError:
         return FileError(f"{self.label}: cannot {verb}: {error.strerror or error}: nothing was written there")
+
+
+def remove_live() -> None:
+    """Remove what this process has under way: a signal may come before a ``with`` block is entered."""
+    for temporary in list(_LIVE):
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        _LIVE.discard(temporary)
 
 
 def _remove_stale(target: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from lora_gguf.base import Base
 from lora_gguf.errors import MismatchError, NumericError, UnsupportedError, UsageError
 from lora_gguf.ggml import BY_NAME, GgmlType
 from lora_gguf.gguf_reader import TensorInfo
+from lora_gguf.imatrix import Imatrix
 from lora_gguf.importance import weightings
 from lora_gguf.lora import EMBEDDING, LoraPair
 from lora_gguf.mixes import fallback_type, file_type_of, mix_types, model_of
@@ -30,14 +31,14 @@ class Policy:
     """What the user asked for: the rounding, and which types the tensors get.
 
     ``type`` is that of the adapted tensors (None keeps the base's), ``mix`` names one of llama.cpp's quantization mixes for
-    all tensors; ``imatrix`` maps tensor names to the importance of their columns, f32 (matrices, cols).
+    all tensors; ``imatrix`` tells the importance of their columns.
     """
 
     rounding: str = "auto"
     seed: int = 0
     type: str | None = None
     mix: str | None = None
-    imatrix: Mapping[str, np.ndarray] = field(default_factory=dict)
+    imatrix: Imatrix | None = None
 
     def __post_init__(self):
         if self.type and self.type not in QUANTS:
@@ -130,7 +131,7 @@ def choose(tensor: TensorPlan, mix_type: GgmlType | None, policy: Policy) -> Non
     if tensor.changes or chosen != info.type:
         rounding = "fresh" if any(update.replaces for update, _ in tensor.updates) else policy.rounding
         key = tensor_key(policy.seed, tensor.target.name)
-        importance = policy.imatrix.get(tensor.target.name)
+        importance = policy.imatrix.of(info) if policy.imatrix else None
         tensor.recipe = Recipe(QUANTS[info.type.name], QUANTS[chosen.name], rounding, key, importance)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lora_gguf.comparison import Comparison
 from lora_gguf.findings import Check
+from lora_gguf.extract import Extraction
 from lora_gguf.merge import MergeReport
 from lora_gguf.retention import Retention, kind_of, total
 from lora_gguf.verify import VerifyReport
@@ -75,3 +76,15 @@ def _verify_row(kind: str, types: str, checks: Sequence[Check]) -> tuple:
 def _verdict(checks: Sequence[Check]) -> str:
     wrong = sum(not check.holds for check in checks)
     return f"{wrong} wrong" if wrong else "holds"
+
+
+def extraction_table(found: Extraction) -> str:
+    """One line per kind of tensor: how large its update is beside the weights, and how much of its energy the rank holds."""
+    groups: dict[str, list] = {}
+    for tensor in found.tensors:
+        groups.setdefault(kind_of(tensor.name), []).append(tensor)
+    rows = [
+        (kind, len(group), f"{max(t.relative_size for t in group):.2e}", f"{min(t.kept for t in group):.3f}")
+        for kind, group in groups.items()
+    ]
+    return text_table(("tensors", "count", "largest |update|/|weights|", "least energy kept"), rows)
