@@ -9,9 +9,11 @@ import pytest
 from tests.common import ROOT
 
 # a module imports only from rows above it
-ORDER = """errors progress ggml kernel input_file gguf_reader output gguf_writer base quants rounding patterns lora updates tensor_file
-pickle_reader torch_reader weights hashes hub_errors hub fetch quantizations kinds adapter_config adapter transforms architectures hparams names stacking placement factoring extract convert support
-sources mixes requantize plan layout chunks growth retention merge tables cli __main__""".split()
+ORDER = """errors progress ggml kernel input_file gguf_reader output gguf_writer base quants rounding refit patterns lora updates
+stacking tensor_file pickle_reader torch_reader weights hashes hub_errors hub fetch quantizations kinds adapter_config adapter
+transforms architectures hparams names accounts factoring support vocabulary heads placement convert sources imatrix importance
+mixes requantize plan layout chunks growth retention merge extract comparison findings diagnosis verify tables cli
+__main__""".split()
 
 
 def _imports(source) -> set[str]:
