@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class Adapter:
     config: dict
     updates: list[LoraPair | Update]
     ignored: dict[str, str] = field(default_factory=dict)
+    originals: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def base_model(self) -> str:
@@ -71,8 +72,9 @@ def read_adapter(directory: str | os.PathLike, expert_b_layout: str | None = Non
         )
     tensors = {name: as_f32(name, array) for name, array in read_weights(path).items()}
     check_all_finite(tensors, path.name)
-    updates, ignored = updates_of(tensors, config, path.name, expert_b_layout)
-    return Adapter(printable(directory.resolve().name), directory, config, updates, ignored)
+    found = updates_of(tensors, config, path.name, expert_b_layout)
+    label = printable(directory.resolve().name)
+    return Adapter(label, directory, config, found.updates, found.ignored, found.originals)
 
 
 def adapter_directory(path: str | os.PathLike) -> Path:
@@ -108,52 +110,76 @@ def check_all_finite(tensors: dict[str, np.ndarray], label: str) -> None:
 
 def updates_of(
     tensors: dict[str, np.ndarray], config: dict, label: str, expert_b_layout: str | None = None
-) -> tuple[list[LoraPair | Update], dict[str, str]]:
+) -> Contents:
     """The updates in ``tensors``, and the tensors that are none with the reason. Raises with all offenders."""
-    modules, updates, ignored, strange = sort_tensors(tensors, config)
-    for module in modules:
+    found = sort_tensors(tensors, config)
+    for module in found.modules.values():
         try:
-            updates += module_updates(module, modules, expert_b_layout)
+            found.updates += module_updates(module, found.modules, expert_b_layout)
         except MalformedError as error:
-            strange.append(str(error))
-    if strange:
-        raise MalformedError(f"{label}: {strange[0]}", strange if len(strange) > 1 else ())
-    if not updates:
+            found.strange.append(str(error))
+    if found.strange:
+        raise MalformedError(f"{label}: {found.strange[0]}", found.strange if len(found.strange) > 1 else ())
+    if not found.updates:
         raise MalformedError(
             f"{label}: expected the tensors of a {kind_of(config)} adapter, found none: it is no adapter"
         )
-    return updates, ignored
+    return found
 
 
-def sort_tensors(tensors: dict[str, np.ndarray], config: dict):
-    """``tensors`` as modules with adapter factors, updates by whole tensors, ignored ones with the reason, strange
-    ones."""
+@dataclass
+class Contents:
+    """A file's tensors sorted: ``modules`` with adapter factors, ``updates`` so far, ``originals`` (the base's own weights
+    by module path), ``ignored`` tensors with the reason, ``strange`` ones."""
+
+    modules: dict[str, Module] = field(default_factory=dict)
+    updates: list[LoraPair | Update] = field(default_factory=list)
+    originals: dict[str, np.ndarray] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    strange: list[str] = field(default_factory=list)
+
+
+def sort_tensors(tensors: dict[str, np.ndarray], config: dict) -> Contents:
     kind_factors = (*KINDS[kind_of(config)][1], "trainable_tokens_delta")
     pattern = re.compile(
         rf"(?P<path>.+?)\.(?P<factor>{'|'.join(kind_factors)})(\.(?!(weight|bias)$)[^.]+)?(?P<bias>\.bias)?(\.weight)?"
     )
     shared = {name: array for key in SHARED for name, array in tensors.items() if name.split(".")[1:2] == [key]}
+    found = Contents(ignored=dict.fromkeys(shared, "shared by the modules that it is applied with"))
     shared_factors = {name.split(".")[1]: array for name, array in shared.items()}
-    modules: dict[str, Module] = {}
-    updates, ignored, strange = [], {name: "shared by the modules that it is applied with" for name in shared}, []
     for name, array in tensors.items():
-        match = pattern.fullmatch(name)
-        if match:
+        if match := pattern.fullmatch(name):
             path = module_path(match["path"])
-            module = modules.setdefault(path, Module(path, {}, {}, config, shared_factors))
-            factor = match["factor"] + (match["bias"] or "")
-            if factor in module.factors:
-                strange.append(f"{name}: the same factor as {module.names[factor]}: save one adapter alone")
-            module.factors[factor], module.names[factor] = array, name
-        elif name in shared:
-            continue
-        elif ".base_layer.weight" in name or ".original_module." in name:
-            ignored[name] = "a copy of the base's own weight"
-        elif (match := WHOLE.fullmatch(name)) and array.ndim in (1, 2):
-            updates.append(whole(name, match, array))
+            module = found.modules.setdefault(path, Module(path, {}, {}, config, shared_factors))
+            add_factor(module, match["factor"] + (match["bias"] or ""), name, array, found)
+        elif name not in shared:
+            add_whole(name, array, found, config)
+    return found
+
+
+def add_factor(module: Module, factor: str, name: str, array: np.ndarray, found: Contents) -> None:
+    if factor in module.factors:
+        found.strange.append(f"{name}: the same factor as {module.names[factor]}: save one adapter alone")
+    module.factors[factor], module.names[factor] = array, name
+
+
+def add_whole(name: str, array: np.ndarray, found: Contents, config: dict) -> None:
+    """Sort a tensor that is no factor: a copy of the base's, a tensor that was trained whole, or a strange one."""
+    match = WHOLE.fullmatch(name)
+    if ".base_layer.weight" in name or ".original_module." in name:
+        found.ignored[name] = "a copy of the base's own weight"
+        found.originals[re.sub(r"\.(base_layer|original_module)$", "", module_path(match["path"]))] = array
+    elif match and array.ndim in (1, 2):
+        update = whole(name, match, array)
+        same = next((u for u in found.updates if (u.name, u.part) == (update.name, update.part)), None)
+        if same is None:
+            found.updates.append(update)
+        elif np.array_equal(same.values, update.values):
+            found.ignored[name] = f"the same as {same.sources[0]}"
         else:
-            strange.append(f"{name}: no tensor of a {kind_of(config)} adapter is called so")
-    return list(modules.values()), updates, ignored, strange
+            found.strange.append(f"{name}: another weight than {same.sources[0]} for the same module: save it again")
+    else:
+        found.strange.append(f"{name}: no tensor of a {kind_of(config)} adapter is called so")
 
 
 def whole(name: str, match: re.Match, array: np.ndarray) -> Replaced:
@@ -167,10 +193,10 @@ def module_path(path: str) -> str:
     """The path of a module in the base model: PEFT's wrapper and compilers' wrappers stripped."""
     for wrapper in WRAPPERS:
         path = path.replace(wrapper, "")
-    return path.removeprefix(PREFIX).removesuffix(".token_adapter")
+    return path.removeprefix(PREFIX).replace(".token_adapter", "")
 
 
-def module_updates(module: Module, modules: Iterable[Module], expert_b_layout: str | None) -> list[LoraPair | Update]:
+def module_updates(module: Module, modules: Collection[str], expert_b_layout: str | None) -> list[LoraPair | Update]:
     if "trainable_tokens_delta" in module.factors:
         return trainable_tokens(module)
     target = packed_parameter(module, modules)
@@ -179,7 +205,7 @@ def module_updates(module: Module, modules: Iterable[Module], expert_b_layout: s
     return KINDS[kind_of(module.config)][0](module)
 
 
-def packed_parameter(module: Module, modules: Iterable[Module]) -> str | None:
+def packed_parameter(module: Module, modules: Collection[str]) -> str | None:
     """The path of the parameter that the module's factors adapt, where it is one of PEFT's ``target_parameters``.
 
     Several parameters of one module are nested in the order of their registration, the last outermost, and each
@@ -191,8 +217,7 @@ def packed_parameter(module: Module, modules: Iterable[Module]) -> str | None:
     found.sort(key=lambda name: PARAMETERS.index(name) if name in PARAMETERS else len(PARAMETERS))
     if not found:
         return None
-    paths = {other.path for other in modules}
-    present = sum(1 for depth in range(len(found)) if path + ".base_layer" * depth in paths)
+    present = sum(1 for depth in range(len(found)) if path + ".base_layer" * depth in modules)
     depth = module.path.count(".base_layer", len(path))
     if depth >= len(found) or present != len(found):
         raise module.malformed(f"expected factors for {', '.join(found)} (target_parameters), found {present}")

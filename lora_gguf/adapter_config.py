@@ -118,16 +118,16 @@ REFUSED = {
 UNSUPPORTED_KIND = "turn it into LoRA with PEFT's convert_to_lora, or merge it with PEFT"
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict:
     """The object in a JSON file from an untrusted source: limited size, no duplicate keys, no NaN."""
     label = printable(path.name)
     try:
         with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+            raw = file.read(max_bytes + 1)
     except OSError as error:
         raise FileError(f"{printable(path)}: cannot read: {error.strerror}: check the path") from error
-    if len(raw) > MAX_BYTES:
-        raise MalformedError(f"{label}: expected at most {MAX_BYTES >> 20} MiB: this is no configuration")
+    if len(raw) > max_bytes:
+        raise MalformedError(f"{label}: expected at most {max_bytes >> 20} MiB: this is no configuration")
     try:
         value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

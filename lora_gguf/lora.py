@@ -15,7 +15,7 @@ from lora_gguf.ggml import BY_NAME, GgmlType
 from lora_gguf.gguf_reader import GgufReader, TensorInfo
 
 OUT_TYPES = ("f32", "f16", "bf16", "q8_0")
-EMBEDDING = "token_embd.weight"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Piece:
     offset: int | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class LoraPair:
     """The update ``W += scale * b @ a`` of the GGUF tensor ``name``.
 

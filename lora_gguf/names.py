@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_gguf.architectures import ARCHITECTURES, FUSED_EXPERTS, Architecture, Out
 from lora_gguf.hparams import Hparams
-from lora_gguf.lora import Piece
+from lora_gguf.lora import EMBEDDING, HEAD, Piece
 
 # modules of the towers that stand beside a text model, and go into another GGUF (mmproj) or into none
 OTHER_TOWERS_START = (
@@ -101,6 +101,12 @@ def tensors_of(architecture: str) -> frozenset | None:
     return None if known is None else frozenset(MODEL_TENSORS[known])
 
 
+def has_head(architecture: str) -> bool:
+    """Whether a model of the architecture may have a head that is not its embedding."""
+    allowed = tensors_of(architecture)
+    return allowed is None or any(tensor.name == "OUTPUT" for tensor in allowed)
+
+
 def candidates(path: str) -> Iterator[str]:
     """The paths under which the name map may know a module."""
     for wrapper in WRAPPERS:
@@ -125,6 +131,8 @@ def tensor_name(path: str, hparams: Hparams) -> str | None:
         known += [(*entry, "") for entry in name_map().get(f"{template}.weight", ())]
         for tensor, name, suffix in reversed(known):
             (own if allowed is None or tensor in allowed else others).append(name.format(bid=layer) + suffix)
+    if hparams.tied and path.rpartition(".")[2] == "lm_head":
+        return HEAD
     present = [name for name in own + others if not hparams.lacks(name, default=True)]
     return next(iter(present or own), None)
 
@@ -165,6 +173,7 @@ def shape_in_base(path: str, hparams: Hparams) -> tuple[int, int] | None:
     n_rows = n_cols = 0
     for out in plain_in_base(outs(whole, hparams), whole, hparams):
         name = out_name(out, whole, slot, hparams)
+        name = EMBEDDING if name == HEAD and hparams.tied else name
         if name is None or hparams.lacks(name, default=True):
             return None
         shape = hparams.tensors[name].shape

@@ -10,58 +10,23 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from lora_gguf.accounts import Account, Placement, base_shape, misfit
 from lora_gguf.adapter import Adapter
 from lora_gguf.architectures import ARCHITECTURES
 from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, UsageError, printable
 from lora_gguf.gguf_reader import GgufReader
+from lora_gguf.heads import check_new_rows, cut_to_vocabulary, resolve_tied
 from lora_gguf.hparams import Hparams, from_base
-from lora_gguf.lora import EMBEDDING, LoraPair, Piece, read_adapter_gguf
+from lora_gguf.lora import EMBEDDING, HEAD, LoraPair, Piece, read_adapter_gguf
 from lora_gguf.names import pieces, shape_in_base, why_skipped
-from lora_gguf.stacking import Part, fused, joined, oriented
+from lora_gguf.stacking import Part, joined, oriented
 from lora_gguf.updates import Replaced, Update
-
-HEAD = "output.weight"
-
-
-@dataclass(frozen=True)
-class Account:
-    """What happened to one adapter tensor: ``outcome`` is applied, ignored or error."""
-
-    tensor: str
-    outcome: str
-    target: str = ""
-    reason: str = ""
-
-
-@dataclass
-class Placement:
-    """``pairs`` and ``updates`` in GGUF terms, an ``Account`` for each tensor of the adapter, and warnings.
-
-    There is one pair for each tensor at most; of ``updates``, which only a merge can carry out, several may change
-    parts of one. ``untied`` says that the base's head is tied to its embedding and the adapter tells them apart, so
-    that a merge must give the file an ``output.weight`` of its own, made from the base's ``token_embd.weight``.
-    ``invocation_tokens`` (aLoRA) say that the adapter is active only after these tokens, so that it can't be merged.
-    ``approximations`` gives the relative error of the tensors whose update ``convert`` could not write exactly.
-    """
-
-    pairs: list[LoraPair] = field(default_factory=list)
-    updates: list[Update] = field(default_factory=list)
-    accounts: list[Account] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    untied: bool = False
-    invocation_tokens: list[int] = field(default_factory=list)
-    approximations: dict[str, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        counts = Counter(account.outcome for account in self.accounts)
-        n_tensors = len({update.name for update in (*self.pairs, *self.updates)})
-        outcomes = ", ".join(f"{n} {what}" for what, n in counts.items())
-        return f"{n_tensors} tensors updated; of the adapter's, {outcomes}"
+from lora_gguf.vocabulary import added_tokens, extended
 
 
 def gguf_pairs(
@@ -69,12 +34,14 @@ def gguf_pairs(
     base: GgufReader | Hparams,
     *,
     updates: bool = False,
+    new_tokens: bool = False,
     tied: str = "refuse",
     allow_unused: str | None = None,
 ) -> Placement:
     """Place all updates of ``adapter`` in ``base``: an open GGUF, or the dimensions in a ``config.json``.
 
-    Without ``updates`` an adapter that isn't low rank (``Placement.updates``) is refused. ``tied`` says what becomes of
+    Without ``updates`` an adapter that isn't low rank (``Placement.updates``) is refused, without ``new_tokens`` one with
+    a larger vocabulary (``Placement.new_rows``). ``tied`` says what becomes of
     an adapted head or embedding where the base has one tensor for both: ``refuse``, ``separate`` (see ``Placement``),
     or ``shared`` (the one tensor changes). What does not fit and whose name the regular expression ``allow_unused``
     finds is ignored. Raises ``MismatchError`` that lists every update which does not fit, with the likely cause.
@@ -85,7 +52,8 @@ def gguf_pairs(
     parts: dict[str, list[Part]] = {}
     errors: list[str] = []
     for update in oriented(adapter.updates, hparams.get("embedding_length")):
-        found = place(update, hparams, parts, placement)
+        update, found = cut_to_vocabulary(update, adapter, hparams, placement)
+        found = found or place(update, hparams, parts, placement)
         if found and allowed(update, allow_unused):
             placement.accounts += [
                 Account(name, "ignored", "", f"--allow-unused: {found[0]}") for name in update.sources
@@ -95,6 +63,7 @@ def gguf_pairs(
     for name, found in parts.items():
         errors += combine(name, found, hparams, placement.pairs)
     errors += resolve_tied(placement, hparams, tied)
+    errors += check_new_rows(placement, hparams, new_tokens)
     if errors:
         details = errors if placement.pairs or placement.updates else ()  # nothing fits: one line says it all
         raise MismatchError(f"{adapter.label}: {errors[0]}: {likely_cause(adapter, hparams, errors)}", details)
@@ -104,6 +73,9 @@ def gguf_pairs(
         others = [f"{update.name}: {update.kind}" for update in placement.updates]
         raise UnsupportedError(f"{adapter.label}: {others[0]}: not supported yet: merge it with PEFT", others)
     placement.warnings += run_time_warnings(placement.pairs, hparams)
+    if not isinstance(base, Hparams) and placement.changes_vocabulary:
+        n_rows = hparams.tensors[EMBEDDING].shape[0] + len(placement.new_rows.get(EMBEDDING, ()))
+        placement.key_values = extended(base, added_tokens(adapter.directory), n_rows)
     return placement
 
 
@@ -194,25 +166,6 @@ def combine(name: str, parts: list[Part], hparams: Hparams, pairs: list[LoraPair
     return [error] if error else []
 
 
-def base_shape(name: str, hparams: Hparams) -> tuple[int, ...] | None:
-    """The shape of a tensor of the base, of its embedding for a head that is tied to it; None where it has none
-    such."""
-    tensors = hparams.tensors or {}
-    if name == HEAD and hparams.tied:
-        name = EMBEDDING
-    return tuple(tensors[name].shape) if name in tensors else None
-
-
-def misfit(name: str, shape: tuple[int, ...], hparams: Hparams) -> str | None:
-    """What keeps an update of ``shape`` from the base's tensor ``name``, or None."""
-    expected = base_shape(name, hparams)
-    if hparams.tensors is None or expected == shape:
-        return None
-    return (
-        f"{name}: expected {expected}, found {shape}" if expected else f"{name}: expected in {hparams.label}, not found"
-    )
-
-
 def place_update(update: Update, found: list[Piece], hparams: Hparams, placement: Placement) -> list[str]:
     """Add the parts of an update that isn't low rank to the placement; return what is wrong with it."""
     if hparams.tensors is None:
@@ -279,48 +232,6 @@ def shape_of(update: LoraPair | Update, hparams: Hparams) -> tuple[int, int]:
             f"{update.name}: its shape depends on the base: give --base BASE.gguf, with a tensor for it"
         )
     return (shape[0] or base[0], base[1])
-
-
-def resolve_tied(placement: Placement, hparams: Hparams, tied: str) -> list[str]:
-    """Settle what happens to the head and the embedding where the base has one tensor for both; return what is
-    wrong."""
-    if not hparams.tied:
-        return []
-    same_rows(placement)
-    touching = [update for update in (*placement.pairs, *placement.updates) if is_telling_apart(update)]
-    if not touching:
-        return []
-    if tied == "refuse":
-        return [f"{update.name}: head and embedding of {hparams.label} are one tensor (tied)" for update in touching]
-    if tied == "separate":
-        placement.untied = True
-        return []
-    shared = [pair for pair in placement.pairs if pair.name in (HEAD, EMBEDDING)]
-    if shared:
-        shape = base_shape(EMBEDDING, hparams)
-        sources = tuple(source for pair in shared for source in pair.sources)
-        pair = fused(EMBEDDING, [(Piece(EMBEDDING), pair) for pair in shared], sources, shape or shared[0].shape)
-        placement.pairs = [pair for pair in placement.pairs if pair not in shared] + [pair]
-    for update in placement.updates:
-        update.name = EMBEDDING if update.name == HEAD else update.name
-    return []
-
-
-def same_rows(placement: Placement) -> None:
-    """Drop a head that was saved whole beside an equal embedding: the two are still tied."""
-    embeddings = [update for update in placement.updates if update.name == EMBEDDING and isinstance(update, Replaced)]
-    for head in [update for update in placement.updates if update.name == HEAD and isinstance(update, Replaced)]:
-        if any(np.array_equal(head.values, embedding.values) for embedding in embeddings):
-            placement.updates.remove(head)
-            for embedding in embeddings:
-                embedding.shared = True
-
-
-def is_telling_apart(update: LoraPair | Update) -> bool:
-    """Whether the update makes a tied head and embedding differ. PEFT keeps single trained rows tied."""
-    if update.name not in (HEAD, EMBEDDING):
-        return False
-    return not (isinstance(update, Replaced) and (update.only is not None or update.shared))
 
 
 def run_time_warnings(pairs: list[LoraPair], hparams: Hparams) -> list[str]:

@@ -16,7 +16,7 @@ from lora_gguf.errors import UnsupportedError
 from lora_gguf.lora import LoraPair, Piece
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Update:
     """A change of rows ``offset`` to ``offset + shape[0]`` of the tensor ``name``, its leading axes taken as one.
 
@@ -81,7 +81,7 @@ def multiply(b: np.ndarray, a: np.ndarray) -> np.ndarray:
     return out
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Dora(Update):
     """DoRA: each row of W + scale * B @ A brought to the length ``magnitude`` (rows,). arXiv 2402.09353, as in PEFT."""
 
@@ -103,7 +103,7 @@ class Dora(Update):
         return self.moved(piece, pair=self.pair.take(piece), magnitude=magnitude)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Scaled(Update):
     """IA³: W times one factor a row, or one a column. arXiv 2205.05638."""
 
@@ -124,7 +124,7 @@ class Scaled(Update):
         )
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Rotated(Update):
     """OFT and BOFT: W times block-diagonal rotations of its columns, then perhaps a factor a row.
 
@@ -161,7 +161,7 @@ class Rotated(Update):
         return self.moved(piece, row_factors=gathered(self.row_factors, piece.rows), cols=piece.cols)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Computed(Update):
     """An added matrix too large or of too high a rank to hold, made row by row.
 
@@ -190,7 +190,7 @@ class Computed(Update):
         )
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Hadamard(Computed):
     """LoHa: (w1_b @ w1_a) ⊙ (w2_b @ w2_a), each b (rows, r), a (r, cols). arXiv 2108.06098."""
 
@@ -209,7 +209,7 @@ class Hadamard(Computed):
         return scaled_pair(self, a, b)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Kronecker(Computed):
     """LoKr: the Kronecker product of ``left`` and ``right``. arXiv 2309.14859."""
 
@@ -242,7 +242,7 @@ def scaled_pair(update: Computed, a: np.ndarray, b: np.ndarray) -> LoraPair:
     return LoraPair(update.name, a, b, update.scale, update.sources)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Added(Update):
     """A whole matrix added: biases that were trained beside B, mergekit's leftovers. ``values`` has the shape of the
     part."""
@@ -257,7 +257,7 @@ class Added(Update):
         return self.moved(piece, values=placed(self.values, piece))
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Replaced(Update):
     """Rows that were trained whole: ``modules_to_save``, norms, ``trainable_token_indices``.
 
