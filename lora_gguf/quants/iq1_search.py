@@ -133,13 +133,14 @@ def _score(c, q, i1, i2):
 @kernel
 def _best_split_s(x, w, order, c):
     """The scale, the boundaries and whether the shift is down of the best split of 32 weights, the first one if there
-    are several. A row of splits is taken one by one only where one of it beats the best so far."""
+    are several, boundary -1 if none has a weight. A row of splits is taken one by one only where one of it beats the
+    best so far."""
     for j in range(40):
         c[0, j] = c[1, j] = 0
     for j in range(32):
         c[0, j + 1] = c[0, j] + w[order[j]] * x[order[j]]
         c[1, j + 1] = c[1, j] + w[order[j]]
-    scale, best, low, high, down = np.float32(0), LEAST, 0, 0, False
+    scale, best, low, high, down = np.float32(0), LEAST, -1, 0, False
     for i1 in range(33):
         hits = np.int32(0)
         for i2 in range(40):
@@ -176,11 +177,11 @@ def _terms(x, w, order, terms):
 
 @kernel
 def _best_split_m(terms):
-    """The scale, the boundaries and the shifts (0 to 3, as above) of the best split of 16 weights.
+    """The scale, the boundaries and the shifts (0 to 3, as above) of the best split of 16 weights, as _best_split_s.
 
     Tuples, not arrays, hold the eight sums: those below the lower boundary, below the higher one, and of all.
     """
-    scale, best, low, high, shifts = np.float32(0), LEAST, 0, 0, 0
+    scale, best, low, high, shifts = np.float32(0), LEAST, -1, 0, 0
     zero = np.float32(0)
     lower = (zero, zero, zero, zero, zero, zero, zero, zero)
     for i1 in range(17):
@@ -229,6 +230,8 @@ def search_iq1_s(weights, importance, lattice, d, scales, down, vectors):
                 continue
             _sort(x, order)
             scale, low, high, minus = _best_split_s(x, w, order, c)
+            if low < 0:
+                continue
             _split_levels(order, low, high, scale < 0, levels)
             minus, scale, moved = minus != (scale < 0), abs(scale), False
             for k in range(4 * g, 4 * g + 4):
@@ -286,6 +289,8 @@ def search_iq1_m(weights, importance, lattice, d, scales, down, vectors):
             _sort(x, order)
             _terms(x, w, order, terms)
             scale, low, high, shifts = _best_split_m(terms)
+            if low < 0:
+                continue
             _split_levels(order, low, high, scale < 0, group_levels)
             shifts = 3 - shifts if scale < 0 else shifts
             down[i, 2 * g], down[i, 2 * g + 1] = shifts // 2, shifts % 2

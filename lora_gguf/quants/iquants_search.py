@@ -129,9 +129,8 @@ def _fit(m, w, top):
         lx += w[j] * m[j] * np.float32(level)
         ll += w[j] * np.float32(level) * np.float32(level)
     for sweep in range(5):
-        before = lx
-        lx, ll = _move_levels(m, w, top, lx, ll, levels)
-        if lx == before:
+        lx, ll, changed = _move_levels(m, w, top, lx, ll, levels)
+        if not changed:
             break
     return lx / ll if ll > 0 else np.float32(0)
 
@@ -139,6 +138,7 @@ def _fit(m, w, top):
 @kernel
 def _move_levels(m, w, top, lx, ll, levels):
     """Give each weight in turn the level that suits the others' scale, where the error shrinks."""
+    changed = False
     for j in range(len(m)):
         old = np.float32(levels[j])
         new_lx, new_ll = lx - w[j] * m[j] * old, ll - w[j] * old * old
@@ -150,8 +150,8 @@ def _move_levels(m, w, top, lx, ll, levels):
         new_lx += w[j] * m[j] * np.float32(level)
         new_ll += w[j] * np.float32(level) * np.float32(level)
         if new_lx * new_lx * ll > lx * lx * new_ll:
-            levels[j], lx, ll = level, new_lx, new_ll
-    return lx, ll
+            levels[j], lx, ll, changed = level, new_lx, new_ll, True
+    return lx, ll, changed
 
 
 @kernel
@@ -199,7 +199,7 @@ def _sums(work, row):
 
 
 @kernel
-def _search(n_levels, dims, points, neighbours, rules, largest, start, work, rounded, errors, vectors):
+def _search(n_levels, dims, points, neighbours, rules, scale, start, work, rounded, errors, vectors):
     """A group's scale; its vectors come to lie in the row of ``vectors`` that is also returned.
 
     Row 0 or 1 of ``vectors``, and of the values 1, 3, 5 … from the row Q of ``work`` on, is the best so far, the other
@@ -207,7 +207,7 @@ def _search(n_levels, dims, points, neighbours, rules, largest, start, work, rou
     on the grid again with the refined scale.
     """
     best, kept, top, width = np.float32(0), 0, np.float32(2 * n_levels - 1), 16 // dims
-    scale, kept_moved = largest / top, rules.polish == UNLESS_ON_GRID
+    kept_moved = rules.polish == UNLESS_ON_GRID
     for k in range(vectors.shape[1]):
         vectors[0, k] = 0
     for t in range(-rules.n_tries, rules.n_tries + 2):
@@ -283,13 +283,16 @@ def search_iq2_iq3(weights, importance, lattice, rules, d, nibbles, signs, vecto
             column = (256 * i + group * g) % n_cols
             part = x[group * g : group * (g + 1)]
             _weigh(part, importance[column : column + group], mean_square, rules, work)
-            largest = _split_signs(part, rules.even_signs, work, group_signs)
-            scales[g] = 0
-            if largest < rules.negligible:
+            start = _split_signs(part, rules.even_signs, work, group_signs)
+            scales[g], is_skipped = 0, start < rules.negligible
+            scale = start / np.float32(2 * n_levels - 1)
+            if rules.from_fit and not is_skipped:
+                scale = _fit(work[M], work[W], n_levels + 1)
+                start, is_skipped = scale * np.float32(n_levels), scale <= 0
+            if is_skipped:
                 slot += not rules.shifts
                 continue
-            start = _fit(work[M], work[W], n_levels + 1) * np.float32(n_levels) if rules.from_fit else largest
-            found = _search(n_levels, dims, points, neighbours, rules, largest, start, work, rounded, errors, trial)
+            found = _search(n_levels, dims, points, neighbours, rules, scale, start, work, rounded, errors, trial)
             scale, kept = found
             scales[g] = abs(scale)
             for k in range(group // 8):
