@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_gguf.base import Base
 from lora_gguf.chunks import cut, update_of
-from lora_gguf.comparison import ALLOWED, LOG_ODDS, Comparison
+from lora_gguf.comparison import ALLOWED, BEYOND, LOG_ODDS, UPDATE2, Comparison
 from lora_gguf.findings import Check, Finding, adapted_holds, is_requantized, rounded_to_nearest
 from lora_gguf.plan import Plan, TensorPlan
 from lora_gguf.quants import QUANTS
@@ -46,7 +46,11 @@ def causes(evidence: Evidence, checks: Sequence[Check]) -> list[Finding]:
         return [finding, *findings]
     findings += metadata_findings(evidence)
     findings += [changed_finding(check) for check in untouched if not check.holds]
-    if adapted and all(check.identical for check in adapted) and any(check.comparison.sums[1] > 0 for check in adapted):
+    if (
+        adapted
+        and all(check.identical for check in adapted)
+        and any(check.comparison.sums[UPDATE2] > 0 for check in adapted)
+    ):
         return [not_merged(adapted), *findings]
     broken = [check for check in adapted if not check.comparison.is_finite]
     findings += [Finding("damaged", (check.name,), "numbers", "NaN or infinity") for check in broken]
@@ -60,7 +64,9 @@ def shape_findings(evidence: Evidence) -> list[Finding]:
     findings = []
     for name in [*expected, *(name for name in found if name not in expected)]:
         if expected.get(name) != found.get(name):
-            findings.append(Finding("shape", (name,), str(expected.get(name, "no such tensor")), str(found.get(name, "none"))))
+            findings.append(
+                Finding("shape", (name,), str(expected.get(name, "no such tensor")), str(found.get(name, "none")))
+            )
     return findings
 
 
@@ -80,13 +86,17 @@ def other_base(evidence: Evidence, adapted: Sequence[Check], untouched: Sequence
     """The file of another base: most of what should be as it was is not, or the weights are nothing like the base's."""
     changed = [check for check in untouched if not check.holds]
     if evidence.model.architecture != evidence.result.architecture or not (adapted or untouched):
-        return Finding("other base", (), evidence.model.architecture or "a model", evidence.result.architecture or "another one")
+        return Finding(
+            "other base", (), evidence.model.architecture or "a model", evidence.result.architecture or "another one"
+        )
     far = [check for check in adapted if check.comparison.is_finite and check.comparison.likeness < 0.5]
     unlike = len(far) > len(adapted) / 2 and not any(check.identical for check in adapted)
     if len(changed) > max(2, len(untouched) / 2) or (unlike and len(changed) >= len(untouched) / 2):
         found = f"{len(changed)} of {len(untouched)} changed"
         if unlike:
-            found += f", and weights of which {far[0].name} correlates by {far[0].comparison.likeness:.2f} with the base's"
+            found += (
+                f", and weights of which {far[0].name} correlates by {far[0].comparison.likeness:.2f} with the base's"
+            )
         return Finding("other base", (), "tensors that the adapter does not touch as in the base", found)
     return None
 
@@ -94,21 +104,24 @@ def other_base(evidence: Evidence, adapted: Sequence[Check], untouched: Sequence
 def changed_finding(check: Check) -> Finding:
     if check.type != check.base_type:
         return Finding("changed", (check.name,), f"the base's weights ({check.base_type})", f"others ({check.type})")
-    n = check.comparison.sums[3]
-    return Finding("changed", (check.name,), "the base's bytes", f"{check.n_different} bytes that differ, {n:.0f} weights")
+    return Finding("changed", (check.name,), "the base's bytes", f"{check.n_different} bytes that differ")
 
 
 def not_merged(adapted: Sequence[Check]) -> Finding:
     n = len(adapted)
     names = (adapted[0].name,) if n == 1 else ()
-    return Finding("not merged", names, "the update in it", f"all {n} adapted tensors as in the base, byte for byte: kept 0.00")
+    return Finding(
+        "not merged", names, "the update in it", f"all {n} adapted tensors as in the base, byte for byte: kept 0.00"
+    )
 
 
 def explain(evidence: Evidence, adapted: Sequence[Check], nearest: bool) -> list[Finding]:
     """The causes of the adapted tensors that don't hold; of all of them together where one cause explains them."""
     failing = [check for check in adapted if not check.holds]
     whole = sum((check.comparison for check in adapted), Comparison())
-    if not failing and (nearest or not adapted or whole.is_dithered or not whole.gridded):
+    if not failing and (
+        nearest or not adapted or not whole.gridded or whole.is_dithered or whole.is_auto or whole.is_nearest
+    ):
         return []
     findings, left = misplaced(evidence, failing)
     if left or not failing:
@@ -127,7 +140,7 @@ def single_cause(check: Check) -> Finding:
     if found.is_nearest and not found.is_dithered:
         return Finding("rounded away", (check.name,), f"kept {found.dithered:.2f} as in the other tensors", kept)
     if abs(found.kept - found.dithered) <= found.slack:
-        place = f"{found.sums[13]:.0f} weights more than a step away"
+        place = f"{found.sums[BEYOND]:.0f} weights more than a step away"
         return Finding("damaged", (check.name,), "weights within a step of base + update", place)
     return scale_finding((check.name,), found.kept / found.dithered, found.slack)
 
@@ -137,7 +150,7 @@ def scale_finding(names: tuple[str, ...], factor: float, error: float) -> Findin
     found = f"{factor:.2f} times it"
     if abs(factor) <= max(error, 2 * ALLOWED):
         return Finding("other adapter", names, "the adapter's update", f"changes unlike it: kept {factor:.2f}")
-    return Finding("sign" if abs(factor + 1) <= max(error, 2 * ALLOWED) else "scale", names, "the adapter's update", found)
+    return Finding("sign" if abs(factor + 1) <= max(error, 0.1) else "scale", names, "the adapter's update", found)
 
 
 def common_scale(adapted: Sequence[Check]) -> Finding | None:
@@ -162,7 +175,9 @@ def by_adapter(evidence: Evidence, failing: Sequence[Check]) -> Finding | None:
     """Of several adapters, how much of each ``failing`` tensors hold: those that hold another share than 1."""
     n = len(evidence.parts)
     gram, projections, achieved2, n_weights = np.zeros((n, n)), np.zeros(n), 0.0, 0
-    chosen = failing[:N_EXAMPLES] or [Check(tensor.target.name, "", "", True) for tensor in evidence.plan.merged[:N_EXAMPLES]]
+    chosen = failing[:N_EXAMPLES] or [
+        Check(tensor.target.name, "", "", True) for tensor in evidence.plan.merged[:N_EXAMPLES]
+    ]
     for check in chosen:
         alone = [tensor_of(plan, check.name) for plan in evidence.parts]
         found = project(evidence, alone)
@@ -182,7 +197,7 @@ def by_adapter(evidence: Evidence, failing: Sequence[Check]) -> Finding | None:
         return None
     parts = [f"{factors[i]:.2f} times adapter {present[i] + 1} ({evidence.adapters[present[i]]})" for i in wrong]
     names = tuple(check.name for check in failing)
-    signs = all(abs(factors[i] + 1) <= errors[i] for i in wrong)
+    signs = all(abs(factors[i] + 1) <= max(errors[i], 0.1) for i in wrong)
     return Finding("sign" if signs else "scale", names, "each adapter's update once", " and ".join(parts))
 
 
@@ -266,7 +281,9 @@ def other_order(evidence: Evidence, tensor: TensorPlan) -> list[TensorPlan]:
     if not isinstance(heads, int) or heads < 1 or n_rows % (2 * heads) or tensor.updates or not tensor.pairs:
         return []
     order = np.arange(n_rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
-    return [with_pairs(tensor, lambda pair, rows=rows: replace(pair, b=pair.b[rows])) for rows in (np.argsort(order), order)]
+    return [
+        with_pairs(tensor, lambda pair, rows=rows: replace(pair, b=pair.b[rows])) for rows in (np.argsort(order), order)
+    ]
 
 
 def turned(_evidence: Evidence, tensor: TensorPlan) -> list[TensorPlan]:
@@ -274,11 +291,15 @@ def turned(_evidence: Evidence, tensor: TensorPlan) -> list[TensorPlan]:
     shape = tensor.source.shape
     if len(shape) != 2 or shape[0] != shape[1] or tensor.updates or not tensor.pairs:
         return []
-    return [with_pairs(tensor, lambda pair: replace(pair, a=np.ascontiguousarray(pair.b.T), b=np.ascontiguousarray(pair.a.T)))]
+    return [
+        with_pairs(
+            tensor, lambda pair: replace(pair, a=np.ascontiguousarray(pair.b.T), b=np.ascontiguousarray(pair.a.T))
+        )
+    ]
 
 
 def neighbouring(evidence: Evidence, tensor: TensorPlan) -> list[TensorPlan]:
-    """The updates of the same layer's other tensors of this shape, and of this kind's in the layers before and after."""
+    """The updates of the layer's other tensors of this shape, and of this kind in the layers before and after."""
     prefix, _, kind = tensor.target.name.removesuffix(".weight").rpartition(".")
     layer = prefix.rpartition(".")[2]
     near = [f"blk.{int(layer) + i}.{kind}.weight" for i in (-1, 1)] if layer.isdigit() else []

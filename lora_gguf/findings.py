@@ -15,7 +15,7 @@ CAUSES = {
     "sign": "the update was subtracted: is the scale's sign right?",
     "scale": "it was merged with another scale",
     "other adapter": "it was merged with another adapter",
-    "row order": "the rotary permutation of the rows was left out or done twice: merge again with a tool that knows the layout",
+    "row order": "the rotary permutation of the rows was left out or done twice: merge again with another tool",
     "other tensor": "the update of one tensor was added to another: merge again",
     "transposed": "the update was added transposed: merge again",
     "skipped": "the merge left this tensor out",
@@ -46,10 +46,10 @@ class Check:
     def as_dict(self) -> dict:
         found = self.comparison
         return {
-            "name": self.name, "type": self.type, "base_type": self.base_type, "holds": self.holds, "kept": found.kept,
-            "kept_expected": found.nearest if nearest_only(self) else found.dithered, "standard_error": found.standard_error,
-            "noise": found.noise, "noise_expected": found.expected_noise, "correlation": found.correlation,
-            "beyond_a_step": found.beyond, "identical": self.identical,
+            "name": self.name, "type": self.type, "base_type": self.base_type, "holds": self.holds,
+            "kept": found.kept, "kept_expected": found.nearest if nearest_only(self) else found.dithered,
+            "standard_error": found.standard_error, "noise": found.noise, "noise_expected": found.expected_noise,
+            "correlation": found.correlation, "beyond_a_step": found.beyond, "identical": self.identical,
         }  # fmt: skip
 
 
@@ -63,14 +63,16 @@ class Finding:
     found: str
 
     def __str__(self) -> str:
-        where = {0: "", 1: f"{self.tensors[0]}: " if self.tensors else ""}.get(len(self.tensors))
-        if where is None:
-            where = f"{len(self.tensors)} tensors, such as {self.tensors[0]}: "
+        names = self.tensors
+        where = (
+            f"{len(names)} tensors, such as {names[0]}: " if len(names) > 1 else "".join(f"{name}: " for name in names)
+        )
         return f"{where}expected {self.expected}, found {self.found}: {CAUSES[self.cause]}"
 
     def as_dict(self) -> dict:
         return {
-            "cause": self.cause, "tensors": list(self.tensors), "expected": self.expected, "found": self.found, "text": str(self),
+            "cause": self.cause, "tensors": list(self.tensors), "expected": self.expected, "found": self.found,
+            "text": str(self),
         }  # fmt: skip
 
 
@@ -80,7 +82,8 @@ def nearest_only(check: Check) -> bool:
 
 def rounded_to_nearest(adapted: Sequence[Check]) -> bool:
     """Whether the file was rounded to nearest, rather than dithered: what most tensors say that tell the two apart."""
-    votes = Counter(check.comparison.is_nearest for check in adapted if check.comparison.is_nearest != check.comparison.is_dithered)
+    found = [check.comparison for check in adapted]
+    votes = Counter(sums.is_nearest for sums in found if sums.is_nearest != sums.is_dithered)
     return votes[True] > votes[False]
 
 
@@ -92,7 +95,7 @@ def adapted_holds(check: Check, nearest: bool) -> bool:
     if not found.gridded:
         return found.likeness > 0.9 and found.kept > -found.slack
     kept_enough = nearest or check.type != check.base_type or found.kept > 0.5
-    return found.is_dithered or (found.is_nearest and kept_enough)
+    return found.is_dithered or found.is_auto or (found.is_nearest and kept_enough)
 
 
 def is_requantized(check: Check) -> bool:
@@ -100,7 +103,7 @@ def is_requantized(check: Check) -> bool:
     found = check.comparison
     if check.type == check.base_type or not found.is_finite:
         return False
-    return found.beyond < 0.01 if found.gridded else found.likeness > 0.9
+    return not found.is_damaged if found.gridded else found.likeness > 0.9
 
 
 def as_error(label: str, findings: Sequence[Finding]) -> MismatchError:

@@ -25,11 +25,12 @@ from lora_gguf.sources import adapter_name, placement_of
 
 Progress = Callable[[int, int, str], None]
 WARN_BELOW = 0.8
+PLAIN = Policy("dither")  # only where the updates go matters here, not how they would be rounded
 
 
 @dataclass
 class VerifyReport:
-    """What ``verify`` found: ``ok`` where the merged file holds what it should, else ``findings``, each with its cause."""
+    """What ``verify`` found: ``ok`` where the merged file holds what it should, else ``findings`` with their causes."""
 
     label: str
     checks: list[Check] = field(default_factory=list)
@@ -74,18 +75,19 @@ def verify(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Compare ``merged`` with ``base`` and ``adapters``, each a PEFT directory or adapter GGUF with its factor, as in ``merge``.
+    """Compare ``merged`` with ``base`` and ``adapters``, PEFT directories or adapter GGUFs with their factors.
 
     ``progress`` is called with (bytes of the base done since the last call, bytes in all, tensor name).
-    Raises ``MismatchError`` where the adapters do not fit the base, ``UnsupportedError`` for a type that cannot be read.
+    Raises ``MismatchError`` where the adapters do not fit the base, ``UnsupportedError`` for an unreadable type.
     """
     with Base(base) as model, Base(merged) as result:
         tied = "separate" if HEAD in result.tensors else "shared"
         placements = [(placement_of(path, model, tied), scale) for path, scale in adapters]
-        plan = make_plan(model, placements, Policy())
+        plan = make_plan(model, placements, PLAIN)
         report = VerifyReport(result.label)
         evidence = Evidence(model, result, plan, [adapter_name(path) for path, _ in adapters])
-        evidence.parts = [make_plan(model, [placement], Policy()) for placement in placements] if len(adapters) > 1 else []
+        if len(adapters) > 1:
+            evidence.parts = [make_plan(model, [placement], PLAIN) for placement in placements]
         report.checks = list(check_tensors(plan, model, result, threads, progress))
         report.findings = causes(evidence, report.checks)
         report.notes = notes(report)

