@@ -187,6 +187,7 @@ def merge(
 
     lora-gguf merge model-Q4_K_M.gguf user/my-adapter -o merged.gguf
     """
+    from lora_gguf.base import split_name
     from lora_gguf.fetch import fetch as fetch_adapter
     from lora_gguf.output import check_target
     from lora_gguf.sources import adapter_name
@@ -194,7 +195,9 @@ def merge(
     named = ([(adapter, scale)] if adapter else []) + [_with_scale(text) for text in lora or []]
     if not named:
         raise UsageError("no adapter: name one, or several with --lora")
-    out = output or Path(f"{base.stem}-{'-'.join(adapter_name(name) for name, _ in named)}.gguf")
+    split = split_name(base)
+    stem = Path(split[0]).name if split else base.stem
+    out = output or Path(f"{stem}-{'-'.join(adapter_name(name) for name, _ in named)}.gguf")
     if not dry_run and not (keep_split or split_max_size or shard):
         check_target(out, force=force, inputs=[base])
     adapters = [(fetch_adapter(name), factor) for name, factor in named]

@@ -12,6 +12,7 @@ from lora_gguf.convert import convert
 from lora_gguf.ggml import BY_NAME
 from lora_gguf.gguf_reader import GgufReader
 from lora_gguf.gguf_writer import GgufWriter, TensorSpec, raw_key_values
+from lora_gguf.lora import LoraPair, write_adapter_gguf
 from lora_gguf.merge import merge
 from lora_gguf.plan import Policy
 from lora_gguf.quants import QUANTS
@@ -127,3 +128,25 @@ def test_the_converted_adapter_changes_the_logits_as_peft_does(tmp_path, f32_bas
     assert np.mean(differences) < 0.02 and max(differences) < 0.15
     far = [abs(a[1] - b[1]) for case, plain in zip(cases[name], cases["base"]) for a, b in zip(case["top"][0][:3], plain["top"][0][:3])]
     assert max(far) > 0.3  # the adapter does change what is said, so the closeness above is no accident
+
+
+def test_a_k_quant_model_merged_talks_like_its_adapter_at_run_time(tmp_path):
+    """Gemma 3 270M Q4_K_M (Q4_K, Q5_0, Q6_K, Q8_0) and a random adapter on all linear layers."""
+    rng = np.random.default_rng(0)
+    with GgufReader(gemma3_path()) as reader:
+        linear = [info for name, info in reader.tensors.items() if name.startswith("blk.") and len(info.shape) == 2]
+        pairs = [
+            LoraPair(i.name, rng.normal(size=(8, i.shape[1])).astype("f4"), (rng.normal(size=(i.shape[0], 8)) * 4e-4).astype("f4"), 1.0)
+            for i in linear
+        ]
+    write_adapter_gguf(tmp_path / "adapter.gguf", pairs, "gemma3", "f32")
+    report = merge(gemma3_path(), [(tmp_path / "adapter.gguf", 1.0)], tmp_path / "merged.gguf")
+    assert {tensor.target.type.name for tensor in report.plan.merged} == {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}
+    tokens = [2, 818, 5279, 529, 7001, 563]
+    merged = next_logprobs(llama_server(tmp_path / "merged.gguf"), tokens)
+    at_run_time = next_logprobs(llama_server(gemma3_path(), tmp_path / "adapter.gguf"), tokens)
+    base = next_logprobs(llama_server(gemma3_path()), tokens)
+    far, near = (
+        np.mean([abs(at_run_time[token] - other[token]) for token in list(at_run_time)[:10] if token in other]) for other in (base, merged)
+    )
+    assert near < 0.5 * far
