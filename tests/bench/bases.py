@@ -20,8 +20,8 @@ FALLBACKS = {"Q2_K": "IQ4_NL", "Q4_K": "Q5_0"}
 def requantized(source: Path, target: Path, type_name: str) -> Path:
     """A copy of ``source`` with its Q4_1 tensors in ``type_name``.
 
-    The weights first get uniform noise of one of their own steps: on the grid that they lie on, a second quantization would
-    find that grid again and lose nothing.
+    The weights first get uniform noise of one of their own steps: on the grid that they lie on, a second quantization
+    would find that grid again and lose nothing.
     """
     with GgufReader(source) as reader:
         specs = [TensorSpec(i.name, type_of(i, type_name), i.shape) for i in reader.tensors.values()]

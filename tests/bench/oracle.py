@@ -1,7 +1,7 @@
 """What a model says with given weights: transformers in f32, weights in and log-probabilities out.
 
-Neither the placement of adapters nor the decoding of blocks is ours: PEFT's tensors are added under their own names, and
-libgguf decodes. Needs torch and transformers.
+Neither the placement of adapters nor the decoding of blocks is ours: PEFT's tensors are added under their own names,
+and libgguf decodes. Needs torch and transformers.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from lora_gguf.gguf_reader import GgufReader
 
 MODULES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 _TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
 def windows(gguf: Path, text: str, n_windows: int, length: int) -> tuple[AutoModelForCausalLM, torch.Tensor]:
-    """The model of a GGUF in f32, and ``text`` in its tokens: (n_windows, length), each with the BOS token if it has one."""
+    """The model of a GGUF in f32, and ``text`` in its tokens: (n_windows, length), each after the BOS token if any."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     with GgufReader(gguf) as reader:
         start = [reader.get("tokenizer.ggml.bos_token_id")] if reader.get("tokenizer.ggml.add_bos_token") else []
     ids, n_new = tokenizer(text, add_special_tokens=False).input_ids, length - len(start)
     rows = [start + ids[i * n_new : (i + 1) * n_new] for i in range(n_windows)]
-    return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval(), torch.tensor(rows)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    return model.eval(), torch.tensor(rows)
 
 
 def linear_weights(gguf: Path) -> dict[str, torch.Tensor]:
@@ -63,11 +65,12 @@ def peft_deltas(adapter: Path) -> dict[str, torch.Tensor]:
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors = load_file(adapter / "adapter_model.safetensors")
     scale = config["lora_alpha"] / config["r"]
-    return {
-        key.removeprefix("base_model.model.").replace("lora_A.", ""): scale * (tensors[key.replace("lora_A", "lora_B")].float() @ a.float())
-        for key, a in tensors.items()
-        if "lora_A" in key
-    }
+    deltas = {}
+    for key, a in tensors.items():
+        if "lora_A" in key:
+            b = tensors[key.replace("lora_A", "lora_B")]
+            deltas[key.removeprefix("base_model.model.").replace("lora_A.", "")] = scale * (b.float() @ a.float())
+    return deltas
 
 
 class Oracle:
@@ -89,10 +92,10 @@ class Oracle:
         """Make ``weights`` the reference of ``judge``."""
         self.set(weights)
         self.reference = [self.log_probs(window) for window in self.tokens]
-        return {"perplexity": perplexity(self.reference, self.tokens), "kl": 0.0, "top": 1.0}
+        return {"ppl": perplexity(self.reference, self.tokens), "kl": 0.0, "top": 1.0}
 
     def judge(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Perplexity, mean KL(reference || these weights) in nats a token, and how often both put the same token first."""
+        """Perplexity, mean KL(reference || these weights) in nats a token, how often both put the same token first."""
         self.set(weights)
         found, kl, top = [], [], []
         for window, reference in zip(self.tokens, self.reference):
@@ -101,7 +104,7 @@ class Oracle:
             top.append((reference.argmax(-1) == log_probs.argmax(-1)).float())
             found.append(log_probs[:-1].gather(1, window[1:, None]))
         return {
-            "perplexity": float(torch.cat(found).mean().neg().exp()),
+            "ppl": float(torch.cat(found).mean().neg().exp()),
             "kl": float(torch.cat(kl).mean()),
             "top": float(torch.cat(top).mean()),
         }
