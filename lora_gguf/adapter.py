@@ -43,6 +43,7 @@ class Adapter:
     updates: list[LoraPair | Update]
     ignored: dict[str, str] = field(default_factory=dict)
     originals: dict[str, np.ndarray] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def base_model(self) -> str:
@@ -53,6 +54,24 @@ class Adapter:
     def invocation_tokens(self) -> list[int]:
         """aLoRA: the token ids after which the adapter is active; empty for an adapter that always is."""
         return self.config.get("alora_invocation_tokens", [])
+
+
+def layout_doubt(
+    directory: Path, updates: list[LoraPair | Update], config: dict, expert_b_layout: str | None
+) -> list[str]:
+    """A warning where packed experts come from Unsloth, whose older versions laid B out in another order than PEFT."""
+    if expert_b_layout or all(len(update.shape) < 3 for update in updates) or "mlx" in kind_of(config).lower():
+        return []
+    if "lora_B_layout" in config or "unsloth_fused_expert_lora" in config:
+        return []
+    readme = directory / "README.md"
+    said = readme.read_bytes()[:65536].lower() if readme.is_file() else b""
+    if "unsloth" not in str(config.get("base_model_name_or_path", "")).lower() and b"unsloth" not in said:
+        return []
+    return [
+        "packed experts trained with Unsloth: read in PEFT's order; if the result is gibberish, the adapter is from before "
+        "September 2026: give --expert-b-layout expert-major"
+    ]
 
 
 def read_adapter(directory: str | os.PathLike, expert_b_layout: str | None = None) -> Adapter:
@@ -74,7 +93,8 @@ def read_adapter(directory: str | os.PathLike, expert_b_layout: str | None = Non
     check_all_finite(tensors, path.name)
     found = updates_of(tensors, config, path.name, expert_b_layout)
     label = printable(directory.resolve().name)
-    return Adapter(label, directory, config, found.updates, found.ignored, found.originals)
+    warnings = layout_doubt(directory, found.updates, config, expert_b_layout)
+    return Adapter(label, directory, config, found.updates, found.ignored, found.originals, warnings)
 
 
 def adapter_directory(path: str | os.PathLike) -> Path:

@@ -165,6 +165,8 @@ def check_supported(config: dict) -> None:
     kind = kind_of(config)
     reasons = [] if kind in KINDS else [f"peft_type {printable(kind, 40)} is not supported: {UNSUPPORTED_KIND}"]
     reasons += [f"{field}: {why}" for field, why in REFUSED.items() if config.get(field)]
+    if config.get("invocation_string") and not config.get("alora_invocation_tokens"):
+        reasons.append("invocation_string: an aLoRA of an old format: add its ids as alora_invocation_tokens")
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(BASE_CHANGING_INITS):
         reasons.append(

@@ -284,6 +284,18 @@ def in_base(piece: Piece, n_rows: int, hparams: Hparams) -> Piece:
     return piece
 
 
+def gguf_pieces(name: str, n_rows: int, hparams: Hparams) -> list[Piece]:
+    """Where ``n_rows`` rows under a GGUF name go in a base that may hold several weights in one tensor, or them apart."""
+    block, _, stem = name.removesuffix(".weight").rpartition(".")
+    parts = [f"{block}.{part}.weight" for part in FUSED.get(stem, ())]
+    if parts and not any(hparams.lacks(part, default=True) for part in parts):
+        sizes = [hparams.tensors[part].shape[-2] for part in parts]
+        if sum(sizes) == n_rows:
+            starts = np.cumsum([0, *sizes])
+            return [Piece(part, np.arange(starts[i], starts[i + 1])) for i, part in enumerate(parts)]
+    return [in_base(Piece(name), n_rows, hparams)]
+
+
 def part_rows(part: str, n: int, hparams: Hparams) -> int:
     """The rows of ``part`` of a fused tensor, where the part before it has ``n``."""
     heads, width = hparams.get("attention.head_count_kv"), hparams.get("attention.value_length")

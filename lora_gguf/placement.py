@@ -23,7 +23,7 @@ from lora_gguf.gguf_reader import GgufReader
 from lora_gguf.heads import check_new_rows, cut_to_vocabulary, resolve_tied
 from lora_gguf.hparams import Hparams, from_base
 from lora_gguf.lora import EMBEDDING, HEAD, LoraPair, Piece, read_adapter_gguf
-from lora_gguf.names import pieces, shape_in_base, why_skipped
+from lora_gguf.names import gguf_pieces, layer_of, pieces, shape_in_base, why_skipped
 from lora_gguf.stacking import Part, joined, oriented
 from lora_gguf.updates import Replaced, Update
 from lora_gguf.vocabulary import added_tokens, extended
@@ -47,7 +47,7 @@ def gguf_pairs(
     finds is ignored. Raises ``MismatchError`` that lists every update which does not fit, with the likely cause.
     """
     hparams = base if isinstance(base, Hparams) else from_base(base)
-    placement = Placement(invocation_tokens=adapter.invocation_tokens)
+    placement = Placement(invocation_tokens=adapter.invocation_tokens, warnings=list(adapter.warnings))
     placement.accounts += [Account(name, "ignored", "", why) for name, why in adapter.ignored.items()]
     parts: dict[str, list[Part]] = {}
     errors: list[str] = []
@@ -87,8 +87,8 @@ def allowed(update: LoraPair | Update, pattern: str | None) -> bool:
         raise UsageError(f"--allow-unused {printable(pattern, 60)}: not a regular expression: {error}") from None
 
 
-def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader) -> Placement:
-    """The pairs of the adapter GGUF at ``path``, checked against the open ``base``. Raises as ``gguf_pairs`` does."""
+def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader, tied: str = "separate") -> Placement:
+    """The pairs of the adapter GGUF at ``path`` as they fit the open ``base``. Raises as ``gguf_pairs`` does."""
     pairs, architecture = read_adapter_gguf(path)
     hparams = from_base(base)
     label = printable(Path(path).name)
@@ -97,11 +97,29 @@ def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader) -> Placement:
             f"{label}: expected an adapter for {hparams.architecture} ({base.label}), found one for "
             f"{printable(architecture, 40)}: is it for another base model?"
         )
-    errors = [error for pair in pairs if (error := misfit(pair.name, pair.shape, hparams))]
+    placement = unplaced(path)
+    parts: dict[str, list[Part]] = {}
+    errors: list[str] = []
+    for pair in pairs:
+        found = gguf_pieces(pair.name, pair.shape[-2], hparams)
+        errors += place_pair(pair, found, hparams, parts)
+        placement.accounts += [Account(name, "applied", ", ".join(p.name for p in found)) for name in pair.sources]
+    for name, found in parts.items():
+        errors += combine(name, found, hparams, placement.pairs)
+    errors += resolve_tied(placement, hparams, tied)
     if errors:
-        details = errors if len(errors) < len(pairs) else ()
+        details = errors if placement.pairs else ()
         raise MismatchError(f"{label}: {errors[0]}: is {base.label} the base it was trained on?", details)
-    return Placement(pairs, accounts=[Account(name, "applied", pair.name) for pair in pairs for name in pair.sources])
+    return placement
+
+
+def unplaced(path: str | os.PathLike) -> Placement:
+    """A placement of an adapter GGUF without its pairs: the tokens that activate it, and what llama.cpp ignores."""
+    with GgufReader(path) as reader:
+        reason = "llama.cpp ignores norms in adapters"
+        ignored = [name for name in reader.tensors if not name.endswith((".lora_a", ".lora_b"))]
+        tokens = reader.get("adapter.alora.invocation_tokens") or []
+        return Placement(accounts=[Account(name, "ignored", "", reason) for name in ignored], invocation_tokens=tokens)
 
 
 def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Part]], placement: Placement) -> list[str]:
@@ -111,6 +129,9 @@ def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Par
     if skipped:
         placement.accounts += [Account(name, "ignored", "", skipped) for name in update.sources]
         return []
+    layer, n_layers = layer_of(update.name), hparams.get("block_count")
+    if layer is not None and isinstance(n_layers, int) and layer >= n_layers:
+        return [f"{update.name}: expected a layer below {n_layers}, as {hparams.label} has"]
     try:
         shape = shape_of(update, hparams)
         found = pieces(update.name, shape, hparams)

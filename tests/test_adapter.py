@@ -116,6 +116,7 @@ def test_reads_a_configuration_with_a_byte_order_mark(tmp_path):
         ("use_qalora", True),
         ("layer_replication", [[0, 4]]),
         ("init_lora_weights", "pissa_niter_4"),
+        ("invocation_string", "<|x|>"),
     ],
 )
 def test_refuses_kinds_by_name_with_a_way_out(tmp_path, field, value):

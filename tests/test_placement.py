@@ -14,7 +14,8 @@ from lora_gguf.adapter import read_adapter
 from lora_gguf.errors import MismatchError
 from lora_gguf.gguf_reader import GgufReader
 from lora_gguf.hparams import from_base, from_config
-from lora_gguf.placement import gguf_pairs
+from lora_gguf.lora import LoraPair, write_adapter_gguf
+from lora_gguf.placement import adapter_gguf_pairs, gguf_pairs
 from tests import tiny
 from tests.common import FIXTURES
 
@@ -348,3 +349,96 @@ def test_wrapped_text_models(folder, wrapper):
     with GgufReader(tiny.base_gguf(folder, "qwen2")) as reader:
         names = {pair.name for pair in gguf_pairs(adapter, reader).pairs}
     assert names == deltas("qwen2").keys()
+
+
+def test_unsloths_modules_of_one_expert_each(tmp_path, folder):
+    """gpt-oss as Unsloth unpacks it: a linear layer an expert, gate and up interleaved."""
+
+    def apart(factors, config):
+        changed = {name: array for name, array in factors.items() if EXPERTS not in name}
+        for path in ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts"):
+            for outer, module in ((False, "gate_up_projs"), (True, "down_projs")):
+                a, b = packed(factors, path, outer)
+                for e in range(4):
+                    changed[f"base_model.model.{path}.{module}.{e}.lora_A.weight"] = np.ascontiguousarray(a[e])
+                    changed[f"base_model.model.{path}.{module}.{e}.lora_B.weight"] = np.ascontiguousarray(b[e])
+        return changed, config | {"target_parameters": ["mlp.router.weight"]}
+
+    tensors, wanted = tiny.tensors_of("gpt-oss", from_config(tiny.config_of("gpt-oss"))), deltas("gpt-oss")
+    pairs = placed("gpt-oss", tensors, folder, rewritten(tmp_path, "gpt-oss", apart))
+    assert pairs.keys() == wanted.keys()
+    for name, delta in wanted.items():
+        assert_delta(pairs[name], delta)
+
+
+@pytest.mark.parametrize("trained_on", ["unsloth/Qwen3-30B-A3B-bnb-4bit", "Qwen/Qwen3-30B-A3B"])
+def test_unsloths_order_is_a_warning(tmp_path, folder, trained_on):
+    adapter = rewritten(tmp_path, "qwen3moe", lambda t, c: (t, c | {"base_model_name_or_path": trained_on}))
+    with GgufReader(tiny.base_gguf(folder, "qwen3moe")) as reader:
+        warnings = gguf_pairs(adapter, reader).warnings
+    assert bool(warnings) == trained_on.startswith("unsloth") and all("--expert-b-layout" in line for line in warnings)
+
+
+def written(folder, name, **metadata):
+    """The adapter of a tiny model as a GGUF."""
+    from lora_gguf.convert import convert
+
+    return convert(tiny.TINY / name / "adapter", folder / f"{name}.lora.gguf", base_config=tiny.TINY / name, force=True)
+
+
+def placed_gguf(folder, name, tensors, **options):
+    written(folder, name)
+    with GgufReader(tiny.write_gguf(folder / "changed.gguf", name, tensors)) as reader:
+        return adapter_gguf_pairs(folder / f"{name}.lora.gguf", reader, **options)
+
+
+def test_an_adapter_gguf_on_a_fused_base_and_on_a_split_one(folder):
+    tensors, wanted = tiny.tensors_of("llama", from_config(tiny.config_of("llama"))), deltas("llama")
+    for layer in range(2):
+        parts = [f"blk.{layer}.attn_{part}.weight" for part in "qkv"]
+        tensors[f"blk.{layer}.attn_qkv.weight"] = np.concatenate([tensors.pop(part) for part in parts])
+    pairs = {pair.name: pair for pair in placed_gguf(folder, "llama", tensors).pairs}
+    assert_delta(
+        pairs["blk.0.attn_qkv.weight"], np.concatenate([wanted[f"blk.0.attn_{part}.weight"] for part in "qkv"])
+    )
+    tensors, wanted = tiny.tensors_of("phi3", from_config(tiny.config_of("phi3"))), deltas("phi3")
+    for layer in range(2):
+        q, k, v = np.split(tensors.pop(f"blk.{layer}.attn_qkv.weight"), [32, 48])
+        tensors |= {f"blk.{layer}.attn_q.weight": q, f"blk.{layer}.attn_k.weight": k, f"blk.{layer}.attn_v.weight": v}
+    pairs = {pair.name: pair for pair in placed_gguf(folder, "phi3", tensors).pairs}
+    for part, delta in zip("qkv", np.split(wanted["blk.1.attn_qkv.weight"], [32, 48]), strict=True):
+        assert_delta(pairs[f"blk.1.attn_{part}.weight"], delta)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3moe", "gemma3", "deepseek2"])
+def test_an_adapter_gguf_gives_the_same_as_its_directory(folder, name):
+    placement = placed_gguf(folder, name, tiny.tensors_of(name, from_config(tiny.config_of(name))))
+    wanted = deltas(name)
+    assert {pair.name for pair in placement.pairs} == wanted.keys()
+    for pair in placement.pairs:
+        assert_delta(pair, wanted[pair.name])
+    assert {account.outcome for account in placement.accounts} == {"applied"}
+
+
+def test_an_adapter_gguf_keeps_its_invocation_tokens_and_names_what_it_ignores(tmp_path):
+    pair = LoraPair("blk.0.attn_q.weight", np.ones((2, 32), np.float32), np.ones((32, 2), np.float32), 1.0)
+    path = tmp_path / "a.gguf"
+    write_adapter_gguf(path, [pair], "llama", metadata=[("adapter.alora.invocation_tokens", [4, 5], "u32")])
+    with GgufReader(tiny.base_gguf(tmp_path, "llama")) as reader:
+        placement = adapter_gguf_pairs(path, reader)
+    assert placement.invocation_tokens == [4, 5] and placement.accounts[0].tensor == "blk.0.attn_q.weight.lora_a"
+
+
+@pytest.mark.parametrize(("name", "base"), [("llama", "qwen2"), ("qwen2", "qwen3")])
+def test_an_adapter_gguf_of_another_model(folder, name, base):
+    written(folder, name)
+    with GgufReader(tiny.base_gguf(folder, base)) as reader, pytest.raises(MismatchError, match=name):
+        adapter_gguf_pairs(folder / f"{name}.lora.gguf", reader)
+
+
+@pytest.mark.parametrize("by", ["base", "config"])
+def test_a_layer_too_many_is_refused(folder, by):
+    adapter = read_adapter(tiny.TINY / "llama" / "adapter")
+    adapter.updates = [replace(u, name=u.name.replace("layers.1.", "layers.2.")) for u in adapter.updates]
+    with GgufReader(tiny.base_gguf(folder, "llama")) as reader, pytest.raises(MismatchError, match="layer below 2"):
+        gguf_pairs(adapter, reader if by == "base" else from_config(tiny.config_of("llama")))
