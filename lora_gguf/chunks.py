@@ -15,7 +15,7 @@ from lora_gguf.gguf_reader import GgufReader
 from lora_gguf.gguf_writer import GgufWriter
 from lora_gguf.lora import LoraPair
 from lora_gguf.plan import TensorPlan
-from lora_gguf.requantize import broken_row, recode
+from lora_gguf.requantize import broken_row, recode, scratch
 from lora_gguf.rounding import low_rank
 
 CHUNK_WEIGHTS = 1 << 18  # 1 MB of f32: update, codes and blocks of a chunk stay in a core's cache
@@ -96,7 +96,7 @@ def carry_out(chunk: Chunk, reader: GgufReader, writer: GgufWriter) -> tuple[int
 def update_of(chunk: Chunk, blocks: np.ndarray) -> np.ndarray:
     """What is added to the rows ``blocks`` (uint8, as stored): f32 (rows, cols)."""
     tensor = chunk.tensor
-    delta = np.empty((chunk.n_rows, tensor.source.n_cols), np.float32)
+    delta = scratch("delta", (chunk.n_rows, tensor.source.n_cols))
     low_rank(chunk.b, chunk.a, delta)
     if tensor.updates:
         weights = np.empty_like(delta)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -29,6 +31,19 @@ F16_FIELDS = {
 }  # fmt: skip
 
 
+_local = threading.local()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype=np.float32) -> np.ndarray:
+    """An array that this thread uses again and again under ``name``, with whatever it held: fresh pages cost as much as a pass."""
+    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    buffer = getattr(_local, name, None)
+    if buffer is None or len(buffer) < n_bytes:
+        buffer = np.empty(n_bytes, np.uint8)
+        setattr(_local, name, buffer)
+    return buffer[:n_bytes].view(dtype).reshape(shape)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How the rows of a tensor are rewritten: from which type to which, and by which rounding.
@@ -43,6 +58,11 @@ class Recipe:
     key: np.uint64
     importance: np.ndarray | None = None
     weighting: np.ndarray | None = None
+
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """``leading_columns`` of the weighting."""
+        return leading_columns(self.weighting, self.source.type.block_size)
 
     @property
     def keeps_grid(self) -> bool:
@@ -81,8 +101,8 @@ def _move_halves(recipe: Recipe, halves, delta, first_row: int, sums) -> None:
 
 def _move_codes(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums) -> None:
     quant, spread = recipe.source, SPREADS[recipe.rounding]
-    codes = np.empty(delta.shape, np.int8)
-    steps = np.empty((delta.shape[0], delta.shape[1] // quant.group), np.float32)
+    codes = scratch("codes", delta.shape, np.int8)
+    steps = scratch("steps", (delta.shape[0], delta.shape[1] // quant.group))
     quant.unpack(blocks, codes, steps)
     if recipe.rounding == "auto" and quant.type.name in F16_FIELDS:
         far = quant.levels is None and _may_leave(steps, delta)
@@ -110,21 +130,24 @@ def _may_leave(steps, delta) -> bool:
 def _refit(recipe: Recipe, blocks, codes, steps, delta, matrix: int) -> np.ndarray:
     """Move the grid; returns what it moved by."""
     quant = recipe.source
-    weights, shift = np.empty_like(delta), np.empty_like(delta)
+    weights, shift = scratch("weights", delta.shape), scratch("shift", delta.shape)
     quant.decode(blocks, weights)
-    importance = np.ones(delta.shape[1], np.float32) if recipe.weighting is None else recipe.weighting[matrix]
     d_at, m_at = (*F16_FIELDS[quant.type.name], -1)[:2]
-    columns = leading_columns(importance, quant.type.block_size)
-    refit(blocks, weights, codes, steps, delta, importance, columns, d_at, m_at, shift)
+    importance = np.ones((1, delta.shape[1]), np.float32) if recipe.weighting is None else recipe.weighting
+    columns = recipe.columns if recipe.weighting is not None else leading_columns(importance, quant.type.block_size)
+    refit(blocks, weights, codes, steps, delta, importance[matrix], columns[matrix], d_at, m_at, shift)
     return shift
 
 
 def leading_columns(importance: np.ndarray, block_size: int) -> np.ndarray:
-    """The columns of each block that matter most, in ascending order: int32 (blocks of a row, at most ``LEADING``)."""
-    by_block = importance.reshape(-1, block_size)
+    """The columns of each block that matter most, in ascending order: int32 (matrices, blocks of a row, at most ``LEADING``).
+
+    ``importance`` is (matrices, cols).
+    """
+    by_block = importance.reshape(len(importance), -1, block_size)
     n = min(LEADING, block_size)
-    chosen = np.sort(np.argpartition(-by_block, n - 1, axis=1)[:, :n], axis=1)
-    return (chosen + np.arange(len(by_block))[:, None] * block_size).astype(np.int32)
+    chosen = np.sort(np.argpartition(-by_block, n - 1, axis=-1)[..., :n], axis=-1)
+    return (chosen + np.arange(by_block.shape[1])[:, None] * block_size).astype(np.int32)
 
 
 def _renew_some(recipe: Recipe, blocks, before, delta, outside, matrix: int) -> np.ndarray:

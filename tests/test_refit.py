@@ -34,7 +34,7 @@ def refitted(type_name, importance, seed=0):
     quant.unpack(blocks, codes, steps)
     left, shift = delta.copy(), np.empty_like(delta)
     fields = (*F16_FIELDS[type_name], -1)[:2]
-    refit(blocks, before, codes, steps, left, importance, leading_columns(importance, quant.type.block_size), *fields, shift)
+    refit(blocks, before, codes, steps, left, importance, leading_columns(importance[None], quant.type.block_size)[0], *fields, shift)
     return blocks, before, delta, left, shift, steps
 
 
@@ -54,7 +54,7 @@ def test_the_weighted_error_never_grows(type_name):
     importance = np.ones(512, np.float32)
     importance[[5, 100, 301, 477]] = 3000
     _, _, delta, left, _, _ = refitted(type_name, importance)
-    columns = leading_columns(importance, QUANTS[type_name].type.block_size)
+    columns = leading_columns(importance[None], QUANTS[type_name].type.block_size)[0]
     size = QUANTS[type_name].type.block_size
     for block, chosen in enumerate(columns):
         assert (chosen // size == block).all()
