@@ -123,6 +123,10 @@ QWEN35 = (
     cols(r"linear_attn\.out_proj", t.value_heads),
 )
 QWEN3NEXT = (split(r"linear_attn\.in_proj_qkvz", attn_qkv=(t.qkvz("qkv"),), attn_gate=(t.qkvz("z"),)),)
+ERNIE = (
+    split("qkv_proj", attn_q=BLOCKS[:1], attn_k=BLOCKS[1:2], attn_v=BLOCKS[2:]),
+    split(r"mlp\.up_gate_proj", **HALVES),
+)
 FALCON_H1 = (
     scaled("q_proj", "attention_in_multiplier"),
     scaled("k_proj", "attention_in_multiplier", "key_multiplier"),
@@ -212,13 +216,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     ),
     "bailingmoe2": Architecture(("BailingMoeV2ForCausalLM",)),
-    "ernie4_5": Architecture(
-        ("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"),
-        (
-            split("qkv_proj", attn_q=BLOCKS[:1], attn_k=BLOCKS[1:2], attn_v=BLOCKS[2:]),
-            split(r"mlp\.up_gate_proj", **HALVES),
-        ),
-    ),
+    "ernie4_5": Architecture(("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"), ERNIE),
+    "paddleocr": Architecture(("PaddleOCRVLForConditionalGeneration",), ERNIE),
     "ernie4_5-moe": Architecture(
         ("Ernie4_5_MoeForCausalLM",),
         (
@@ -327,7 +326,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "plamo2": Architecture(("Plamo2ForCausalLM", "PLaMo2ForCausalLM"), norm_shift=None),
     "plamo3": Architecture(("Plamo3ForCausalLM", "PLaMo3ForCausalLM"), norm_shift=None),
     "plm": Architecture(("PLMForCausalLM",), (), r"\.attn_(q|kv_a_mqa|kv_b)\.weight$"),
-    "jais": Architecture(("JAISLMHeadModel",)),
+    "jais": Architecture(
+        ("JAISLMHeadModel",),
+        (Rule("wte", (Out(scale=t.jais_embedding),)), Rule("lm_head", (Out(scale=t.jais_head),))),
+    ),
+    "jais2": Architecture(("Jais2ForCausalLM",)),
+    "grok": Architecture(("GrokForCausalLM", "Grok1ForCausalLM")),
+    "grovemoe": Architecture(("GroveMoeForCausalLM",)),
     "nemotron": Architecture(("NemotronForCausalLM",), norm_shift=1.0),
     "nemotron_h": Architecture(("NemotronHForCausalLM",), ROTARY, r"\.ffn_latent_"),
     "nemotron_h_moe": Architecture((), ROTARY, r"\.ffn_latent_"),
@@ -381,6 +386,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "afmoe": Architecture(("AfmoeForCausalLM",)),
     "hunyuan-moe": Architecture(("HunYuanMoEV1ForCausalLM",)),
     "hunyuan-dense": Architecture(("HunYuanDenseV1ForCausalLM",)),
+    "hunyuan_vl": Architecture(("HunYuanVLForConditionalGeneration",)),
     "seed_oss": Architecture(("SeedOssForCausalLM",)),
     "apertus": Architecture(("ApertusForCausalLM",)),
     "dream": Architecture(("DreamModel",)),

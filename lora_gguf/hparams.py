@@ -92,6 +92,11 @@ class Dims:
             )
         return value
 
+    def first(self, *keys: str):
+        """The first of ``keys`` that the base knows."""
+        known = [key for key in keys if self.hparams.get(key, self.layer) is not None]
+        return self((known or keys)[0])
+
 
 class Hparams:
     """What the base is like: ``architecture`` as GGUF names it, its hyperparameters, and its ``tensors`` if its GGUF is

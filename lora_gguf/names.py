@@ -60,7 +60,7 @@ def why_skipped(path: str, hparams: Hparams) -> str | None:
     """The reason why a module has no place in a text model's GGUF, or None."""
     if is_other_tower(path):
         return "part of a vision or audio tower, which the text model's GGUF does not hold"
-    if re.match(r"(model\.)?mtp\.", path):
+    if re.match(r"(model\.)?mtp[._]", path):
         return "multi-token prediction, which the GGUF does not hold"
     if ARCHITECTURES[hparams.architecture].headless and re.match(r"(\w+\.)?(pooler|cls|vocab_\w+)(\.|$)", path):
         return "a head, which the GGUF of an encoder does not hold"

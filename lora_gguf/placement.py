@@ -178,7 +178,10 @@ def trimmed(pair: LoraPair, piece: Piece, hparams: Hparams) -> LoraPair:
 def combine(name: str, parts: list[Part], hparams: Hparams, pairs: list[LoraPair]) -> list[str]:
     """Make one pair of all ``parts`` of a tensor and add it to ``pairs``; return what is wrong with it."""
     try:
-        pair = joined(name, parts, base_shape(name, hparams), hparams.get("expert_count"))
+        n_experts = hparams.get("expert_count")
+        if n_experts and "_chexps" in name:  # GroveMoE: one for two experts
+            n_experts //= 2
+        pair = joined(name, parts, base_shape(name, hparams), n_experts)
     except MismatchError as error:
         return [f"{name}: {error}"]
     error = misfit(name, pair.shape, hparams)

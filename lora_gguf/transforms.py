@@ -158,6 +158,18 @@ def times(*keys: str) -> Scale:
     return lambda n, dims: np.full(n, np.prod([dims(f"config.{key}") for key in keys]))
 
 
+def jais_embedding(n: int, dims: Dims) -> np.ndarray:
+    """Jais multiplies the embedding by one of two numbers of config.json."""
+    return np.full(n, dims.first("config.mup_embeddings_scale", "config.embeddings_scale"))
+
+
+def jais_head(n: int, dims: Dims) -> np.ndarray:
+    """Jais multiplies the head by one number of config.json, or by two."""
+    if dims.hparams.get("config.mup_output_alpha") is None:
+        return np.full(n, dims("config.width_scale"))
+    return np.full(n, dims("config.mup_output_alpha") * dims("config.mup_width_scale"))
+
+
 def falcon_h1_in_proj(n: int, dims: Dims) -> np.ndarray:
     """The factor of each row of Mamba's ``in_proj``: z, x, B, C, dt blocks, each with its own."""
     inner, state = dims("config.mamba_d_ssm"), dims("config.mamba_n_groups") * dims("config.mamba_d_state")

@@ -62,6 +62,9 @@ def random_dims(seed):
         "mamba_d_state": 2,
         "lm_head_multiplier": 17.0,
         "embedding_multiplier": 19.0,
+        "mup_embeddings_scale": 23.0,
+        "mup_output_alpha": 29.0,
+        "mup_width_scale": 3.0,
     }
     return d
 
@@ -344,6 +347,12 @@ LAYOUTS = {
         ("model.layers.3.experts.gate_up_proj", lambda d: (2 * d.ff, d.n), lambda w, d: {"ffn_gate_up_exps": w})
     ],
 }
+LAYOUTS["paddleocr"] = LAYOUTS["ernie4_5"]
+LAYOUTS["jais"] = [
+    times("transformer.wte", lambda d: (20, d.n), "token_embd", 23.0),
+    times("lm_head", lambda d: (20, d.n), "output", 29.0 * 3.0),
+    times("transformer.h.3.attn.c_attn", lambda d: (3 * d.n, d.n), "attn_qkv", 1.0),
+]
 LAYOUTS["granitemoe"] = LAYOUTS["granitemoe"] + GRANITE_MOE
 LAYOUTS["granitehybrid"] = LAYOUTS["granitehybrid"] + GRANITE_MOE
 LAYOUTS["granite"] = LAYOUTS["granite"] + GRANITE_DENSE

@@ -264,6 +264,23 @@ jais
     transformer.h.3.mlp.c_fc2 ffn_gate
 llama-embed
     layers.3.self_attn.q_proj attn_q
+grok
+    transformer.decoder_layer.3.moe.2.linear_v ffn_up_exps
+    transformer.decoder_layer.3.moe.2.linear_1 ffn_down_exps
+    model.layers.3.block_sparse_moe.experts.2.w1 ffn_gate_exps
+    transformer.decoder_layer.3.multi_head_attention.query attn_q
+grovemoe
+    model.layers.3.mlp.chunk_experts.1.gate_proj ffn_gate_chexps
+    model.layers.3.mlp.experts.1.gate_proj ffn_gate_exps
+jais2
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.mlp.up_proj ffn_up
+hunyuan_vl
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.mlp.down_proj ffn_down
+paddleocr
+    model.layers.3.self_attn.o_proj attn_output
+    model.layers.3.mlp.down_proj ffn_down
 deepseek2-ocr
     model.layers.3.self_attn.q_proj attn_q
 """
