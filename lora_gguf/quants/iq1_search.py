@@ -123,33 +123,43 @@ def _better(qx, qq, best):
 
 
 @kernel
-def _score(c, q, i1, i2):
-    """Σ w q x and Σ w q q of a split of 32 weights, from the cumulative sums of w x and of w."""
-    qx = c[0, i1] * q[0] + (c[0, i2] - c[0, i1]) * q[1] + (c[0, 32] - c[0, i2]) * q[2]
-    qq = c[1, i1] * q[0] * q[0] + (c[1, i2] - c[1, i1]) * q[1] * q[1] + (c[1, 32] - c[1, i2]) * q[2] * q[2]
+def _score(q, x1, x2, x, w1, w2, w):
+    """Σ w q x and Σ w q q of a split, from the sums of w x and of w below its two boundaries and over all."""
+    qx = x1 * q[0] + (x2 - x1) * q[1] + (x - x2) * q[2]
+    qq = w1 * q[0] * q[0] + (w2 - w1) * q[1] * q[1] + (w - w2) * q[2] * q[2]
     return qx, qq
 
 
 @kernel
-def _best_split_s(x, w, order, c):
+def _mark_better(cx, cw, i1, best, hits):
+    """Mark the splits with the lower boundary ``i1`` that beat ``best``; returns how many."""
+    x1, x, w1, w, n_hits = cx[i1], cx[32], cw[i1], cw[32], np.int32(0)
+    for i2 in range(len(hits)):
+        ux, uq = _score(UP, x1, cx[i2], x, w1, cw[i2], w)
+        dx, dq = _score(DOWN, x1, cx[i2], x, w1, cw[i2], w)
+        hits[i2] = np.int32(_better(ux, uq, best) | _better(dx, dq, best))
+        n_hits = np.int32(n_hits + hits[i2])
+    return n_hits
+
+
+@kernel
+def _best_split_s(x, w, order, cx, cw, hits):
     """The scale, the boundaries and whether the shift is down of the best split of 32 weights, the first one if there
-    are several, boundary -1 if none has a weight. A row of splits is taken one by one only where one of it beats the
-    best so far."""
-    for j in range(40):
-        c[0, j] = c[1, j] = 0
+    are several, boundary -1 if none has a weight. Of each row of splits only those are looked at one by one that beat
+    the best before it, ``hits``."""
+    for j in range(len(cx)):
+        cx[j] = cw[j] = 0
     for j in range(32):
-        c[0, j + 1] = c[0, j] + w[order[j]] * x[order[j]]
-        c[1, j + 1] = c[1, j] + w[order[j]]
+        cx[j + 1] = cx[j] + w[order[j]] * x[order[j]]
+        cw[j + 1] = cw[j] + w[order[j]]
     scale, best, low, high, down = np.float32(0), LEAST, -1, 0, False
     for i1 in range(33):
-        hits = np.int32(0)
-        for i2 in range(40):
-            ux, uq = _score(c, UP, i1, i2)
-            dx, dq = _score(c, DOWN, i1, i2)
-            hits += np.int32((_better(ux, uq, best) | _better(dx, dq, best)) & (i2 >= i1) & (i2 <= 32))
-        for i2 in range(i1, 33 if hits else 0):
+        for i2 in range(i1, 33 if _mark_better(cx, cw, i1, best, hits) else 0):
+            if not hits[i2]:
+                continue
             for minus in (False, True):
-                qx, qq = _score(c, DOWN if minus else UP, i1, i2)
+                q = DOWN if minus else UP
+                qx, qq = _score(q, cx[i1], cx[i2], cx[32], cw[i1], cw[i2], cw[32])
                 if _better(qx, qq, best):
                     scale = qx / qq
                     best, low, high, down = scale * qx, i1, i2, minus
@@ -220,7 +230,8 @@ def search_iq1_s(weights, importance, lattice, d, scales, down, vectors):
     """The fields of all IQ1_S blocks: d (f16), scales (blocks, 8), down and vectors (blocks, 32), zero on entry."""
     n_cols, points, neighbours = weights.shape[1], lattice.points, lattice.neighbours
     w, order, levels = np.empty(32, np.float32), np.empty(32, np.int64), np.empty(32, np.int64)
-    c, raw, errors = np.empty((2, 40), np.float32), np.empty(8, np.float32), np.empty(lattice.longest, np.int32)
+    cx, cw, hits = np.empty(40, np.float32), np.empty(40, np.float32), np.empty(40, np.int32)
+    raw, errors = np.empty(8, np.float32), np.empty(lattice.longest, np.int32)
     for i in range(len(d)):
         variance = _twice_mean_square(weights.reshape(-1, 256)[i])
         for g in range(8):
@@ -229,7 +240,7 @@ def search_iq1_s(weights, importance, lattice, d, scales, down, vectors):
             if _weigh(x, importance[column : column + 32], variance, w) < NEGLIGIBLE_S:
                 continue
             _sort(x, order)
-            scale, low, high, minus = _best_split_s(x, w, order, c)
+            scale, low, high, minus = _best_split_s(x, w, order, cx, cw, hits)
             if low < 0:
                 continue
             _split_levels(order, low, high, scale < 0, levels)
