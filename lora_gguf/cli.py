@@ -239,6 +239,7 @@ def verify(
     lora: Annotated[
         list[str], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="An adapter that should be in it; repeat.")
     ],
+    imatrix: Annotated[Optional[Path], typer.Option(help="The importance matrix that the merge used, if it did.")] = None,
     threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")] = True,
@@ -252,10 +253,12 @@ def verify(
     adapters = [(fetch_adapter(name), factor) for name, factor in map(_with_scale, lora)]
     from lora_gguf import tables
     from lora_gguf.findings import as_error
+    from lora_gguf.imatrix import read_imatrix
     from lora_gguf.verify import verify as verify_merge
 
     with bar("verifying", progress) as advance:
-        report = verify_merge(merged, base, adapters, threads=threads, progress=advance)
+        measured = read_imatrix(imatrix) if imatrix else None
+        report = verify_merge(merged, base, adapters, imatrix=measured, threads=threads, progress=advance)
     print(json.dumps(report.as_dict(), indent=1) if as_json else tables.verify_table(report))
     for note in report.notes:
         _say(f"lora-gguf: note: {printable(note, 600)}")

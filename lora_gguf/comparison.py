@@ -2,10 +2,10 @@
 
 Each weight that was wanted, base + update, lies between two neighbours on the merged block's own grid, ``low`` and
 ``high``, a gap apart. Dithering takes ``high`` with probability (wanted - low) / gap: the expectation is what was
-wanted, the variance (wanted - low) * (high - wanted). Rounding to nearest, as a fresh quantization does, takes the closer
-one, and ``--rounding auto`` does this in the blocks where dithering would add more noise. So for each of the three the
-share of the update that must have been kept is known, for dithering with a variance; Bernstein's inequality turns that into a
-bound which chance exceeds once in 10**9, however few weights moved.
+wanted, the variance (wanted - low) * (high - wanted). Rounding to nearest, as a fresh quantization does, takes the
+closer one, and ``--rounding auto`` does this in the blocks where dithering would add more noise. So for each of the
+three the share of the update that must have been kept is known, for dithering with a variance; Bernstein's inequality
+turns that into a bound which chance exceeds once in 10**9, however few weights moved.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from lora_gguf.kernel import kernel
 from lora_gguf.neighbours import free_range, neighbours, same_grid
 from lora_gguf.quants import Quant
+from lora_gguf.requantize import scratch
 
 # the sums of a comparison, in the order that ``compare`` writes them; the last one is a maximum
 (
@@ -272,8 +273,8 @@ class Comparison:
 
 
 def compare_rows(source: Quant, target: Quant, stored_before, stored_after, delta: np.ndarray) -> Comparison:
-    """Compare rows as stored, uint8 (rows, row_bytes), ``source`` their type in the base, ``target`` in the merged file."""
-    before, after = np.empty_like(delta), np.empty_like(delta)
+    """Compare rows as stored, uint8 (rows, row_bytes), of types ``source`` in the base and ``target`` in the merge."""
+    before, after = scratch("before", delta.shape), scratch("after", delta.shape)
     source.decode(stored_before, before)
     target.decode(stored_after, after)
     found = neighbours(target, stored_after, before, after, delta)

@@ -13,8 +13,11 @@ from lora_gguf.base import Base
 from lora_gguf.chunks import cut, update_of
 from lora_gguf.comparison import ALLOWED, BEYOND, LOG_ODDS, UPDATE2, Comparison
 from lora_gguf.findings import Check, Finding, adapted_holds, is_requantized, rounded_to_nearest
+from lora_gguf.imatrix import Imatrix
+from lora_gguf.placement import Placement
 from lora_gguf.plan import Plan, TensorPlan
 from lora_gguf.quants import QUANTS
+from lora_gguf.reproduction import reproduced
 from lora_gguf.retention import kind_of
 
 # how many tensors are read again to find out what they hold
@@ -24,13 +27,15 @@ SAME_IN_A_MERGE = ("general.file_type", "general.quantization_version", "general
 
 @dataclass
 class Evidence:
-    """The open files, the plan of the whole merge and, where there are several adapters, those of each alone."""
+    """The open files, what the adapters change, the plan of the merge and, of several adapters, those of each alone."""
 
     model: Base
     result: Base
+    placements: Sequence[tuple[Placement, float]]
     plan: Plan
     adapters: list[str]
     parts: list[Plan] = field(default_factory=list)
+    imatrix: Imatrix | None = None
 
 
 def causes(evidence: Evidence, checks: Sequence[Check]) -> list[Finding]:
@@ -41,20 +46,26 @@ def causes(evidence: Evidence, checks: Sequence[Check]) -> list[Finding]:
         check.holds = adapted_holds(check, nearest)
     for check in untouched:
         check.holds = check.identical or is_requantized(check)
+    if not all(check.identical for check in adapted):
+        prove(evidence, [check for check in adapted if not check.holds])
     findings = shape_findings(evidence)
     if finding := other_base(evidence, adapted, untouched):
         return [finding, *findings]
     findings += metadata_findings(evidence)
     findings += [changed_finding(check) for check in untouched if not check.holds]
-    if (
-        adapted
-        and all(check.identical for check in adapted)
-        and any(check.comparison.sums[UPDATE2] > 0 for check in adapted)
-    ):
+    if all(check.identical for check in adapted) and any(check.comparison.sums[UPDATE2] > 0 for check in adapted):
         return [not_merged(adapted), *findings]
     broken = [check for check in adapted if not check.comparison.is_finite]
     findings += [Finding("damaged", (check.name,), "numbers", "NaN or infinity") for check in broken]
     return explain(evidence, [check for check in adapted if check not in broken], nearest) + findings
+
+
+def prove(evidence: Evidence, failing: Sequence[Check]) -> None:
+    """Of tensors that statistics cannot explain, let those hold that the same merge gives byte for byte."""
+    names = [check.name for check in failing if check.comparison.is_finite]
+    same = reproduced(evidence.model, evidence.result, evidence.placements, names, evidence.imatrix)
+    for check in failing:
+        check.holds = check.reproduced = check.name in same
 
 
 def shape_findings(evidence: Evidence) -> list[Finding]:
@@ -109,6 +120,8 @@ def changed_finding(check: Check) -> Finding:
 
 def not_merged(adapted: Sequence[Check]) -> Finding:
     n = len(adapted)
+    for check in adapted:
+        check.holds = False
     names = (adapted[0].name,) if n == 1 else ()
     return Finding(
         "not merged", names, "the update in it", f"all {n} adapted tensors as in the base, byte for byte: kept 0.00"
@@ -118,10 +131,7 @@ def not_merged(adapted: Sequence[Check]) -> Finding:
 def explain(evidence: Evidence, adapted: Sequence[Check], nearest: bool) -> list[Finding]:
     """The causes of the adapted tensors that don't hold; of all of them together where one cause explains them."""
     failing = [check for check in adapted if not check.holds]
-    whole = sum((check.comparison for check in adapted), Comparison())
-    if not failing and (
-        nearest or not adapted or not whole.gridded or whole.is_dithered or whole.is_auto or whole.is_nearest
-    ):
+    if not failing and (nearest or any(check.reproduced for check in adapted) or holds_as_a_whole(adapted)):
         return []
     findings, left = misplaced(evidence, failing)
     if left or not failing:
@@ -130,6 +140,12 @@ def explain(evidence: Evidence, adapted: Sequence[Check], nearest: bool) -> list
         if finding:
             return [*findings, finding]
     return findings + [single_cause(check) for check in left]
+
+
+def holds_as_a_whole(adapted: Sequence[Check]) -> bool:
+    """Whether the tensors together, too small to tell each on its own, hold the update."""
+    whole = sum((check.comparison for check in adapted), Comparison())
+    return not adapted or not whole.gridded or whole.is_dithered or whole.is_auto or whole.is_nearest
 
 
 def single_cause(check: Check) -> Finding:
@@ -221,7 +237,9 @@ def project(evidence: Evidence, tensors: Sequence[TensorPlan]) -> tuple[np.ndarr
         before, after = np.empty((2, n_rows, source.n_cols), np.float32)
         QUANTS[source.type.name].decode(stored, before)
         QUANTS[target.type.name].decode(evidence.result.reader_of(target.name).read(target, first, n_rows), after)
-        deltas = np.stack([update_of(chunk, stored) for chunk in chunks]).reshape(n, -1).astype(np.float64)
+        deltas = np.empty((n, n_rows * source.n_cols))
+        for delta, chunk in zip(deltas, chunks, strict=True):
+            delta[:] = update_of(chunk, stored).ravel()
         achieved = (after.astype(np.float64) - before).ravel()
         gram += deltas @ deltas.T
         projections += deltas @ achieved

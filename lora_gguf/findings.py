@@ -29,7 +29,10 @@ CAUSES = {
 
 @dataclass
 class Check:
-    """One tensor: ``touched`` by an adapter or not; how many of its bytes differ from the base's; its comparison."""
+    """One tensor: ``touched`` by an adapter or not; how many of its bytes differ from the base's; its comparison.
+
+    ``reproduced`` says that it holds because the same merge gives the same bytes.
+    """
 
     name: str
     base_type: str
@@ -38,6 +41,7 @@ class Check:
     n_different: int = 0
     comparison: Comparison = field(default_factory=Comparison)
     holds: bool = True
+    reproduced: bool = False
 
     @property
     def identical(self) -> bool:
@@ -50,6 +54,7 @@ class Check:
             "kept": found.kept, "kept_expected": found.nearest if nearest_only(self) else found.dithered,
             "standard_error": found.standard_error, "noise": found.noise, "noise_expected": found.expected_noise,
             "correlation": found.correlation, "beyond_a_step": found.beyond, "identical": self.identical,
+            "reproduced": self.reproduced,
         }  # fmt: skip
 
 

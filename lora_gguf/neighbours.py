@@ -6,6 +6,7 @@ import numpy as np
 
 from lora_gguf.kernel import kernel
 from lora_gguf.quants import Quant
+from lora_gguf.requantize import scratch
 
 
 @kernel
@@ -82,13 +83,13 @@ def neighbours(quant: Quant, blocks, before, after, delta) -> tuple[np.ndarray, 
 
     None where the type's weights are not coded one by one.
     """
-    wanted = before + delta
+    wanted = np.add(before, delta, out=scratch("wanted", delta.shape))
     if quant.type.name in ("F32", "F16", "BF16"):
         return bracket_floats(quant.type.name, before, delta, wanted)
     if quant.unpack is None:
         return None
     codes, steps = unpacked(quant, blocks, wanted.shape)
-    low, high = np.empty_like(wanted), np.empty_like(wanted)
+    low, high = scratch("low", wanted.shape), scratch("high", wanted.shape)
     if quant.levels is None:
         bracket_codes(codes, steps, after, wanted, quant.code_min, quant.code_max, low, high)
     else:
@@ -97,7 +98,7 @@ def neighbours(quant: Quant, blocks, before, after, delta) -> tuple[np.ndarray, 
 
 
 def unpacked(quant: Quant, blocks: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    codes, steps = np.empty(shape, np.int8), np.empty((shape[0], shape[1] // quant.group), np.float32)
+    codes, steps = scratch("codes", shape, np.int8), np.empty((shape[0], shape[1] // quant.group), np.float32)
     quant.unpack(blocks, codes, steps)
     return codes, steps
 

@@ -19,6 +19,7 @@ from lora_gguf.comparison import Comparison, compare_rows
 from lora_gguf.diagnosis import Evidence, causes
 from lora_gguf.errors import UnsupportedError
 from lora_gguf.findings import Check, Finding, rounded_to_nearest
+from lora_gguf.imatrix import Imatrix
 from lora_gguf.plan import HEAD, Plan, Policy, make_plan
 from lora_gguf.quants import QUANTS
 from lora_gguf.sources import adapter_name, placement_of
@@ -72,11 +73,13 @@ def verify(
     base: str | os.PathLike,
     adapters: Sequence[tuple[str | os.PathLike, float]],
     *,
+    imatrix: Imatrix | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare ``merged`` with ``base`` and ``adapters``, PEFT directories or adapter GGUFs with their factors.
 
+    ``imatrix`` is the importance matrix that the merge used, if it did: with it, tensors can be merged again.
     ``progress`` is called with (bytes of the base done since the last call, bytes in all, tensor name).
     Raises ``MismatchError`` where the adapters do not fit the base, ``UnsupportedError`` for an unreadable type.
     """
@@ -85,7 +88,8 @@ def verify(
         placements = [(placement_of(path, model, tied), scale) for path, scale in adapters]
         plan = make_plan(model, placements, PLAIN)
         report = VerifyReport(result.label)
-        evidence = Evidence(model, result, plan, [adapter_name(path) for path, _ in adapters])
+        names = [adapter_name(path) for path, _ in adapters]
+        evidence = Evidence(model, result, placements, plan, names, imatrix=imatrix)
         if len(adapters) > 1:
             evidence.parts = [make_plan(model, [placement], PLAIN) for placement in placements]
         report.checks = list(check_tensors(plan, model, result, threads, progress))

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lora_gguf import diagnosis
 from lora_gguf.cli import _run
 from lora_gguf.errors import MismatchError
 from lora_gguf.gguf_reader import GgufReader
@@ -320,6 +321,20 @@ def test_quantized_on_the_way(tmp_path, mix):
     write_base(tmp_path / "base2.gguf", "F16", seed=3)
     merge(tmp_path / "base2.gguf", [(adapter, 1.0)], out, Policy(mix=mix), force=True)
     assert only(verify(out, base, [(adapter, 1.0)]), "other base")
+
+
+def test_what_statistics_cannot_explain_is_merged_again(case, monkeypatch):
+    """As for ``--rounding auto`` where importance decides which blocks are rounded to nearest."""
+    monkeypatch.setattr(diagnosis, "adapted_holds", lambda check, nearest: False)
+    for policy in ({"rounding": rounding} for rounding in (*ROUNDINGS, "dither")):
+        out = case.merge(case.adapter, out=case.folder / "again.gguf", seed=7, **policy)
+        report = case.verify(out)
+        if not all(check.identical for check in report.adapted):
+            assert report.ok and all(check.reproduced for check in report.adapted), policy
+    assert not case.verify(case.merge(case.adapter, 1.5, case.folder / "again.gguf")).ok
+    assert not case.verify(
+        rewritten(case, lambda keys, tensors: ([k for k in keys if b"lora_gguf." not in k], tensors))
+    ).ok
 
 
 def rewritten(case, change):
