@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lora_gguf.comparison import Comparison
 from lora_gguf.errors import MismatchError
@@ -109,6 +109,14 @@ def is_requantized(check: Check) -> bool:
     if check.type == check.base_type or not found.is_finite:
         return False
     return not found.is_damaged if found.gridded else found.likeness > 0.9
+
+
+def grouped(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings with one for all tensors of a cause; what was found is told of the first."""
+    groups: dict[object, list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault(finding.cause if finding.tensors else finding, []).append(finding)
+    return [replace(group[0], tensors=sum((one.tensors for one in group), ())) for group in groups.values()]
 
 
 def as_error(label: str, findings: Sequence[Finding]) -> MismatchError:

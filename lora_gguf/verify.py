@@ -18,7 +18,7 @@ from lora_gguf.chunks import CHUNK_WEIGHTS, Chunk, cut, in_threads, update_of
 from lora_gguf.comparison import Comparison, compare_rows
 from lora_gguf.diagnosis import Evidence, causes
 from lora_gguf.errors import UnsupportedError
-from lora_gguf.findings import Check, Finding, rounded_to_nearest
+from lora_gguf.findings import Check, Finding, grouped, rounded_to_nearest
 from lora_gguf.imatrix import Imatrix
 from lora_gguf.plan import HEAD, Plan, Policy, make_plan
 from lora_gguf.quants import QUANTS
@@ -93,7 +93,10 @@ def verify(
         if len(adapters) > 1:
             evidence.parts = [make_plan(model, [placement], PLAIN) for placement in placements]
         report.checks = list(check_tensors(plan, model, result, threads, progress))
-        report.findings = causes(evidence, report.checks)
+        report.findings = grouped(causes(evidence, report.checks))
+        wrong = {name for finding in report.findings for name in finding.tensors}
+        for check in report.checks:
+            check.holds = check.holds and check.name not in wrong
         report.notes = notes(report)
         model.check_unchanged()
         result.check_unchanged()

@@ -91,7 +91,7 @@ class Case:
 
     def graft(self, names, source, target=None):
         """A copy of ``target`` (the right merge) with the tensors ``names`` as they are in ``source``."""
-        out = self.folder / "grafted.gguf"
+        out = self.folder / f"grafted-{len(list(self.folder.iterdir()))}.gguf"
         shutil.copy(target or self.merged, out)
         with GgufReader(source) as donor, GgufReader(out) as reader, open(out, "r+b") as file:
             for name in names:
@@ -157,6 +157,18 @@ def test_q_and_k_in_another_order(case, order_of):
 @pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "blk.0.attn_v.weight"])
 def test_a_tensor_left_out(case, name):
     assert only(case.verify(case.graft([name], case.base)), "skipped").tensors == (name,)
+
+
+def test_several_wrongs_at_once(case):
+    names = ("blk.0.ffn_up.weight", "blk.2.attn_k.weight")
+    other = case.merge(case.adapter, -2.0, case.folder / "minus.gguf")
+    report = case.verify(case.graft(["blk.1.attn_q.weight"], other, case.graft(names, case.base)))
+    assert {finding.cause: finding.tensors for finding in report.findings} == {
+        "skipped": names,
+        "scale": ("blk.1.attn_q.weight",),
+    }
+    assert "2 tensors, such as blk.0.ffn_up.weight: expected the update in it" in "\n".join(map(str, report.findings))
+    assert sorted(check.name for check in report.checks if not check.holds) == sorted([*names, "blk.1.attn_q.weight"])
 
 
 @pytest.mark.parametrize("name", ["blk.1.ffn_norm.weight", "token_embd.weight"])
