@@ -22,7 +22,7 @@ demo: $(VENV)/demo $(SMOLLM2)
 	$(BIN)/python fixtures/demo.py $(SMOLLM2) fixtures/demo-adapter merged
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 chaos: $(VENV)/test
 	$(BIN)/python -m pytest tests/chaos

@@ -23,7 +23,7 @@ def placement_of(path: str | os.PathLike, base: Base, tied: str = "separate", al
     Raises ``UnsupportedError`` for an adapter that cannot be merged.
     """
     if Path(path).is_file() and Path(path).suffix == ".gguf":
-        placement = adapter_gguf_pairs(path, base)
+        placement = adapter_gguf_pairs(path, base, tied)
     else:
         placement = gguf_pairs(read_adapter(path), base, updates=True, tied=tied, allow_unused=allow_unused)
     if placement.invocation_tokens:

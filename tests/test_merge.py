@@ -209,3 +209,13 @@ def test_codebooks_keep_their_grid(tmp_path, type_name):
     assert np.isclose(report.whole.kept, (moved * delta).sum() / (delta.astype(np.float64) ** 2).sum(), atol=1e-3)
     assert report.whole.kept > (0.25 if type_name in ("TQ2_0", "Q1_0") else 0.8)
     assert valid_rows(type_name, tensor(tmp_path / "out.gguf", NAME))
+
+
+@pytest.mark.parametrize("type_name", ["IQ2_S", "IQ3_S", "IQ3_XXS"])
+def test_grid_types_are_promoted_or_searched_anew(tmp_path, type_name):
+    base, adapter, delta = base_and_adapter(tmp_path, type_name)
+    report = merge(base, [(adapter, 1.0)], tmp_path / "out.gguf")
+    assert report.plan.merged[0].target.type.name == "Q6_K" and report.whole.kept > 0.8
+    merge(base, [(adapter, 1.0)], tmp_path / "fresh.gguf", Policy("fresh"))
+    wanted = loaded(tensor(base, NAME), type_name, 512) + delta
+    assert tensor(tmp_path / "fresh.gguf", NAME).tobytes() == stored(wanted, type_name).tobytes()

@@ -11,7 +11,6 @@ from tests import codebook_cases, quant_cases as cases
 from tests.common import gemma3_path, smollm2_path, valid_rows
 
 NAMES = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]
-QUANTS.update({entry.type.name: entry for entry in IQUANTS})
 
 
 def importances(name: str, n_cols: int) -> list[np.ndarray]:

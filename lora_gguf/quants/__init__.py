@@ -1,7 +1,7 @@
 """The quantized types: how blocks become weights and weights become blocks.
 
-One file a family, encode beside decode. All kernels take C-contiguous 2-D arrays of whole rows, write into the output
-that the caller allocated, and neither check nor raise:
+One file a family, encode beside decode. All kernels take C-contiguous, writable 2-D arrays of whole rows, write into the
+output that the caller allocated, and neither check nor raise. They are called from Python, not from other kernels:
 
     decode(blocks, out)                 blocks uint8 (rows, row_bytes) -> out f32 (rows, cols), bit-identical to ggml
     encode(weights, importance, blocks) weights f32 (rows, cols), importance f32 (cols,) or (0,) where there is none
@@ -47,10 +47,11 @@ def quant(name: str, decode, **kernels) -> Quant:
 
 from lora_gguf.quants.floats import FLOATS  # noqa: E402  (the families import ``quant``)
 from lora_gguf.quants.iq4 import IQ4  # noqa: E402
+from lora_gguf.quants.iquants import IQUANTS  # noqa: E402
 from lora_gguf.quants.kquants import K_QUANTS  # noqa: E402
 from lora_gguf.quants.legacy import LEGACY  # noqa: E402
 from lora_gguf.quants.microscaling import MICROSCALING  # noqa: E402
 from lora_gguf.quants.ternary import TERNARY  # noqa: E402
 
-FAMILIES = (FLOATS, LEGACY, K_QUANTS, IQ4, TERNARY, MICROSCALING)
+FAMILIES = (FLOATS, LEGACY, K_QUANTS, IQ4, IQUANTS, TERNARY, MICROSCALING)
 QUANTS = {entry.type.name: entry for family in FAMILIES for entry in family}

@@ -11,12 +11,13 @@ _TWO_112 = np.float32(2.0**112)
 
 @kernel
 def f32_from_f16(h):
-    """The f32 value of the f16 bit pattern ``h`` (an integer), exact."""
+    """The f32 value of the f16 bit pattern ``h`` (an integer), exact; a NaN comes out quiet, as from ggml."""
     h = np.uint32(h)
     bits = np.uint32((h & 0x7FFF) << 13)
     value = bits.view(np.float32) * _TWO_112  # rebias the exponent; denormals come out right
     if h & 0x7C00 == 0x7C00:  # infinity, NaN
-        value = np.uint32(bits | 0x7F800000).view(np.float32)
+        quiet = 0x400000 if h & 0x3FF else 0
+        value = np.uint32(bits | 0x7F800000 | quiet).view(np.float32)
     return -value if h & 0x8000 else value
 
 
