@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.errors import NumericError, UsageError
-from lora_gguf.gguf_reader import GgufReader
-from lora_gguf.gguf_writer import GgufWriter
-from lora_gguf.lora import LoraPair
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.gguf_writer import GgufWriter
 from lora_gguf.plan import TensorPlan
 from lora_gguf.requantize import broken_row, recode, scratch
 from lora_gguf.rounding import low_rank

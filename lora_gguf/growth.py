@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_gguf.base import Base
 from lora_gguf.chunks import Chunk, stack, update_of
 from lora_gguf.errors import UsageError
+from lora_gguf.files.base import Base
 from lora_gguf.ggml import BY_NAME
 from lora_gguf.plan import Plan, TensorPlan
 from lora_gguf.quants import QUANTS

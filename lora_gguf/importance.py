@@ -13,9 +13,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lora_gguf.base import Base
-from lora_gguf.gguf_reader import TensorInfo
-from lora_gguf.imatrix import Imatrix
+from lora_gguf.files.base import Base
+from lora_gguf.files.gguf_reader import TensorInfo
+from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.quants import QUANTS
 
 POWER = -1.5

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_gguf.base import Base, shard_path
 from lora_gguf.errors import UsageError
-from lora_gguf.gguf_writer import key_value
+from lora_gguf.files.base import Base, shard_path
+from lora_gguf.files.gguf_writer import key_value
 from lora_gguf.plan import Plan, TensorPlan
 
 

@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lora_gguf.errors import UnsupportedError
+from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
 from lora_gguf.ggml import BY_NAME, FILE_TYPES, GgmlType
-from lora_gguf.gguf_reader import GgufReader, TensorInfo
 
 Rules = tuple[tuple[str, str], ...]
 

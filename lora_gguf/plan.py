@@ -8,19 +8,19 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_gguf.base import Base
+from lora_gguf.adapters.lora import EMBEDDING, LoraPair
+from lora_gguf.adapters.updates import Update
 from lora_gguf.errors import MismatchError, NumericError, UnsupportedError, UsageError
+from lora_gguf.files.base import Base
+from lora_gguf.files.gguf_reader import TensorInfo
+from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.ggml import BY_NAME, GgmlType
-from lora_gguf.gguf_reader import TensorInfo
-from lora_gguf.imatrix import Imatrix
 from lora_gguf.importance import weightings
-from lora_gguf.lora import EMBEDDING, LoraPair
+from lora_gguf.mapping.placement import Placement
 from lora_gguf.mixes import fallback_type, file_type_of, mix_types, model_of
-from lora_gguf.placement import Placement
 from lora_gguf.quants import QUANTS
 from lora_gguf.requantize import ROUNDINGS, Recipe
 from lora_gguf.rounding import tensor_key
-from lora_gguf.updates import Update
 
 HEAD = "output.weight"
 PROMOTED = "Q6_K"  # of a tensor whose weights are not coded one by one (IQ1 to IQ3), so that codes cannot be moved

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_gguf.comparison import Comparison
-from lora_gguf.findings import Check
-from lora_gguf.extract import Extraction
-from lora_gguf.merge import MergeReport
+from lora_gguf.checks.comparison import Comparison
+from lora_gguf.checks.findings import Check
+from lora_gguf.commands.extract import Extraction
+from lora_gguf.commands.merge import MergeReport
+from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.retention import Retention, kind_of, total
-from lora_gguf.verify import VerifyReport
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 import safetensors
 
 from lora_gguf.errors import IntegrityError, LoraGgufError, MalformedError, UnsupportedError
-from lora_gguf.gguf_reader import GgufReader
-from lora_gguf.weights import read_weights
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.weights import read_weights
 from tests.ggml_judge import Judge
 from tests.mutants import bin_mutants, gguf_mutants, safetensors_mutants
 

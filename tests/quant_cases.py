@@ -5,7 +5,7 @@ from __future__ import annotations
 import libgguf
 import numpy as np
 
-from lora_gguf.gguf_reader import GgufReader
+from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.quants import QUANTS
 
 NO_IMPORTANCE = np.empty(0, np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_gguf.adapter import read_adapter
+from lora_gguf.adapters.adapter import read_adapter
 from lora_gguf.errors import FileError, MalformedError, NumericError, UnsupportedError
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none", "use_dora": None}

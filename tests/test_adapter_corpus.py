@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lora_gguf.adapter import read_adapter
+from lora_gguf.adapters.adapter import read_adapter
 from lora_gguf.errors import FileError, LoraGgufError, MalformedError, NumericError, UnsupportedError
 from tests.test_weights import REFUSED, STRICTER, UNSUPPORTED
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lora_gguf.architectures import ARCHITECTURES
-from lora_gguf.hparams import Hparams
-from lora_gguf.lora import LoraPair
-from lora_gguf.names import pieces
+from lora_gguf.adapters.lora import LoraPair
+from lora_gguf.mapping.architectures import ARCHITECTURES
+from lora_gguf.mapping.hparams import Hparams
+from lora_gguf.mapping.names import pieces
 
 LAYER = 3
 

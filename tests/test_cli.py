@@ -11,7 +11,7 @@ import pytest
 
 from lora_gguf import errors
 from lora_gguf.cli import _run, app
-from lora_gguf.output import SUFFIX
+from lora_gguf.files.output import SUFFIX
 from tests.common import gemma3_path, smollm2_path
 from tests.test_merge import NAME, base_and_adapter
 

@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 
-from lora_gguf.convert import convert
+from lora_gguf.adapters.lora import read_adapter_gguf
+from lora_gguf.commands.convert import convert
 from lora_gguf.errors import MismatchError, UnsupportedError, UsageError
-from lora_gguf.gguf_reader import GgufReader
-from lora_gguf.hparams import from_config
-from lora_gguf.lora import read_adapter_gguf
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.mapping.hparams import from_config
 from tests import tiny
 from tests.common import FIXTURES, smollm2_path
 from tests.test_adapter import directory, tensors

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from lora_gguf.adapters.lora import read_adapter_gguf
+from lora_gguf.commands.extract import extract
 from lora_gguf.errors import LoraGgufError, MismatchError, UsageError
-from lora_gguf.extract import extract
 from lora_gguf.factoring import factor
-from lora_gguf.hparams import from_config
-from lora_gguf.lora import read_adapter_gguf
+from lora_gguf.mapping.hparams import from_config
 from tests import tiny
 from tests.test_convert import TOLERANCE, assert_top
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_gguf.gguf_reader import GgufReader
-from lora_gguf.hparams import from_config
-from lora_gguf.lora import decode
-from lora_gguf.merge import merge
+from lora_gguf.adapters.lora import decode
+from lora_gguf.commands.merge import merge
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.mapping.hparams import from_config
 from tests import tiny
 from tests.common import FIXTURES
 from tests.test_convert import TOLERANCE, assert_top

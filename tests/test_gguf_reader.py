@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_gguf.errors import FileError, IntegrityError, LoraGgufError, MalformedError, UnsupportedError
-from lora_gguf.gguf_reader import GgufReader
+from lora_gguf.files.gguf_reader import GgufReader
 from tests.checks import agreed, check_gguf_mutants, read_gguf
 from tests.common import gemma3_path, pack_kv, pack_string, pack_tensor_info, smollm2_path
 from tests.ggml_judge import Judge

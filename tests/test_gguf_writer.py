@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from lora_gguf.errors import UsageError
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, key_value, raw_key_values
 from lora_gguf.ggml import BY_NAME
-from lora_gguf.gguf_reader import GgufReader
-from lora_gguf.gguf_writer import GgufWriter, TensorSpec, key_value, raw_key_values
 from tests.common import gemma3_path, pack_gguf, pack_kv, pack_string, smollm2_path, text_kv, u32_kv
 
 

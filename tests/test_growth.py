@@ -4,9 +4,9 @@ import os
 
 import pytest
 
+from lora_gguf.commands.merge import merge
 from lora_gguf.errors import UsageError
 from lora_gguf.growth import parse_growth
-from lora_gguf.merge import merge
 from tests.common import DEMO_ADAPTER, smollm2_path
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from lora_gguf.adapter import read_adapter
+from lora_gguf.adapters.adapter import read_adapter
 from lora_gguf.errors import MismatchError
-from lora_gguf.gguf_reader import GgufReader
-from lora_gguf.hparams import from_base
-from lora_gguf.names import has_head
-from lora_gguf.placement import gguf_pairs
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.mapping.hparams import from_base
+from lora_gguf.mapping.names import has_head
+from lora_gguf.mapping.placement import gguf_pairs
 from tests import tiny
 from tests.common import FIXTURES
 
@@ -17,7 +17,7 @@ KINDS = FIXTURES / "kinds"
 
 
 def tied_base(folder, name):
-    from lora_gguf.hparams import from_config
+    from lora_gguf.mapping.hparams import from_config
 
     tensors = tiny.tensors_of(name, from_config(tiny.config_of(name)))
     tensors.pop("output.weight", None)

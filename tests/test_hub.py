@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from lora_gguf.commands.fetch import fetch
 from lora_gguf.errors import HubError, IntegrityError
-from lora_gguf.fetch import fetch
 from tests.hub import COMMIT, TOKEN
 from tests.hub_faults import BLOB, CONFIG, FAILURES, FILES, RECOVERIES, REPO, WEIGHTS, cache_of, cut, wrong
 

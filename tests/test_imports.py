@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -11,23 +12,47 @@ from tests.common import ROOT
 
 PACKAGE = ROOT / "lora_gguf"
 # nothing here may know of what comes after it: files, kernels, adapters, the plan, the merge, what judges it, the command line
-LAYERS = ("errors", "gguf_reader", "gguf_writer", "quants", "rounding", "lora", "adapter", "names", "placement", "plan", "merge", "verify", "cli")
+LAYERS = (
+    "errors",
+    "files.gguf_reader",
+    "files.gguf_writer",
+    "quants",
+    "rounding",
+    "adapters.lora",
+    "adapters.adapter",
+    "mapping.names",
+    "mapping.placement",
+    "plan",
+    "commands.merge",
+    "commands.verify",
+    "cli",
+)
 
 
-def _imports(source) -> set[str]:
-    """The package's modules that are imported when ``source`` is, by their first name below the package."""
+def _modules() -> dict[str, Path]:
+    """Every module by its dotted name below the package; the packages themselves too."""
+    paths = (path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+def _imports(source: Path, modules) -> set[str]:
+    """The package's modules that are imported when ``source`` is."""
     found = set()
     for node in ast.parse(source.read_text()).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_gguf"):
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    return found - {"__version__"}
+            parent = node.module.removeprefix("lora_gguf").removeprefix(".")
+            named = {f"{parent}.{alias.name}".removeprefix(".") for alias in node.names}
+            found |= (named & set(modules)) or {parent}
+    return found - {""}
 
 
 def _graph() -> dict[str, set[str]]:
-    graph = {path.stem: _imports(path) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    graph["quants"] = set().union(*map(_imports, (PACKAGE / "quants").glob("*.py"))) - {"quants"}
-    return graph
+    """Who imports whom. ``quants`` is one node: its families fill the dict of the package that they import."""
+    modules = _modules()
+    graph = {name: _imports(path, modules) for name, path in modules.items()}
+    family = {name for name in graph if name.startswith("quants.")}
+    graph["quants"] = set().union(*(graph.pop(name) for name in family), graph["quants"]) - family - {"quants"}
+    return {name: {"quants" if other in family else other for other in others} for name, others in graph.items()}
 
 
 def test_a_module_imports_only_from_rows_above_it():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_gguf.adapter import read_adapter
+from lora_gguf.adapters.adapter import read_adapter
+from lora_gguf.adapters.kinds import butterfly, cayley, neumann
 from lora_gguf.errors import MalformedError, NumericError, UnsupportedError
-from lora_gguf.kinds import butterfly, cayley, neumann
 from tests import tiny
 from tests.common import FIXTURES
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from libgguf import dequantize_rows
 
-from lora_gguf.convert import convert
+from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
+from lora_gguf.commands.convert import convert
+from lora_gguf.commands.merge import merge
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values
 from lora_gguf.ggml import BY_NAME
-from lora_gguf.gguf_reader import GgufReader
-from lora_gguf.gguf_writer import GgufWriter, TensorSpec, raw_key_values
-from lora_gguf.lora import LoraPair, write_adapter_gguf
-from lora_gguf.merge import merge
 from lora_gguf.plan import Policy
 from lora_gguf.quants import QUANTS
 from tests.common import DEMO_ADAPTER, FIXTURES, complete, gemma3_path, llama_server, smollm2_path

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from lora_gguf.errors import UnsupportedError
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.gguf_writer import raw_key_values
 from lora_gguf.ggml import BY_NAME, FILE_TYPES
-from lora_gguf.gguf_reader import GgufReader
-from lora_gguf.gguf_writer import raw_key_values
 from lora_gguf.mixes import (
     MIXES,
     Model,

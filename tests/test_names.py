@@ -9,10 +9,10 @@ from collections import defaultdict
 
 import pytest
 
-from lora_gguf.architectures import ARCHITECTURES
 from lora_gguf.errors import MalformedError
-from lora_gguf.hparams import Hparams, architecture_of
-from lora_gguf.names import (
+from lora_gguf.mapping.architectures import ARCHITECTURES
+from lora_gguf.mapping.hparams import Hparams, architecture_of
+from lora_gguf.mapping.names import (
     candidates,
     is_other_tower,
     layer_of,

@@ -3,9 +3,9 @@ import stat
 
 import pytest
 
-from lora_gguf import output
 from lora_gguf.errors import FileError
-from lora_gguf.output import SUFFIX, OutputFile, write_bytes
+from lora_gguf.files import output
+from lora_gguf.files.output import SUFFIX, OutputFile, write_bytes
 
 
 def leftovers(folder):

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from lora_gguf.adapters.patterns import first_match, matcher
 from lora_gguf.errors import MalformedError, UnsupportedError
-from lora_gguf.patterns import first_match, matcher
 
 KEYS = (
     "q_proj", ".*q_proj", "self_attn.q_proj", r"layers\.[0-3]\..*", "(q|k)_proj", r".*\.gate_up_proj", "", "^model.*",

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_gguf.adapter import read_adapter
+from lora_gguf.adapters.adapter import read_adapter
+from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
 from lora_gguf.errors import MismatchError
-from lora_gguf.gguf_reader import GgufReader
-from lora_gguf.hparams import from_base, from_config
-from lora_gguf.lora import LoraPair, write_adapter_gguf
-from lora_gguf.placement import adapter_gguf_pairs, gguf_pairs
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.mapping.hparams import from_base, from_config
+from lora_gguf.mapping.placement import adapter_gguf_pairs, gguf_pairs
 from tests import tiny
 from tests.common import FIXTURES
 
@@ -381,7 +381,7 @@ def test_unsloths_order_is_a_warning(tmp_path, folder, trained_on):
 
 def written(folder, name, **metadata):
     """The adapter of a tiny model as a GGUF."""
-    from lora_gguf.convert import convert
+    from lora_gguf.commands.convert import convert
 
     return convert(tiny.TINY / name / "adapter", folder / f"{name}.lora.gguf", base_config=tiny.TINY / name, force=True)
 

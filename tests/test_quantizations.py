@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_gguf import hashes
 from lora_gguf.errors import FileError, HubError, IntegrityError, UsageError
-from lora_gguf.hub import open_repo
-from lora_gguf.quantizations import choose, fetch_model, find_quantizations, quant_of, quantizations
+from lora_gguf.hub import hashes
+from lora_gguf.hub.quantizations import choose, fetch_model, find_quantizations, quant_of, quantizations
+from lora_gguf.hub.repository import open_repo
 from tests.hub import TOKEN
 
 REPO = "maker/Tiny-1B-GGUF"

@@ -7,7 +7,8 @@ import pytest
 from lora_gguf.quants import QUANTS
 from lora_gguf.quants.iquant_grids import SHELLS, grid, lattice
 from lora_gguf.quants.iquants import IQUANTS
-from tests import codebook_cases, quant_cases as cases
+from tests import codebook_cases
+from tests import quant_cases as cases
 from tests.common import gemma3_path, smollm2_path, valid_rows
 
 NAMES = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests import codebook_cases, quant_cases as cases
+from tests import codebook_cases
+from tests import quant_cases as cases
 from tests.common import gemma3_path, smollm2_path, valid_rows
 
 NAMES = ["MXFP4", "NVFP4"]

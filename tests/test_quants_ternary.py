@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lora_gguf.quants import QUANTS
-from tests import codebook_cases, quant_cases as cases
+from tests import codebook_cases
+from tests import quant_cases as cases
 from tests.common import smollm2_path, valid_rows
 
 NAMES = ["TQ1_0", "TQ2_0", "Q1_0", "Q2_0"]

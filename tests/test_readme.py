@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from lora_gguf import support
 from lora_gguf.cli import app
+from lora_gguf.mapping import support
 from tests.common import ROOT
 
 README = (ROOT / "README.md").read_text()

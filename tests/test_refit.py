@@ -6,8 +6,8 @@ from libgguf import dequantize_rows, quantize_rows
 
 from lora_gguf.ggml import BY_NAME
 from lora_gguf.quants import QUANTS
-from lora_gguf.requantize import F16_FIELDS, Recipe, leading_columns, recode
 from lora_gguf.refit import refit
+from lora_gguf.requantize import F16_FIELDS, Recipe, leading_columns, recode
 from lora_gguf.rounding import tensor_key
 
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from lora_gguf.architectures import ARCHITECTURES
-from lora_gguf.convert import convert
+from lora_gguf.commands.convert import convert
 from lora_gguf.errors import UnsupportedError
-from lora_gguf.support import KINDS, architectures_table, kinds_table, notes
+from lora_gguf.mapping.architectures import ARCHITECTURES
+from lora_gguf.mapping.support import KINDS, architectures_table, kinds_table, notes
 from tests import tiny
 from tests.common import FIXTURES
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lora_gguf.errors import LoraGgufError, MalformedError, UnsupportedError
-from lora_gguf.weights import read_weights
+from lora_gguf.files.weights import read_weights
 from tests.checks import check_bin_mutants
 from tests.common import FIXTURES
 from tests.hostile_bin import ZipEntry, name, number, pack_bin, pack_zip, sequence, storage, tensor, text, weights

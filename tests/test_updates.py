@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_gguf.adapter import read_adapter
-from lora_gguf.gguf_reader import GgufReader
-from lora_gguf.hparams import from_config
-from lora_gguf.lora import LoraPair, Piece
-from lora_gguf.placement import gguf_pairs
-from lora_gguf.updates import Hadamard, Kronecker, Rotated
+from lora_gguf.adapters.adapter import read_adapter
+from lora_gguf.adapters.lora import LoraPair, Piece
+from lora_gguf.adapters.updates import Hadamard, Kronecker, Rotated
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.mapping.hparams import from_config
+from lora_gguf.mapping.placement import gguf_pairs
 from tests import tiny
 from tests.common import FIXTURES
 
@@ -69,7 +69,7 @@ def test_the_merged_weights_are_pefts(name, folder):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_is_accounted_for_once(name, folder):
-    from lora_gguf.weights import read_weights
+    from lora_gguf.files.weights import read_weights
 
     accounts = [account.tensor for account in place(name, folder).accounts]
     assert sorted(accounts) == sorted(read_weights(KINDS / name / "adapter_model.safetensors"))

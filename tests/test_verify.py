@@ -10,17 +10,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lora_gguf import diagnosis
+from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
+from lora_gguf.checks import diagnosis
 from lora_gguf.cli import _run
+from lora_gguf.commands.merge import merge
+from lora_gguf.commands.verify import verify
 from lora_gguf.errors import MismatchError
-from lora_gguf.gguf_reader import GgufReader
-from lora_gguf.gguf_writer import raw_key_values
-from lora_gguf.hparams import from_config
-from lora_gguf.lora import LoraPair, write_adapter_gguf
-from lora_gguf.merge import merge
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.gguf_writer import raw_key_values
+from lora_gguf.mapping.hparams import from_config
 from lora_gguf.plan import Policy
 from lora_gguf.requantize import ROUNDINGS
-from lora_gguf.verify import verify
 from tests import tiny
 from tests.common import pack_gguf, smollm2_path, text_kv, u32_kv
 from tests.test_merge import stored

@@ -8,13 +8,13 @@ import shutil
 import numpy as np
 import pytest
 
-from lora_gguf.adapter import read_adapter
-from lora_gguf.convert import convert
+from lora_gguf.adapters.adapter import read_adapter
+from lora_gguf.commands.convert import convert
 from lora_gguf.errors import MalformedError, MismatchError
-from lora_gguf.gguf_reader import GgufReader, decode_value
-from lora_gguf.gguf_writer import GgufWriter, TensorSpec, raw_key_values
-from lora_gguf.placement import gguf_pairs
-from lora_gguf.vocabulary import Token, added_tokens, extended
+from lora_gguf.files.gguf_reader import GgufReader, decode_value
+from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values
+from lora_gguf.mapping.placement import gguf_pairs
+from lora_gguf.mapping.vocabulary import Token, added_tokens, extended
 from tests import tiny
 from tests.common import FIXTURES
 
@@ -144,7 +144,7 @@ def test_malformed_tokenizer_files(tmp_path, files):
 
 
 def base_with(tmp_path, tokens, types=None):
-    from lora_gguf.gguf_writer import key_value
+    from lora_gguf.files.gguf_writer import key_value
 
     entries = [key_value("general.architecture", "llama", "str"), key_value("llama.vocab_size", len(tokens), "u32")]
     entries.append(key_value("tokenizer.ggml.tokens", tokens, "str"))

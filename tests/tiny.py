@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from lora_gguf.architectures import ARCHITECTURES
+from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, key_value
 from lora_gguf.ggml import BY_NAME
-from lora_gguf.gguf_writer import GgufWriter, TensorSpec, key_value
-from lora_gguf.hparams import Hparams, from_config
-from lora_gguf.names import layer_of, pieces, tensor_name
+from lora_gguf.mapping.architectures import ARCHITECTURES
+from lora_gguf.mapping.hparams import Hparams, from_config
+from lora_gguf.mapping.names import layer_of, pieces, tensor_name
 from tests.common import FIXTURES
 
 TINY = FIXTURES / "tiny"

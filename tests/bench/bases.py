@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from libgguf import quantize_rows
 
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values
 from lora_gguf.ggml import BY_NAME
-from lora_gguf.gguf_reader import GgufReader
-from lora_gguf.gguf_writer import GgufWriter, TensorSpec, raw_key_values
 from tests.bench.oracle import decoded
 
 # what llama.cpp takes for rows that are not a multiple of 256

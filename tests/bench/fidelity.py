@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_gguf.convert import convert
-from lora_gguf.merge import merge
+from lora_gguf.commands.convert import convert
+from lora_gguf.commands.merge import merge
 from lora_gguf.plan import Policy
 from lora_gguf.quants import QUANTS
 from tests.bench.bases import requantized

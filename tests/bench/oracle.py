@@ -16,7 +16,7 @@ from libgguf import dequantize_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_gguf.gguf_reader import GgufReader
+from lora_gguf.files.gguf_reader import GgufReader
 
 MODULES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
+from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, key_value
 from lora_gguf.ggml import BY_NAME
-from lora_gguf.gguf_writer import GgufWriter, TensorSpec, key_value
-from lora_gguf.lora import LoraPair, write_adapter_gguf
 
 
 @dataclass(frozen=True)

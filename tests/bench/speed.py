@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_gguf.gguf_reader import GgufReader
+from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.tables import text_table
 from tests.bench.shapes import LLAMA_1B, LLAMA_7B, LLAMA_70B, TINY, Shape, write_adapter, write_base
 from tests.common import gemma3_path, smollm2_path
@@ -74,7 +74,7 @@ def straightforward(base: Path, adapter: Path, n_layers: int) -> float:
     """Weights a second of libgguf dequantize, numpy B@A, libgguf quantize, in two threads, on the first layers."""
     from libgguf import dequantize_rows, quantize_rows
 
-    from lora_gguf.lora import read_adapter_gguf
+    from lora_gguf.adapters.lora import read_adapter_gguf
 
     pairs = [pair for pair in read_adapter_gguf(adapter)[0] if int(pair.name.split(".")[1]) < n_layers]
     with GgufReader(base) as reader:
@@ -140,7 +140,7 @@ def _linear_weights(path: Path) -> int:
 
 def _adapter_for(path: Path, adapter: Path, rank: int = 16) -> None:
     """A random adapter on all linear layers of a real file."""
-    from lora_gguf.lora import LoraPair, write_adapter_gguf
+    from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
 
     rng = np.random.default_rng(0)
     with GgufReader(path) as reader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_gguf.gguf_reader import GgufReader
+from lora_gguf.files.gguf_reader import GgufReader
 from tests.checks import check_bin_mutants, check_gguf_mutants, check_safetensors_mutants
 from tests.common import gemma3_path
 from tests.ggml_judge import Judge

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lora_gguf.output import SUFFIX
+from lora_gguf.files.output import SUFFIX
 from tests.common import DEMO_ADAPTER, smollm2_path
 
 COMMANDS = {"merge": (smollm2_path(), DEMO_ADAPTER), "convert": (DEMO_ADAPTER, "--base", smollm2_path())}

@@ -1,0 +1,1 @@
+"""Adapters as PEFT and others save them: configuration, kinds, updates."""

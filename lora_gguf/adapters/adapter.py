@@ -1,0 +1,276 @@
+"""Read an adapter directory: its configuration, and its tensors as updates of Hugging Face modules."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lora_gguf.adapters import adapter_config
+from lora_gguf.adapters.adapter_config import kind_of
+from lora_gguf.adapters.kinds import KINDS, SHARED, Module, pattern_value, scale_of, trainable_tokens
+from lora_gguf.adapters.lora import LoraPair, check_finite
+from lora_gguf.adapters.updates import Replaced, Update
+from lora_gguf.errors import FileError, MalformedError, NumericError, printable
+from lora_gguf.files.weights import read_weights
+
+WEIGHTS = (
+    "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin",
+    "adapter_model.bin.index.json", "adapters.safetensors",
+)  # fmt: skip
+PREFIX = "base_model.model."
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+WHOLE = re.compile(r"(?P<path>.+?)(\.(modules_to_save|ln_tuning_layers)(\.[^.]+)?)?\.(?P<part>weight|bias)")
+# the order in which modules of packed experts register their parameters
+PARAMETERS = ("gate_up_proj", "gate_proj", "w1", "up_proj", "v1", "w3", "down_proj", "w2", "weight")
+
+
+@dataclass
+class Adapter:
+    """An adapter in Hugging Face terms.
+
+    ``updates`` are named by module path (``model.layers.0.self_attn.q_proj``), in the layout that the module's weight
+    has in Hugging Face: (out, in). ``ignored`` maps tensors that are no update to the reason.
+    """
+
+    label: str
+    directory: Path
+    config: dict
+    updates: list[LoraPair | Update]
+    ignored: dict[str, str] = field(default_factory=dict)
+    originals: dict[str, np.ndarray] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def base_model(self) -> str:
+        """What the adapter says that it was trained on; an empty string where it does not say."""
+        return printable(self.config.get("base_model_name_or_path", ""), 100)
+
+    @property
+    def invocation_tokens(self) -> list[int]:
+        """aLoRA: the token ids after which the adapter is active; empty for an adapter that always is."""
+        return self.config.get("alora_invocation_tokens", [])
+
+
+def layout_doubt(
+    directory: Path, updates: list[LoraPair | Update], config: dict, expert_b_layout: str | None
+) -> list[str]:
+    """A warning where packed experts come from Unsloth, whose older versions laid B out in another order than PEFT."""
+    if expert_b_layout or all(len(update.shape) < 3 for update in updates) or "mlx" in kind_of(config).lower():
+        return []
+    if "lora_B_layout" in config or "unsloth_fused_expert_lora" in config:
+        return []
+    readme = directory / "README.md"
+    said = readme.read_bytes()[:65536].lower() if readme.is_file() else b""
+    if "unsloth" not in str(config.get("base_model_name_or_path", "")).lower() and b"unsloth" not in said:
+        return []
+    return [
+        "packed experts trained with Unsloth: read in PEFT's order; if the result is gibberish, the adapter is from before "
+        "September 2026: give --expert-b-layout expert-major"
+    ]
+
+
+def read_adapter(directory: str | os.PathLike, expert_b_layout: str | None = None) -> Adapter:
+    """Read ``adapter_config.json`` and the weights beside it.
+
+    ``expert_b_layout`` (rank-major or expert-major) is how the B's of packed experts lie, where the adapter itself does
+    not say. Raises ``MalformedError``, ``UnsupportedError`` (a kind of adapter), ``NumericError`` (NaN, infinity),
+    ``FileError``.
+    """
+    directory = adapter_directory(directory)
+    config = adapter_config.read_config(directory)
+    adapter_config.check_supported(config)
+    path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
+    if path is None:
+        raise FileError(
+            f"{printable(directory)}: expected {WEIGHTS[0]} or {WEIGHTS[2]}, found neither: download it again"
+        )
+    tensors = {name: as_f32(name, array) for name, array in read_weights(path).items()}
+    check_all_finite(tensors, path.name)
+    found = updates_of(tensors, config, path.name, expert_b_layout)
+    label = printable(directory.resolve().name)
+    warnings = layout_doubt(directory, found.updates, config, expert_b_layout)
+    return Adapter(label, directory, config, found.updates, found.ignored, found.originals, warnings)
+
+
+def adapter_directory(path: str | os.PathLike) -> Path:
+    """The directory that holds ``adapter_config.json``: ``path``, or the folder of the file that it names."""
+    path = Path(path)
+    if path.is_file():
+        path = path.parent
+    if not path.is_dir():
+        raise FileError(f"{printable(path)}: no such directory: check the path")
+    if (path / adapter_config.NAME).is_file():
+        return path
+    inner = sorted(found.parent.name for found in path.glob(f"*/{adapter_config.NAME}"))
+    hint = f"use one of its folders: {printable(', '.join(inner))}" if inner else "it is no PEFT adapter"
+    raise FileError(f"{printable(path)}: expected {adapter_config.NAME}, found none: {hint}")
+
+
+def as_f32(name: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind != "f" and not name.endswith("ranknum"):
+        raise MalformedError(
+            f"{printable(name)}: expected floating-point numbers, found {array.dtype}: download it again"
+        )
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array, np.float32)
+
+
+def check_all_finite(tensors: dict[str, np.ndarray], label: str) -> None:
+    found = [place for name, array in tensors.items() if (place := check_finite(name, array, label))]
+    if found:
+        raise NumericError(
+            f"{found[0]}: expected finite numbers: the adapter is broken, train or download it again", found
+        )
+
+
+def updates_of(
+    tensors: dict[str, np.ndarray], config: dict, label: str, expert_b_layout: str | None = None
+) -> Contents:
+    """The updates in ``tensors``, and the tensors that are none with the reason. Raises with all offenders."""
+    found = sort_tensors(tensors, config)
+    for module in found.modules.values():
+        try:
+            found.updates += module_updates(module, found.modules, expert_b_layout)
+        except MalformedError as error:
+            found.strange.append(str(error))
+    if found.strange:
+        raise MalformedError(f"{label}: {found.strange[0]}", found.strange if len(found.strange) > 1 else ())
+    if not found.updates:
+        raise MalformedError(
+            f"{label}: expected the tensors of a {kind_of(config)} adapter, found none: it is no adapter"
+        )
+    return found
+
+
+@dataclass
+class Contents:
+    """A file's tensors sorted: ``modules`` with adapter factors, ``updates`` so far, ``originals`` (the base's own weights
+    by module path), ``ignored`` tensors with the reason, ``strange`` ones."""
+
+    modules: dict[str, Module] = field(default_factory=dict)
+    updates: list[LoraPair | Update] = field(default_factory=list)
+    originals: dict[str, np.ndarray] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    strange: list[str] = field(default_factory=list)
+
+
+def sort_tensors(tensors: dict[str, np.ndarray], config: dict) -> Contents:
+    kind_factors = (*KINDS[kind_of(config)][1], "trainable_tokens_delta")
+    pattern = re.compile(
+        rf"(?P<path>.+?)\.(?P<factor>{'|'.join(kind_factors)})(\.(?!(weight|bias)$)[^.]+)?(?P<bias>\.bias)?(\.weight)?"
+    )
+    shared = {name: array for key in SHARED for name, array in tensors.items() if name.split(".")[1:2] == [key]}
+    found = Contents(ignored=dict.fromkeys(shared, "shared by the modules that it is applied with"))
+    shared_factors = {name.split(".")[1]: array for name, array in shared.items()}
+    for name, array in tensors.items():
+        if match := pattern.fullmatch(name):
+            path = module_path(match["path"])
+            module = found.modules.setdefault(path, Module(path, {}, {}, config, shared_factors))
+            add_factor(module, match["factor"] + (match["bias"] or ""), name, array, found)
+        elif name not in shared:
+            add_whole(name, array, found, config)
+    return found
+
+
+def add_factor(module: Module, factor: str, name: str, array: np.ndarray, found: Contents) -> None:
+    if factor in module.factors:
+        found.strange.append(f"{name}: the same factor as {module.names[factor]}: save one adapter alone")
+    module.factors[factor], module.names[factor] = array, name
+
+
+def add_whole(name: str, array: np.ndarray, found: Contents, config: dict) -> None:
+    """Sort a tensor that is no factor: a copy of the base's, a tensor that was trained whole, or a strange one."""
+    match = WHOLE.fullmatch(name)
+    if ".base_layer.weight" in name or ".original_module." in name:
+        found.ignored[name] = "a copy of the base's own weight"
+        found.originals[re.sub(r"\.(base_layer|original_module)$", "", module_path(match["path"]))] = array
+    elif match and array.ndim in (1, 2):
+        update = whole(name, match, array)
+        same = next((u for u in found.updates if (u.name, u.part) == (update.name, update.part)), None)
+        if same is None:
+            found.updates.append(update)
+        elif np.array_equal(same.values, update.values):
+            found.ignored[name] = f"the same as {same.sources[0]}"
+        else:
+            found.strange.append(f"{name}: another weight than {same.sources[0]} for the same module: save it again")
+    else:
+        found.strange.append(f"{name}: no tensor of a {kind_of(config)} adapter is called so")
+
+
+def whole(name: str, match: re.Match, array: np.ndarray) -> Replaced:
+    """A tensor that was trained and saved whole."""
+    values = array.reshape(-1, array.shape[-1])
+    path = module_path(match["path"]).removesuffix(".base_layer")
+    return Replaced(name=path, shape=values.shape, sources=(name,), part=match["part"], values=values)
+
+
+def module_path(path: str) -> str:
+    """The path of a module in the base model: PEFT's wrapper and compilers' wrappers stripped."""
+    for wrapper in WRAPPERS:
+        path = path.replace(wrapper, "")
+    return path.removeprefix(PREFIX).replace(".token_adapter", "")
+
+
+def module_updates(module: Module, modules: Collection[str], expert_b_layout: str | None) -> list[LoraPair | Update]:
+    if "trainable_tokens_delta" in module.factors:
+        return trainable_tokens(module)
+    target = packed_parameter(module, modules)
+    if target:
+        return [packed_pair(module, target, expert_b_layout)]
+    return KINDS[kind_of(module.config)][0](module)
+
+
+def packed_parameter(module: Module, modules: Collection[str]) -> str | None:
+    """The path of the parameter that the module's factors adapt, where it is one of PEFT's ``target_parameters``.
+
+    Several parameters of one module are nested in the order of their registration, the last outermost, and each
+    ``base_layer`` of the path leads one inward.
+    """
+    path = re.sub(r"(\.base_layer)+$", "", module.path)
+    targets = [target.rpartition(".") for target in module.config.get("target_parameters", ())]
+    found = list({name for head, _, name in targets if f".{path}".endswith(f".{head or 'experts'}")})
+    found.sort(key=lambda name: PARAMETERS.index(name) if name in PARAMETERS else len(PARAMETERS))
+    if not found:
+        return None
+    present = sum(1 for depth in range(len(found)) if path + ".base_layer" * depth in modules)
+    depth = module.path.count(".base_layer", len(path))
+    if depth >= len(found) or present != len(found):
+        raise module.malformed(f"expected factors for {', '.join(found)} (target_parameters), found {present}")
+    return f"{path}.{found[-1 - depth]}"
+
+
+def packed_pair(module: Module, target: str, expert_b_layout: str | None) -> LoraPair:
+    """The pair of a parameter; of packed experts (E, r, x) and (E, y, r), which axis is in or out unknown as yet."""
+    b, a = module.matrices("lora_B", "lora_A")
+    config = module.config
+    rank = pattern_value(config.get("rank_pattern"), target, config.get("r", 0))
+    if not rank or len(a) % rank or b.shape[1] != len(a):
+        raise module.malformed(f"expected a multiple of rank {rank}, found lora_A {a.shape} and lora_B {b.shape}")
+    scale = scale_of(target, rank, config)
+    n = len(a) // rank
+    path = target.removesuffix(".weight")
+    if n == 1:
+        return LoraPair(path, a, b, scale, module.sources)
+    by_expert = (
+        b.reshape(len(b), n, rank)
+        if is_expert_major(target, config, expert_b_layout)
+        else b.reshape(len(b), rank, n).swapaxes(1, 2)
+    )
+    b = np.ascontiguousarray(by_expert.swapaxes(0, 1))
+    return LoraPair(path, a.reshape(n, rank, -1), b, scale, module.sources)
+
+
+def is_expert_major(target: str, config: dict, expert_b_layout: str | None) -> bool:
+    """Whether the columns of B lie expert by expert (Unsloth until September 2026), not rank by rank (PEFT)."""
+    fused = config.get("unsloth_fused_expert_lora", {}).get("parameters", {})
+    named = (
+        next((entry for name, entry in fused.items() if target.endswith(name)), {}) if isinstance(fused, dict) else {}
+    )
+    layout = named.get("lora_B_layout") if isinstance(named, dict) else None
+    layout = layout or config.get("lora_B_layout")
+    return layout == "grouped_by_expert" if layout else expert_b_layout == "expert-major"

@@ -1,0 +1,324 @@
+"""The kinds of adapter that PEFT saves: from the tensors of one module to its updates.
+
+One function a ``peft_type``, in ``KINDS``. Each takes a ``Module`` and returns the updates of its weight (and bias) in
+Hugging Face's layout, (out, in). Formulas are those of the papers that ``updates`` names, as PEFT merges them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_gguf.adapters.lora import LoraPair
+from lora_gguf.adapters.patterns import first_match
+from lora_gguf.adapters.updates import Added, Dora, Hadamard, Kronecker, Replaced, Rotated, Scaled, Update
+from lora_gguf.errors import MalformedError, UnsupportedError
+
+
+@dataclass
+class Module:
+    """The tensors of one module by factor (``lora_A``), what each is called in the file, and what all modules share."""
+
+    path: str
+    factors: dict[str, np.ndarray]
+    names: dict[str, str]
+    config: dict
+    shared: dict[str, np.ndarray]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensors of the weight's update; a bias is an update of its own."""
+        return tuple(name for factor, name in self.names.items() if not factor.endswith(".bias"))
+
+    def matrices(self, *wanted: str) -> list[np.ndarray]:
+        """The factors called ``wanted``, all of them matrices with no empty side."""
+        missing = [name for name in wanted if name not in self.factors]
+        if missing:
+            raise self.malformed(f"expected {' and '.join(wanted)}, found {', '.join(self.factors)}")
+        found = [self.factors[name] for name in wanted]
+        if any(array.ndim != 2 or 0 in array.shape for array in found):
+            raise self.malformed(f"expected matrices, found {', '.join(str(array.shape) for array in found)}")
+        return found
+
+    def product(self, left: str, right: str) -> tuple[np.ndarray, np.ndarray]:
+        """Two factors that multiply: ``left`` (m, r), ``right`` (r, n)."""
+        b, a = self.matrices(left, right)
+        if b.shape[1] != a.shape[0]:
+            raise self.malformed(f"{right} {a.shape} and {left} {b.shape} do not multiply")
+        return b, a
+
+    def malformed(self, what: str) -> MalformedError:
+        return MalformedError(f"{self.path}: {what}: save the adapter again")
+
+
+Found = list[LoraPair | Update]
+
+
+def pattern_value(pattern: dict | None, path: str, default):
+    """The value of the first key of ``pattern`` that matches ``path`` as in PEFT; else ``default``."""
+    key = first_match(pattern, path) if pattern else None
+    return default if key is None else pattern[key]
+
+
+def number(config: dict, field: str):
+    if field not in config:
+        raise MalformedError(f"adapter_config.json: {field}: expected a number, found nothing: correct the file")
+    return config[field]
+
+
+def scale_of(path: str, rank: int, config: dict, alpha_field: str = "lora_alpha") -> float:
+    """PEFT's scale of a module: alpha / r, or alpha / sqrt(r); ``rank`` is what the tensors have and must be r."""
+    expected = pattern_value(config.get("rank_pattern"), path, number(config, "r"))
+    if expected != rank:
+        raise MalformedError(
+            f"{path}: expected rank {expected} (adapter_config.json), found {rank}: the files are not of one adapter"
+        )
+    alpha = pattern_value(config.get("alpha_pattern"), path, number(config, alpha_field))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def lora(module: Module) -> Found:
+    """LoRA and rsLoRA, on linear layers and embeddings, with DoRA's magnitudes and a bias beside B."""
+    embedding = "lora_embedding_A" in module.factors or "lora_embedding_B" in module.factors
+    b, a = module.product(*(("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B", "lora_A")))
+    scale = scale_of(module.path, len(a), module.config)
+    if embedding:
+        a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
+    pair = LoraPair(module.path, a, b, scale, module.sources)
+    magnitude = module.factors.get("lora_magnitude_vector")
+    if bool(module.config.get("use_dora")) != (magnitude is not None):
+        raise module.malformed("use_dora of adapter_config.json and the magnitude vectors do not agree")
+    found: Found = [pair if magnitude is None else dora(module, pair, magnitude, embedding)]
+    bias = module.factors.get("lora_B.bias")
+    if bias is not None:
+        found.append(added_bias(module, bias * np.float32(scale), len(b)))
+    return found
+
+
+def dora(module: Module, pair: LoraPair, magnitude: np.ndarray, embedding: bool) -> Dora:
+    if embedding:
+        raise UnsupportedError(
+            f"{module.path}: DoRA on an embedding takes lengths over the vocabulary: merge it with PEFT"
+        )
+    if magnitude.size != pair.shape[0]:
+        raise module.malformed(f"expected {pair.shape[0]} magnitudes, found {magnitude.size}")
+    return Dora(name=module.path, shape=pair.shape, sources=module.sources, pair=pair, magnitude=magnitude.ravel())
+
+
+def added_bias(module: Module, values: np.ndarray, n: int) -> Added:
+    if values.size != n:
+        raise module.malformed(f"expected a bias of {n}, found {values.size}")
+    return Added(
+        name=module.path, shape=(1, n), sources=(module.names["lora_B.bias"],), part="bias", values=values.reshape(1, n)
+    )
+
+
+def adalora(module: Module) -> Found:
+    """AdaLoRA: B @ (A * E), by the number of ranks that are left."""
+    b, a = module.product("lora_B", "lora_A")
+    (e,) = module.matrices("lora_E")
+    ranknum = module.factors.get(
+        "ranknum", np.array(float(number(module.config, "init_r")) if "init_r" in module.config else 0.0)
+    )
+    if e.shape != (len(a), 1) or ranknum.size != 1 or ranknum <= 0:
+        raise module.malformed(f"expected lora_E of {(len(a), 1)}, found {e.shape}, and a ranknum or init_r")
+    alpha = number(module.config, "lora_alpha")
+    scale = (alpha if alpha > 0 else len(a)) / (float(ranknum.item()) + 1e-5)
+    return [LoraPair(module.path, a * e, b, scale, module.sources)]
+
+
+def vera(module: Module) -> Found:
+    """VeRA: shared random A and B, of which each module uses the first columns and rows, times its own two vectors."""
+    if not {"vera_A", "vera_B"} <= module.shared.keys():
+        raise UnsupportedError("vera_A and vera_B are not in the file: save the adapter with save_projection=True")
+    a, b = module.shared["vera_A"], module.shared["vera_B"]
+    d, out = (module.factors.get(name, np.zeros(0)).ravel() for name in ("vera_lambda_d", "vera_lambda_b"))
+    if a.ndim != 2 or b.ndim != 2 or not len(a) == b.shape[1] == len(d) or not 0 < len(out) <= len(b):
+        raise module.malformed(
+            f"vera_A {a.shape}, vera_B {b.shape} and vectors of {len(d)} and {len(out)} do not multiply"
+        )
+    return [LoraPair(module.path, a * d[:, None], b[: len(out)] * out[:, None], 1.0, module.sources, wide=True)]
+
+
+def loha(module: Module) -> Found:
+    """LoHa: the entrywise product of two low-rank matrices."""
+    if any(name.startswith("hada_t") for name in module.factors):
+        raise UnsupportedError(f"{module.path}: LoHa of a convolution: merge it with PEFT")
+    pairs = module.product("hada_w1_a", "hada_w1_b"), module.product("hada_w2_a", "hada_w2_b")
+    shape = (len(pairs[0][0]), pairs[0][1].shape[1])
+    if shape != (len(pairs[1][0]), pairs[1][1].shape[1]):
+        raise module.malformed("its two matrices differ in shape")
+    scale = scale_of(module.path, len(pairs[0][1]), module.config, "alpha")
+    place = dict(rows=np.arange(shape[0]), cols=np.arange(shape[1]))
+    return [Hadamard(name=module.path, shape=shape, sources=module.sources, scale=scale, pairs=pairs, **place)]
+
+
+def lokr(module: Module) -> Found:
+    """LoKr: the Kronecker product of two matrices, each whole or a product."""
+    if "lokr_t2" in module.factors:
+        raise UnsupportedError(f"{module.path}: LoKr of a convolution: merge it with PEFT")
+    left, right = (
+        module.matrices(whole)[0] if whole in module.factors else np.matmul(*module.product(f"{whole}_a", f"{whole}_b"))
+        for whole in ("lokr_w1", "lokr_w2")
+    )
+    shape = (len(left) * len(right), left.shape[1] * right.shape[1])
+    config = module.config
+    rank = pattern_value(config.get("rank_pattern"), module.path, number(config, "r"))
+    if not rank:
+        raise module.malformed("expected a rank r, found 0")
+    scale = pattern_value(config.get("alpha_pattern"), module.path, number(config, "alpha")) / rank
+    place = dict(rows=np.arange(shape[0]), cols=np.arange(shape[1]))
+    return [
+        Kronecker(name=module.path, shape=shape, sources=module.sources, scale=scale, left=left, right=right, **place)
+    ]
+
+
+def ia3(module: Module) -> Found:
+    """IA³: a factor a column (feed-forward modules) or a row, which the bias gets too."""
+    (factors,) = module.matrices("ia3_l")
+    if 1 not in factors.shape:
+        raise module.malformed(f"expected a vector ia3_l, found {factors.shape}")
+    n, values = factors.size, factors.ravel()
+    place = dict(name=module.path, sources=module.sources)
+    if len(factors) == 1 and n > 1:
+        return [Scaled(shape=(0, n), col_factors=values, **place)]
+    bias = Scaled(shape=(1, n), col_factors=values, part="bias", optional=True, **place)
+    return [Scaled(shape=(n, 0), row_factors=values, **place), bias]
+
+
+def cayley(skew: np.ndarray) -> np.ndarray:
+    """Rotations (I - S)(I + S)^-1 of skew-symmetric matrices (n, size, size), in f64."""
+    skew = skew.astype(np.float64)
+    eye = np.eye(skew.shape[-1])
+    return np.linalg.solve((eye + skew).swapaxes(-1, -2), (eye - skew).swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+def neumann(skew: np.ndarray, n_terms: int) -> np.ndarray:
+    """OFT's approximation of ``cayley``: I + 2S + 2S² + …, the last power once; PEFT's counts 3 and 4 both end with
+    S³."""
+    skew = skew.astype(np.float64)
+    total, power = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape).copy(), skew
+    last = n_terms - 1 if n_terms < 3 else max(3, n_terms - 1)
+    for i in range(1, last + 1):
+        total += power if i == last and n_terms > 2 else 2 * power
+        power = power @ skew
+    return total
+
+
+def oft(module: Module) -> Found:
+    """OFT: block-diagonal rotations of the input, from the upper triangles of skew-symmetric matrices."""
+    name = "oft_embedding_R" if "oft_embedding_R" in module.factors else "oft_R"
+    (triangles,) = module.matrices(name)
+    size = round((1 + math.sqrt(1 + 8 * triangles.shape[1])) / 2)
+    if size * (size - 1) // 2 != triangles.shape[1]:
+        raise module.malformed(f"expected rows of size * (size - 1) / 2, found {triangles.shape[1]}")
+    rows, cols = np.triu_indices(size, 1)
+    skew = np.zeros((len(triangles), size, size))
+    skew[:, rows, cols] = triangles
+    skew -= skew.swapaxes(1, 2)
+    config = module.config
+    if config.get("coft"):
+        limit = config.get("eps", 6e-5) / math.sqrt(len(skew))
+        length = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
+        skew = np.where(length <= limit, skew, skew * limit / np.maximum(length, 1e-300))
+    turns = (
+        neumann(skew, config.get("num_cayley_neumann_terms", 5))
+        if config.get("use_cayley_neumann", True)
+        else cayley(skew)
+    )
+    blocks = (turns if name == "oft_embedding_R" else turns.swapaxes(1, 2)).astype(np.float32)
+    n_cols = 0 if config.get("block_share") else len(blocks) * size
+    return [Rotated(name=module.path, shape=(0, n_cols), sources=module.sources, stages=[(None, blocks)])]
+
+
+def boft(module: Module) -> Found:
+    """BOFT: several block-diagonal rotations, each of the input in another order (a butterfly), then a factor a row."""
+    r, s = module.factors.get("boft_R"), module.factors.get("boft_s")
+    if r is None or s is None or r.ndim != 4 or r.shape[2] != r.shape[3] or 0 in r.shape:
+        raise module.malformed("expected boft_R with four axes and boft_s")
+    n_stages, n_blocks, size, _ = r.shape
+    turns = cayley((r - r.swapaxes(2, 3)) / 2).swapaxes(2, 3).astype(np.float32)
+    stages = [(butterfly(n_blocks * size, n_blocks >> i, size // 2, n_stages - 1), turns[i]) for i in range(n_stages)]
+    shape = (s.size, n_blocks * size)
+    return [Rotated(name=module.path, shape=shape, sources=module.sources, stages=stages, row_factors=s.ravel())]
+
+
+def butterfly(n: int, n_blocks: int, half: int, n_stages: int) -> np.ndarray | None:
+    """The order of ``n`` columns in one stage of BOFT: in each of ``n_blocks``, pieces of ``half``, even ones first."""
+    if n_stages == 0:
+        return None
+    pieces = np.arange(n).reshape(n_blocks, -1, half)
+    return np.argsort(np.concatenate([pieces[:, ::2], pieces[:, 1::2]], axis=1).ravel())
+
+
+def ln_tuning(module: Module) -> Found:
+    raise module.malformed("expected whole norms, found adapter factors")
+
+
+def trainable_tokens(module: Module) -> Found:
+    """Single rows of an embedding or head, trained whole; which ones the configuration says."""
+    (values,) = module.matrices("trainable_tokens_delta")
+    only = token_indices(module.path, module.config)
+    if only is None or len(only) != len(values):
+        raise module.malformed(f"expected the indices of {len(values)} tokens in adapter_config.json")
+    place = dict(name=module.path, sources=module.sources)
+    return [Replaced(shape=(0, values.shape[1]), values=values, only=np.array(only), **place)]
+
+
+def token_indices(path: str, config: dict) -> list[int] | None:
+    found = config.get("trainable_token_indices", config.get("token_indices"))
+    if isinstance(found, dict):
+        return next((indices for name, indices in found.items() if path == name or path.endswith(f".{name}")), None)
+    return found
+
+
+def mlx(module: Module) -> Found:
+    """mlx-lm's LoRA and DoRA: factors transposed, embeddings the other way round, experts stacked; a scale of its
+    own."""
+    a, b = (module.factors.get(name) for name in ("lora_a", "lora_b"))
+    if a is None or b is None or a.ndim != b.ndim or a.ndim not in (2, 3):
+        raise module.malformed(
+            f"expected lora_a and lora_b, both matrices or both stacked, found {', '.join(module.factors)}"
+        )
+    if a.ndim == 2 and a.shape[1] == b.shape[0]:
+        a, b = (b, a) if module.path.endswith("embed_tokens") else (a.T, b.T)
+    if a.shape[-2] != b.shape[-1] or 0 in a.shape or 0 in b.shape:
+        raise module.malformed(f"lora_a {a.shape} and lora_b {b.shape} do not multiply")
+    scale = mlx_scale(module.config, a.shape[-2])
+    path = module.path.replace(".switch_mlp.", ".experts.")
+    pair = LoraPair(path, np.ascontiguousarray(a), np.ascontiguousarray(b), scale, module.sources)
+    magnitude = module.factors.get("m")
+    return [pair if magnitude is None else dora(module, pair, magnitude, path.endswith("embed_tokens"))]
+
+
+def mlx_scale(config: dict, rank: int) -> float:
+    """``scale`` of mlx-lm's configuration; its versions until 2024 multiplied it by alpha / rank."""
+    parameters = config.get("lora_parameters", {})
+    scale, alpha = parameters.get("scale"), parameters.get("alpha")
+    if type(scale) not in (int, float) or not math.isfinite(scale):
+        raise MalformedError("adapter_config.json: lora_parameters.scale: expected a finite number: correct the file")
+    if alpha is None:
+        return float(scale)
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise MalformedError("adapter_config.json: lora_parameters.alpha: expected a finite number: correct the file")
+    return scale * alpha / rank
+
+
+# peft_type -> its function, and the names of its factors
+KINDS: dict[str, tuple[Callable[[Module], Found], tuple[str, ...]]] = {
+    "LORA": (lora, ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")),
+    "ADALORA": (adalora, ("lora_A", "lora_B", "lora_E", "ranknum")),
+    "VERA": (vera, ("vera_lambda_b", "vera_lambda_d")),
+    "LOHA": (loha, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")),
+    "LOKR": (lokr, ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")),
+    "IA3": (ia3, ("ia3_l",)),
+    "OFT": (oft, ("oft_R", "oft_embedding_R")),
+    "BOFT": (boft, ("boft_R", "boft_s")),
+    "LN_TUNING": (ln_tuning, ()),
+    "MLX": (mlx, ("lora_a", "lora_b", "m")),
+    "TRAINABLE_TOKENS": (trainable_tokens, ("trainable_tokens_delta",)),
+}
+SHARED = ("vera_A", "vera_B")

@@ -1,0 +1,57 @@
+"""Merge some tensors again as a file says that it was made, and compare bytes: the plainest proof, if it succeeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from lora_gguf.chunks import cut, update_of
+from lora_gguf.files.base import Base
+from lora_gguf.files.imatrix import Imatrix
+from lora_gguf.mapping.placement import Placement
+from lora_gguf.plan import Policy, TensorPlan, make_plan
+from lora_gguf.quants import QUANTS
+from lora_gguf.requantize import ROUNDINGS, recode
+
+N_TRIES = 5  # tensors, none of which come out the same, before the others are given up
+
+
+def recorded_policy(merged: Base, imatrix: Imatrix | None = None) -> Policy | None:
+    """The rounding and seed that a merge wrote into its file; None where another tool made it."""
+    rounding, seed = merged.get("lora_gguf.rounding"), merged.get("lora_gguf.seed")
+    if rounding not in ROUNDINGS or not isinstance(seed, int):
+        return None
+    return Policy(rounding, seed, imatrix=imatrix)
+
+
+def reproduced(
+    model: Base,
+    merged: Base,
+    placements: Sequence[tuple[Placement, float]],
+    names: Iterable[str],
+    imatrix: Imatrix | None = None,
+) -> set[str]:
+    """Those of the tensors ``names`` that a merge of ``placements`` into ``model`` gives byte for byte."""
+    names = set(names)
+    policy = recorded_policy(merged, imatrix) if names else None
+    if policy is None:
+        return set()
+    plan = make_plan(model, placements, policy)
+    return {
+        tensor.target.name for tensor in plan.merged if tensor.target.name in names and is_same(tensor, model, merged)
+    }
+
+
+def is_same(tensor: TensorPlan, model: Base, merged: Base) -> bool:
+    """Whether merging ``tensor`` again, into the type that it has in ``merged``, gives the same bytes."""
+    source, target = tensor.source, merged.tensors[tensor.target.name]
+    quant = QUANTS[target.type.name]
+    if quant.encode is None and source.type != target.type:
+        return False
+    recipe = replace(tensor.recipe, target=quant)
+    for chunk in cut([replace(tensor, recipe=recipe)]):
+        blocks = model.reader_of(source.name).read(source, chunk.first, chunk.n_rows)
+        blocks, _ = recode(recipe, blocks, update_of(chunk, blocks), chunk.first, chunk.matrix)
+        if (blocks != merged.reader_of(target.name).read(target, chunk.first, chunk.n_rows)).any():
+            return False
+    return True

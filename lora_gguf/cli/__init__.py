@@ -1,0 +1,110 @@
+"""The command line: parse, call, print. ``main`` is the only place that catches."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from lora_gguf import __version__
+from lora_gguf.cli.convert import convert
+from lora_gguf.cli.extract import extract
+from lora_gguf.cli.fetch import fetch
+from lora_gguf.cli.merge import merge
+from lora_gguf.cli.terms import say
+from lora_gguf.cli.verify import verify
+from lora_gguf.errors import LoraGgufError, printable
+from lora_gguf.files.output import remove_live
+
+_ClickUsageError = typer.BadParameter.__base__  # typer brings its own click
+
+app = typer.Typer(
+    name="lora-gguf",
+    help="Convert LoRA adapters to GGUF, and merge them into quantized GGUF models without losing the fine-tune.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=True,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lora-gguf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error; also LORA_GGUF_DEBUG=1.")] = False,
+) -> None:
+    if debug:
+        os.environ["LORA_GGUF_DEBUG"] = "1"
+
+
+for command in (fetch, convert, merge, verify, extract):
+    app.command()(command)
+
+
+class _Terminated(BaseException):
+    """SIGINT, SIGTERM or SIGHUP arrived; ``args[0]`` is its number."""
+
+
+def _terminate(number: int, _frame) -> None:
+    raise _Terminated(number)
+
+
+def main() -> None:
+    """The console script: run the command line, turn every refusal into one line on stderr and its exit code."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _terminate)
+    try:
+        code = _run()
+    finally:
+        remove_live()
+    sys.exit(code)
+
+
+def _run(arguments: list[str] | None = None) -> int:
+    try:
+        return app(args=arguments or sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+    except LoraGgufError as error:
+        _trace()
+        _complain(str(error))
+        for detail in error.details:
+            say(f"  {printable(detail)}")
+        return error.exit_code
+    except _ClickUsageError as error:
+        command = error.ctx.command_path if error.ctx else "lora-gguf"
+        _complain(f"{error.format_message()} See '{command} --help'.")
+        return 2
+    except typer.Exit as error:
+        return error.exit_code
+    except _Terminated as error:
+        _complain(f"{signal.Signals(error.args[0]).name}: stopped, nothing was written")
+        return 128 + error.args[0]
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except MemoryError:
+        _complain("out of memory: lower --threads")
+        return 7
+    except Exception as error:
+        _trace()
+        _complain(f"internal error: {type(error).__name__}: {error}: please report it with --debug's traceback")
+        return 1
+
+
+def _trace() -> None:
+    if os.environ.get("LORA_GGUF_DEBUG"):
+        traceback.print_exc()
+
+
+def _complain(line: str) -> None:
+    say(f"lora-gguf: error: {printable(line, 600)}")

@@ -1,0 +1,57 @@
+"""The ``convert`` command."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lora_gguf.cli.terms import ExpertLayout, OutType, say, warn
+from lora_gguf.errors import printable
+
+
+def convert(
+    adapter: Annotated[str, typer.Argument(help="A PEFT adapter's folder or Hub id.")],
+    base: Annotated[Optional[Path], typer.Option("--base", help="The base model's GGUF: the best source of names and shapes.")] = None,
+    base_config: Annotated[Optional[Path], typer.Option(help="Without a GGUF: the folder with the base's config.json.")] = None,
+    output: Annotated[Optional[Path], typer.Option("-o", "--outfile", help="Default: ADAPTER.gguf in this folder.")] = None,
+    outtype: Annotated[OutType, typer.Option(help="The type of the tensors; f32 is exact.")] = OutType.f32,
+    rank: Annotated[Optional[int], typer.Option(min=1, help="Approximate DoRA, OFT and the like at this rank.")] = None,
+    allow_unused: Annotated[
+        Optional[str], typer.Option(metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches.")
+    ] = None,
+    expert_b_layout: Annotated[
+        Optional[ExpertLayout], typer.Option(help="How lora_B of fused experts is laid out, where the adapter doesn't say.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what became of each adapter tensor as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Turn a PEFT adapter into a GGUF adapter for llama.cpp's --lora.
+
+    lora-gguf convert user/my-adapter --base model-Q4_K_M.gguf -o my-adapter.gguf
+    """
+    from lora_gguf.adapters.sources import adapter_name
+    from lora_gguf.commands.convert import convert as convert_adapter
+    from lora_gguf.commands.fetch import fetch as fetch_adapter
+
+    out = output or Path(f"{adapter_name(adapter)}.gguf")
+    placement = convert_adapter(
+        fetch_adapter(adapter),
+        out,
+        base,
+        base_config,
+        outtype.value,
+        force=force,
+        allow_unused=allow_unused,
+        expert_b_layout=expert_b_layout and expert_b_layout.value,
+        rank=rank,
+    )
+    warn(placement.warnings)
+    if as_json:
+        print(json.dumps([vars(account) for account in placement.accounts], indent=1))
+    if not quiet:
+        say(f"wrote {printable(out)} ({os.path.getsize(out) / 1e6:.1f} MB): {placement}")

@@ -1,0 +1,37 @@
+"""The ``extract`` command."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_gguf.cli.terms import OutType, say
+from lora_gguf.errors import printable
+from lora_gguf.progress import bar
+
+
+def extract(
+    base: Annotated[Path, typer.Argument(metavar="BASE.gguf", help="The model before.")],
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED.gguf", help="The model after, of the same architecture.")],
+    output: Annotated[Path, typer.Option("-o", "--outfile", help="The adapter to write.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of each tensor's update.")] = 32,
+    outtype: Annotated[OutType, typer.Option(help="The type of the tensors.")] = OutType.f16,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the energy kept of each tensor as JSON.")] = False,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")] = True,
+) -> None:
+    """Make the adapter that turns one GGUF into another, as nearly as its rank can (truncated SVD).
+
+    lora-gguf extract base.gguf tuned.gguf --rank 32 -o adapter.gguf
+    """
+    from lora_gguf import tables
+    from lora_gguf.commands.extract import extract as extract_adapter
+
+    with bar("extracting", progress) as advance:
+        found = extract_adapter(base, tuned, output, rank, outtype.value, force=force, progress=advance)
+    print(json.dumps(found.as_dict(), indent=1) if as_json else tables.extraction_table(found))
+    say(f"wrote {printable(output)} ({os.path.getsize(output) / 1e6:.1f} MB)")

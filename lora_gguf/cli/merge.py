@@ -1,0 +1,97 @@
+"""The ``merge`` command."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lora_gguf.cli.terms import Rounding, Tied, n_bytes, say, warn, with_scale
+from lora_gguf.errors import UsageError, printable
+from lora_gguf.progress import bar
+
+
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE.gguf", help="The model; of a split one any shard.")],
+    adapter: Annotated[Optional[str], typer.Argument(help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")] = None,
+    lora: Annotated[
+        Optional[list[str]], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="One more adapter; repeat.")
+    ] = None,
+    output: Annotated[
+        Optional[Path], typer.Option("-o", "--outfile", "--output", help="Default: BASE-ADAPTER.gguf in this folder.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Multiplies the adapter's own scale.")] = 1.0,
+    rounding: Annotated[Rounding, typer.Option(help="How weights get back on a grid.")] = Rounding.auto,
+    seed: Annotated[int, typer.Option(min=0, help="Of the dither; the same seed gives the same bytes.")] = 0,
+    type: Annotated[Optional[str], typer.Option(help="The type of the adapted tensors, such as Q8_0; default: the base's.")] = None,
+    quantize: Annotated[
+        Optional[str], typer.Option(metavar="MIX", help="Quantize an F16, BF16 or F32 base on the way, as llama-quantize: Q4_K_M.")
+    ] = None,
+    imatrix: Annotated[Optional[Path], typer.Option(help="llama.cpp's importance matrix, for new grids.")] = None,
+    tied: Annotated[Tied, typer.Option(help="An adapted head that the base shares with its embedding.")] = Tied.separate,
+    allow_unused: Annotated[
+        Optional[str], typer.Option(metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches.")
+    ] = None,
+    keep_split: Annotated[bool, typer.Option("--keep-split", help="Write the base's shards; default: one file.")] = False,
+    split_max_size: Annotated[Optional[str], typer.Option(metavar="N(M|G)", help="Write shards of at most this size.")] = None,
+    shard: Annotated[Optional[str], typer.Option(metavar="N/COUNT", help="Write only this shard, for parallel jobs.")] = None,
+    max_growth: Annotated[str, typer.Option(metavar="N%", help="Promote the tensors that gain most to Q8_0, up to this growth.")] = "0%",
+    min_retention: Annotated[float, typer.Option(help="Fail, and write nothing, where less of the adapter is kept.")] = 0.0,
+    threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the report and errors only.")] = False,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")] = True,
+) -> None:
+    """Add adapters to a quantized model and write one standalone GGUF.
+
+    lora-gguf merge model-Q4_K_M.gguf user/my-adapter -o merged.gguf
+    """
+    from lora_gguf.adapters.sources import adapter_name
+    from lora_gguf.commands.fetch import fetch as fetch_adapter
+    from lora_gguf.files.base import split_name
+    from lora_gguf.files.output import check_target
+
+    named = ([(adapter, scale)] if adapter else []) + [with_scale(text) for text in lora or []]
+    if not named:
+        raise UsageError("no adapter: name one, or several with --lora")
+    split = split_name(base)
+    stem = Path(split[0]).name if split else base.stem
+    out = output or Path(f"{stem}-{'-'.join(adapter_name(name) for name, _ in named)}.gguf")
+    if not dry_run and not (keep_split or split_max_size or shard):
+        check_target(out, force=force, inputs=[base])
+    adapters = [(fetch_adapter(name), factor) for name, factor in named]
+    from lora_gguf import tables
+    from lora_gguf.commands.merge import merge as merge_adapters
+    from lora_gguf.files.imatrix import read_imatrix
+    from lora_gguf.growth import parse_growth
+    from lora_gguf.plan import Policy
+
+    measured = read_imatrix(imatrix) if imatrix else None
+    policy = Policy(rounding.value, seed, type and type.upper(), quantize and quantize.upper(), measured)
+    with bar("merging", progress and not quiet) as advance:
+        report = merge_adapters(
+            base,
+            adapters,
+            None if dry_run else out,
+            policy,
+            tied=tied.value,
+            allow_unused=allow_unused,
+            max_growth=parse_growth(max_growth),
+            min_retention=min_retention,
+            max_bytes=n_bytes(split_max_size) if split_max_size else None,
+            shards=keep_split,
+            shard=shard,
+            threads=threads,
+            force=force,
+            progress=advance,
+        )
+    warn(report.plan.warnings)
+    print(json.dumps(tables.as_dict(report), indent=1) if as_json else tables.retention_table(report))
+    if not quiet:
+        for path in report.written:
+            say(f"wrote {printable(path)} ({os.path.getsize(path) / 1e6:.0f} MB)")

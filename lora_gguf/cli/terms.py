@@ -1,0 +1,59 @@
+"""What the commands' options share: their words, their numbers, and how the program talks."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+
+from lora_gguf.errors import UsageError, printable
+
+
+class Rounding(str, Enum):
+    auto = "auto"
+    dither = "dither"
+    nearest = "nearest"
+    fresh = "fresh"
+
+
+class Tied(str, Enum):
+    separate = "separate"
+    shared = "shared"
+    refuse = "refuse"
+
+
+class ExpertLayout(str, Enum):
+    rank_major = "rank-major"
+    expert_major = "expert-major"
+
+
+class OutType(str, Enum):
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+
+
+def with_scale(text: str) -> tuple[str, float]:
+    """ADAPTER[:SCALE], as llama.cpp's --lora-scaled takes it."""
+    name, _, number = text.rpartition(":")
+    try:
+        return (name, float(number)) if name else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def n_bytes(size: str) -> int:
+    """500M or 2G in bytes."""
+    number, unit = size[:-1], {"M": 10**6, "G": 10**9}.get(size[-1:].upper())
+    if not unit or not number.isdigit() or int(number) == 0:
+        raise UsageError(f"--split-max-size {size}: expected a number of megabytes or gigabytes, such as 500M or 2G")
+    return int(number) * unit
+
+
+def warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        say(f"lora-gguf: warning: {printable(warning, 600)}")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,0 +1,46 @@
+"""The ``verify`` command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lora_gguf.cli.terms import say, with_scale
+from lora_gguf.errors import printable
+from lora_gguf.progress import bar
+
+
+def verify(
+    merged: Annotated[Path, typer.Argument(metavar="MERGED.gguf", help="The file to judge; of a split one any shard.")],
+    base: Annotated[Path, typer.Option("--base", metavar="BASE.gguf", help="The model that it was made of.")],
+    lora: Annotated[
+        list[str], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="An adapter that should be in it; repeat.")
+    ],
+    imatrix: Annotated[Optional[Path], typer.Option(help="The importance matrix that the merge used, if it did.")] = None,
+    threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")] = True,
+) -> None:
+    """Check that a merged file holds its base plus the adapters, within rounding; exit code 5 if not, with the cause.
+
+    lora-gguf verify merged.gguf --base model-Q4_K_M.gguf --lora user/my-adapter
+    """
+    from lora_gguf.commands.fetch import fetch as fetch_adapter
+
+    adapters = [(fetch_adapter(name), factor) for name, factor in map(with_scale, lora)]
+    from lora_gguf import tables
+    from lora_gguf.checks.findings import as_error
+    from lora_gguf.commands.verify import verify as verify_merge
+    from lora_gguf.files.imatrix import read_imatrix
+
+    with bar("verifying", progress) as advance:
+        measured = read_imatrix(imatrix) if imatrix else None
+        report = verify_merge(merged, base, adapters, imatrix=measured, threads=threads, progress=advance)
+    print(json.dumps(report.as_dict(), indent=1) if as_json else tables.verify_table(report))
+    for note in report.notes:
+        say(f"lora-gguf: note: {printable(note, 600)}")
+    if not report.ok:
+        raise as_error(report.label, report.findings)

@@ -1,0 +1,114 @@
+"""Path 1: an adapter directory becomes an adapter GGUF that llama.cpp loads with --lora."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+
+from lora_gguf.adapters.adapter import Adapter, read_adapter
+from lora_gguf.adapters.adapter_config import read_json
+from lora_gguf.adapters.lora import OUT_TYPES, LoraPair, decode, write_adapter_gguf
+from lora_gguf.adapters.updates import Update
+from lora_gguf.errors import UnsupportedError, UsageError
+from lora_gguf.factoring import factor
+from lora_gguf.files.base import Base
+from lora_gguf.mapping import hparams
+from lora_gguf.mapping.placement import Placement, gguf_pairs
+
+
+def convert(
+    directory: str | os.PathLike,
+    out: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    base_config: str | os.PathLike | None = None,
+    outtype: str = "f32",
+    *,
+    force: bool = False,
+    allow_unused: str | None = None,
+    expert_b_layout: str | None = None,
+    rank: int | None = None,
+) -> Placement:
+    """Write the PEFT adapter in ``directory`` as a GGUF to ``out`` and return the account of its tensors.
+
+    The layout follows the header of ``base``, a GGUF, and ``base_config``, a ``config.json`` or the folder that holds
+    it, where the GGUF does not say or is not given. ``outtype`` is one of ``OUT_TYPES``; F32, the default, is exact.
+    What isn't low rank (DoRA, OFT, …) is refused, or with ``rank`` approximated at that rank against ``base``.
+    """
+    if outtype not in OUT_TYPES:
+        raise UsageError(f"--outtype {outtype}: expected one of {', '.join(OUT_TYPES)}")
+    adapter = read_adapter(directory, expert_b_layout)
+    with Base(base) if base is not None else nullcontext() as opened:
+        model = base_model(opened, base_config)
+        placement = gguf_pairs(adapter, model, updates=True, allow_unused=allow_unused)
+        to_pairs(placement, adapter, opened, rank)
+        inputs = [adapter.directory, *(opened.paths if opened else [])]
+    write_adapter_gguf(out, placement.pairs, model.architecture, outtype, metadata(adapter), force=force, inputs=inputs)
+    return placement
+
+
+def to_pairs(placement: Placement, adapter: Adapter, base: Base | None, rank: int | None) -> None:
+    """Turn the updates of ``placement`` into pairs: those that are low rank after all exactly, others at ``rank``.
+
+    Raises ``UnsupportedError`` that lists what an adapter GGUF cannot hold.
+    """
+    pairs = {id(update): pair for update in placement.updates if (pair := update.as_pair())}
+    exact = {key: pair for key, pair in pairs.items() if base is None or base.tensors[pair.name].shape == pair.shape}
+    others = [update for update in placement.updates if id(update) not in exact]
+    vectors = [update for update in others if update.part == "bias" or "norm" in update.name]
+    refused = vectors if rank else others
+    if refused:
+        hint = "vectors have no low-rank form" if vectors else "approximate it with --rank N and --base"
+        raise UnsupportedError(
+            f"{adapter.label}: {refused[0].name}: {refused[0].kind}: an adapter GGUF is low rank: {hint}, "
+            "or merge it into the base",
+            [f"{update.name}: {update.kind}" for update in refused],
+        )
+    placement.pairs += exact.values()
+    placement.updates = []
+    for name in dict.fromkeys(update.name for update in others):
+        approximate(name, [update for update in others if update.name == name], placement, base, rank)
+
+
+def approximate(name: str, updates: list[Update], placement: Placement, base: Base, rank: int) -> None:
+    """Replace all that changes tensor ``name`` by one pair of ``rank``; note its relative error."""
+    info = base.tensors[name]
+    weights = decode(base.reader_of(name), info).reshape(-1, info.n_cols)
+    delta = sum(update.change(0, weights) for update in updates)
+    own = [pair for pair in placement.pairs if pair.name == name]
+    delta = (delta + sum(pair.delta().reshape(delta.shape) for pair in own)).reshape(-1, *info.shape[-2:])
+    found = [factor(matrix, rank) for matrix in delta]
+    a, b = (np.stack([getattr(part, key) for part in found]) for key in ("a", "b"))
+    sources = tuple(dict.fromkeys(source for update in (*own, *updates) for source in update.sources))
+    pair = LoraPair(name, *((a, b) if len(info.shape) == 3 else (a[0], b[0])), 1.0, sources)
+    placement.pairs = [other for other in placement.pairs if other.name != name] + [pair]
+    kept, energy = sum(part.kept for part in found), sum(part.energy for part in found)
+    placement.approximations[name] = max(0.0, 1.0 - kept / energy) ** 0.5 if energy else 0.0
+
+
+def base_model(base: Base | None, base_config: str | os.PathLike | None) -> hparams.Hparams:
+    """The base's dimensions, from its GGUF and its ``config.json``."""
+    config = None
+    if base_config is not None:
+        path = Path(base_config)
+        config = read_json(path / "config.json" if path.is_dir() else path)
+    if base is not None:
+        return hparams.from_base(base, config)
+    if config is None:
+        raise UsageError("the layout depends on the base: give --base BASE.gguf or --base-config DIR")
+    return hparams.from_config(config)
+
+
+def metadata(adapter: Adapter) -> list[tuple[str, object, str]]:
+    """Further keys of the file: what it is called and what it was trained on."""
+    found: list[tuple[str, object, str]] = [("general.name", adapter.label, "str")]
+    if adapter.invocation_tokens:
+        found.append(("adapter.alora.invocation_tokens", adapter.invocation_tokens, "u32"))
+    if adapter.base_model:
+        found += [
+            ("general.base_model.count", 1, "u32"),
+            ("general.base_model.0.name", adapter.base_model.rpartition("/")[2], "str"),
+        ]
+    return found

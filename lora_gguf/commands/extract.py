@@ -1,0 +1,168 @@
+"""The LoRA between two GGUFs: what fine-tuning added to a model, as an adapter of a given rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lora_gguf.adapters.lora import EMBEDDING, OUT_TYPES, LoraPair, decode, write_adapter_gguf
+from lora_gguf.errors import MismatchError, NumericError, UsageError, printable
+from lora_gguf.factoring import factor
+from lora_gguf.files.base import Base
+from lora_gguf.files.gguf_reader import TensorInfo
+from lora_gguf.quants import QUANTS
+
+Progress = Callable[[int, int, str], None]
+CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """One tensor that differs: its ``shape``, the norm of the difference over that of the base, and the share of its
+    energy kept."""
+
+    name: str
+    shape: tuple[int, ...]
+    relative_size: float
+    kept: float
+
+
+@dataclass
+class Extraction:
+    """``tensors`` that became pairs, and ``left_out``: tensors that differ but have no place in an adapter, with the
+    reason."""
+
+    architecture: str
+    rank: int
+    n_same: int = 0
+    tensors: list[Extracted] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict:
+        """The report as plain data for JSON."""
+        tensors = [
+            {"name": t.name, "shape": list(t.shape), "relative_size": t.relative_size, "kept": t.kept}
+            for t in self.tensors
+        ]
+        return {
+            "architecture": self.architecture,
+            "rank": self.rank,
+            "n_same": self.n_same,
+            "tensors": tensors,
+            "left_out": self.left_out,
+        }
+
+
+def extract(
+    base: str | os.PathLike,
+    tuned: str | os.PathLike,
+    out: str | os.PathLike,
+    rank: int = 32,
+    outtype: str = "f16",
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Extraction:
+    """Write to ``out`` the adapter of ``rank`` that turns ``base`` into ``tuned`` as nearly as that rank can.
+
+    Both are GGUFs of one architecture, of any types: each difference is taken between dequantized weights, so what the
+    quantization of either adds is in it. One tensor is in memory at a time. Raises ``MismatchError`` where the two are
+    not of one model, ``NumericError`` for NaN and infinity.
+    """
+    if rank < 1 or outtype not in OUT_TYPES:
+        raise UsageError(f"expected a rank from 1 and a type of {', '.join(OUT_TYPES)}, found {rank} and {outtype}")
+    with Base(base) as before, Base(tuned) as after:
+        check_alike(before, after)
+        found = Extraction(before.architecture, rank)
+        pairs = [pair for name in before.tensors if (pair := extract_tensor(name, before, after, found, progress))]
+        inputs = [*before.paths, *after.paths]
+        label = after.label
+    if not pairs:
+        raise MismatchError(f"{label}: nothing differs from {printable(Path(base).name)} that an adapter could hold")
+    metadata = [("general.name", Path(out).stem, "str"), ("general.base_model.count", 1, "u32")]
+    metadata.append(("general.base_model.0.name", printable(Path(base).stem, 100), "str"))
+    write_adapter_gguf(out, pairs, found.architecture, outtype, metadata, force=force, inputs=inputs)
+    return found
+
+
+def check_alike(before: Base, after: Base) -> None:
+    """Raise ``MismatchError`` unless the two have the same architecture and tensors of the same shapes."""
+    if before.architecture != after.architecture:
+        raise MismatchError(
+            f"{after.label}: expected a {printable(before.architecture, 40)} model as {before.label} is, found "
+            f"{printable(after.architecture, 40)}: give two files of one model"
+        )
+    shapes = [{name: info.shape for name, info in model.tensors.items()} for model in (before, after)]
+    differing = [name for name in shapes[0].keys() & shapes[1].keys() if shapes[0][name] != shapes[1][name]]
+    missing = [name for name in shapes[0] if name not in shapes[1]]
+    strange = [
+        f"{name}: expected {shapes[0][name]}, found {shapes[1].get(name, 'nothing')}"
+        for name in sorted(differing + missing)
+    ]
+    if strange:
+        raise MismatchError(
+            f"{after.label}: {strange[0]}: give two files of one model", strange if len(strange) > 1 else ()
+        )
+
+
+def extract_tensor(
+    name: str, before: Base, after: Base, found: Extraction, progress: Progress | None
+) -> LoraPair | None:
+    """The pair of one tensor; None where there is no difference, or none that has a place in an adapter."""
+    info = before.tensors[name]
+    if progress:
+        progress(info.n_bytes, before.n_bytes, name)
+    if is_same(name, before, after):
+        found.n_same += 1
+        return None
+    why = why_left_out(info, before)
+    if why:
+        found.left_out[name] = why
+        return None
+    old = decode(before.reader_of(name), info)
+    delta = decode(after.reader_of(name), after.tensors[name])
+    size = float(np.linalg.norm(old))
+    np.subtract(delta, old, out=delta)
+    del old
+    if not np.isfinite(delta).all():
+        raise NumericError(f"{after.label}: {name}: NaN or infinity in one of the two files: download it again")
+    return pair_of(name, delta, size, found)
+
+
+def pair_of(name: str, delta: np.ndarray, size: float, found: Extraction) -> LoraPair | None:
+    parts = [factor(matrix, found.rank) for matrix in delta.reshape(-1, *delta.shape[-2:])]
+    energy, kept = sum(part.energy for part in parts), sum(part.kept for part in parts)
+    if energy == 0:
+        found.n_same += 1
+        return None
+    found.tensors.append(Extracted(name, delta.shape, energy**0.5 / size if size else float("inf"), kept / energy))
+    a, b = (np.stack([getattr(part, key) for part in parts]) for key in ("a", "b"))
+    return LoraPair(name, a, b, 1.0) if delta.ndim == 3 else LoraPair(name, a[0], b[0], 1.0)
+
+
+def is_same(name: str, before: Base, after: Base) -> bool:
+    """Whether the tensor has the same type and bytes in both files."""
+    info, other = before.tensors[name], after.tensors[name]
+    if info.type != other.type:
+        return False
+    n_rows = max(1, CHUNK_BYTES // max(1, info.row_bytes))
+    for first in range(0, info.n_rows, n_rows):
+        n = min(n_rows, info.n_rows - first)
+        if not np.array_equal(before.reader_of(name).read(info, first, n), after.reader_of(name).read(other, first, n)):
+            return False
+    return True
+
+
+def why_left_out(info: TensorInfo, base: Base) -> str | None:
+    """The reason why a tensor's difference has no place in an adapter, or None."""
+    if not info.name.endswith(".weight") or len(info.shape) not in (2, 3) or "norm" in info.name:
+        return "llama.cpp applies adapters to weight matrices only"
+    if info.type.name not in QUANTS:
+        return f"its type {info.type} cannot be read"
+    if info.name == EMBEDDING and "output.weight" not in base.tensors:
+        return "embedding and head are one tensor (tied), on which llama.cpp cannot apply an adapter"
+    return None

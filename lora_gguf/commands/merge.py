@@ -1,0 +1,153 @@
+"""Path 2: a base GGUF and an adapter become one standalone GGUF."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_gguf import __version__
+from lora_gguf.adapters.sources import adapter_name, placement_of
+from lora_gguf.chunks import Chunk, carry_out, cut, in_threads
+from lora_gguf.errors import NumericError
+from lora_gguf.files.base import SPLIT_KEYS, Base
+from lora_gguf.files.gguf_writer import GgufWriter, key_value, raw_key_values
+from lora_gguf.growth import promote
+from lora_gguf.layout import OutputPart, one_shard, output_parts
+from lora_gguf.mapping.placement import Account
+from lora_gguf.plan import Plan, Policy, make_plan
+from lora_gguf.retention import Retention, kind_of, total
+
+Progress = Callable[[int, int, str], None]
+WARN_BELOW = 0.8
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
+
+
+@dataclass
+class MergeReport:
+    """What a merge did: its plan, the account of each adapter's tensors, and per merged tensor what was kept."""
+
+    plan: Plan
+    accounts: list[Account]
+    retention: dict[str, Retention] = field(default_factory=dict)
+    written: list[Path] = field(default_factory=list)
+
+    @property
+    def whole(self) -> Retention:
+        return total(self.retention.values())
+
+    def by_kind(self) -> dict[tuple[str, str, str], list[Retention]]:
+        """The merged tensors' retention by (kind, type before, type after), in the file's order of first appearance."""
+        groups: dict[tuple[str, str, str], list[Retention]] = {}
+        for tensor in self.plan.merged:
+            key = (kind_of(tensor.target.name), tensor.source.type.name, tensor.target.type.name)
+            groups.setdefault(key, []).append(self.retention.get(tensor.target.name, Retention()))
+        return groups
+
+
+def merge(
+    base: str | os.PathLike,
+    adapters: Sequence[tuple[str | os.PathLike, float]],
+    out: str | os.PathLike | None,
+    policy: Policy = Policy(),
+    *,
+    tied: str = "separate",
+    allow_unused: str | None = None,
+    max_growth: float = 0.0,
+    min_retention: float = 0.0,
+    max_bytes: int | None = None,
+    shards: bool = False,
+    shard: str | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Add the updates of ``adapters`` to ``base`` and write the result to ``out``.
+
+    Each adapter is a PEFT directory or an adapter GGUF with the factor that multiplies its own scale; their updates are
+    summed in f32 and rounded once, as ``policy`` says. ``out`` None only plans. ``tied`` and ``allow_unused`` are those of
+    ``placement.gguf_pairs``, ``max_growth`` that of ``growth``, ``max_bytes``, ``shards`` and ``shard`` those of ``layout``. ``progress`` is called with (bytes
+    of the base done since the last call, bytes in all, tensor name).
+    Raises the subclasses of ``LoraGgufError``, before the first byte is written wherever that is possible;
+    ``NumericError`` where less than ``min_retention`` of the update is kept. Then ``out`` stays what it was.
+    """
+    with Base(base) as model:
+        placements = [(placement_of(path, model, tied, allow_unused), scale) for path, scale in adapters]
+        plan = make_plan(model, placements, policy)
+        promote(plan, model, max_growth)
+        report = MergeReport(plan, [account for placement, _ in placements for account in placement.accounts])
+        if out is None:
+            return report
+        metadata = merged_key_values(model, plan, adapters, policy)
+        parts = output_parts(out, model, plan, max_bytes=max_bytes, shards=shards or shard is not None)
+        inputs = [*model.paths, *(path for path, _ in adapters)]
+        with ExitStack() as opened:
+            writers = []
+            for part in one_shard(parts, shard) if shard else parts:
+                targets, key_values = [tensor.target for tensor in part.tensors], part.key_values(metadata, len(plan.tensors))
+                writer = GgufWriter(part.path, key_values, targets, alignment=model.alignment, force=force, inputs=inputs)
+                writers.append(opened.enter_context(writer))
+                write_part(part, model, writer, report, threads, progress)
+            check_retention(report, policy, min_retention)
+            model.check_unchanged()
+            for writer in writers:
+                writer.commit()
+                report.written.append(writer.output.path)
+    return report
+
+
+def write_part(
+    part: OutputPart, model: Base, writer: GgufWriter, report: MergeReport, threads: int | None, progress: Progress | None
+) -> None:
+    """Carry out all chunks of one output file, and note what was kept."""
+
+    def work(chunk: Chunk):
+        return carry_out(chunk, model.reader_of(chunk.tensor.source.name), writer)
+
+    for chunk, outcome in in_threads(work, cut(part.tensors), threads):
+        name = chunk.tensor.target.name
+        if outcome and chunk.tensor.changes:
+            report.retention.setdefault(name, Retention()).add(*outcome)
+        if progress:
+            progress(chunk.n_bytes, model.n_bytes, name)
+
+
+def merged_key_values(
+    model: Base, plan: Plan, adapters: Sequence[tuple[str | os.PathLike, float]], policy: Policy
+) -> list[bytes]:
+    """The base's key/value pairs as they are but for ``general.file_type``, then how this file was made."""
+    ours = {
+        "version": (__version__, "str"),
+        "adapter.names": ([adapter_name(path) for path, _ in adapters], "str"),
+        "adapter.scales": ([float(scale) for _, scale in adapters], "f32"),
+        "rounding": (policy.rounding, "str"),
+        "seed": (policy.seed, "u64"),
+    }
+    if any(tensor.target.type != tensor.source.type for tensor in plan.tensors):
+        file_type = key_value("general.file_type", plan.file_type(model.get("general.file_type")), "u32")
+        version = key_value("general.quantization_version", QUANTIZATION_VERSION, "u32")
+        changed = {"general.file_type": file_type, "general.quantization_version": version}
+    else:
+        changed = {}
+    kept = [key for key in model.kv if not key.startswith("lora_gguf.") and key not in SPLIT_KEYS]
+    raw = raw_key_values(model.readers[0], set(model.kv) - set(kept))
+    base_pairs = [changed.pop(key, pair) for key, pair in zip(kept, raw)]
+    return base_pairs + list(changed.values()) + [key_value(f"lora_gguf.{key}", *value) for key, value in ours.items()]
+
+
+def check_retention(report: MergeReport, policy: Policy, min_retention: float) -> None:
+    """Warn where little of the update was kept, or raise ``NumericError`` below ``min_retention``."""
+    kept = report.whole.kept
+    if kept < min_retention:
+        raise NumericError(f"kept {kept:.2f} of the adapter, --min-retention is {min_retention}: {remedy(policy)}")
+    if kept < WARN_BELOW:
+        report.plan.warnings.append(f"only {kept:.2f} of the adapter was kept: {remedy(policy)}")
+
+
+def remedy(policy: Policy) -> str:
+    """What to try when rounding erased an adapter, with the retention to expect."""
+    if policy.rounding in ("nearest", "fresh"):
+        return "--rounding auto keeps about 1.00 of it at the same size"
+    return "--type Q8_0 keeps about 1.00 of it in a larger file"

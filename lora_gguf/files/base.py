@@ -1,0 +1,104 @@
+"""The base model: one GGUF, or the shards that llama.cpp's gguf-split made of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import ExitStack
+from pathlib import Path
+
+from lora_gguf.errors import MalformedError, UsageError, printable
+from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
+
+_SHARD = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+
+
+def shard_path(prefix: str | os.PathLike, number: int, count: int) -> Path:
+    """The path of shard ``number`` (from 0) of ``count``."""
+    return Path(f"{os.fspath(prefix)}-{number + 1:05d}-of-{count:05d}.gguf")
+
+
+def split_name(path: str | os.PathLike) -> tuple[str, int, int] | None:
+    """(prefix, number from 0, count) of a shard's path; None for another path."""
+    match = _SHARD.fullmatch(os.fspath(path))
+    return match and (match["prefix"], int(match["number"]) - 1, int(match["count"]))
+
+
+class Base:
+    """A base model open for reading: the shards' tensors as one table, in order. Use as a context manager.
+
+    ``path`` may be any shard. ``tensors``, ``kv``, ``get``, ``hparam``, ``architecture``, ``alignment`` and ``label`` are
+    those of ``GgufReader``, the metadata that of the first shard. Raises ``MalformedError`` where shards do not belong
+    together.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        with ExitStack() as opened:
+            first = opened.enter_context(GgufReader(path))
+            count = first.get("split.count", 0)
+            paths = _shard_paths(Path(path), first, count) if count else [Path(path)]
+            readers = [first if shard == Path(path) else opened.enter_context(GgufReader(shard)) for shard in paths]
+            if count:
+                _check_shards(readers)
+            self._opened = opened.pop_all()
+        self.readers = readers
+        self.tensors: dict[str, TensorInfo] = {name: info for reader in readers for name, info in reader.tensors.items()}
+        self._reader_of = {name: reader for reader in readers for name in reader.tensors}
+        head = readers[0]
+        self.path, self.label, self.kv, self.alignment = head.path, head.label, head.kv, head.alignment
+        self.get, self.hparam, self.architecture = head.get, head.hparam, head.architecture
+
+    def __enter__(self) -> Base:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._opened.close()
+
+    def reader_of(self, name: str) -> GgufReader:
+        """The file that holds the tensor ``name``."""
+        return self._reader_of[name]
+
+    @property
+    def paths(self) -> list[Path]:
+        return [reader.path for reader in self.readers]
+
+    @property
+    def n_bytes(self) -> int:
+        """The size of all tensors, in bytes."""
+        return sum(info.n_bytes for info in self.tensors.values())
+
+    def check_unchanged(self) -> None:
+        for reader in self.readers:
+            reader.check_unchanged()
+
+
+def _shard_paths(path: Path, reader: GgufReader, count: int) -> list[Path]:
+    name = split_name(path)
+    number = reader.get("split.no")
+    if not isinstance(count, int) or not isinstance(number, int) or not 0 <= number < count:
+        raise MalformedError(f"{reader.label}: split.no {printable(number)} of {printable(count)}: the split metadata is damaged")
+    if count == 1:
+        return [path]
+    if name is None or name[1:] != (number, count):
+        raise UsageError(
+            f"{reader.label}: shard {number + 1} of {count}: expected the file name to end in "
+            f"-{number + 1:05d}-of-{count:05d}.gguf: give it its name back"
+        )
+    return [shard_path(name[0], i, count) for i in range(count)]
+
+
+def _check_shards(readers: list[GgufReader]) -> None:
+    head, names = readers[0], set()
+    for number, reader in enumerate(readers):
+        found = (reader.get("split.no"), reader.get("split.count"))
+        if found != (number, len(readers)):
+            raise MalformedError(f"{reader.label}: expected shard {number + 1} of {len(readers)}, its metadata says {found}: not its shard")
+        if reader.architecture not in ("", head.architecture):
+            raise MalformedError(f"{reader.label}: a {printable(reader.architecture)} model among shards of {head.architecture}")
+        if twice := names & set(reader.tensors):
+            raise MalformedError(f"{reader.label}: {sorted(twice)[0]} is in two shards: the shards do not belong together")
+        names |= set(reader.tensors)
+    total = head.get("split.tensors.count")
+    if total is not None and total != len(names):
+        raise MalformedError(f"{head.label}: expected {total} tensors in all shards, found {len(names)}: a shard is of another model")

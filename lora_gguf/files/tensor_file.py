@@ -1,0 +1,106 @@
+"""What files of tensors share: reading without mmap, dtypes and how they widen to f32, checks of names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lora_gguf.errors import MalformedError, printable
+from lora_gguf.files.input_file import open_input, read_at, read_into
+
+MAX_DIMS = 32
+
+
+def bf16_to_f32(raw: np.ndarray) -> np.ndarray:
+    """bfloat16, as uint16 of any shape, widened to f32 exactly."""
+    return (raw.astype(np.uint32) << 16).view(np.float32)
+
+
+def f8_e5m2_to_f32(raw: np.ndarray) -> np.ndarray:
+    """float8 with 5 exponent bits, as uint8 of any shape, widened to f32 exactly: the upper byte of an f16."""
+    return (raw.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+
+
+def f8_e4m3_to_f32(raw: np.ndarray) -> np.ndarray:
+    """float8 with 4 exponent bits ("fn": no infinities), as uint8 of any shape, widened to f32 exactly."""
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    table = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    table = np.where(codes & 127 == 127, np.nan, table)
+    return np.copysign(table, np.where(codes < 128, 1.0, -1.0)).astype(np.float32)[raw]
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """How a tensor is stored, and what widens it to something that numpy knows."""
+
+    stored: np.dtype
+    widen: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+# the names are those of safetensors; storages of a .bin use them too
+DTYPES = {
+    name: Dtype(np.dtype(code), widen)
+    for name, code, widen in (
+        ("F64", "<f8", None),
+        ("F32", "<f4", None),
+        ("F16", "<f2", None),
+        ("BF16", "<u2", bf16_to_f32),
+        ("F8_E4M3", "u1", f8_e4m3_to_f32),
+        ("F8_E5M2", "u1", f8_e5m2_to_f32),
+        ("I64", "<i8", None),
+        ("I32", "<i4", None),
+        ("I16", "<i2", None),
+        ("I8", "i1", None),
+        ("U64", "<u8", None),
+        ("U32", "<u4", None),
+        ("U16", "<u2", None),
+        ("U8", "u1", None),
+        ("BOOL", "?", None),
+    )
+}
+UNSUPPORTED_DTYPES = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"}
+
+
+class InputFile:
+    """A regular file open for reading; use as a context manager. ``label`` is its name, safe to print."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.label = printable(Path(path).name)
+        self.fd = open_input(path)
+        self.size = os.fstat(self.fd).st_size
+
+    def __enter__(self) -> InputFile:
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        os.close(self.fd)
+
+    def read(self, position: int, n_bytes: int) -> bytes:
+        """``n_bytes`` from ``position`` on; the caller has checked them against ``size``."""
+        return read_at(self.fd, position, n_bytes, self.label)
+
+    def read_array(self, position: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        """An array of ``shape`` from ``position`` on; the caller has checked its bytes against ``size``."""
+        array = np.empty(shape, dtype)
+        if array.size:
+            read_into(self.fd, position, array.reshape(-1).view(np.uint8), self.label)
+        return array
+
+
+def check_name(name, label: str) -> None:
+    """Raise ``MalformedError`` unless ``name`` is a string that can be printed on one line."""
+    if not isinstance(name, str):
+        raise damaged(label, f"a tensor name of type {type(name).__name__}")
+    shown = printable(name[:201])
+    if not name or shown != name:
+        raise damaged(label, f"tensor name '{shown}' is empty, too long or not printable")
+
+
+def damaged(label: str, what: str) -> MalformedError:
+    """The error for a file that breaks its format's rules."""
+    return MalformedError(f"{label}: {what}: the file is damaged, download it again")

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: repositories, hashes, failures, quantizations."""

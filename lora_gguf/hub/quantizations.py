@@ -1,0 +1,173 @@
+"""Base models on the Hub: the GGUF quantizations of a model, and references to one of them.
+
+A reference is a path, ``OWNER/NAME[@REVISION][:QUANT]`` (as llama.cpp's ``-hf`` takes it),
+``hf://OWNER/NAME[@REVISION]/FILE.gguf`` or the address of a file's page. The tags that say which model a repository
+quantizes are those of https://huggingface.co/docs/hub/model-cards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_gguf.errors import HubError, UsageError, printable
+from lora_gguf.files.base import split_name
+from lora_gguf.hub.repository import Repo, download, open_repo, remember, search, tags_of
+
+DEFAULT_QUANT = "Q4_K_M"
+MAX_REPOS = 8
+_ID = r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)"
+_FILE = r"(?P<file>[^@:]+\.gguf)"
+_REFERENCES = (
+    re.compile(rf"hf://{_ID}(?:@(?P<revision>[^/:]+))?/{_FILE}"),
+    re.compile(rf"https?://(?:huggingface\.co|hf\.co)/{_ID}/(?:blob|resolve)/(?P<revision>[^/]+)/{_FILE}(?:\?.*)?"),
+    re.compile(rf"(?:hf://)?{_ID}(?:@(?P<revision>[^:]+))?(?::(?P<quant>[\w.-]+))?", re.ASCII),
+)
+_QUANT = re.compile(
+    r"(?:^|[-_./])((?:UD-)?(?:I?Q\d+_\w+|TQ\d_\d|BF16|F16|F32|FP16|MXFP4(?:_MOE)?|NVFP4))(?=[-./]|$)", re.IGNORECASE
+)
+_BITSANDBYTES = re.compile(r"(-unsloth)?-bnb-[48]bit$", re.IGNORECASE)
+_NO_MODEL = re.compile(r"(^|[-_./])(mmproj|imatrix|lora)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """One quantization of a model: its ``files`` (the shards in order) in ``repo``, ``n_bytes`` together."""
+
+    repo: str
+    quant: str
+    files: tuple[str, ...]
+    n_bytes: int
+
+
+def fetch_model(reference: str | os.PathLike, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
+    """The local path of the GGUF (of a split one the first shard) that ``reference`` names, downloaded if need be.
+
+    A path is returned as it is, whether it exists or not. Raises ``HubError``, ``IntegrityError``, ``FileError``,
+    ``UsageError``.
+    """
+    match = _reference(reference)
+    if match is None:
+        return Path(reference)
+    fields = match.groupdict()
+    repo = open_repo(fields["repo"], fields["revision"])
+    if fields.get("file"):
+        found = [entry for entry in quantizations(repo, every=True) if fields["file"] in entry.files]
+        if not found:
+            raise HubError(
+                f"{repo.id}: there is no file {printable(fields['file'], 80)}: it has {_listed(quantizations(repo))}"
+            )
+        return fetch_quantization(repo, found[0], progress)
+    return fetch_quantization(repo, choose(quantizations(repo), fields["quant"], repo.id), progress)
+
+
+def _reference(reference: str | os.PathLike) -> re.Match | None:
+    """The parts of a reference to the Hub; None for a path, which all else is."""
+    text = os.fspath(reference)
+    if not isinstance(reference, str) or (text.endswith(".gguf") and "://" not in text):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.exists(text):
+            return None
+    return next((match for pattern in _REFERENCES if (match := pattern.fullmatch(text))), None)
+
+
+def fetch_quantization(
+    repo: Repo, chosen: Quantization, progress: Callable[[str, int, int], None] | None = None
+) -> Path:
+    """Download all files of a quantization; the path of the first."""
+    paths = [download(repo, name, progress) for name in chosen.files]
+    remember(repo)
+    return paths[0]
+
+
+def quantizations(repo: Repo, every: bool = False) -> list[Quantization]:
+    """The models among the GGUF files of a repository, shards together, smallest first; ``every``: all GGUF files."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(repo.files):
+        if name.endswith(".gguf") and (every or not _NO_MODEL.search(name)):
+            split = split_name(name)
+            groups.setdefault(f"{split[0]}/{split[2]}" if split else name, []).append(name)
+    found = [
+        Quantization(repo.id, quant_of(names[0]), tuple(names), sum(repo.files[name].size or 0 for name in names))
+        for names in groups.values()
+        if _is_whole(names)
+    ]
+    return sorted(found, key=lambda entry: (entry.n_bytes, entry.quant))
+
+
+def _is_whole(names: list[str]) -> bool:
+    split = split_name(names[0])
+    return split is None or len(names) == split[2]
+
+
+def quant_of(name: str) -> str:
+    """The quantization that a file's name (or its folder's) states, in capitals; an empty string if it states none."""
+    split = split_name(name)
+    stem = split[0] if split else name.removesuffix(".gguf")
+    for part in reversed(stem.split("/")):
+        found = _QUANT.findall(part)
+        if found:
+            return found[-1].upper()
+    return ""
+
+
+def choose(found: Iterable[Quantization], quant: str | None, where: str) -> Quantization:
+    """The first with this quantization; without a wish Q4_K_M, or the only one there is."""
+    found = list(found)
+    if not found:
+        raise HubError(f"{where}: no GGUF model found: see its page on the Hub for quantizations of it")
+    wanted = (quant or DEFAULT_QUANT).upper()
+    match = next((entry for entry in found if entry.quant in (wanted, f"UD-{wanted}")), None)
+    if match is None and not quant and len(found) == 1:
+        match = found[0]
+    if match is None:
+        raise UsageError(f"{where}: no {printable(wanted, 40)} among its quantizations: choose one of {_listed(found)}")
+    return match
+
+
+def _listed(found: Iterable[Quantization]) -> str:
+    names = dict.fromkeys(entry.quant or printable(entry.files[0], 60) for entry in found)
+    return ", ".join(list(names)[:20]) or "no GGUF model"
+
+
+def find_quantizations(base_model: str) -> list[Quantization]:
+    """The GGUF quantizations on the Hub of ``base_model``, an id as adapters state it, the most downloaded first.
+
+    A bitsandbytes variant stands for the model that it was made of, and so does a copy under the same name.
+    Raises ``HubError``.
+    """
+    if not re.fullmatch(_ID, base_model, re.ASCII):
+        raise HubError(f"base model '{printable(base_model, 80)}': not a Hub id: find the base's GGUF by its name")
+    models = _same_model(base_model)
+    repos = list(models)
+    for model in models:
+        repos += search(model, ["gguf", f"base_model:quantized:{model}"], MAX_REPOS)
+    found: list[Quantization] = []
+    for repo_id in list(dict.fromkeys(repos))[: MAX_REPOS + len(models)]:
+        with contextlib.suppress(HubError):  # deleted, private or gated: the others count
+            found += quantizations(open_repo(repo_id))
+    return found
+
+
+def _same_model(base_model: str) -> list[str]:
+    """``base_model`` without bitsandbytes' suffix, and the ids of the same name that tags give as its origin."""
+    asked, models = [base_model], [_BITSANDBYTES.sub("", base_model)]
+    name = models[0].partition("/")[2].lower()
+    while asked and len(models) < MAX_REPOS:
+        tags: list[str] = []
+        with contextlib.suppress(HubError):
+            tags = tags_of(asked.pop())
+        origins = {tag.rpartition(":")[2] for tag in tags if tag.startswith("base_model:")} - set(models)
+        same = sorted(
+            origin
+            for origin in origins
+            if re.fullmatch(_ID, origin, re.ASCII) and origin.partition("/")[2].lower() == name
+        )
+        models += same
+        asked += same
+    return models

@@ -1,0 +1,292 @@
+"""Files of a Hub repository: listed, downloaded into huggingface_hub's own cache, and checked against their hashes.
+
+Token, cache, ``HF_ENDPOINT`` and offline mode are those of huggingface_hub, and so are the retries. What it does not do
+is done here: the content of every file is hashed and compared (its LFS sha256, or its git blob id), partial files of
+killed runs are removed, free space is checked first, and each failure becomes one line that says what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_gguf.errors import HubError, LoraGgufError, printable
+from lora_gguf.files.output import check_space
+from lora_gguf.hub.failures import explained, host
+from lora_gguf.hub.hashes import check_hashes, hexadecimal
+
+RETRY_WAITS = (1, 2, 4)
+MAX_RETRY_AFTER = 60
+RETRY_STATUS = {408, 429, 500, 502, 503, 504}
+DEFAULT_REVISION = "main"
+
+
+@dataclass(frozen=True)
+class RepoFile:
+    """A file of a repository: its name from the root, its size in bytes where known, its hash as lower-case hex."""
+
+    name: str
+    size: int | None = None
+    sha256: str | None = None
+    git_sha1: str | None = None
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A repository at one commit: nothing fetched from it can mix two versions."""
+
+    id: str
+    revision: str
+    commit: str
+    files: dict[str, RepoFile] = field(default_factory=dict)
+
+    @property
+    def snapshot(self) -> Path:
+        """The folder in the cache where the files of the commit lie."""
+        return self.folder / "snapshots" / self.commit
+
+    @property
+    def folder(self) -> Path:
+        return _cache() / ("models--" + self.id.replace("/", "--"))
+
+
+def open_repo(repo_id: str, revision: str | None = None) -> Repo:
+    """The files of ``repo_id`` at ``revision`` (branch, tag, commit; default main); offline, those in the cache."""
+    from huggingface_hub import HfApi, constants
+
+    repo = Repo(repo_id, revision or DEFAULT_REVISION, "")
+    _check_names(repo)
+    if constants.HF_HUB_OFFLINE:
+        return _cached(repo)
+    with _client(repo):
+        api = HfApi(endpoint=constants.ENDPOINT)
+        info = _retrying(
+            lambda: api.model_info(
+                repo_id, revision=repo.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+            )
+        )
+        if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
+            raise HubError(f"{printable(repo_id)}: {host()} names no commit: check HF_ENDPOINT")
+        files = [_repo_file(sibling) for sibling in info.siblings or ()]
+        return Repo(repo_id, repo.revision, info.sha, {file.name: file for file in files})
+
+
+def download(repo: Repo, name: str, progress: Callable[[str, int, int], None] | None = None) -> Path:
+    """The path in the cache of file ``name``, downloaded if need be, its hashes checked; a wrong file is removed.
+
+    ``progress`` is called with the name, the bytes so far and the bytes in all (0 where unknown).
+    """
+    from huggingface_hub import constants, hf_hub_download
+
+    file = repo.files[name]
+    _remove_stale(repo, file)
+    if not (repo.snapshot / name).exists():
+        _check_space(file)
+    with _client(repo, name, bars=progress is None):
+        path = Path(
+            hf_hub_download(
+                repo.id, name, revision=repo.commit, endpoint=constants.ENDPOINT, **_progress_option(name, progress)
+            )
+        )
+    check_hashes(path, {file.sha256, file.git_sha1} - {None}, f"{repo.id}: {printable(name)}")
+    return path
+
+
+def search(what: str, tags: list[str], limit: int) -> list[str]:
+    """The ids of at most ``limit`` repositories with all of ``tags``, the most downloaded first; ``what`` names it."""
+    from huggingface_hub import HfApi, constants
+
+    with _client(Repo(what, DEFAULT_REVISION, "")):
+        api = HfApi(endpoint=constants.ENDPOINT)
+        found = _retrying(lambda: list(api.list_models(filter=tags, sort="downloads", limit=limit)))
+        return [model.id for model in sorted(found, key=lambda model: -(model.downloads or 0)) if _is_name(model.id)]
+
+
+def tags_of(repo_id: str) -> list[str]:
+    """The tags of a repository, such as ``base_model:quantized:OWNER/NAME``."""
+    from huggingface_hub import HfApi, constants
+
+    with _client(Repo(repo_id, DEFAULT_REVISION, "")):
+        api = HfApi(endpoint=constants.ENDPOINT)
+        return [
+            str(tag)
+            for tag in _retrying(lambda: api.model_info(repo_id, timeout=constants.HF_HUB_ETAG_TIMEOUT)).tags or ()
+        ]
+
+
+def remember(repo: Repo) -> None:
+    """Note in the cache which commit the revision stood for, as huggingface_hub does, so that offline mode finds it."""
+    if repo.revision == repo.commit:
+        return
+    reference = repo.folder / "refs" / repo.revision
+    with contextlib.suppress(OSError):  # the cache may be read-only
+        if not reference.is_file() or reference.read_text() != repo.commit:
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            temporary = reference.with_name(f"{reference.name}.{os.getpid()}")
+            temporary.write_text(repo.commit)
+            os.replace(temporary, reference)
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _is_name(repo_id: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII)) and ".." not in repo_id and len(repo_id) <= 96
+
+
+def _check_names(repo: Repo) -> None:
+    if not _is_name(repo.id):
+        raise HubError(f"{printable(repo.id)}: not the name of a repository: expected OWNER/NAME")
+    parts = repo.revision.split("/")
+    if (
+        not repo.revision.isprintable()
+        or "\\" in repo.revision
+        or len(repo.revision) > 200
+        or not all(p.strip(".") for p in parts)
+    ):
+        raise HubError(
+            f"{repo.id}: '{printable(repo.revision, 60)}' cannot be a revision: expected a branch, tag or commit"
+        )
+
+
+def _repo_file(sibling) -> RepoFile:
+    lfs = sibling.lfs
+    return RepoFile(
+        str(sibling.rfilename),
+        sibling.size,
+        hexadecimal(getattr(lfs, "sha256", None), 64) if lfs else None,
+        hexadecimal(sibling.blob_id, 40) if not lfs else None,
+    )
+
+
+def _cached(repo: Repo) -> Repo:
+    """The repository as it lies in the cache."""
+    commit = repo.revision
+    with contextlib.suppress(OSError):
+        commit = (repo.folder / "refs" / repo.revision).read_text().strip()
+    repo = Repo(repo.id, repo.revision, commit)
+    if not re.fullmatch(r"[0-9a-f]{40}", commit) or not repo.snapshot.is_dir():
+        raise HubError(f"{repo.id}: not in the cache, and offline mode is on: unset HF_HUB_OFFLINE to download it")
+    names = [path.relative_to(repo.snapshot).as_posix() for path in repo.snapshot.rglob("*") if path.is_file()]
+    return Repo(repo.id, repo.revision, commit, {name: RepoFile(name) for name in names})
+
+
+def _check_space(file: RepoFile) -> None:
+    folder = next(folder for folder in (_cache(), *_cache().parents) if folder.is_dir())
+    check_space(folder / Path(file.name).name, file.size or 0)
+
+
+def _remove_stale(repo: Repo, file: RepoFile) -> None:
+    """Remove what killed downloads of this file left in the cache; one under way holds the client's lock."""
+    etag = file.sha256 or file.git_sha1
+    stale = list((repo.folder / "blobs").glob(f"{etag}.????????.incomplete")) if etag else []
+    if not stale:
+        return
+    from filelock import FileLock, Timeout
+
+    lock = _cache() / ".locks" / repo.folder.name / f"{etag}.lock"
+    with contextlib.suppress(OSError, Timeout, NotImplementedError):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=0, mode=0o664):
+            for path in stale:
+                path.unlink(missing_ok=True)
+
+
+def _progress_option(name: str, progress: Callable[[str, int, int], None] | None) -> dict:
+    """The argument that makes the client report to ``progress``; clients before 1.0 cannot."""
+    import inspect
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import tqdm
+
+    if progress is None or "tqdm_class" not in inspect.signature(hf_hub_download).parameters:
+        return {}
+
+    class Reporter(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self.done, self.all = kwargs.get("initial") or 0, kwargs.get("total") or 0
+
+        def update(self, n=1):
+            self.done += n or 0
+            progress(name, int(self.done), int(self.all))
+
+    return {"tqdm_class": Reporter}
+
+
+@contextlib.contextmanager
+def _client(repo: Repo, file: str = "", bars: bool = False) -> Iterator[None]:
+    """Calls of huggingface_hub: its log kept quiet, its bars only on a terminal, its errors explained in one line."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    verbosity, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    if not os.environ.get("HF_DEBUG"):
+        logging.set_verbosity_error()
+    if had_bars and not (bars and sys.stderr.isatty()):
+        disable_progress_bars()
+    _guard_session()
+    try:
+        yield
+    except LoraGgufError:
+        raise
+    except Exception as error:
+        raise explained(
+            error, repo.id, repo.revision, file, str(_cache())
+        ) from None  # the cause's request holds the token
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars and are_progress_bars_disabled():
+            enable_progress_bars()
+
+
+def _guard_session() -> None:
+    from huggingface_hub.utils import get_session
+
+    hooks = getattr(get_session(), "event_hooks", None)
+    if hooks is not None and _check_response not in hooks["response"]:
+        hooks["response"].append(_check_response)
+
+
+def _check_response(response) -> None:
+    """Refuse what the client would follow blindly: an ETag that leaves the cache's folder, hours to wait."""
+    for header in ("etag", "x-linked-etag", "x-repo-commit"):
+        if not re.fullmatch(r'(W/)?"?[\w.:+=-]*"?', response.headers.get(header, "")):
+            raise HubError(
+                f"{host()} sent {header} '{printable(response.headers[header], 60)}': "
+                "expected a hash: check HF_ENDPOINT"
+            )
+    seconds = retry_after(response)
+    if response.status_code in RETRY_STATUS and seconds > MAX_RETRY_AFTER:
+        raise HubError(f"{host()} asks to wait {seconds} seconds (HTTP {response.status_code}): try again then")
+
+
+def retry_after(response) -> int:
+    """Seconds that an answer asks to wait; 0 where it does not say."""
+    text = response.headers.get("retry-after", "").strip()
+    limit = re.search(r"\br=0\s*;\s*t=(\d+)", response.headers.get("ratelimit", "").replace(" ", ""))
+    return int(text) if text.isdigit() else int(limit[1]) if limit else 0
+
+
+def _retrying(call: Callable):
+    """The result of ``call``, tried again after answers and failures that may pass."""
+    for wait in RETRY_WAITS:
+        try:
+            return call()
+        except Exception as error:
+            response = getattr(error, "response", None)
+            names = {base.__name__ for base in type(error).__mro__}
+            if response is not None and response.status_code in RETRY_STATUS:
+                wait = max(wait, retry_after(response))
+            elif not names & {"TimeoutException", "NetworkError", "RemoteProtocolError", "Timeout", "ConnectionError"}:
+                raise
+        time.sleep(wait)
+    return call()

@@ -1,0 +1,1 @@
+"""From Hugging Face modules to GGUF tensors: names, layouts, experts, heads, vocabularies."""

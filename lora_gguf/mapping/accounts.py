@@ -1,0 +1,76 @@
+"""What becomes of an adapter in a base: the updates in GGUF terms, and an account of each of its tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair
+from lora_gguf.adapters.updates import Update
+from lora_gguf.mapping.hparams import Hparams
+
+
+@dataclass(frozen=True)
+class Account:
+    """What happened to one adapter tensor: ``outcome`` is applied, ignored or error."""
+
+    tensor: str
+    outcome: str
+    target: str = ""
+    reason: str = ""
+
+
+@dataclass
+class Placement:
+    """``pairs`` and ``updates`` in GGUF terms, an ``Account`` for each tensor of the adapter, and warnings.
+
+    There is one pair for each tensor at most; of ``updates``, which only a merge can carry out, several may change
+    parts of one. ``untied`` says that the base's head is tied to its embedding and the adapter tells them apart, so
+    that a merge must give the file an ``output.weight`` of its own, made from the base's ``token_embd.weight``.
+    ``invocation_tokens`` (aLoRA) say that the adapter is active only after these tokens, so that it can't be merged.
+    ``approximations`` gives the relative error of the tensors whose update ``convert`` could not write exactly.
+    ``new_rows`` are f32 rows (k, cols) that come after those of the base's embedding and head, for new tokens, and
+    ``key_values`` the raw key/value pairs of the vocabulary that take the place of the base's.
+    """
+
+    pairs: list[LoraPair] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
+    accounts: list[Account] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    untied: bool = False
+    invocation_tokens: list[int] = field(default_factory=list)
+    approximations: dict[str, float] = field(default_factory=dict)
+    new_rows: dict[str, np.ndarray] = field(default_factory=dict)
+    key_values: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def changes_vocabulary(self) -> bool:
+        """Whether the embedding or the head changes, so that tokens may have been added."""
+        return any(update.name in (HEAD, EMBEDDING) for update in (*self.pairs, *self.updates)) or bool(self.new_rows)
+
+    def __str__(self) -> str:
+        counts = Counter(account.outcome for account in self.accounts)
+        n_tensors = len({update.name for update in (*self.pairs, *self.updates)})
+        outcomes = ", ".join(f"{n} {what}" for what, n in counts.items())
+        return f"{n_tensors} tensors updated; of the adapter's, {outcomes}"
+
+
+def base_shape(name: str, hparams: Hparams) -> tuple[int, ...] | None:
+    """The shape of a tensor of the base, of its embedding for a head that is tied to it; None where it has none
+    such."""
+    tensors = hparams.tensors or {}
+    if name == HEAD and hparams.tied:
+        name = EMBEDDING
+    return tuple(tensors[name].shape) if name in tensors else None
+
+
+def misfit(name: str, shape: tuple[int, ...], hparams: Hparams) -> str | None:
+    """What keeps an update of ``shape`` from the base's tensor ``name``, or None."""
+    expected = base_shape(name, hparams)
+    if hparams.tensors is None or expected == shape:
+        return None
+    return (
+        f"{name}: expected {expected}, found {shape}" if expected else f"{name}: expected in {hparams.label}, not found"
+    )

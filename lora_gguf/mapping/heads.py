@@ -1,0 +1,104 @@
+"""Embeddings and heads: where the base has one tensor for both, and where the adapter has tokens that the base lacks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_gguf.adapters.adapter import Adapter
+from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair, Piece
+from lora_gguf.adapters.updates import Replaced, Update
+from lora_gguf.errors import MismatchError
+from lora_gguf.mapping.accounts import Placement, base_shape
+from lora_gguf.mapping.architectures import ARCHITECTURES
+from lora_gguf.mapping.hparams import Hparams
+from lora_gguf.mapping.names import has_head, layer_of, tensor_name
+from lora_gguf.mapping.stacking import fused
+from lora_gguf.mapping.vocabulary import grown
+
+
+def cut_to_vocabulary(
+    update: LoraPair | Update, adapter: Adapter, hparams: Hparams, placement: Placement
+) -> tuple[LoraPair | Update, list[str]]:
+    """``update`` without the rows of new tokens, which go to the placement; and what is wrong with it."""
+    if layer_of(update.name) is not None or update.part == "bias":
+        return update, []
+    name = tensor_name(update.name, hparams)
+    shape = base_shape(name, hparams) if name in (HEAD, EMBEDDING) else None
+    if shape is None:
+        return update, []
+    try:
+        update, rows = grown(update, shape[0], adapter.originals.get(update.name))
+    except MismatchError as error:
+        return update, [str(error)]
+    if rows is not None and not ARCHITECTURES[hparams.architecture].other_vocabulary:
+        placement.new_rows[name] = rows
+    return update, []
+
+
+def check_new_rows(placement: Placement, hparams: Hparams, new_tokens: bool) -> list[str]:
+    """What is wrong with the rows of new tokens: none are wanted, or only one of embedding and head has them."""
+    rows = placement.new_rows
+    if hparams.tied and not placement.untied:
+        rows.pop(HEAD, None)
+    counts = {name: len(found) for name, found in rows.items()}
+    if rows and not new_tokens:
+        return [
+            f"{name}: {n} new tokens: an adapter GGUF cannot hold them: merge instead" for name, n in counts.items()
+        ]
+    both = placement.untied or not (hparams.tied or ARCHITECTURES[hparams.architecture].headless)
+    if rows and (len(set(counts.values())) > 1 or both and len(counts) < 2 or EMBEDDING not in counts):
+        return [
+            f"{name}: {n} new tokens, others for embedding or head: save both with it" for name, n in counts.items()
+        ]
+    return []
+
+
+def resolve_tied(placement: Placement, hparams: Hparams, tied: str) -> list[str]:
+    """Settle what happens to the head and the embedding where the base has one tensor for both; return what is
+    wrong."""
+    if not hparams.tied:
+        return []
+    same_rows(placement)
+    touching = [update for update in (*placement.pairs, *placement.updates) if is_telling_apart(update)]
+    if not touching:
+        return []
+    if tied == "refuse":
+        return [f"{update.name}: head and embedding of {hparams.label} are one tensor (tied)" for update in touching]
+    if tied == "separate" and has_head(hparams.architecture):
+        placement.untied = True
+        return []
+    if tied == "separate":
+        return [f"{HEAD}: llama.cpp's {hparams.architecture} has no head of its own (tied): merge with --tied shared"]
+    shared = [pair for pair in placement.pairs if pair.name in (HEAD, EMBEDDING)]
+    if shared:
+        shape = base_shape(EMBEDDING, hparams)
+        sources = tuple(source for pair in shared for source in pair.sources)
+        pair = fused(EMBEDDING, [(Piece(EMBEDDING), pair) for pair in shared], sources, shape or shared[0].shape)
+        placement.pairs = [other for other in placement.pairs if other.name not in (HEAD, EMBEDDING)] + [pair]
+    for update in placement.updates:
+        update.name = EMBEDDING if update.name == HEAD else update.name
+    return []
+
+
+def same_rows(placement: Placement) -> None:
+    """Drop a head whose rows were saved beside those of an embedding and are equal: the two are still tied."""
+    whole = [update for update in placement.updates if isinstance(update, Replaced)]
+    embeddings = [update for update in whole if update.name == EMBEDDING]
+    for head in [update for update in whole if update.name == HEAD]:
+        for embedding in embeddings:
+            if np.array_equal(head.values, embedding.values) and is_equal(head.only, embedding.only):
+                embedding.shared = True
+                placement.updates.remove(head)
+                break
+
+
+def is_equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
+
+
+def is_telling_apart(update: LoraPair | Update) -> bool:
+    """Whether the update makes a tied head and embedding differ. PEFT keeps single trained rows tied."""
+    if update.name not in (HEAD, EMBEDDING):
+        return False
+    single = isinstance(update, Replaced) and update.only is not None and update.name == EMBEDDING
+    return not (single or isinstance(update, Replaced) and update.shared)

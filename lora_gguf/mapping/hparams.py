@@ -1,0 +1,205 @@
+"""The base model's dimensions: from the header of its GGUF, or from ``config.json`` where there is none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from lora_gguf.errors import MalformedError, UnsupportedError, printable
+from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
+from lora_gguf.mapping.architectures import ARCHITECTURES, VARIANTS
+
+# GGUF key without the architecture -> names in config.json, the first that is there counts
+CONFIG_KEYS: dict[str, tuple[str, ...]] = {
+    "block_count": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "embedding_length": ("hidden_size", "n_embd", "d_model", "dim", "model_dim"),
+    "attention.head_count": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "attn_config.kv_n_heads"),
+    "attention.key_length": ("head_dim", "attention_head_dim"),
+    "attention.value_length": ("v_head_dim", "head_dim"),
+    "attention.key_length_mla": (),
+    "attention.value_length_mla": ("v_head_dim",),
+    "expert_count": (
+        "num_local_experts",
+        "num_experts",
+        "n_routed_experts",
+        "moe_num_experts",
+        "ffn_config.moe_num_experts",
+    ),
+    "rope.dimension_count": ("qk_rope_head_dim",),
+    "rope.dimension_sections": ("rope_scaling.mrope_section", "rope_parameters.mrope_section"),
+    "ssm.group_count": ("linear_num_key_heads",),
+    "ssm.time_step_rank": ("linear_num_value_heads",),
+    "ssm.state_size": ("linear_key_head_dim",),
+    "ssm.inner_size": (),
+}
+TEXT_CONFIGS = ("text_config", "llm_config", "lm_config", "language_config", "thinker_config.text_config")
+Get = Callable[[str], object]
+
+
+def _product(get: Get, *keys: str) -> int | None:
+    values = [get(key) for key in keys]
+    return math.prod(values) if all(type(value) is int for value in values) else None
+
+
+def _head_dim(get: Get) -> int | None:
+    width, heads = get("embedding_length"), get("attention.head_count")
+    return width // heads if type(width) is int and type(heads) is int and heads else None
+
+
+def _rotary_dim(get: Get) -> int | None:
+    part = get("config.partial_rotary_factor") or get("config.rope_parameters.partial_rotary_factor")
+    return int(_head_dim(get) * part) if part else None
+
+
+def _latent_key(get: Get) -> int | None:
+    nope, rope = get("config.qk_nope_head_dim"), get("config.qk_rope_head_dim")
+    return nope + rope if type(nope) is int and type(rope) is int else None
+
+
+# key -> its value where neither file says
+DEFAULTS: dict[str, Callable[[Get], object]] = {
+    "attention.head_count_kv": lambda get: get("attention.head_count"),
+    "attention.key_length": _head_dim,
+    "attention.value_length": lambda get: get("attention.key_length"),
+    "attention.key_length_mla": _latent_key,
+    "rope.dimension_count": _rotary_dim,
+    "ssm.inner_size": lambda get: _product(get, "config.linear_num_value_heads", "config.linear_value_head_dim"),
+}
+
+
+class Dims:
+    """The hyperparameters of one layer: ``dims(key)`` is a positive number, else ``MalformedError``."""
+
+    def __init__(self, hparams: Hparams, layer: int | None):
+        self.hparams, self.layer = hparams, layer
+
+    def __call__(self, key: str):
+        value = self.hparams.get(key, self.layer)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or (value <= 0 and not key.startswith("config."))
+        ):
+            source = "config.json" if key.startswith("config.") else self.hparams.label
+            fix = (
+                "give it with --base-config"
+                if key.startswith("config.")
+                else "the base lacks what its layout depends on"
+            )
+            raise MalformedError(
+                f"{source}: {key.removeprefix('config.')}: expected a number, found {printable(value, 40)}: {fix}"
+            )
+        return value
+
+    def first(self, *keys: str):
+        """The first of ``keys`` that the base knows."""
+        known = [key for key in keys if self.hparams.get(key, self.layer) is not None]
+        return self((known or keys)[0])
+
+
+class Hparams:
+    """What the base is like: ``architecture`` as GGUF names it, its hyperparameters, and its ``tensors`` if its GGUF is
+    there.
+
+    The GGUF's header decides; ``config`` (config.json) is asked for what it does not say.
+    """
+
+    def __init__(
+        self, architecture: str, values: dict, tensors: dict[str, TensorInfo] | None, config: dict, label: str
+    ):
+        self.architecture, self.values, self.tensors, self.label = architecture, values, tensors, label
+        text = next((part for key in TEXT_CONFIGS if isinstance(part := _at(config, key), dict)), {})
+        self.configs = (text, config)
+
+    def get(self, key: str, layer: int | None = None):
+        """The value of ``key``, of ``layer`` where it differs by layer; None where the base does not say.
+
+        A key that starts with ``config.`` is a name in config.json.
+        """
+        value = self.values.get(key)
+        for name in (key.removeprefix("config."),) if key.startswith("config.") else CONFIG_KEYS.get(key, ()):
+            if value is None:
+                value = next((found for part in self.configs if (found := _at(part, name)) is not None), None)
+        if isinstance(value, list) and layer is not None and key != "rope.dimension_sections":
+            value = value[layer] if layer < len(value) else None
+        if value is None and key in DEFAULTS:
+            return DEFAULTS[key](lambda other: self.get(other, layer))
+        return value
+
+    @property
+    def tied(self) -> bool:
+        """Whether one tensor is both the embedding and the head."""
+        if ARCHITECTURES[self.architecture].headless:
+            return False
+        if self.tensors is None:
+            return any(part.get("tie_word_embeddings") is True for part in self.configs)
+        return "token_embd.weight" in self.tensors and "output.weight" not in self.tensors
+
+    def dims(self, layer: int | None) -> Dims:
+        return Dims(self, layer)
+
+    def lacks(self, name: str, default: bool = False) -> bool:
+        """Whether the base has no tensor ``name``; ``default`` where its tensors are not known."""
+        return default if self.tensors is None else name not in self.tensors
+
+
+def _at(config, path: str):
+    """The value at a dotted path; a number picks from a list. None where there is none."""
+    for step in path.split("."):
+        if isinstance(config, list) and step.isdigit() and int(step) < len(config):
+            config = config[int(step)]
+        else:
+            config = config.get(step) if isinstance(config, dict) else None
+    return config
+
+
+def from_base(base: GgufReader, config: dict | None = None) -> Hparams:
+    """The hyperparameters of an open base GGUF; ``config`` may add what its header does not say."""
+    if not base.architecture:
+        raise MalformedError(f"{base.label}: expected general.architecture, found none: it is no model")
+    if base.get("general.type", "model") != "model":
+        raise MalformedError(
+            f"{base.label}: expected a model, found general.type {printable(base.get('general.type'), 40)}"
+        )
+    check_known(base.architecture, base.label)
+    prefix = f"{base.architecture}."
+    values = {key.removeprefix(prefix): base.get(key) for key in base.kv if key.startswith(prefix)}
+    return Hparams(base.architecture, values, base.tensors, config or {}, base.label)
+
+
+def from_config(config: dict) -> Hparams:
+    """The hyperparameters in a model's ``config.json``."""
+    return Hparams(architecture_of(config), {}, None, config, "config.json")
+
+
+def check_known(architecture: str, label: str) -> None:
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{label}: architecture {printable(architecture, 40)}: the layout of its weights is not known to us"
+        )
+
+
+def architecture_of(config: dict) -> str:
+    """The GGUF architecture of the model class that ``config.json`` names."""
+    text = next((part for key in TEXT_CONFIGS if isinstance(part := _at(config, key), dict)), {})
+    classes = text.get("architectures") or config.get("architectures")
+    if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
+        raise MalformedError(
+            "config.json: architectures: expected the model's class, found none: give the base as a GGUF"
+        )
+    for architecture, row in ARCHITECTURES.items():
+        if classes[0] in row.hf:
+            return variant(architecture, {**config, **text})
+    raise UnsupportedError(f"config.json: {printable(classes[0], 60)} is not supported: give the base as a GGUF")
+
+
+def variant(architecture: str, config: dict) -> str:
+    """The architecture that a model of one class becomes, by its configuration."""
+    for (name, field), other in VARIANTS.items():
+        if name == architecture and config.get(field):
+            return other
+    layers = config.get("layers_block_type") or config.get("layer_types")
+    if architecture == "granitehybrid" and isinstance(layers, list) and "mamba" not in layers:
+        return "granitemoe" if config.get("num_experts_per_tok") and config.get("num_local_experts") else "granite"
+    return architecture

@@ -1,0 +1,302 @@
+"""From the path of a Hugging Face module to the names and layouts of the GGUF tensors that hold its weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+
+from lora_gguf.adapters.lora import EMBEDDING, HEAD, Piece
+from lora_gguf.mapping.architectures import ARCHITECTURES, FUSED_EXPERTS, Architecture, Out
+from lora_gguf.mapping.hparams import Hparams
+
+# modules of the towers that stand beside a text model, and go into another GGUF (mmproj) or into none
+OTHER_TOWERS_START = (
+    "mlp", "vit.", "vpm.", "siglip2.", "conformer.", "merger.", "resampler.", "sound_encoder.", "sound_projection.",
+    "speech_embeddings.",
+)  # fmt: skip
+OTHER_TOWERS = (
+    "visual.", "vision.", "audio.", "talker.", "vision_", "audio_", "token2wav.", "code2wav.", "projector.",
+    "pre_mm_projector_norm", "image_newline", "patch_embed", "patch_merger.", "patch_merge_mlp.", "model.connector.",
+    "vqmodel.", "model.aligner.", "generation_",
+)  # fmt: skip
+LAYER = re.compile(r"\.(\d+)\.")
+EXPERT = re.compile(
+    r"(?P<head>.*\.(?:chunk_experts|experts|moe))\.(?:(?P<slot>\d+)\.(?P<tail>.+)|(?P<list>\w+)s\.(?P<index>\d+))"
+)
+# an expert's module -> what all experts' weights together are called
+EXPERT_TENSORS = {
+    "gate_proj": "ffn_gate_exps", "w1": "ffn_gate_exps", "linear": "ffn_gate_exps", "gate": "ffn_gate_exps",
+    "down_proj": "ffn_down_exps", "w2": "ffn_down_exps", "linear_1": "ffn_down_exps", "down": "ffn_down_exps",
+    "up_proj": "ffn_up_exps", "w3": "ffn_up_exps", "linear_v": "ffn_up_exps", "up": "ffn_up_exps",
+    "gate_up_proj": "ffn_gate_up_exps",
+}  # fmt: skip
+# prefixes of the same module in differently wrapped models: what to take off, what to put in its place
+PREFIXES = (
+    ("lfm.", "model."), ("ernie.", "model."), ("bert.", ""), ("roberta.", ""), ("distilbert.", ""),
+    ("transformer.", ""), ("model.", ""), ("model.", "backbone."), ("model.backbone.", "backbone."), ("", "model."),
+    ("model.model.", "model."),
+)  # fmt: skip
+WRAPPERS = ("language_model.", "text_model.", "thinker.", "llm.")
+# a module that holds several weights -> the modules of the same weights apart
+TOGETHER = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# a tensor that holds several weights -> the tensors of the same weights apart, in its order
+FUSED = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+    "ffn_up": ("ffn_gate", "ffn_up"),
+}
+
+
+def is_other_tower(path: str) -> bool:
+    """Whether the module belongs to a vision or audio tower, not to the text model."""
+    return path.startswith(OTHER_TOWERS_START) or any(part in path for part in OTHER_TOWERS)
+
+
+def why_skipped(path: str, hparams: Hparams) -> str | None:
+    """The reason why a module has no place in a text model's GGUF, or None."""
+    if is_other_tower(path):
+        return "part of a vision or audio tower, which the text model's GGUF does not hold"
+    if re.match(r"(model\.)?mtp[._]", path):
+        return "multi-token prediction, which the GGUF does not hold"
+    if ARCHITECTURES[hparams.architecture].headless and re.match(r"(\w+\.)?(pooler|cls|vocab_\w+)(\.|$)", path):
+        return "a head, which the GGUF of an encoder does not hold"
+    n_layers, layer = hparams.get("block_count"), layer_of(path)
+    extra = hparams.get("config.num_nextn_predict_layers")
+    if hparams.tensors is None and extra and layer is not None and n_layers and layer >= n_layers:
+        return "multi-token prediction, which the GGUF may not hold"
+    return None
+
+
+def layer_of(path: str) -> int | None:
+    """The number of the layer that the module stands in: the first number in its path."""
+    match = LAYER.search(path)
+    return int(match[1]) if match else None
+
+
+@lru_cache(maxsize=1)
+def name_map() -> dict[str, tuple[tuple[object, str], ...]]:
+    """Module path with ``{bid}`` for the layer -> (tensor enum, GGUF name with ``{bid}``) pairs, over all
+    architectures."""
+    from gguf.constants import TENSOR_NAMES
+    from gguf.tensor_mapping import TensorNameMap
+
+    found: dict[str, list] = {}
+    for mappings in (TensorNameMap.mappings_cfg, TensorNameMap.block_mappings_cfg):
+        for tensor, paths in mappings.items():
+            for path in dict.fromkeys(paths):
+                found.setdefault(path, []).append((tensor, TENSOR_NAMES[tensor]))
+    return {path: tuple(tensors) for path, tensors in found.items()}
+
+
+@lru_cache(maxsize=8)
+def tensors_of(architecture: str) -> frozenset | None:
+    """The tensors that the architecture has; None where the gguf package does not know it."""
+    from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS
+
+    known = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
+    return None if known is None else frozenset(MODEL_TENSORS[known])
+
+
+def has_head(architecture: str) -> bool:
+    """Whether a model of the architecture may have a head that is not its embedding."""
+    allowed = tensors_of(architecture)
+    return allowed is None or any(tensor.name == "OUTPUT" for tensor in allowed)
+
+
+def candidates(path: str) -> Iterator[str]:
+    """The paths under which the name map may know a module."""
+    for wrapper in WRAPPERS:
+        path = path.replace(wrapper, "")
+    yield path
+    for old, new in PREFIXES:
+        if path.startswith(old):
+            yield new + path.removeprefix(old)
+
+
+def tensor_name(path: str, hparams: Hparams) -> str | None:
+    """The GGUF name of the weight of the module at ``path``; None where the name map knows none.
+
+    The architecture's own tensors come first, but a base GGUF must have the tensor; what only the base has comes next.
+    """
+    layer = layer_of(path)
+    allowed = tensors_of(hparams.architecture)
+    own, others = [], []
+    for candidate in candidates(path):
+        template = candidate if layer is None else LAYER.sub(".{bid}.", candidate, count=1)
+        known = [(*entry, ".weight") for entry in name_map().get(template, ())]
+        known += [(*entry, "") for entry in name_map().get(f"{template}.weight", ())]
+        for tensor, name, suffix in reversed(known):
+            (own if allowed is None or tensor in allowed else others).append(name.format(bid=layer) + suffix)
+    if hparams.tied and path.rpartition(".")[2] == "lm_head":
+        return HEAD
+    present = [name for name in own + others if not hparams.lacks(name, default=True)]
+    return next(iter(present or own), None)
+
+
+def split_expert(path: str) -> tuple[str, int | None]:
+    """The path of all experts' module and the number of this one: ``experts.7.w1`` is ``experts.w1``, 7."""
+    match = EXPERT.fullmatch(path)
+    if not match:
+        return path, None
+    return f"{match['head']}.{match['tail'] or match['list']}", int(match["slot"] or match["index"])
+
+
+def pieces(path: str, shape: tuple[int, int], hparams: Hparams) -> list[Piece]:
+    """Where the weight of the module at ``path``, of ``shape`` (out, in), goes; empty where its name is not known.
+
+    Raises ``ValueError`` where the shape is not what the base's dimensions make it, ``MalformedError`` where the base
+    lacks a dimension.
+    """
+    whole, slot = split_expert(path)
+    apart = apart_in_base(whole, shape, hparams)
+    if apart:
+        return [
+            part for name, first, n in apart for part in shifted(pieces(name, (n, shape[1]), hparams), first, n, slot)
+        ]
+    found = []
+    for out in plain_in_base(outs(whole, hparams), whole, hparams):
+        name = out_name(out, whole, slot, hparams)
+        if name is None:
+            return []
+        found += [in_base(piece, shape[0], hparams) for piece in out_pieces(out, name, whole, slot, shape, hparams)]
+    return found
+
+
+def shape_in_base(path: str, hparams: Hparams) -> tuple[int, int] | None:
+    """(out, in) of the module's weight in Hugging Face's layout, from the base's tensors; None where it has none for
+    it."""
+    whole, slot = split_expert(path)
+    n_rows = n_cols = 0
+    for out in plain_in_base(outs(whole, hparams), whole, hparams):
+        name = out_name(out, whole, slot, hparams)
+        name = EMBEDDING if name == HEAD and hparams.tied else name
+        if name is None or hparams.lacks(name, default=True):
+            return None
+        shape = hparams.tensors[name].shape
+        rows, n_cols = (shape[-1], shape[-2]) if out.transpose else (shape[-2] if len(shape) > 1 else 1, shape[-1])
+        n_rows += rows * (shape[0] if out.slots else 1)
+    return n_rows, n_cols
+
+
+def outs(path: str, hparams: Hparams) -> tuple[Out, ...]:
+    """The rule of the architecture, or of all, for ``path``; a single plain tensor where there is none."""
+    row = ARCHITECTURES.get(hparams.architecture, Architecture())
+    for rule in row.rules + (() if row.fused_experts else FUSED_EXPERTS):
+        if re.search(rf"(^|\.){rule.pattern}$", path) and (rule.needs is None or hparams.get(rule.needs)):
+            return rule.outs
+    return (Out(),)
+
+
+def block_name(layer: int | None, tensor: str) -> str:
+    return f"{tensor}.weight" if layer is None else f"blk.{layer}.{tensor}.weight"
+
+
+def plain_in_base(found: tuple[Out, ...], path: str, hparams: Hparams) -> tuple[Out, ...]:
+    """``found``, or one plain tensor where the base is of an older layout, from before those tensors were split."""
+    layer = layer_of(path)
+    if hparams.tensors is None or not all(out.tensor and hparams.lacks(block_name(layer, out.tensor)) for out in found):
+        return found
+    return (Out(),) if tensor_name(path, hparams) in hparams.tensors else found
+
+
+def out_name(out: Out, path: str, slot: int | None, hparams: Hparams) -> str | None:
+    """The GGUF name of ``out``; an expert of a layer that is dense in the base has the dense layer's name."""
+    layer = layer_of(path)
+    if out.tensor:
+        return block_name(layer, out.tensor)
+    name = tensor_name(path, hparams)
+    stem = EXPERT_TENSORS.get(path.rpartition(".")[2]) if re.search(r"(^|\.)(experts|moe)\.[^.]+$", path) else None
+    if stem and (name is None or hparams.lacks(name)):
+        stacked, dense = (f"blk.{layer}.{part}.weight" for part in (stem, stem.removesuffix("_exps")))
+        return dense if slot == 0 and hparams.lacks(stacked) and not hparams.lacks(dense) else stacked
+    return name
+
+
+def out_pieces(
+    out: Out, name: str, path: str, slot: int | None, shape: tuple[int, int], hparams: Hparams
+) -> list[Piece]:
+    """The pieces of one ``out``: one, or one for each of its slots."""
+    dims = hparams.dims(layer_of(path))
+    rows, cols = (gather(ops, n, dims) for ops, n in ((out.rows, shape[0]), (out.cols, shape[1])))
+    scale = None if out.scale is None else out.scale(shape[0] if rows is None else len(rows), dims)
+    if not name.endswith(("_exps.weight", "_chexps.weight")):
+        slot = None
+    if out.slots is None:
+        return [Piece(name, rows, cols, scale, out.transpose, slot)]
+    index = (np.arange(shape[0]) if rows is None else rows).reshape(dims(out.slots), -1)
+    return [Piece(name, part, cols, scale, out.transpose, i) for i, part in enumerate(index)]
+
+
+def gather(ops, n: int, dims) -> np.ndarray | None:
+    """The index array that a chain of operations makes of ``n`` rows or columns; None where there is no operation."""
+    if not ops:
+        return None
+    index = np.arange(n)
+    for op in ops:
+        index = op(index, dims)
+    return index
+
+
+def apart_in_base(path: str, shape: tuple[int, int], hparams: Hparams) -> list[tuple[str, int, int]]:
+    """The modules (path, first row, rows) that a module of several weights is in the base; empty where it is one there
+    too."""
+    head, _, tail = path.rpartition(".")
+    if tail not in TOGETHER or hparams.tensors is None or len(outs(path, hparams)) > 1:
+        return []
+    name = tensor_name(path, hparams)
+    paths = [f"{head}.{part}" for part in TOGETHER[tail]]
+    names = [tensor_name(part, hparams) for part in paths]
+    if any(part is None or hparams.lacks(part) for part in names):
+        return []
+    sizes = [hparams.tensors[part].shape[-2] for part in names]
+    if name in hparams.tensors and hparams.tensors[name].shape[-2] == shape[0] or sum(sizes) != shape[0]:
+        return []
+    return list(zip(paths, np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
+
+
+def shifted(parts: list[Piece], first: int, n: int, slot: int | None) -> list[Piece]:
+    """Pieces of rows ``first`` to ``first + n`` of a weight as pieces of that weight."""
+    return [
+        replace(
+            piece,
+            rows=first + (np.arange(n) if piece.rows is None else piece.rows),
+            slot=piece.slot if slot is None else slot,
+        )
+        for piece in parts
+    ]
+
+
+def in_base(piece: Piece, n_rows: int, hparams: Hparams) -> Piece:
+    """``piece``, or its place in the tensor that holds several weights where the base has only that."""
+    block, _, stem = piece.name.removesuffix(".weight").rpartition(".")
+    n = n_rows if piece.rows is None else len(piece.rows)
+    for fused, parts in FUSED.items():
+        name = f"{block}.{fused}.weight"
+        if stem in parts and not hparams.lacks(name, default=True) and hparams.lacks(f"{block}.{parts[0]}.weight"):
+            total = hparams.tensors[name].shape[-2]
+            if total > n:
+                after = sum(part_rows(part, n, hparams) for part in parts[parts.index(stem) + 1 :])
+                return replace(piece, name=name, offset=0 if stem == parts[0] else total - n - after)
+    return piece
+
+
+def gguf_pieces(name: str, n_rows: int, hparams: Hparams) -> list[Piece]:
+    """Where ``n_rows`` rows under a GGUF name go in a base that may hold several weights in one tensor, or them apart."""
+    block, _, stem = name.removesuffix(".weight").rpartition(".")
+    parts = [f"{block}.{part}.weight" for part in FUSED.get(stem, ())]
+    if parts and not any(hparams.lacks(part, default=True) for part in parts):
+        sizes = [hparams.tensors[part].shape[-2] for part in parts]
+        if sum(sizes) == n_rows:
+            starts = np.cumsum([0, *sizes])
+            return [Piece(part, np.arange(starts[i], starts[i + 1])) for i, part in enumerate(parts)]
+    return [in_base(Piece(name), n_rows, hparams)]
+
+
+def part_rows(part: str, n: int, hparams: Hparams) -> int:
+    """The rows of ``part`` of a fused tensor, where the part before it has ``n``."""
+    heads, width = hparams.get("attention.head_count_kv"), hparams.get("attention.value_length")
+    return heads * width if part == "attn_v" and isinstance(heads, int) and isinstance(width, int) else n

@@ -1,0 +1,282 @@
+"""Where every tensor of an adapter goes in the base: the pairs in GGUF terms, and an account of each tensor.
+
+Both paths, ``convert`` and ``merge``, start here. With a base GGUF its tensor table is the authority; all that does not
+fit is reported at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from lora_gguf.adapters.adapter import Adapter
+from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair, Piece, read_adapter_gguf
+from lora_gguf.adapters.updates import Replaced, Update
+from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, UsageError, printable
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.mapping.accounts import Account, Placement, base_shape, misfit
+from lora_gguf.mapping.architectures import ARCHITECTURES
+from lora_gguf.mapping.heads import check_new_rows, cut_to_vocabulary, resolve_tied
+from lora_gguf.mapping.hparams import Hparams, from_base
+from lora_gguf.mapping.names import gguf_pieces, layer_of, pieces, shape_in_base, why_skipped
+from lora_gguf.mapping.stacking import Part, joined, oriented
+from lora_gguf.mapping.vocabulary import added_tokens, extended
+
+
+def gguf_pairs(
+    adapter: Adapter,
+    base: GgufReader | Hparams,
+    *,
+    updates: bool = False,
+    new_tokens: bool = False,
+    tied: str = "refuse",
+    allow_unused: str | None = None,
+) -> Placement:
+    """Place all updates of ``adapter`` in ``base``: an open GGUF, or the dimensions in a ``config.json``.
+
+    Without ``updates`` an adapter that isn't low rank (``Placement.updates``) is refused, without ``new_tokens`` one with
+    a larger vocabulary (``Placement.new_rows``). ``tied`` says what becomes of
+    an adapted head or embedding where the base has one tensor for both: ``refuse``, ``separate`` (see ``Placement``),
+    or ``shared`` (the one tensor changes). What does not fit and whose name the regular expression ``allow_unused``
+    finds is ignored. Raises ``MismatchError`` that lists every update which does not fit, with the likely cause.
+    """
+    hparams = base if isinstance(base, Hparams) else from_base(base)
+    placement = Placement(invocation_tokens=adapter.invocation_tokens, warnings=list(adapter.warnings))
+    placement.accounts += [Account(name, "ignored", "", why) for name, why in adapter.ignored.items()]
+    parts: dict[str, list[Part]] = {}
+    errors: list[str] = []
+    for update in oriented(adapter.updates, hparams.get("embedding_length")):
+        update, found = cut_to_vocabulary(update, adapter, hparams, placement)
+        found = found or place(update, hparams, parts, placement)
+        if found and allowed(update, allow_unused):
+            placement.accounts += [
+                Account(name, "ignored", "", f"--allow-unused: {found[0]}") for name in update.sources
+            ]
+        else:
+            errors += found
+    for name, found in parts.items():
+        errors += combine(name, found, hparams, placement.pairs)
+    errors += resolve_tied(placement, hparams, tied)
+    errors += check_new_rows(placement, hparams, new_tokens)
+    if errors:
+        details = errors if placement.pairs or placement.updates else ()  # nothing fits: one line says it all
+        raise MismatchError(f"{adapter.label}: {errors[0]}: {likely_cause(adapter, hparams, errors)}", details)
+    if not placement.pairs and not placement.updates:
+        raise MismatchError(f"{adapter.label}: nothing in it belongs to the text model: it adapts other parts only")
+    if placement.updates and not updates:
+        others = [f"{update.name}: {update.kind}" for update in placement.updates]
+        raise UnsupportedError(f"{adapter.label}: {others[0]}: not supported yet: merge it with PEFT", others)
+    placement.warnings += run_time_warnings(placement.pairs, hparams)
+    if not isinstance(base, Hparams) and placement.changes_vocabulary:
+        n_rows = hparams.tensors[EMBEDDING].shape[0] + len(placement.new_rows.get(EMBEDDING, ()))
+        placement.key_values = extended(base, added_tokens(adapter.directory), n_rows)
+    return placement
+
+
+def allowed(update: LoraPair | Update, pattern: str | None) -> bool:
+    """Whether the user lets this leftover pass."""
+    try:
+        return pattern is not None and any(re.search(pattern, name) for name in update.sources)
+    except re.error as error:
+        raise UsageError(f"--allow-unused {printable(pattern, 60)}: not a regular expression: {error}") from None
+
+
+def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader, tied: str = "separate") -> Placement:
+    """The pairs of the adapter GGUF at ``path`` as they fit the open ``base``. Raises as ``gguf_pairs`` does."""
+    pairs, architecture = read_adapter_gguf(path)
+    hparams = from_base(base)
+    label = printable(Path(path).name)
+    if architecture != hparams.architecture:
+        raise MismatchError(
+            f"{label}: expected an adapter for {hparams.architecture} ({base.label}), found one for "
+            f"{printable(architecture, 40)}: is it for another base model?"
+        )
+    placement = unplaced(path)
+    parts: dict[str, list[Part]] = {}
+    errors: list[str] = []
+    for pair in pairs:
+        found = gguf_pieces(pair.name, pair.shape[-2], hparams)
+        errors += place_pair(pair, found, hparams, parts)
+        placement.accounts += [Account(name, "applied", ", ".join(p.name for p in found)) for name in pair.sources]
+    for name, found in parts.items():
+        errors += combine(name, found, hparams, placement.pairs)
+    errors += resolve_tied(placement, hparams, tied)
+    if errors:
+        details = errors if placement.pairs else ()
+        raise MismatchError(f"{label}: {errors[0]}: is {base.label} the base it was trained on?", details)
+    return placement
+
+
+def unplaced(path: str | os.PathLike) -> Placement:
+    """A placement of an adapter GGUF without its pairs: the tokens that activate it, and what llama.cpp ignores."""
+    with GgufReader(path) as reader:
+        reason = "llama.cpp ignores norms in adapters"
+        ignored = [name for name in reader.tensors if not name.endswith((".lora_a", ".lora_b"))]
+        tokens = reader.get("adapter.alora.invocation_tokens") or []
+        return Placement(accounts=[Account(name, "ignored", "", reason) for name in ignored], invocation_tokens=tokens)
+
+
+def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Part]], placement: Placement) -> list[str]:
+    """Add what ``update`` (named by module path) becomes to ``parts`` or the placement; return what is wrong with
+    it."""
+    skipped = why_skipped(update.name, hparams)
+    if skipped:
+        placement.accounts += [Account(name, "ignored", "", skipped) for name in update.sources]
+        return []
+    layer, n_layers = layer_of(update.name), hparams.get("block_count")
+    if layer is not None and isinstance(n_layers, int) and layer >= n_layers:
+        return [f"{update.name}: expected a layer below {n_layers}, as {hparams.label} has"]
+    try:
+        shape = shape_of(update, hparams)
+        found = pieces(update.name, shape, hparams)
+        if 0 in update.shape:
+            update = replace(update, shape=shape)
+        if found and isinstance(update, LoraPair):
+            errors = place_pair(update, found, hparams, parts)
+        else:
+            errors = place_update(update, found, hparams, placement)
+    except ValueError:
+        return [f"{update.name}: shape {update.shape} does not divide as the heads of {hparams.label} do"]
+    except (MalformedError, UnsupportedError) as error:
+        return [str(error) if update.name in str(error) else f"{update.name}: {error}"]
+    if not found:
+        return [f"{update.name}: no tensor of {hparams.architecture} is known by this name"]
+    if not errors:
+        targets = dict.fromkeys(part_name(piece, update) for piece in found)
+        if not getattr(update, "optional", False):
+            placement.accounts += [Account(name, "applied", ", ".join(targets)) for name in update.sources]
+    return errors
+
+
+def place_pair(pair: LoraPair, found: list[Piece], hparams: Hparams, parts: dict[str, list[Part]]) -> list[str]:
+    """Add the parts of ``pair`` to ``parts``; return the tensors that the base lacks."""
+    lacking = [piece.name for piece in found if hparams.tensors is not None and base_shape(piece.name, hparams) is None]
+    if not lacking:
+        for piece in found:
+            parts.setdefault(piece.name, []).append((piece, trimmed(pair, piece, hparams).take(piece)))
+    return [f"{name}: expected in {hparams.label}, not found" for name in dict.fromkeys(lacking)]
+
+
+def trimmed(pair: LoraPair, piece: Piece, hparams: Hparams) -> LoraPair:
+    """``pair`` with as many columns as the module has (VeRA), and as many rows as the vocabulary has (Gemma 3)."""
+    if pair.wide:
+        pair = replace(pair, a=pair.a[:, : shape_of(pair, hparams)[1]], wide=False)
+    shape = base_shape(piece.name, hparams)
+    if piece.name in (HEAD, EMBEDDING) and shape and ARCHITECTURES[hparams.architecture].other_vocabulary:
+        b = np.zeros((shape[0], pair.rank), np.float32)
+        b[: len(pair.b)] = pair.b[: shape[0]]
+        pair = replace(pair, b=b)
+    return pair
+
+
+def combine(name: str, parts: list[Part], hparams: Hparams, pairs: list[LoraPair]) -> list[str]:
+    """Make one pair of all ``parts`` of a tensor and add it to ``pairs``; return what is wrong with it."""
+    try:
+        n_experts = hparams.get("expert_count")
+        if n_experts and "_chexps" in name:  # GroveMoE: one for two experts
+            n_experts //= 2
+        pair = joined(name, parts, base_shape(name, hparams), n_experts)
+    except MismatchError as error:
+        return [f"{name}: {error}"]
+    error = misfit(name, pair.shape, hparams)
+    if not error:
+        pairs.append(pair)
+    return [error] if error else []
+
+
+def place_update(update: Update, found: list[Piece], hparams: Hparams, placement: Placement) -> list[str]:
+    """Add the parts of an update that isn't low rank to the placement; return what is wrong with it."""
+    if hparams.tensors is None:
+        return [f"{update.name}: {update.kind} needs the base's tensors: give --base BASE.gguf"]
+    taken, errors = [], []
+    for piece in found:
+        if update.part == "bias":
+            piece = bias_piece(update, piece)
+            if update.optional and piece.name not in hparams.tensors:
+                continue
+        part = shifted_norm(update, piece, hparams).take(piece)
+        shape = base_shape(piece.name, hparams) or ()
+        n_rows = math.prod(shape[:-1]) if shape else 0
+        if (
+            shape
+            and part.shape[1] == shape[-1]
+            and part.offset + part.shape[0] <= n_rows
+            and (piece.slot is None or part.shape[0] == shape[-2])
+        ):
+            taken.append(part)
+        else:
+            errors.append(
+                misfit(piece.name, part.shape, hparams) or f"{piece.name}: {part.shape} does not fit into {shape}"
+            )
+    if not errors:
+        placement.updates += taken
+    return errors
+
+
+def bias_piece(update: Update, piece: Piece) -> Piece:
+    """The place of a module's bias: the rows of its weight are the entries of its bias."""
+    if piece.offset is not None or piece.slot is not None or piece.scale is not None or piece.transpose:
+        raise UnsupportedError(
+            f"{update.name}: a bias that GGUF stores fused or scaled ({piece.name}): merge it with PEFT"
+        )
+    return Piece(part_name(piece, update), cols=piece.rows)
+
+
+def part_name(piece: Piece, update: LoraPair | Update) -> str:
+    return piece.name.removesuffix("weight") + update.part if update.part == "bias" else piece.name
+
+
+def shifted_norm(update: Update, piece: Piece, hparams: Hparams) -> Update:
+    """A whole norm as the GGUF has it: some architectures add one to it."""
+    if not isinstance(update, Replaced) or "norm" not in piece.name or update.part == "bias":
+        return update
+    row = ARCHITECTURES[hparams.architecture]
+    if row.norm_shift is None:
+        raise UnsupportedError(f"{update.name}: whole norms of {hparams.architecture}: merge it with PEFT")
+    shift = 0.0 if piece.name.endswith("ssm_norm.weight") else row.norm_shift
+    return replace(update, values=update.values + np.float32(shift)) if shift else update
+
+
+def shape_of(update: LoraPair | Update, hparams: Hparams) -> tuple[int, int]:
+    """(out, in) of the module's weight in Hugging Face's layout; what the update does not know, the base does."""
+    shape = update.shape[-2:]
+    if update.part == "bias":
+        shape = (shape[1], 0)
+    if 0 not in shape and not getattr(update, "wide", False):
+        return shape
+    base = shape_in_base(update.name, hparams)
+    if base is None:
+        raise MalformedError(
+            f"{update.name}: its shape depends on the base: give --base BASE.gguf, with a tensor for it"
+        )
+    return (shape[0] or base[0], base[1])
+
+
+def run_time_warnings(pairs: list[LoraPair], hparams: Hparams) -> list[str]:
+    """A line for each kind of tensor on which llama.cpp does not apply adapters, though a merge would."""
+    row = ARCHITECTURES.get(hparams.architecture)
+    if row is None or row.ignored_at_run_time is None:
+        return []
+    ignored = [pair.name for pair in pairs if re.search(row.ignored_at_run_time, pair.name)]
+    kinds = Counter(re.sub(r"^blk\.\d+\.", "", name) for name in ignored)
+    return [
+        f"{kind}: llama.cpp ignores adapters on it ({n} tensors, {hparams.architecture}): merge instead"
+        for kind, n in kinds.items()
+    ]
+
+
+def likely_cause(adapter: Adapter, hparams: Hparams, errors: list[str]) -> str:
+    """A guess at what went wrong, and what to do."""
+    trained_on = f" (the adapter says {adapter.base_model})" if adapter.base_model else ""
+    if any("tied" in error for error in errors):
+        return "merge with --tied separate or shared, or train without lm_head and embed_tokens"
+    if len(errors) == len(adapter.updates):
+        return f"is {printable(hparams.label)} ({hparams.architecture}) the base it was trained on{trained_on}?"
+    n = f"{len(errors)} of {len(adapter.updates)} modules do not fit"
+    return f"{n}: is the base of the same size and version{trained_on}?"

@@ -1,0 +1,93 @@
+"""Several parts of one tensor as one pair: experts stacked, rows of a fused tensor side by side, packed experts
+turned."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_gguf.adapters.lora import LoraPair, Piece
+from lora_gguf.adapters.updates import Update
+from lora_gguf.errors import MismatchError
+
+Part = tuple[Piece, LoraPair]
+
+
+def oriented(updates: list[LoraPair | Update], width: int | None) -> list[LoraPair | Update]:
+    """``updates`` with those of packed experts (E, …) turned to (out, in).
+
+    PEFT's versions disagree on which axis of a packed parameter is in and which is out; the model's ``width`` tells.
+    Where it is square it goes as the other parameters of the adapter do.
+    """
+    turns = {id(pair): is_turned(pair, width) for pair in updates if len(pair.shape) == 3}
+    known = [turn for turn in turns.values() if turn is not None]
+    default = bool(known) and all(known)
+    turned = {key for key, turn in turns.items() if (default if turn is None else turn)}
+    return [pair.take(Piece(pair.name, transpose=True)) if id(pair) in turned else pair for pair in updates]
+
+
+def is_turned(pair: LoraPair, width: int | None) -> bool | None:
+    """Whether a packed parameter's update is (in, out); None where the shape cannot tell."""
+    n_out, n_in = pair.shape[-2:]
+    if n_out == n_in or width not in (n_out, n_in):
+        return None
+    into_width = pair.name.rpartition(".")[2] in ("down_proj", "w2", "output_linear")
+    return (n_in if into_width else n_out) == width
+
+
+def joined(name: str, parts: list[Part], shape: tuple[int, ...] | None, n_experts: int | None) -> LoraPair:
+    """One pair of all parts: experts stacked, absent ones zero; rows of a fused tensor side by side, ranks added.
+
+    ``shape`` is that of the base's tensor, where it is known. Raises ``MismatchError``.
+    """
+    piece, pair = parts[0]
+    sources = tuple(dict.fromkeys(source for _, part in parts for source in part.sources))
+    if piece.slot is not None:
+        return stacked(name, parts, sources, shape[0] if shape and len(shape) == 3 else n_experts)
+    if piece.offset is None and len(parts) == 1:
+        return pair
+    if shape is None or any(other.offset is None for other, _ in parts):
+        raise MismatchError("two modules claim it")
+    return fused(name, parts, sources, shape)
+
+
+def stacked(name: str, parts: list[Part], sources: tuple[str, ...], n: int | None) -> LoraPair:
+    """Experts' pairs as one, (E, r, in) and (E, out, r); smaller ranks are padded with zeros."""
+    slots = [piece.slot for piece, _ in parts]
+    n = n or max(slots) + 1
+    if len(set(slots)) != len(slots) or max(slots) >= n:
+        raise MismatchError(f"expected experts 0 to {n - 1}, each once, found {max(slots)} and {len(slots)} in all")
+    shapes = {pair.shape for _, pair in parts}
+    if len(shapes) > 1:
+        raise MismatchError(f"its experts differ in shape: {sorted(shapes)}")
+    rank, (n_out, n_in) = max(pair.rank for _, pair in parts), parts[0][1].shape
+    scale = common_scale(parts)
+    a, b = np.zeros((n, rank, n_in), np.float32), np.zeros((n, n_out, rank), np.float32)
+    for piece, pair in parts:
+        a[piece.slot, : pair.rank] = pair.a
+        b[piece.slot, :, : pair.rank] = under_scale(pair, scale)
+    return LoraPair(name, a, b, scale, sources)
+
+
+def fused(name: str, parts: list[Part], sources: tuple[str, ...], shape: tuple[int, ...]) -> LoraPair:
+    """Pairs of some rows each as one of all rows: A one below the other, B block by block."""
+    scale, rank = common_scale(parts), sum(pair.rank for _, pair in parts)
+    a = np.concatenate([pair.a for _, pair in parts], axis=-2)
+    b, column = np.zeros((*shape[:-1], rank), np.float32), 0
+    for piece, pair in parts:
+        first = piece.offset or 0
+        rows = slice(first, first + pair.b.shape[-2])
+        if rows.stop > shape[-2] or pair.b.shape[:-2] != shape[:-2]:
+            raise MismatchError(f"expected parts of {shape}, found {pair.shape} at row {first}")
+        b[..., rows, column : column + pair.rank] = under_scale(pair, scale)
+        column += pair.rank
+    return LoraPair(name, a, b, scale, sources)
+
+
+def common_scale(parts: list[Part]) -> float:
+    """The first scale that is not zero."""
+    return next((pair.scale for _, pair in parts if pair.scale), 1.0)
+
+
+def under_scale(pair: LoraPair, scale: float) -> np.ndarray:
+    """The B of ``pair`` for another scale."""
+    return pair.b if pair.scale == scale else (pair.b * np.float64(pair.scale / scale)).astype(np.float32)
