@@ -100,7 +100,7 @@ MISSING = {
         {"last/adapter_config.json": CONFIG, "best/adapter_config.json": CONFIG},
         "in best, last: choose one with --subfolder",
     ),
-    "GGUF": ({"x-q4.gguf": b""}, "GGUF files: download x-q4.gguf"),
+    "GGUF": ({"x-q4.gguf": b""}, "GGUF files: name one, as hf://OWNER/NAME/x-q4.gguf"),
     "whole model": ({"config.json": b"{}", "model.safetensors": b""}, "a whole model"),
     "something else": ({"README.md": b""}, "not a PEFT adapter"),
     "nothing": ({}, "not a PEFT adapter"),

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 
 from lora_gguf.errors import FileError, HubError, IntegrityError, UsageError
 from lora_gguf.hub import hashes
-from lora_gguf.hub.quantizations import choose, fetch_model, find_quantizations, quant_of, quantizations
+from lora_gguf.hub.quantizations import choose, find_quantizations, quant_of, quantizations
+from lora_gguf.hub.references import gguf_path
 from lora_gguf.hub.repository import open_repo
 from tests.hub import TOKEN
 
@@ -50,75 +48,6 @@ def test_models_of_a_repository_shards_together(hub):
         ("Q8_0", 804, 1),
         ("BF16", 1808, 2),
     ]
-
-
-@pytest.mark.parametrize(
-    ("reference", "name"),
-    [
-        (REPO, "Tiny-1B-Q4_K_M.gguf"),
-        (f"{REPO}:q8_0", "Tiny-1B-Q8_0.gguf"),
-        (f"hf://{REPO}:Q8_0", "Tiny-1B-Q8_0.gguf"),
-        (f"{REPO}@v1:Q8_0", "Tiny-1B-Q8_0.gguf"),
-        (f"hf://{REPO}/Tiny-1B-Q8_0.gguf", "Tiny-1B-Q8_0.gguf"),
-        (f"hf://{REPO}@v1/mmproj-Tiny-F16.gguf", "mmproj-Tiny-F16.gguf"),
-        (f"https://huggingface.co/{REPO}/blob/main/Tiny-1B-Q8_0.gguf", "Tiny-1B-Q8_0.gguf"),
-        (f"https://huggingface.co/{REPO}/resolve/main/Tiny-1B-Q8_0.gguf?download=true", "Tiny-1B-Q8_0.gguf"),
-        (f"{REPO}:bf16", "BF16/Tiny-1B-BF16-00001-of-00002.gguf"),
-        (f"hf://{REPO}/BF16/Tiny-1B-BF16-00002-of-00002.gguf", "BF16/Tiny-1B-BF16-00001-of-00002.gguf"),
-    ],
-)
-def test_a_reference_names_a_file(hub, reference, name):
-    path = fetch_model(reference)
-    assert path.read_bytes() == FILES[name] and path.as_posix().endswith(name)
-    if "BF16" in name:
-        assert sorted(os.listdir(path.parent)) == [
-            "Tiny-1B-BF16-00001-of-00002.gguf",
-            "Tiny-1B-BF16-00002-of-00002.gguf",
-        ]
-
-
-def test_paths_stay_paths(hub, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / REPO).mkdir(parents=True)
-    for path in (
-        "model.gguf",
-        "models/model.gguf",
-        "./maker/x",
-        "/a/b",
-        "../a/b",
-        REPO,
-        "C:/x/y",
-        "C:\\x.gguf",
-        "a/b/c",
-        "x",
-        "",
-    ):
-        assert fetch_model(path) == Path(path)
-    assert fetch_model(Path("maker/other")) == Path("maker/other") and not hub.log
-
-
-@pytest.mark.parametrize(
-    ("reference", "error", "part"),
-    [
-        (f"{REPO}:Q3_K_S", UsageError, "choose one of Q4_K_M, Q8_0, BF16"),
-        (f"hf://{REPO}/none.gguf", HubError, "no file none.gguf: it has Q4_K_M, Q8_0, BF16"),
-        (f"hf://{REPO}/../../x.gguf", HubError, "no file"),
-        ("maker/none", HubError, "no such repository"),
-        ("maker/empty", HubError, "no GGUF model found"),
-        ("maker/two", UsageError, "no Q4_K_M among its quantizations: choose one of Q2_K, Q3_K_M"),
-    ],
-)
-def test_references_to_nothing(hub, reference, error, part):
-    hub.repos["maker/empty"] = {"README.md": b""}
-    hub.repos["maker/two"] = {"a-Q2_K.gguf": b"GGUF", "a-Q3_K_M.gguf": b"GGUF1"}
-    with pytest.raises(error, match=part) as caught:
-        fetch_model(reference)
-    assert str(caught.value).isprintable() and TOKEN not in str(caught.value)
-
-
-def test_the_only_model_needs_no_choice(hub):
-    hub.repos["maker/one"] = {"one.gguf": b"GGUF1", "one-mmproj.gguf": b"GGUF"}
-    assert fetch_model("maker/one").name == "one.gguf"
 
 
 BASE = "lab/Tiny-1B"
@@ -187,11 +116,11 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changed(hub, monkeypatch)
     hashed = []
     digests = hashes.digests
     monkeypatch.setattr(hashes, "digests", lambda path, lengths: hashed.append(path) or digests(path, lengths))
-    path = fetch_model(f"{REPO}:Q8_0")
-    assert fetch_model(f"{REPO}:Q8_0") == path and len(hashed) == 1
+    path = gguf_path(f"{REPO}:Q8_0")
+    assert gguf_path(f"{REPO}:Q8_0") == path and len(hashed) == 1
     path.resolve().write_bytes(b"GGUF" + b"9" * 800)
     with pytest.raises(IntegrityError):
-        fetch_model(f"{REPO}:Q8_0")
+        gguf_path(f"{REPO}:Q8_0")
     assert len(hashed) == 2
 
 
@@ -200,5 +129,5 @@ def test_a_download_larger_than_the_disk_is_refused_first(hub):
     sibling["size"] = sibling["lfs"]["size"] = 1 << 60
     hub.listing_changes["siblings"] = [sibling]
     with pytest.raises(FileError, match="needs 1152921504.61 GB"):
-        fetch_model(REPO)
+        gguf_path(REPO)
     assert not hub.requests("/resolve/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from lora_gguf.adapters.adapter import read_adapter
@@ -11,9 +12,15 @@ from lora_gguf.files.base import Base
 from lora_gguf.mapping.placement import Placement, adapter_gguf_pairs, gguf_pairs
 
 
+# a repository in huggingface_hub's cache: its folder is called by the commit, which says nothing to a reader
+_CACHED = re.compile(r"models--[^/\\]+--(?P<name>[^/\\]+)[/\\]snapshots[/\\][0-9a-f]{40}$")
+
+
 def adapter_name(source: str | os.PathLike) -> str:
     """A short name for files and metadata: the last part of a path or Hub id."""
-    name = os.path.basename(os.path.normpath(os.fspath(source).split("@")[0]))
+    path = os.path.normpath(os.fspath(source).split("@")[0].split("?")[0])
+    cached = _CACHED.search(path)
+    name = cached["name"] if cached else os.path.basename(path)
     return printable(name.removesuffix(".gguf"), 100)
 
 

@@ -9,15 +9,18 @@ from typing import Annotated, Optional
 
 import typer
 
-from lora_gguf.cli.terms import ExpertLayout, OutType, say, warn
+from lora_gguf.cli.terms import BASE_HELP, ExpertLayout, OutType, say, warn
 from lora_gguf.errors import printable
 
 
 def convert(
     adapter: Annotated[str, typer.Argument(help="A PEFT adapter's folder or Hub id.")],
-    base: Annotated[Optional[Path], typer.Option("--base", help="The base model's GGUF: the best source of names and shapes.")] = None,
+    base: Annotated[
+        Optional[str],
+        typer.Option("--base", "-m", "--model", metavar="BASE.gguf", help=f"The best source of names and shapes. {BASE_HELP}"),
+    ] = None,
     base_config: Annotated[Optional[Path], typer.Option(help="Without a GGUF: the folder with the base's config.json.")] = None,
-    output: Annotated[Optional[Path], typer.Option("-o", "--outfile", help="Default: ADAPTER.gguf in this folder.")] = None,
+    output: Annotated[Optional[Path], typer.Option("-o", "--outfile", "--output", help="Default: ADAPTER.gguf in this folder.")] = None,
     outtype: Annotated[OutType, typer.Option(help="The type of the tensors; f32 is exact.")] = OutType.f32,
     rank: Annotated[Optional[int], typer.Option(min=1, help="Approximate DoRA, OFT and the like at this rank.")] = None,
     allow_unused: Annotated[
@@ -37,12 +40,13 @@ def convert(
     from lora_gguf.adapters.sources import adapter_name
     from lora_gguf.commands.convert import convert as convert_adapter
     from lora_gguf.commands.fetch import fetch as fetch_adapter
+    from lora_gguf.hub.references import gguf_path
 
     out = output or Path(f"{adapter_name(adapter)}.gguf")
     placement = convert_adapter(
         fetch_adapter(adapter),
         out,
-        base,
+        base and gguf_path(base),
         base_config,
         outtype.value,
         force=force,

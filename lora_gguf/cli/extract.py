@@ -9,15 +9,15 @@ from typing import Annotated
 
 import typer
 
-from lora_gguf.cli.terms import OutType, say
+from lora_gguf.cli.terms import BASE_HELP, OutType, say
 from lora_gguf.errors import printable
 from lora_gguf.progress import bar
 
 
 def extract(
-    base: Annotated[Path, typer.Argument(metavar="BASE.gguf", help="The model before.")],
-    tuned: Annotated[Path, typer.Argument(metavar="TUNED.gguf", help="The model after, of the same architecture.")],
-    output: Annotated[Path, typer.Option("-o", "--outfile", help="The adapter to write.")],
+    base: Annotated[str, typer.Argument(metavar="BASE.gguf", help=f"The model before. {BASE_HELP}")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED.gguf", help="The model after, of the same architecture.")],
+    output: Annotated[Path, typer.Option("-o", "--outfile", "--output", help="The adapter to write.")],
     rank: Annotated[int, typer.Option(min=1, help="Of each tensor's update.")] = 32,
     outtype: Annotated[OutType, typer.Option(help="The type of the tensors.")] = OutType.f16,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
@@ -30,8 +30,10 @@ def extract(
     """
     from lora_gguf import tables
     from lora_gguf.commands.extract import extract as extract_adapter
+    from lora_gguf.hub.references import gguf_path
 
+    before, after = gguf_path(base), gguf_path(tuned)
     with bar("extracting", progress) as advance:
-        found = extract_adapter(base, tuned, output, rank, outtype.value, force=force, progress=advance)
+        found = extract_adapter(before, after, output, rank, outtype.value, force=force, progress=advance)
     print(json.dumps(found.as_dict(), indent=1) if as_json else tables.extraction_table(found))
     say(f"wrote {printable(output)} ({os.path.getsize(output) / 1e6:.1f} MB)")

@@ -9,17 +9,18 @@ from typing import Annotated, Optional
 
 import typer
 
-from lora_gguf.cli.terms import Rounding, Tied, n_bytes, say, warn, with_scale
+from lora_gguf.cli.terms import BASE_HELP, Rounding, Tied, adapters_of, base_and_adapter, n_bytes, say, warn
 from lora_gguf.errors import UsageError, printable
 from lora_gguf.progress import bar
 
 
 def merge(
-    base: Annotated[Path, typer.Argument(metavar="BASE.gguf", help="The model; of a split one any shard.")],
+    base: Annotated[Optional[str], typer.Argument(metavar="BASE.gguf", help=BASE_HELP)] = None,
     adapter: Annotated[Optional[str], typer.Argument(help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")] = None,
     lora: Annotated[
         Optional[list[str]], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="One more adapter; repeat.")
     ] = None,
+    model: Annotated[Optional[str], typer.Option("-m", "--model", metavar="BASE.gguf", help="BASE, as llama.cpp's tools name it.")] = None,
     output: Annotated[
         Optional[Path], typer.Option("-o", "--outfile", "--output", help="Default: BASE-ADAPTER.gguf in this folder.")
     ] = None,
@@ -55,15 +56,18 @@ def merge(
     from lora_gguf.commands.fetch import fetch as fetch_adapter
     from lora_gguf.files.base import split_name
     from lora_gguf.files.output import check_target
+    from lora_gguf.hub.references import gguf_path
 
-    named = ([(adapter, scale)] if adapter else []) + [with_scale(text) for text in lora or []]
+    source, adapter = base_and_adapter(base, adapter, model)
+    named = ([(adapter, scale)] if adapter else []) + adapters_of(lora or [])
     if not named:
         raise UsageError("no adapter: name one, or several with --lora")
-    split = split_name(base)
-    stem = Path(split[0]).name if split else base.stem
+    model_path = gguf_path(source)
+    split = split_name(model_path)
+    stem = Path(split[0]).name if split else model_path.stem
     out = output or Path(f"{stem}-{'-'.join(adapter_name(name) for name, _ in named)}.gguf")
     if not dry_run and not (keep_split or split_max_size or shard):
-        check_target(out, force=force, inputs=[base])
+        check_target(out, force=force, inputs=[model_path])
     adapters = [(fetch_adapter(name), factor) for name, factor in named]
     from lora_gguf import tables
     from lora_gguf.commands.merge import merge as merge_adapters
@@ -75,7 +79,7 @@ def merge(
     policy = Policy(rounding.value, seed, type and type.upper(), quantize and quantize.upper(), measured)
     with bar("merging", progress and not quiet) as advance:
         report = merge_adapters(
-            base,
+            model_path,
             adapters,
             None if dry_run else out,
             policy,

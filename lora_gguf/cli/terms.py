@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterable
 from enum import Enum
 
 from lora_gguf.errors import UsageError, printable
@@ -33,8 +35,27 @@ class OutType(str, Enum):
     q8_0 = "q8_0"
 
 
+BASE_HELP = "The model: a path (of a split one any shard), or on the Hub OWNER/NAME:Q4_K_M or hf://OWNER/NAME/FILE.gguf."
+
+
+def base_and_adapter(first: str | None, second: str | None, model: str | None) -> tuple[str, str | None]:
+    """BASE and ADAPTER, of which BASE may have been named with -m; then the only argument is the adapter."""
+    if model and second:
+        raise UsageError(f"two base models: {printable(first)} and -m {printable(model)}: name one")
+    if not (model or first):
+        raise UsageError("no base model: name its GGUF first, or with -m")
+    return (model, first) if model else (first, second)
+
+
+def adapters_of(texts: Iterable[str]) -> list[tuple[str, float]]:
+    """The adapters of --lora and their scales: ADAPTER[:SCALE], several with commas as llama.cpp takes them."""
+    return [with_scale(part) for text in texts for part in ([text] if os.path.exists(text) else text.split(",")) if part]
+
+
 def with_scale(text: str) -> tuple[str, float]:
     """ADAPTER[:SCALE], as llama.cpp's --lora-scaled takes it."""
+    if os.path.exists(text):
+        return text, 1.0
     name, _, number = text.rpartition(":")
     try:
         return (name, float(number)) if name else (text, 1.0)

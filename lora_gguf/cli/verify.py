@@ -8,14 +8,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from lora_gguf.cli.terms import say, with_scale
+from lora_gguf.cli.terms import BASE_HELP, adapters_of, say
 from lora_gguf.errors import printable
 from lora_gguf.progress import bar
 
 
 def verify(
-    merged: Annotated[Path, typer.Argument(metavar="MERGED.gguf", help="The file to judge; of a split one any shard.")],
-    base: Annotated[Path, typer.Option("--base", metavar="BASE.gguf", help="The model that it was made of.")],
+    merged: Annotated[str, typer.Argument(metavar="MERGED.gguf", help="The file to judge; of a split one any shard.")],
+    base: Annotated[str, typer.Option("--base", "-m", "--model", metavar="BASE.gguf", help=f"What it was made of. {BASE_HELP}")],
     lora: Annotated[
         list[str], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="An adapter that should be in it; repeat.")
     ],
@@ -30,15 +30,16 @@ def verify(
     """
     from lora_gguf.commands.fetch import fetch as fetch_adapter
 
-    adapters = [(fetch_adapter(name), factor) for name, factor in map(with_scale, lora)]
+    adapters = [(fetch_adapter(name), factor) for name, factor in adapters_of(lora)]
     from lora_gguf import tables
     from lora_gguf.checks.findings import as_error
     from lora_gguf.commands.verify import verify as verify_merge
     from lora_gguf.files.imatrix import read_imatrix
+    from lora_gguf.hub.references import gguf_path
 
     with bar("verifying", progress) as advance:
         measured = read_imatrix(imatrix) if imatrix else None
-        report = verify_merge(merged, base, adapters, imatrix=measured, threads=threads, progress=advance)
+        report = verify_merge(gguf_path(merged), gguf_path(base), adapters, imatrix=measured, threads=threads, progress=advance)
     print(json.dumps(report.as_dict(), indent=1) if as_json else tables.verify_table(report))
     for note in report.notes:
         say(f"lora-gguf: note: {printable(note, 600)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from lora_gguf.errors import FileError, HubError, UsageError, printable
 from lora_gguf.files.output import write_bytes
 from lora_gguf.files.weights import shard_names
+from lora_gguf.hub.references import gguf_path, names_file
 from lora_gguf.hub.repository import Repo, download, open_repo, remember
 
 CONFIG = "adapter_config.json"
@@ -43,12 +44,16 @@ def fetch(
     *,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
-    """The local directory (or file) of the adapter ``source``: a path, or ``OWNER/NAME[@REVISION]`` on the Hub.
+    """The local directory (or file) of the adapter ``source``: a path, or on the Hub ``OWNER/NAME[@REVISION]``, or
+    ``hf://OWNER/NAME/FILE.gguf`` for an adapter GGUF.
 
     A path that exists is returned as it is. From the Hub come only the files that matter, into its own cache, at one
     commit, each compared with its hash; with ``output`` they are copied there. ``progress`` is called with a
     file's name, its bytes so far and in all. Raises ``HubError``, ``IntegrityError``, ``FileError``, ``UsageError``.
     """
+    if names_file(source) and not (revision or subfolder):
+        path = gguf_path(source, progress=progress)
+        return _copy([path], Path(output)) / path.name if output is not None else path
     local = local_path(source)
     if local is not None:
         return _local_adapter(local, revision, subfolder, output)
@@ -119,7 +124,7 @@ def _what_is_missing(names: Iterable[str], prefix: str) -> str:
         shown = ", ".join(printable(folder, 60) for folder in folders[:5])
         return f"no {CONFIG} in {where}: its adapters are in {shown}: choose one with --subfolder"
     if gguf:
-        return f"no {CONFIG} in {where}, but GGUF files: download {printable(gguf[0], 80)} and give its path"
+        return f"no {CONFIG} in {where}, but GGUF files: name one, as hf://OWNER/NAME/{printable(gguf[0], 80)}"
     if prefix + "config.json" in names:
         return f"no {CONFIG} in {where}, but config.json: a whole model, not an adapter"
     return f"no {CONFIG} in {where}: not a PEFT adapter"

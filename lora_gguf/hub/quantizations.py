@@ -1,14 +1,11 @@
-"""Base models on the Hub: the GGUF quantizations of a model, and references to one of them.
+"""Base models on the Hub: the GGUF quantizations of a model.
 
-A reference is a path, ``OWNER/NAME[@REVISION][:QUANT]`` (as llama.cpp's ``-hf`` takes it),
-``hf://OWNER/NAME[@REVISION]/FILE.gguf`` or the address of a file's page. The tags that say which model a repository
-quantizes are those of https://huggingface.co/docs/hub/model-cards.
+The tags that say which model a repository quantizes are those of https://huggingface.co/docs/hub/model-cards.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,13 +17,7 @@ from lora_gguf.hub.repository import Repo, download, open_repo, remember, search
 
 DEFAULT_QUANT = "Q4_K_M"
 MAX_REPOS = 8
-_ID = r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)"
-_FILE = r"(?P<file>[^@:]+\.gguf)"
-_REFERENCES = (
-    re.compile(rf"hf://{_ID}(?:@(?P<revision>[^/:]+))?/{_FILE}"),
-    re.compile(rf"https?://(?:huggingface\.co|hf\.co)/{_ID}/(?:blob|resolve)/(?P<revision>[^/]+)/{_FILE}(?:\?.*)?"),
-    re.compile(rf"(?:hf://)?{_ID}(?:@(?P<revision>[^:]+))?(?::(?P<quant>[\w.-]+))?", re.ASCII),
-)
+REPO_ID = r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)"
 _QUANT = re.compile(
     r"(?:^|[-_./])((?:UD-)?(?:I?Q\d+_\w+|TQ\d_\d|BF16|F16|F32|FP16|MXFP4(?:_MOE)?|NVFP4))(?=[-./]|$)", re.IGNORECASE
 )
@@ -42,38 +33,6 @@ class Quantization:
     quant: str
     files: tuple[str, ...]
     n_bytes: int
-
-
-def fetch_model(reference: str | os.PathLike, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
-    """The local path of the GGUF (of a split one the first shard) that ``reference`` names, downloaded if need be.
-
-    A path is returned as it is, whether it exists or not. Raises ``HubError``, ``IntegrityError``, ``FileError``,
-    ``UsageError``.
-    """
-    match = _reference(reference)
-    if match is None:
-        return Path(reference)
-    fields = match.groupdict()
-    repo = open_repo(fields["repo"], fields["revision"])
-    if fields.get("file"):
-        found = [entry for entry in quantizations(repo, every=True) if fields["file"] in entry.files]
-        if not found:
-            raise HubError(
-                f"{repo.id}: there is no file {printable(fields['file'], 80)}: it has {_listed(quantizations(repo))}"
-            )
-        return fetch_quantization(repo, found[0], progress)
-    return fetch_quantization(repo, choose(quantizations(repo), fields["quant"], repo.id), progress)
-
-
-def _reference(reference: str | os.PathLike) -> re.Match | None:
-    """The parts of a reference to the Hub; None for a path, which all else is."""
-    text = os.fspath(reference)
-    if not isinstance(reference, str) or (text.endswith(".gguf") and "://" not in text):
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        if os.path.exists(text):
-            return None
-    return next((match for pattern in _REFERENCES if (match := pattern.fullmatch(text))), None)
 
 
 def fetch_quantization(
@@ -126,11 +85,11 @@ def choose(found: Iterable[Quantization], quant: str | None, where: str) -> Quan
     if match is None and not quant and len(found) == 1:
         match = found[0]
     if match is None:
-        raise UsageError(f"{where}: no {printable(wanted, 40)} among its quantizations: choose one of {_listed(found)}")
+        raise UsageError(f"{where}: no {printable(wanted, 40)} among its quantizations: choose one of {listed(found)}")
     return match
 
 
-def _listed(found: Iterable[Quantization]) -> str:
+def listed(found: Iterable[Quantization]) -> str:
     names = dict.fromkeys(entry.quant or printable(entry.files[0], 60) for entry in found)
     return ", ".join(list(names)[:20]) or "no GGUF model"
 
@@ -141,7 +100,7 @@ def find_quantizations(base_model: str) -> list[Quantization]:
     A bitsandbytes variant stands for the model that it was made of, and so does a copy under the same name.
     Raises ``HubError``.
     """
-    if not re.fullmatch(_ID, base_model, re.ASCII):
+    if not re.fullmatch(REPO_ID, base_model, re.ASCII):
         raise HubError(f"base model '{printable(base_model, 80)}': not a Hub id: find the base's GGUF by its name")
     models = _same_model(base_model)
     repos = list(models)
@@ -166,7 +125,7 @@ def _same_model(base_model: str) -> list[str]:
         same = sorted(
             origin
             for origin in origins
-            if re.fullmatch(_ID, origin, re.ASCII) and origin.partition("/")[2].lower() == name
+            if re.fullmatch(REPO_ID, origin, re.ASCII) and origin.partition("/")[2].lower() == name
         )
         models += same
         asked += same
