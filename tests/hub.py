@@ -36,6 +36,7 @@ class Hub:
         self.listing_changes: dict = {}
         self.faults: list[list] = []
         self.log: list[tuple[str, str, dict]] = []
+        self.n_sent = 0  # bytes of all bodies
         self.released = threading.Event()
         self.servers = [Server(("127.0.0.1", 0), Handler) for _ in range(2)]
         for server in self.servers:
@@ -57,6 +58,7 @@ class Hub:
     def reset(self) -> None:
         for state in (self.repos, self.tags, self.downloads, self.faults, self.log, self.listing_changes):
             state.clear()
+        self.n_sent = 0
         self.released.set()
         self.released = threading.Event()
 
@@ -174,17 +176,18 @@ class Handler(BaseHTTPRequestHandler):
     ) -> None:
         """Answer with ``content`` (of it the range asked for), announcing ``length`` bytes where that is to be a lie."""
         headers = dict(headers or {})
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and status == 200:
-            status, start = 206, int(wanted[1])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            content = content[start:]
+            status, start, end = 206, int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+            content = content[start : end + 1]
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(content) if length is None else length))
         self.end_headers()
         if self.command != "HEAD":
+            self.hub.n_sent += len(content)
             self.wfile.write(content)
             self.wfile.flush()
         if length is not None and length > len(content):

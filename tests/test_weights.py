@@ -12,7 +12,8 @@ import safetensors
 import safetensors.numpy
 
 from lora_gguf.errors import FileError, IntegrityError, LoraGgufError, MalformedError, UnsupportedError
-from lora_gguf.files.tensor_file import InputFile, bf16_to_f32, f8_e4m3_to_f32, f8_e5m2_to_f32
+from lora_gguf.files.input_file import InputFile
+from lora_gguf.files.tensor_file import bf16_to_f32, f8_e4m3_to_f32, f8_e5m2_to_f32
 from lora_gguf.files.weights import MAX_HEADER, read_header, read_weights
 from tests.checks import check_safetensors_mutants
 from tests.common import FIXTURES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -28,17 +29,17 @@ def split_name(path: str | os.PathLike) -> tuple[str, int, int] | None:
 class Base:
     """A base model open for reading: the shards' tensors as one table, in order. Use as a context manager.
 
-    ``path`` may be any shard. ``tensors``, ``kv``, ``get``, ``hparam``, ``architecture``, ``alignment`` and ``label`` are
-    those of ``GgufReader``, the metadata that of the first shard. Raises ``MalformedError`` where shards do not belong
-    together.
+    ``path`` may be any shard; ``opener`` opens a path that is not one of this machine. ``tensors``, ``kv``, ``get``,
+    ``length``, ``hparam``, ``architecture``, ``alignment`` and ``label`` are those of ``GgufReader``, the metadata that of
+    the first shard. Raises ``MalformedError`` where shards do not belong together.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, opener: Callable[[Path], GgufReader] = GgufReader):
         with ExitStack() as opened:
-            first = opened.enter_context(GgufReader(path))
+            first = opened.enter_context(opener(Path(path)))
             count = first.get("split.count", 0)
             paths = _shard_paths(Path(path), first, count) if count else [Path(path)]
-            readers = [first if shard == Path(path) else opened.enter_context(GgufReader(shard)) for shard in paths]
+            readers = [first if shard == Path(path) else opened.enter_context(opener(shard)) for shard in paths]
             if count:
                 _check_shards(readers)
             self._opened = opened.pop_all()
@@ -47,7 +48,7 @@ class Base:
         self._reader_of = {name: reader for reader in readers for name in reader.tensors}
         head = readers[0]
         self.path, self.label, self.kv, self.alignment = head.path, head.label, head.kv, head.alignment
-        self.get, self.hparam, self.architecture = head.get, head.hparam, head.architecture
+        self.get, self.length, self.hparam, self.architecture = head.get, head.length, head.hparam, head.architecture
 
     def __enter__(self) -> Base:
         return self

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lora_gguf.errors import IntegrityError, MalformedError, UnsupportedError, printable
-from lora_gguf.files.input_file import impostor, open_input, read_at, read_into
+from lora_gguf.errors import MalformedError, UnsupportedError, printable
+from lora_gguf.files.input_file import InputFile, Source, impostor
 from lora_gguf.ggml import TYPES, GgmlType
 
 MAGIC = b"GGUF"
@@ -82,10 +82,8 @@ def padded(n_bytes: int, alignment: int) -> int:
 class _Cursor:
     """A position in a file, with a window of it in memory; every read is checked against the file's size."""
 
-    WINDOW = 1 << 20
-
-    def __init__(self, fd: int, size: int, label: str):
-        self.fd, self.size, self.label = fd, size, label
+    def __init__(self, source: Source):
+        self.source, self.size, self.label = source, source.size, source.label
         self.window, self.window_start, self.position = b"", 0, 0
 
     def error(self, what: str) -> MalformedError:
@@ -100,8 +98,8 @@ class _Cursor:
         at = self.position - self.window_start
         if at < 0 or at + n_bytes > len(self.window):
             self.require(n_bytes, what)
-            length = min(max(n_bytes, self.WINDOW), self.size - self.position)
-            self.window, self.window_start, at = read_at(self.fd, self.position, length, self.label), self.position, 0
+            length = min(max(n_bytes, self.source.window), self.size - self.position)
+            self.window, self.window_start, at = self.source.read(self.position, length), self.position, 0
         return at
 
     def unpack(self, layout: str, what: str):
@@ -142,16 +140,16 @@ class _Cursor:
 
 
 class GgufReader:
-    """A GGUF file, open for reading. Use as a context manager.
+    """A GGUF file, open for reading: one of this machine by its path, or any ``Source``. Use as a context manager.
 
     ``kv`` maps each key to its span, in file order; ``tensors`` maps each name to its ``TensorInfo``, in file order.
     Raises ``MalformedError`` for a file that libggml would refuse, ``FileError`` where it can't be read.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.label = printable(self.path.name)
-        self.fd = open_input(path)
+    def __init__(self, path: str | os.PathLike | Source):
+        self.source = path if isinstance(path, Source) else InputFile(path)
+        self.label, self.size = self.source.label, self.source.size
+        self.path = Path(self.label if path is self.source else path)
         try:
             self._read_header()
         except BaseException:
@@ -165,20 +163,21 @@ class GgufReader:
         self.close()
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self.source.close()
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of a file of this machine, to copy from."""
+        return self.source.fd
 
     def _read_header(self) -> None:
-        status = os.fstat(self.fd)
-        self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
-        cursor = _Cursor(self.fd, self.size, self.label)
+        cursor = _Cursor(self.source)
         self._read_preamble(cursor)
         self._read_key_values(cursor)
         self._read_tensor_table(cursor)
 
     def _read_preamble(self, cursor: _Cursor) -> None:
-        head = read_at(self.fd, 0, min(self.size, 32), self.label)
+        head = self.source.read(0, min(self.size, 32))
         if not head.startswith(MAGIC):
             what = impostor(head) or f"not a GGUF file: expected it to start with {MAGIC!r}, found {head[:4]!r}"
             raise MalformedError(f"{self.label}: {what}")
@@ -295,8 +294,12 @@ class GgufReader:
         entry = self.kv.get(key)
         if entry is None:
             return default
-        raw = read_at(self.fd, entry.value, entry.end - entry.value, self.label)
-        return decode_value(raw, entry.type)
+        return decode_value(self.source.read(entry.value, entry.end - entry.value), entry.type)
+
+    def length(self, key: str) -> int:
+        """How many values the array ``key`` has, none of them read; 0 where the key is missing or no array."""
+        entry = self.kv.get(key)
+        return struct.unpack("<IQ", self.source.read(entry.value, 12))[1] if entry and entry.type == ARRAY else 0
 
     @cached_property
     def architecture(self) -> str:
@@ -310,7 +313,7 @@ class GgufReader:
 
     def read_into(self, info: TensorInfo, offset: int, buffer) -> None:
         """Fill ``buffer`` (writable, contiguous) with the tensor's bytes from ``offset`` (bytes from its start) on."""
-        read_into(self.fd, self.data_position + info.offset + offset, buffer, f"{self.label}: {info.name}")
+        self.source.read_into(self.data_position + info.offset + offset, buffer, info.name)
 
     def read(self, info: TensorInfo, first_row: int = 0, n_rows: int | None = None):
         """Rows ``first_row`` to ``first_row + n_rows`` as stored: uint8, shape (n_rows, row_bytes)."""
@@ -323,11 +326,7 @@ class GgufReader:
 
     def check_unchanged(self) -> None:
         """Raise ``IntegrityError`` if the file was written to since it was opened."""
-        status = os.fstat(self.fd)
-        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise IntegrityError(
-                f"{self.label}: the file changed while it was read: run again when nothing writes to it"
-            )
+        self.source.check_unchanged()
 
 
 def decode_value(raw: bytes, type_id: int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 
 from lora_gguf.errors import FileError, IntegrityError, printable
 
@@ -36,23 +37,80 @@ def open_input(path: str | os.PathLike) -> int:
         raise FileError(f"{printable(path)}: cannot open: {reason}: check the path") from error
 
 
-def read_into(fd: int, position: int, buffer, label: str) -> None:
-    """Fill ``buffer`` (writable, contiguous) with the bytes from ``position`` on, which the file had when opened."""
-    view, done = memoryview(buffer).cast("B"), 0
-    while done < len(view):
-        try:
-            n_bytes = os.preadv(fd, [view[done:]], position + done)
-        except OSError as error:
-            raise FileError(f"{label}: cannot read: {error.strerror}") from error
-        if n_bytes == 0:
-            raise IntegrityError(
-                f"{label}: the file became shorter while it was read: run again when nothing writes to it"
-            )
-        done += n_bytes
+class Source:
+    """Bytes that are read by position; use as a context manager. ``label`` is a name that is safe to print.
+
+    ``size`` is in bytes, ``window`` how many it is good to ask for at a time. A subclass brings ``read_into``.
+    """
+
+    label: str
+    size: int
+    window: int
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing can be read afterwards."""
+
+    def check_unchanged(self) -> None:
+        """Raise ``IntegrityError`` if the bytes are no longer those that the source had when it was opened."""
+
+    def read_into(self, position: int, buffer, label: str = "") -> None:
+        """Fill ``buffer`` (writable, contiguous) with the bytes from ``position`` on; ``label`` is what they are.
+
+        The caller has checked them against ``size``.
+        """
+        raise NotImplementedError
+
+    def read(self, position: int, n_bytes: int) -> bytes:
+        """``n_bytes`` from ``position`` on; the caller has checked them against ``size``."""
+        buffer = bytearray(n_bytes)
+        self.read_into(position, buffer)
+        return bytes(buffer)
+
+    def read_array(self, position: int, dtype, shape: tuple[int, ...]):
+        """A numpy array of ``shape`` from ``position`` on; the caller has checked its bytes against ``size``."""
+        import numpy as np
+
+        array = np.empty(shape, dtype)
+        if array.size:
+            self.read_into(position, array.reshape(-1).view(np.uint8))
+        return array
 
 
-def read_at(fd: int, position: int, n_bytes: int, label: str) -> bytes:
-    """``n_bytes`` from ``position`` on; the caller has checked them against the file's size."""
-    buffer = bytearray(n_bytes)
-    read_into(fd, position, buffer, label)
-    return bytes(buffer)
+class InputFile(Source):
+    """A regular file, open for reading. Raises ``FileError`` where it cannot be read."""
+
+    window = 1 << 20
+
+    def __init__(self, path: str | os.PathLike):
+        self.label = printable(Path(path).name)
+        self.fd = open_input(path)
+        status = os.fstat(self.fd)
+        self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def check_unchanged(self) -> None:
+        status = os.fstat(self.fd)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise IntegrityError(f"{self.label}: the file changed while it was read: run again when nothing writes to it")
+
+    def read_into(self, position: int, buffer, label: str = "") -> None:
+        view, done = memoryview(buffer).cast("B"), 0
+        label = f"{self.label}: {label}" if label else self.label
+        while done < len(view):
+            try:
+                n_bytes = os.preadv(self.fd, [view[done:]], position + done)
+            except OSError as error:
+                raise FileError(f"{label}: cannot read: {error.strerror}") from error
+            if n_bytes == 0:
+                raise IntegrityError(f"{label}: the file became shorter while it was read: run again when nothing writes to it")
+            done += n_bytes

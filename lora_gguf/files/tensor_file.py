@@ -1,16 +1,13 @@
-"""What files of tensors share: reading without mmap, dtypes and how they widen to f32, checks of names."""
+"""What files of tensors share: dtypes and how they widen to f32, checks of names."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from lora_gguf.errors import MalformedError, printable
-from lora_gguf.files.input_file import open_input, read_at, read_into
 
 MAX_DIMS = 32
 
@@ -64,32 +61,6 @@ DTYPES = {
     )
 }
 UNSUPPORTED_DTYPES = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"}
-
-
-class InputFile:
-    """A regular file open for reading; use as a context manager. ``label`` is its name, safe to print."""
-
-    def __init__(self, path: str | os.PathLike):
-        self.label = printable(Path(path).name)
-        self.fd = open_input(path)
-        self.size = os.fstat(self.fd).st_size
-
-    def __enter__(self) -> InputFile:
-        return self
-
-    def __exit__(self, *_exc) -> None:
-        os.close(self.fd)
-
-    def read(self, position: int, n_bytes: int) -> bytes:
-        """``n_bytes`` from ``position`` on; the caller has checked them against ``size``."""
-        return read_at(self.fd, position, n_bytes, self.label)
-
-    def read_array(self, position: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        """An array of ``shape`` from ``position`` on; the caller has checked its bytes against ``size``."""
-        array = np.empty(shape, dtype)
-        if array.size:
-            read_into(self.fd, position, array.reshape(-1).view(np.uint8), self.label)
-        return array
 
 
 def check_name(name, label: str) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 from lora_gguf.errors import MalformedError, UnsupportedError, printable
 from lora_gguf.files.input_file import impostor
 from lora_gguf.files.pickle_reader import Builder, Refusal, load, set_item
-from lora_gguf.files.tensor_file import DTYPES, MAX_DIMS, InputFile, check_name, damaged
+from lora_gguf.files.input_file import InputFile
+from lora_gguf.files.tensor_file import DTYPES, MAX_DIMS, check_name, damaged
 
 ZIP_MAGIC = b"PK\x03\x04"
 LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_gguf.errors import MalformedError, UnsupportedError, printable
-from lora_gguf.files.input_file import impostor
-from lora_gguf.files.tensor_file import DTYPES, MAX_DIMS, UNSUPPORTED_DTYPES, InputFile, check_name, damaged
+from lora_gguf.files.input_file import InputFile, Source, impostor
+from lora_gguf.files.tensor_file import DTYPES, MAX_DIMS, UNSUPPORTED_DTYPES, check_name, damaged
 from lora_gguf.files.torch_reader import read_torch
 
 MAX_HEADER = 100_000_000
@@ -61,7 +61,7 @@ def _read_tensor(file: InputFile, data_position: int, entry: Entry) -> np.ndarra
     return dtype.widen(array) if dtype.widen else array
 
 
-def read_header(file: InputFile) -> tuple[list[Entry], int]:
+def read_header(file: Source) -> tuple[list[Entry], int]:
     """The tensors of a safetensors file in file order, and the position of its data; everything is checked."""
     head = file.read(0, min(file.size, 32))
     what = impostor(head)

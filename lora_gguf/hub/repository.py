@@ -64,9 +64,9 @@ def open_repo(repo_id: str, revision: str | None = None) -> Repo:
     _check_names(repo)
     if constants.HF_HUB_OFFLINE:
         return _cached(repo)
-    with _client(repo):
+    with client(repo):
         api = HfApi(endpoint=constants.ENDPOINT)
-        info = _retrying(
+        info = retrying(
             lambda: api.model_info(
                 repo_id, revision=repo.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
             )
@@ -88,7 +88,7 @@ def download(repo: Repo, name: str, progress: Callable[[str, int, int], None] | 
     _remove_stale(repo, file)
     if not (repo.snapshot / name).exists():
         _check_space(file)
-    with _client(repo, name, bars=progress is None):
+    with client(repo, name, bars=progress is None):
         path = Path(
             hf_hub_download(
                 repo.id, name, revision=repo.commit, endpoint=constants.ENDPOINT, **_progress_option(name, progress)
@@ -102,9 +102,9 @@ def search(what: str, tags: list[str], limit: int) -> list[str]:
     """The ids of at most ``limit`` repositories with all of ``tags``, the most downloaded first; ``what`` names it."""
     from huggingface_hub import HfApi, constants
 
-    with _client(Repo(what, DEFAULT_REVISION, "")):
+    with client(Repo(what, DEFAULT_REVISION, "")):
         api = HfApi(endpoint=constants.ENDPOINT)
-        found = _retrying(lambda: list(api.list_models(filter=tags, sort="downloads", limit=limit)))
+        found = retrying(lambda: list(api.list_models(filter=tags, sort="downloads", limit=limit)))
         return [model.id for model in sorted(found, key=lambda model: -(model.downloads or 0)) if _is_name(model.id)]
 
 
@@ -112,11 +112,11 @@ def tags_of(repo_id: str) -> list[str]:
     """The tags of a repository, such as ``base_model:quantized:OWNER/NAME``."""
     from huggingface_hub import HfApi, constants
 
-    with _client(Repo(repo_id, DEFAULT_REVISION, "")):
+    with client(Repo(repo_id, DEFAULT_REVISION, "")):
         api = HfApi(endpoint=constants.ENDPOINT)
         return [
             str(tag)
-            for tag in _retrying(lambda: api.model_info(repo_id, timeout=constants.HF_HUB_ETAG_TIMEOUT)).tags or ()
+            for tag in retrying(lambda: api.model_info(repo_id, timeout=constants.HF_HUB_ETAG_TIMEOUT)).tags or ()
         ]
 
 
@@ -224,7 +224,7 @@ def _progress_option(name: str, progress: Callable[[str, int, int], None] | None
 
 
 @contextlib.contextmanager
-def _client(repo: Repo, file: str = "", bars: bool = False) -> Iterator[None]:
+def client(repo: Repo, file: str = "", bars: bool = False) -> Iterator[None]:
     """Calls of huggingface_hub: its log kept quiet, its bars only on a terminal, its errors explained in one line."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
@@ -276,7 +276,7 @@ def retry_after(response) -> int:
     return int(text) if text.isdigit() else int(limit[1]) if limit else 0
 
 
-def _retrying(call: Callable):
+def retrying(call: Callable):
     """The result of ``call``, tried again after answers and failures that may pass."""
     for wait in RETRY_WAITS:
         try:
