@@ -27,6 +27,8 @@ WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."
 WHOLE = re.compile(r"(?P<path>.+?)(\.(modules_to_save|ln_tuning_layers)(\.[^.]+)?)?\.(?P<part>weight|bias)")
 # the order in which modules of packed experts register their parameters
 PARAMETERS = ("gate_up_proj", "gate_proj", "w1", "up_proj", "v1", "w3", "down_proj", "w2", "weight")
+# a repository in huggingface_hub's cache: its folder is called by the commit, which says nothing to a reader
+_CACHED = re.compile(r"models--[^/\\]+--(?P<name>[^/\\]+)[/\\]snapshots[/\\][0-9a-f]{40}$")
 
 
 @dataclass
@@ -92,7 +94,7 @@ def read_adapter(directory: str | os.PathLike, expert_b_layout: str | None = Non
     tensors = {name: as_f32(name, array) for name, array in read_weights(path).items()}
     check_all_finite(tensors, path.name)
     found = updates_of(tensors, config, path.name, expert_b_layout)
-    label = printable(directory.resolve().name)
+    label = adapter_name(directory.resolve())
     warnings = layout_doubt(directory, found.updates, config, expert_b_layout)
     return Adapter(label, directory, config, found.updates, found.ignored, found.originals, warnings)
 
@@ -118,6 +120,14 @@ def as_f32(name: str, array: np.ndarray) -> np.ndarray:
         )
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, np.float32)
+
+
+def adapter_name(source: str | os.PathLike) -> str:
+    """A short name for files and metadata: the last part of a path or Hub id."""
+    path = os.path.normpath(os.fspath(source).split("@")[0].split("?")[0])
+    cached = _CACHED.search(path)
+    name = cached["name"] if cached else os.path.basename(path)
+    return printable(name.removesuffix(".gguf"), 100)
 
 
 def check_all_finite(tensors: dict[str, np.ndarray], label: str) -> None:

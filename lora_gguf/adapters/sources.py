@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
-from lora_gguf.adapters.adapter import read_adapter
-from lora_gguf.errors import UnsupportedError, printable
+from lora_gguf.adapters.adapter import adapter_name, read_adapter
+from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.base import Base
 from lora_gguf.mapping.placement import Placement, adapter_gguf_pairs, gguf_pairs
-
-
-# a repository in huggingface_hub's cache: its folder is called by the commit, which says nothing to a reader
-_CACHED = re.compile(r"models--[^/\\]+--(?P<name>[^/\\]+)[/\\]snapshots[/\\][0-9a-f]{40}$")
-
-
-def adapter_name(source: str | os.PathLike) -> str:
-    """A short name for files and metadata: the last part of a path or Hub id."""
-    path = os.path.normpath(os.fspath(source).split("@")[0].split("?")[0])
-    cached = _CACHED.search(path)
-    name = cached["name"] if cached else os.path.basename(path)
-    return printable(name.removesuffix(".gguf"), 100)
 
 
 def placement_of(path: str | os.PathLike, base: Base, tied: str = "separate", allow_unused: str | None = None) -> Placement:

@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from lora_gguf.cli.terms import say
+from lora_gguf.errors import UsageError, printable
+
+SHOWN = 3  # repositories in the list of bases
+
 
 def fetch(
-    repo: Annotated[str, typer.Argument(metavar="REPO[@REVISION]", help="The adapter's Hub id, such as user/adapter@main.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter's Hub id, such as user/adapter@main; for --base also its folder.")],
+    base: Annotated[bool, typer.Option("--base", help="List the GGUFs of the model that it was trained on, with their sizes.")] = False,
+    quant: Annotated[Optional[str], typer.Option(help="Download this one of the base's GGUFs, such as Q4_K_M.")] = None,
     subfolder: Annotated[Optional[str], typer.Option(help="The adapter's folder in the repository.")] = None,
-    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Copy the files here; default: the Hub cache.")] = None,
+    output: Annotated[
+        Optional[Path], typer.Option("-o", "--output", "--local-dir", help="Copy the files into this folder; default: the Hub cache.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files in that folder that differ.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --base: print the list as JSON.")] = False,
 ) -> None:
-    """Download a PEFT adapter from the Hugging Face Hub and print where it lies."""
-    from lora_gguf.commands.fetch import fetch as fetch_adapter
+    """Download an adapter from the Hugging Face Hub, or a GGUF of its base, and print where it lies.
 
-    print(fetch_adapter(repo, subfolder=subfolder, output=output))
+    lora-gguf fetch user/my-adapter
+
+    lora-gguf fetch user/my-adapter --base
+
+    lora-gguf fetch user/my-adapter --quant Q4_K_M -o models
+    """
+    if not (base or quant):
+        if as_json:
+            raise UsageError("--json lists bases: give --base too")
+        from lora_gguf.commands.fetch import fetch as fetch_adapter
+
+        print(fetch_adapter(adapter, subfolder=subfolder, output=output, force=force))
+        return
+    from lora_gguf.commands import base_models
+
+    model = base_models.base_model_of(adapter, subfolder)
+    if quant:
+        print(base_models.fetch_base(model, quant, output, force=force))
+    else:
+        _list(model, base_models.named(base_models.find_quantizations(model)), as_json)
+
+
+def _list(model: str, names: dict, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([{"reference": name, **vars(entry)} for name, entry in names.items()], indent=1))
+        return
+    repos = list(dict.fromkeys(entry.repo for entry in names.values()))
+    for name, entry in names.items():
+        if entry.repo in repos[:SHOWN]:
+            print(f"{entry.n_bytes / 1e9:8.2f} GB  {printable(name)}")
+    others = f", and {len(repos) - SHOWN} more repositories, which --json lists" if len(repos) > SHOWN else ""
+    found = f"{len(names)} GGUFs{others}" if names else "no GGUF"
+    hint = ": name one as BASE, or download it with --quant" if names else ": see its page, or convert it with llama.cpp"
+    say(f"{printable(model, 100)}: {found}{hint}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lora_gguf.adapters.updates import Update
 from lora_gguf.errors import UnsupportedError, UsageError
 from lora_gguf.factoring import factor
 from lora_gguf.files.base import Base
+from lora_gguf.hub.quantizations import REPO_ID
 from lora_gguf.mapping import hparams
 from lora_gguf.mapping.placement import Placement, gguf_pairs
 
@@ -107,8 +109,11 @@ def metadata(adapter: Adapter) -> list[tuple[str, object, str]]:
     if adapter.invocation_tokens:
         found.append(("adapter.alora.invocation_tokens", adapter.invocation_tokens, "u32"))
     if adapter.base_model:
-        found += [
-            ("general.base_model.count", 1, "u32"),
-            ("general.base_model.0.name", adapter.base_model.rpartition("/")[2], "str"),
-        ]
+        owner, _, name = adapter.base_model.rpartition("/")
+        found += [("general.base_model.count", 1, "u32"), ("general.base_model.0.name", name, "str")]
+        if re.fullmatch(REPO_ID, adapter.base_model, re.ASCII):
+            found += [
+                ("general.base_model.0.organization", owner, "str"),
+                ("general.base_model.0.repo_url", f"https://huggingface.co/{adapter.base_model}", "str"),
+            ]
     return found

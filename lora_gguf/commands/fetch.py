@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lora_gguf.errors import FileError, HubError, UsageError, printable
-from lora_gguf.files.output import write_bytes
+from lora_gguf.files.output import copy_file
 from lora_gguf.files.weights import shard_names
 from lora_gguf.hub.references import gguf_path, names_file
 from lora_gguf.hub.repository import Repo, download, open_repo, remember
@@ -42,18 +43,20 @@ def fetch(
     subfolder: str | None = None,
     output: str | os.PathLike | None = None,
     *,
+    force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """The local directory (or file) of the adapter ``source``: a path, or on the Hub ``OWNER/NAME[@REVISION]``, or
     ``hf://OWNER/NAME/FILE.gguf`` for an adapter GGUF.
 
     A path that exists is returned as it is. From the Hub come only the files that matter, into its own cache, at one
-    commit, each compared with its hash; with ``output`` they are copied there. ``progress`` is called with a
+    commit, each compared with its hash; with ``output`` they are copied there,
+    and ``force`` replaces files that differ. ``progress`` is called with a
     file's name, its bytes so far and in all. Raises ``HubError``, ``IntegrityError``, ``FileError``, ``UsageError``.
     """
     if names_file(source) and not (revision or subfolder):
         path = gguf_path(source, progress=progress)
-        return _copy([path], Path(output)) / path.name if output is not None else path
+        return copy_to(Path(output), [path], force) / path.name if output is not None else path
     local = local_path(source)
     if local is not None:
         return _local_adapter(local, revision, subfolder, output)
@@ -65,7 +68,7 @@ def fetch(
         shards = _shards(repo, subfolder, paths[-1])
         paths += [download(repo, name, progress) for name in shards]
     remember(repo)
-    return _copy(paths, Path(output)) if output is not None else paths[0].parent
+    return copy_to(Path(output), paths, force) if output is not None else paths[0].parent
 
 
 def local_path(source: str | os.PathLike) -> Path | None:
@@ -149,17 +152,16 @@ def _local_adapter(path: Path, revision: str | None, subfolder: str | None, outp
     return path / subfolder if subfolder else path
 
 
-def _copy(paths: list[Path], folder: Path) -> Path:
-    """Copy the files to ``folder``, each whole or not at all; what is there already must be the same."""
+def copy_to(folder: Path, paths: list[Path], force: bool = False) -> Path:
+    """Copy the files to ``folder``, each whole or not at all; what is there already must be the same, or ``force`` given."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
-            content = path.read_bytes()
             target = folder / path.name
-            if not target.is_file() or target.read_bytes() != content:
-                write_bytes(target, content)
+            if not (target.is_file() and filecmp.cmp(path, target, shallow=False)):
+                copy_file(path, target, force=force)
     except OSError as error:
         raise FileError(
-            f"{printable(folder)}: cannot copy the adapter there: {error.strerror}: name another folder"
+            f"{printable(folder)}: cannot copy there: {error.strerror}: name another folder"
         ) from error
     return folder

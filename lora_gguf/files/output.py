@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_gguf.errors import FileError, printable
+from lora_gguf.files.input_file import open_input
 
 try:
     import fcntl
@@ -193,3 +194,16 @@ def write_bytes(path: str | os.PathLike, content: bytes, *, force: bool = False,
     with OutputFile(path, force=force, inputs=inputs) as output:
         output.write_at(0, content)
         output.commit()
+
+
+def copy_file(source: str | os.PathLike, path: str | os.PathLike, *, force: bool = False) -> None:
+    """Put a copy of the file ``source`` at ``path``, whole or not at all."""
+    fd = open_input(source)
+    try:
+        n_bytes = os.fstat(fd).st_size
+        with OutputFile(path, force=force, inputs=[source]) as output:
+            check_space(output.target, n_bytes)
+            output.copy_at(0, fd, 0, n_bytes)
+            output.commit()
+    finally:
+        os.close(fd)

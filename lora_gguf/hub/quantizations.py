@@ -81,7 +81,7 @@ def choose(found: Iterable[Quantization], quant: str | None, where: str) -> Quan
     if not found:
         raise HubError(f"{where}: no GGUF model found: see its page on the Hub for quantizations of it")
     wanted = (quant or DEFAULT_QUANT).upper()
-    match = next((entry for entry in found if entry.quant in (wanted, f"UD-{wanted}")), None)
+    match = next((entry for name in (wanted, f"UD-{wanted}") for entry in found if entry.quant == name), None)
     if match is None and not quant and len(found) == 1:
         match = found[0]
     if match is None:

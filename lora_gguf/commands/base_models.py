@@ -1,0 +1,75 @@
+"""The model that an adapter was trained on, and its GGUF quantizations on the Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_gguf.adapters.adapter_config import read_json
+from lora_gguf.commands.fetch import CONFIG, copy_to, local_path, parse_reference
+from lora_gguf.errors import MalformedError, printable
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.hub.quantizations import Quantization, choose, fetch_quantization, find_quantizations
+from lora_gguf.hub.repository import download, open_repo
+
+ADDRESS = "https://huggingface.co/"
+
+
+def base_model_of(source: str | os.PathLike, subfolder: str | None = None) -> str:
+    """The model that the adapter ``source`` was trained on, as it states it: the folder or GGUF of an adapter, or its Hub id.
+
+    A repository that holds a model and no adapter stands for itself. Raises ``HubError``, ``FileError``, ``MalformedError``.
+    """
+    path = local_path(source)
+    if path is not None:
+        path = path / (subfolder or "")
+    else:
+        repo_id, revision, subfolder = parse_reference(str(source), None, subfolder)
+        repo = open_repo(repo_id, revision)
+        name = f"{subfolder}/{CONFIG}" if subfolder else CONFIG
+        if name not in repo.files:
+            return repo.id
+        path = download(repo, name).parent
+    stated = _stated_by_gguf(path) if path.suffix == ".gguf" else read_json(path / CONFIG).get("base_model_name_or_path")
+    if not stated or not isinstance(stated, str):
+        raise MalformedError(f"{printable(path)}: it does not say what model it was trained on: find the base's GGUF by its name")
+    return stated
+
+
+def _stated_by_gguf(path: Path) -> str:
+    with GgufReader(path) as reader:
+        address = str(reader.get("general.base_model.0.repo_url", ""))
+        return address.removeprefix(ADDRESS) or str(reader.get("general.base_model.0.name", ""))
+
+
+def fetch_base(
+    model: str,
+    quant: str | None = None,
+    output: str | os.PathLike | None = None,
+    *,
+    force: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Path:
+    """Download a GGUF of ``model``, a Hub id as adapters state it; the path of it (of a split one of the first shard).
+
+    ``quant`` is such as ``Q4_K_M``, which is also what is taken without it. With ``output``, a folder, the files are
+    copied there. Raises ``UsageError`` where there is no such quantization, ``HubError``, ``IntegrityError``, ``FileError``.
+    """
+    chosen = choose(find_quantizations(model), quant, printable(model, 100))
+    repo = open_repo(chosen.repo)
+    first = fetch_quantization(repo, chosen, progress)
+    if output is None:
+        return first
+    return copy_to(Path(output), [repo.snapshot / name for name in chosen.files], force) / first.name
+
+
+def named(found: list[Quantization]) -> dict[str, Quantization]:
+    """What to write as BASE for each: ``OWNER/NAME:QUANT``, or the file where that would be another."""
+    names: dict[str, Quantization] = {}
+    for entry in found:
+        name = f"{entry.repo}:{entry.quant}"
+        plain = entry.quant and name not in names and re.fullmatch(r"[\w.-]+", entry.quant)
+        names[name if plain else f"hf://{entry.repo}/{entry.files[0]}"] = entry
+    return names
