@@ -10,14 +10,7 @@ from lora_gguf.commands.extract import Extraction
 from lora_gguf.commands.merge import MergeReport
 from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.retention import Retention, kind_of, total
-
-
-def text_table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
-    """Columns as wide as their widest cell, the first ``left`` aligned left, the others right."""
-    lines = [list(map(str, row)) for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    align = [str.ljust if i < left else str.rjust for i in range(len(widths))]
-    return "\n".join("  ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths)).rstrip() for line in lines)
+from lora_gguf.text_table import text_table
 
 
 def retention_table(report: MergeReport) -> str:

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -81,7 +82,7 @@ class Hub:
     def sibling(self, name: str, content: bytes) -> dict:
         entry = {"rfilename": name, "size": len(content), "blobId": git_sha1(content)}
         if self.is_lfs(name):
-            entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+            entry["lfs"] = {"sha256": sha256(content), "size": len(content), "pointerSize": 130}
         return entry
 
     def requests(self, pattern: str) -> list[dict]:
@@ -89,6 +90,12 @@ class Hub:
         return [headers for method, path, headers in self.log if re.search(pattern, f"{method} {path}")]
 
 
+@lru_cache(32)
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@lru_cache(32)
 def git_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -162,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_content(content, {"ETag": f'"{git_sha1(content)}"', "X-Repo-Commit": self.hub.commit})
         headers = {
             "Location": f"{self.hub.cdn}/cdn/{repo_id}/{name}",
-            "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X-Linked-ETag": f'"{sha256(content)}"',
             "X-Linked-Size": str(len(content)),
             "X-Repo-Commit": self.hub.commit,
         }

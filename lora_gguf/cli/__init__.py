@@ -14,6 +14,7 @@ from lora_gguf import __version__
 from lora_gguf.cli.convert import convert
 from lora_gguf.cli.extract import extract
 from lora_gguf.cli.fetch import fetch
+from lora_gguf.cli.inspect import inspect
 from lora_gguf.cli.merge import merge
 from lora_gguf.cli.terms import say
 from lora_gguf.cli.verify import verify
@@ -47,7 +48,7 @@ def _options(
         os.environ["LORA_GGUF_DEBUG"] = "1"
 
 
-for command in (fetch, convert, merge, verify, extract):
+for command in (fetch, inspect, convert, merge, verify, extract):
     app.command()(command)
 
 

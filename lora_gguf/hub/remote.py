@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from lora_gguf.errors import HubError, printable
+from lora_gguf.files.base import Base
+from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.input_file import InputFile, Source
 from lora_gguf.hub.failures import host
+from lora_gguf.hub.quantizations import Quantization
 from lora_gguf.hub.repository import Repo, client, retrying
 
 MIN_WINDOW, MAX_WINDOW = 64 << 10, 1 << 20
@@ -14,6 +17,11 @@ def open_source(repo: Repo, name: str) -> Source:
     """The file ``name`` of ``repo``: the one in the cache, or the one on the Hub. Raises ``HubError``, ``FileError``."""
     cached = repo.snapshot / name
     return InputFile(cached) if cached.is_file() else RemoteFile(repo, name)
+
+
+def open_model(repo: Repo, chosen: Quantization) -> Base:
+    """A model on the Hub, open for reading where it lies. Raises ``HubError``, ``MalformedError``."""
+    return Base(chosen.files[0], lambda path: GgufReader(open_source(repo, path.as_posix())))
 
 
 class RemoteFile(Source):

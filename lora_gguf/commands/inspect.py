@@ -1,0 +1,108 @@
+"""What a file, a folder or a repository is, from headers alone: on the Hub nothing but these is transferred."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_gguf.adapters.adapter import adapter_directory
+from lora_gguf.adapters.adapter_config import read_config
+from lora_gguf.commands.fetch import CONFIG, TOKENIZER, WEIGHTS, adapter_files, local_path, parse_reference
+from lora_gguf.errors import FileError, printable
+from lora_gguf.files.base import Base, split_name
+from lora_gguf.files.gguf_reader import MAGIC
+from lora_gguf.files.input_file import InputFile, Source
+from lora_gguf.files.weights import Entry, read_header, read_weights, shard_names
+from lora_gguf.hub.quantizations import quantizations
+from lora_gguf.hub.references import names_file, remote_gguf
+from lora_gguf.hub.remote import open_model, open_source
+from lora_gguf.hub.repository import download, open_repo
+from lora_gguf.inspection import Inspection, inspect_gguf, inspect_peft
+
+Opener = Callable[[str], Source]
+NAMES_QUANT = re.compile(r"[\w.-]:[\w.-]+$")  # OWNER/NAME:Q4_K_M
+
+
+def inspect(source: str | os.PathLike) -> Inspection:
+    """What ``source`` is: a GGUF, a PEFT adapter's folder, or either on the Hub (an id, or a reference to a file).
+
+    Returns a ``ModelInspection`` or an ``AdapterInspection``. Only headers are read; of a repository the configuration
+    and the headers are transferred, no weights. Raises the subclasses of ``LoraGgufError``.
+    """
+    name = os.fspath(source)
+    if names_file(source) or (NAMES_QUANT.search(name) and not os.path.exists(name)):
+        return remote_model(name)
+    path = local_path(source)
+    if path is None:
+        return remote_adapter(name) or remote_model(name)
+    return inspect_folder(path) if path.is_dir() else inspect_file(path)
+
+
+def inspect_file(path: Path) -> Inspection:
+    with InputFile(path) as file:
+        is_gguf = file.read(0, min(4, file.size)) == MAGIC
+    if is_gguf or path.suffix not in (".safetensors", ".bin", ".json"):
+        with Base(path) as base:
+            return inspect_gguf(base, printable(path))
+    return inspect_folder(path.parent)
+
+
+def inspect_folder(path: Path) -> Inspection:
+    models = sorted(path.glob("*.gguf"))
+    if models and not (path / CONFIG).is_file():
+        split = split_name(models[0])
+        if len(models) > (split[2] if split else 1):
+            shown = ", ".join(printable(model.name, 60) for model in models[:5])
+            raise FileError(f"{printable(path)}: a folder of {len(models)} GGUFs: name one of {shown}")
+        return inspect_file(models[0])
+    folder = adapter_directory(path)
+    files = {name: (folder / name).stat().st_size for name in (CONFIG, *TOKENIZER, *WEIGHTS) if (folder / name).is_file()}
+    weights = next((name for name in WEIGHTS if name in files), None)
+    if weights is None:
+        raise FileError(f"{printable(path)}: {CONFIG} without weights: expected {WEIGHTS[0]}: download it again")
+    if weights.endswith(".json"):
+        files |= {name: (folder / name).stat().st_size for name in shard_names(folder / weights) if (folder / name).is_file()}
+    tensors = header_of(weights, folder, lambda name: InputFile(folder / name))
+    return inspect_peft(read_config(folder), tensors, files, printable(path))
+
+
+def header_of(weights: str, folder: Path, opener: Opener) -> list[Entry]:
+    """The tensors of an adapter's weights, whose index (if they have one) lies in ``folder``.
+
+    A PyTorch file has no header of its own: it is read whole, from ``folder``.
+    """
+    if weights.endswith(".index.json"):
+        return [entry for name in shard_names(folder / weights) for entry in header_of(name, folder, opener)]
+    if weights.endswith(".safetensors"):
+        with opener(weights) as file:
+            return read_header(file)[0]
+    arrays = read_weights(folder / weights)
+    return [Entry(name, array.dtype.name.upper().replace("FLOAT", "F"), array.shape, 0, array.nbytes) for name, array in arrays.items()]
+
+
+def remote_model(reference: str) -> Inspection:
+    """The GGUF that ``reference`` names on the Hub."""
+    found = remote_gguf(reference)
+    if found is None:
+        raise FileError(f"{printable(reference)}: no such file, and not a reference to one on the Hub: expected OWNER/NAME[:QUANT]")
+    with open_model(*found) as base:
+        return inspect_gguf(base, printable(f"{found[0].id}/{found[1].files[0]}"))
+
+
+def remote_adapter(source: str) -> Inspection | None:
+    """The PEFT adapter in a repository (or a folder of it); None where it holds GGUF models instead."""
+    repo_id, revision, subfolder = parse_reference(source, None, None)
+    repo = open_repo(repo_id, revision)
+    prefix = f"{subfolder}/" if subfolder else ""
+    if prefix + CONFIG not in repo.files and quantizations(repo):
+        return None
+    *others, weights = adapter_files(repo, subfolder)
+    config = download(repo, others[0])
+    if not weights.endswith(".safetensors"):
+        download(repo, weights)
+    names = shard_names(config.parent / Path(weights).name) if weights.endswith(".index.json") else []
+    files = {name: repo.files[name].size for name in (*others, weights, *(prefix + name for name in names))}
+    tensors = header_of(Path(weights).name, config.parent, lambda name: open_source(repo, prefix + name))
+    return inspect_peft(read_config(config.parent), tensors, files, printable(f"{repo.id}/{prefix}".rstrip("/")))

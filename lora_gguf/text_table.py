@@ -1,0 +1,40 @@
+"""Tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
+    """Columns as wide as their widest cell, the first ``left`` aligned left, the others right."""
+    return aligned([head, *rows], left)
+
+
+def aligned(rows: Sequence[Sequence[object]], left: int = 1) -> str:
+    """``text_table`` without a head."""
+    lines = [list(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    align = [str.ljust if i < left else str.rjust for i in range(len(widths))]
+    return "\n".join("  ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths)).rstrip() for line in lines)
+
+
+def size_text(n_bytes: float) -> str:
+    """``n_bytes`` for a reader, in powers of 1000 as disks count: 98.4 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 999.5:
+            break
+        n_bytes /= 1000
+    else:
+        unit = "TB"
+    return f"{n_bytes:.0f} {unit}" if unit == "bytes" or n_bytes >= 100 else f"{n_bytes:.3g} {unit}"
+
+
+def count_text(n: float) -> str:
+    """A number of weights for a reader: 134.5 M."""
+    for unit in ("", "K", "M", "B"):
+        if n < 999.5:
+            break
+        n /= 1000
+    else:
+        unit = "T"
+    return f"{n:.0f}" if not unit else f"{n:.4g} {unit}"
