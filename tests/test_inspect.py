@@ -86,7 +86,7 @@ def test_what_cannot_be_used_says_so(tmp_path):
 def test_an_adapter_gguf(tmp_path):
     convert(DEMO_ADAPTER, tmp_path / "adapter.gguf", smollm2_path())
     found = inspect(tmp_path / "adapter.gguf")
-    assert (found.kind, found.architecture, found.base_model) == ("adapter (GGUF)", "llama", "SmolLM2-135M-Instruct")
+    assert (found.kind, found.architecture, found.base_model) == ("adapter (GGUF)", "llama", "HuggingFaceTB/SmolLM2-135M-Instruct")
     assert [(group.rank, group.scale, group.n_modules) for group in found.ranks] == [(8, 2.0, 210)]
     assert found.alpha == 16 and found.targets["attn_q"] == 30 and found.n_layers == 30
 
