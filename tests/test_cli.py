@@ -13,7 +13,7 @@ from lora_gguf import errors
 from lora_gguf.cli import _run, app
 from lora_gguf.files.output import SUFFIX
 from tests.common import gemma3_path, smollm2_path
-from tests.test_merge import NAME, base_and_adapter
+from tests.test_merge import NAME, base_and_adapter, tensor
 
 
 def run(capsys, *arguments):
@@ -174,3 +174,43 @@ def test_every_option_has_help(capsys):
         assert code == 0
         options = [line for line in out.splitlines() if line.startswith("  -")]
         assert options and all(len(line.split("  ")) > 2 or line.endswith(">") or len(line) > 20 for line in options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "base.gguf", "adapter.gguf"],
+        ["-m", "base.gguf", "--lora", "adapter.gguf"],
+        ["base.gguf", "--lora", "adapter.gguf"],
+        ["--model", "base.gguf", "--lora-scaled", "adapter.gguf:1.0", "-t", "1"],
+        ["-m", "base.gguf", "--lora-scaled", "adapter.gguf", "1.0"],
+        ["base.gguf", "--lora-scaled", "adapter.gguf:0.25,adapter.gguf:0.75"],
+        ["base.gguf", "--lora-scaled", "adapter.gguf", "1.5", "--lora-scaled", "adapter.gguf", "-.5"],
+    ],
+)
+def test_as_llama_cpp_users_type_it(tmp_path, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    base_and_adapter(tmp_path, "F32")
+    assert run(capsys, "merge", "base.gguf", "adapter.gguf", "-o", "plain.gguf")[0] == 0
+    code, _, err = run(capsys, "merge", *arguments, "--output", "aliased.gguf")
+    assert code == 0, err
+    plain, aliased = (tensor(tmp_path / f"{name}.gguf", NAME).view("<f4") for name in ("plain", "aliased"))
+    assert abs(plain - aliased).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "no base model"),
+        (["base.gguf"], "no adapter"),
+        (["-m", "base.gguf"], "no adapter"),
+        (["base.gguf", "adapter.gguf", "-m", "base.gguf"], "two base models"),
+        (["base.gguf", "adapter.gguf", "-o", "nowhere/"], "the folder does not exist"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    base_and_adapter(tmp_path, "Q4_0")
+    code, out, err = run(capsys, "merge", *arguments)
+    assert code in (2, 7) and says in err and err.count("\n") == 1 and not out
+    assert sorted(os.listdir(tmp_path)) == ["adapter.gguf", "base.gguf"]

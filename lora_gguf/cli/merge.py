@@ -22,8 +22,9 @@ def merge(
     ] = None,
     model: Annotated[Optional[str], typer.Option("-m", "--model", metavar="BASE.gguf", help="BASE, as llama.cpp's tools name it.")] = None,
     output: Annotated[
-        Optional[Path], typer.Option("-o", "--outfile", "--output", help="Default: BASE-ADAPTER.gguf in this folder.")
-    ] = None,
+        str,
+        typer.Option("-o", "--outfile", "--output", metavar="PATH", help="The file to write; in a folder it is called BASE-SIZE-ADAPTER-TYPE.gguf."),
+    ] = ".",
     scale: Annotated[float, typer.Option(help="Multiplies the adapter's own scale.")] = 1.0,
     rounding: Annotated[Rounding, typer.Option(help="How weights get back on a grid.")] = Rounding.auto,
     seed: Annotated[int, typer.Option(min=0, help="Of the dither; the same seed gives the same bytes.")] = 0,
@@ -52,9 +53,7 @@ def merge(
 
     lora-gguf merge model-Q4_K_M.gguf user/my-adapter -o merged.gguf
     """
-    from lora_gguf.adapters.sources import adapter_name
     from lora_gguf.commands.fetch import fetch as fetch_adapter
-    from lora_gguf.files.base import split_name
     from lora_gguf.files.output import check_target
     from lora_gguf.hub.references import gguf_path
 
@@ -63,11 +62,8 @@ def merge(
     if not named:
         raise UsageError("no adapter: name one, or several with --lora")
     model_path = gguf_path(source)
-    split = split_name(model_path)
-    stem = Path(split[0]).name if split else model_path.stem
-    out = output or Path(f"{stem}-{'-'.join(adapter_name(name) for name, _ in named)}.gguf")
-    if not dry_run and not (keep_split or split_max_size or shard):
-        check_target(out, force=force, inputs=[model_path])
+    if not (dry_run or keep_split or split_max_size or shard or os.path.isdir(output)):
+        check_target(output, force=force, inputs=[model_path])
     adapters = [(fetch_adapter(name), factor) for name, factor in named]
     from lora_gguf import tables
     from lora_gguf.commands.merge import merge as merge_adapters
@@ -81,7 +77,7 @@ def merge(
         report = merge_adapters(
             model_path,
             adapters,
-            None if dry_run else out,
+            None if dry_run else output,
             policy,
             tied=tied.value,
             allow_unused=allow_unused,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable
 from enum import Enum
@@ -50,6 +51,17 @@ def base_and_adapter(first: str | None, second: str | None, model: str | None) -
 def adapters_of(texts: Iterable[str]) -> list[tuple[str, float]]:
     """The adapters of --lora and their scales: ADAPTER[:SCALE], several with commas as llama.cpp takes them."""
     return [with_scale(part) for text in texts for part in ([text] if os.path.exists(text) else text.split(",")) if part]
+
+
+def joined_scales(arguments: Iterable[str]) -> list[str]:
+    """The command line with ``--lora-scaled ADAPTER SCALE``, as llama.cpp took it once, as ``--lora-scaled ADAPTER:SCALE``."""
+    words: list[str] = []
+    for word in arguments:
+        if words[-2:-1] == ["--lora-scaled"] and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", word) and not os.path.exists(word):
+            words[-1] += f":{word}"
+        else:
+            words.append(word)
+    return words
 
 
 def with_scale(text: str) -> tuple[str, float]:

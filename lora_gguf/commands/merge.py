@@ -17,6 +17,7 @@ from lora_gguf.files.gguf_writer import GgufWriter, key_value, raw_key_values
 from lora_gguf.growth import promote
 from lora_gguf.layout import OutputPart, one_shard, output_parts
 from lora_gguf.mapping.placement import Account
+from lora_gguf.naming import output_path
 from lora_gguf.plan import Plan, Policy, make_plan
 from lora_gguf.retention import Retention, kind_of, total
 
@@ -64,7 +65,7 @@ def merge(
     force: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Add the updates of ``adapters`` to ``base`` and write the result to ``out``.
+    """Add the updates of ``adapters`` to ``base`` and write the result to ``out``; in a folder, under its conventional name.
 
     Each adapter is a PEFT directory or an adapter GGUF with the factor that multiplies its own scale; their updates are
     summed in f32 and rounded once, as ``policy`` says. ``out`` None only plans. ``tied`` and ``allow_unused`` are those of
@@ -80,6 +81,7 @@ def merge(
         report = MergeReport(plan, [account for placement, _ in placements for account in placement.accounts])
         if out is None:
             return report
+        out = output_path(out, model, plan, [adapter_name(path) for path, _ in adapters])
         metadata = merged_key_values(model, plan, adapters, policy)
         parts = output_parts(out, model, plan, max_bytes=max_bytes, shards=shards or shard is not None)
         inputs = [*model.paths, *(path for path, _ in adapters)]

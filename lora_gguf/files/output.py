@@ -31,6 +31,8 @@ def check_target(path: str | os.PathLike, *, force: bool = False, inputs: Iterab
     """The real path to write to, symbolic links followed; ``FileError`` where writing there would lose something."""
     target = Path(os.path.realpath(path))
     label = printable(path)
+    if os.fspath(path).endswith(("/", os.sep)) and not target.exists():
+        raise FileError(f"{label}: the folder does not exist: make it first")
     if os.path.islink(path) and not target.exists():
         raise FileError(f"{label}: a link to nowhere: remove it or name another output")
     if target.exists():

@@ -1,0 +1,53 @@
+"""The name of a merged file, by the GGUF naming convention: BaseName-SizeLabel-FineTune-Version-Encoding.gguf.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#gguf-naming-convention. The adapters' names join the
+fine-tune. What the base's metadata does not say is read from its file's name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_gguf.files.base import Base, split_name
+from lora_gguf.ggml import FILE_TYPES
+from lora_gguf.plan import Plan
+
+MAX_LENGTH = 200
+_ENCODING = "|".join(sorted(FILE_TYPES, key=len, reverse=True))
+_STEM = re.compile(rf"(?P<name>.+?)(?:[-.](?P<version>v\d+(?:\.\d+)*))?(?:[-._](?:UD-)?(?:{_ENCODING}|Q\d_K_X?L))?", re.IGNORECASE)
+
+
+def output_path(out: str | os.PathLike, base: Base, plan: Plan, adapters: Iterable[str]) -> Path:
+    """``out``, or where that is a folder the file in it that the convention names."""
+    return Path(out) / merged_name(base, plan, adapters) if os.path.isdir(out) else Path(out)
+
+
+def merged_name(base: Base, plan: Plan, adapters: Iterable[str]) -> str:
+    """The conventional name of ``base`` with ``adapters`` (their names) merged into it as ``plan`` says."""
+    number = plan.file_type(base.get("general.file_type"))
+    encoding = next(name for name, known in FILE_TYPES.items() if known == number)
+    parts = [*_model(base), *adapters, _version(base), encoding]
+    return "-".join(filter(None, map(_clean, parts)))[:MAX_LENGTH] + ".gguf"
+
+
+def _model(base: Base) -> list[object]:
+    if base.get("general.basename"):
+        return [base.get(f"general.{key}", "") for key in ("basename", "size_label", "finetune")]
+    return [_stem(base)["name"]]
+
+
+def _version(base: Base) -> object:
+    return base.get("general.version") or (None if base.get("general.basename") else _stem(base)["version"])
+
+
+def _stem(base: Base) -> re.Match:
+    split = split_name(base.path.name)
+    return _STEM.fullmatch(split[0] if split else base.path.name.removesuffix(".gguf"))
+
+
+def _clean(part: object) -> str:
+    """A part with nothing but what is harmless in the name of a file."""
+    return re.sub(r"[^\w.+]+", "-", str(part or ""), flags=re.ASCII).strip("-.")
