@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from lora_gguf.errors import NumericError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter
 from lora_gguf.plan import TensorPlan
-from lora_gguf.requantize import broken_row, recode, scratch
+from lora_gguf.quants import QUANTS
+from lora_gguf.requantize import NO_IMPORTANCE, broken_row, recode, scratch
 from lora_gguf.rounding import low_rank
 
 CHUNK_WEIGHTS = 1 << 18  # 1 MB of f32: update, codes and blocks of a chunk stay in a core's cache
@@ -27,7 +28,8 @@ AHEAD = 4  # chunks a thread that are in work or done before their results are t
 class Chunk:
     """Rows ``first`` to ``first + n_rows`` of a tensor, in its matrix (expert) number ``matrix``.
 
-    ``a`` (R, cols) and ``b`` (n_rows, R) are the factors of their update, R 0 where only the type changes.
+    ``a`` (R, cols) and ``b`` (n_rows, R) are the factors of their update, R 0 where only the type changes. ``new`` f32
+    (n_rows, cols) are rows beyond those of the base.
     """
 
     tensor: TensorPlan
@@ -36,16 +38,20 @@ class Chunk:
     matrix: int = 0
     a: np.ndarray | None = None
     b: np.ndarray | None = None
+    new: np.ndarray | None = None
 
     @property
     def n_bytes(self) -> int:
-        return self.n_rows * self.tensor.source.row_bytes
+        """What it reads of the base."""
+        return 0 if self.new is not None else self.n_rows * self.tensor.source.row_bytes
 
 
 def cut(tensors: Sequence[TensorPlan]) -> Iterator[Chunk]:
     """The chunks of ``tensors``, in order."""
     for tensor in tensors:
         yield from _cut_changed(tensor) if tensor.recipe else _cut_copied(tensor)
+        if tensor.new_rows is not None:
+            yield from _cut_new(tensor)
 
 
 def _cut_copied(tensor: TensorPlan) -> Iterator[Chunk]:
@@ -65,6 +71,13 @@ def _cut_changed(tensor: TensorPlan) -> Iterator[Chunk]:
             yield Chunk(tensor, matrix * n_out + row, len(factor), matrix, a[matrix], factor)
 
 
+def _cut_new(tensor: TensorPlan) -> Iterator[Chunk]:
+    n_rows = max(1, CHUNK_WEIGHTS // tensor.source.n_cols)
+    for first in range(0, len(tensor.new_rows), n_rows):
+        new = np.ascontiguousarray(tensor.new_rows[first : first + n_rows], np.float32)
+        yield Chunk(tensor, tensor.source.n_rows + first, len(new), new=new)
+
+
 def stack(pairs: Sequence[LoraPair], n_matrices: int, n_out: int, n_in: int) -> tuple[np.ndarray, np.ndarray]:
     """All updates of one tensor as one pair of factors, f32: a (E, R, in), and b (E, out, R) with the scales in it."""
     a = [np.asarray(pair.a, np.float32).reshape(n_matrices, -1, n_in) for pair in pairs]
@@ -76,6 +89,9 @@ def stack(pairs: Sequence[LoraPair], n_matrices: int, n_out: int, n_in: int) -> 
 def carry_out(chunk: Chunk, reader: GgufReader, writer: GgufWriter) -> tuple[int, np.ndarray] | None:
     """Read a chunk, add its update, write it. Returns its number of weights and its sums; None where it was copied."""
     info, target = chunk.tensor.source, writer.tensors[chunk.tensor.target.name]
+    if chunk.new is not None:
+        writer.write(target, chunk.first * target.row_bytes, encoded(chunk))
+        return None
     if chunk.tensor.recipe is None:
         writer.copy(target, reader, info, chunk.first * info.row_bytes, chunk.n_bytes)
         return None
@@ -83,7 +99,7 @@ def carry_out(chunk: Chunk, reader: GgufReader, writer: GgufWriter) -> tuple[int
     if (row := broken_row(info.type, blocks)) is not None:
         raise NumericError(f"{reader.label}: {info.name}: row {chunk.first + row}: a scale is NaN or infinity: the base is damaged")
     delta = update_of(chunk, blocks)
-    blocks, sums = recode(chunk.tensor.recipe, blocks, delta, chunk.first, chunk.matrix)
+    blocks, sums = rewritten(chunk, blocks, delta)
     if not np.isfinite(sums).all():
         raise NumericError(
             f"{reader.label}: {info.name}: rows {chunk.first} to {chunk.first + chunk.n_rows - 1}: NaN, infinity or overflow "
@@ -91,6 +107,48 @@ def carry_out(chunk: Chunk, reader: GgufReader, writer: GgufWriter) -> tuple[int
         )
     writer.write(target, chunk.first * target.row_bytes, blocks)
     return delta.size, sums
+
+
+def encoded(chunk: Chunk) -> np.ndarray:
+    """The new rows of a chunk as stored in the tensor's type."""
+    quant, recipe = QUANTS[chunk.tensor.target.type.name], chunk.tensor.recipe
+    blocks = np.empty((chunk.n_rows, quant.type.row_bytes(chunk.new.shape[1])), np.uint8)
+    quant.encode(chunk.new, NO_IMPORTANCE if recipe is None or recipe.importance is None else recipe.importance[0], blocks)
+    return blocks
+
+
+def rewritten(chunk: Chunk, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows ``blocks`` with ``delta`` added, as ``recode`` gives them, and their sums.
+
+    Where the type stays, rows that nothing changes keep their bytes, and those that are replaced get a grid of their own.
+    """
+    recipe = chunk.tensor.recipe
+    if recipe.source is not recipe.target:
+        return recode(recipe, blocks, delta, chunk.first, chunk.matrix)
+    changed, replaced = changed_rows(chunk)
+    moved = changed & ~replaced if recipe.keeps_grid else np.zeros_like(changed)
+    if moved.all():
+        return recode(recipe, blocks, delta, chunk.first, chunk.matrix)
+    before, sums = blocks.copy(), np.zeros(4)
+    if moved.any():
+        blocks, sums = recode(recipe, blocks, delta * moved[:, None], chunk.first, chunk.matrix)
+        blocks[~moved] = before[~moved]
+    anew = changed & ~moved
+    if anew.any():
+        fresh = replace(recipe, rounding="fresh")
+        blocks[anew], more = recode(fresh, before[anew], delta[anew], chunk.first, chunk.matrix)
+        sums = sums + more
+    return blocks, sums
+
+
+def changed_rows(chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    """Which of a chunk's rows an adapter changes, and which of them it replaces: bool (n_rows,)."""
+    changed, replaced = chunk.b.any(axis=1), np.zeros(chunk.n_rows, bool)
+    for update, _ in chunk.tensor.updates:
+        touched = update.touches(chunk.first, chunk.n_rows)
+        changed |= touched
+        replaced |= touched & update.replaces
+    return changed, replaced
 
 
 def update_of(chunk: Chunk, blocks: np.ndarray) -> np.ndarray:

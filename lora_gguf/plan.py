@@ -52,25 +52,29 @@ class TensorPlan:
     """What happens to one tensor: copied where ``recipe`` is None, else rewritten with ``pairs`` and ``updates`` added.
 
     ``source`` is where it lies in the base, ``target`` what is written. ``updates`` are those that aren't low rank, each with
-    its factor.
+    its factor. ``new_rows``, f32 (k, cols), come after those of the base.
     """
 
     source: TensorInfo
     target: TensorInfo
     pairs: list[LoraPair] = field(default_factory=list)
     updates: list[tuple[Update, float]] = field(default_factory=list)
+    new_rows: np.ndarray | None = None
     recipe: Recipe | None = None
 
     @property
     def changes(self) -> bool:
-        """Whether the adapter changes its weights."""
+        """Whether the adapter changes weights that the base has."""
         return bool(self.pairs or self.updates)
 
 
 @dataclass
 class Plan:
+    """All tensors in order, warnings, and the raw ``key_values`` that take the place of the base's."""
+
     tensors: list[TensorPlan]
     warnings: list[str]
+    key_values: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def merged(self) -> list[TensorPlan]:
@@ -101,7 +105,10 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
         for pair in placement.pairs:
             plans[pair.name].pairs.append(replace(pair, scale=pair.scale * scale))
         for update in placement.updates:
-            plans[update.name].updates.append((update, scale))
+            if update.n_rows:
+                plans[update.name].updates.append((update, scale))
+        for name, new in placement.new_rows.items():
+            _append(plans[name], new, base.label)
     _check(base, plans.values())
     types = _mix_types(base, policy) if policy.mix else {}
     for name, tensor in plans.items():
@@ -111,7 +118,23 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
         weighting = weightings(base, {tensor.source.name for tensor in moved}, policy.imatrix)
         for tensor in moved:
             tensor.recipe = replace(tensor.recipe, weighting=weighting[tensor.source.name])
-    return Plan(list(plans.values()), [warning for placement, _ in placements for warning in placement.warnings])
+    warnings = [warning for placement, _ in placements for warning in placement.warnings]
+    return Plan(list(plans.values()), warnings, _vocabulary(placements, base.label))
+
+
+def _append(tensor: TensorPlan, new: np.ndarray, label: str) -> None:
+    if tensor.new_rows is not None:
+        raise MismatchError(f"{label}: {tensor.source.name}: two adapters add tokens: merge one, then the other into the result")
+    n_rows, n_cols = tensor.target.shape
+    tensor.new_rows, tensor.target = new, replace(tensor.target, shape=(n_rows + len(new), n_cols))
+
+
+def _vocabulary(placements: list[tuple[Placement, float]], label: str) -> dict[str, bytes]:
+    """The key/value pairs of the one vocabulary that the adapters ask for."""
+    found = [placement.key_values for placement, _ in placements if placement.key_values]
+    if any(other != found[0] for other in found[1:]):
+        raise MismatchError(f"{label}: two adapters change its tokens, each in its own way: merge one, then the other into the result")
+    return found[0] if found else {}
 
 
 def _mix_types(base: Base, policy: Policy) -> dict[str, GgmlType]:
@@ -127,9 +150,11 @@ def choose(tensor: TensorPlan, mix_type: GgmlType | None, policy: Policy) -> Non
     """Set the type that ``tensor`` gets, and the recipe by which it gets there."""
     info = tensor.source
     chosen = mix_type or (adapted_type(tensor, policy) if tensor.changes else info.type)
+    if tensor.new_rows is not None and QUANTS[chosen.name].needs_importance:
+        chosen = fallback_type(BY_NAME[PROMOTED], info.n_cols)
     tensor.target = replace(tensor.target, type=chosen)
     if tensor.changes or chosen != info.type:
-        rounding = "fresh" if any(update.replaces for update, _ in tensor.updates) else policy.rounding
+        rounding = "fresh" if any(update.replaces and update.n_rows == info.n_rows for update, _ in tensor.updates) else policy.rounding
         key = tensor_key(policy.seed, tensor.target.name)
         importance = policy.imatrix.of(info) if policy.imatrix else None
         tensor.recipe = Recipe(QUANTS[info.type.name], QUANTS[chosen.name], rounding, key, importance)
@@ -150,7 +175,7 @@ def adapted_type(tensor: TensorPlan, policy: Policy) -> GgmlType:
 
 def _check(base: Base, plans: Iterable[TensorPlan]) -> None:
     misfits, unsupported, numbers = [], [], []
-    merged = [tensor for tensor in plans if tensor.changes]
+    merged = [tensor for tensor in plans if tensor.changes or tensor.new_rows is not None]
     for tensor in merged:
         info = tensor.source
         if info.type.name not in QUANTS:

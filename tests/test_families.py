@@ -16,7 +16,7 @@ from tests.test_convert import TOLERANCE, assert_top
 KINDS = FIXTURES / "kinds"
 # without its config.json the base does not say by what Falcon-H1's weights are multiplied
 FAMILIES = [name for name in tiny.NAMES if name != "falcon-h1"]
-ADAPTERS = sorted(path.name for path in KINDS.iterdir() if not path.name.startswith("new-tokens"))
+ADAPTERS = sorted(path.name for path in KINDS.iterdir())
 
 
 @pytest.fixture(scope="module")

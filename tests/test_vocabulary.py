@@ -14,7 +14,7 @@ from lora_gguf.errors import MalformedError, MismatchError
 from lora_gguf.files.gguf_reader import GgufReader, decode_value
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values
 from lora_gguf.mapping.placement import gguf_pairs
-from lora_gguf.mapping.vocabulary import Token, added_tokens, extended
+from lora_gguf.mapping.vocabulary import Token, added_tokens, extended, learned_tokens
 from tests import tiny
 from tests.common import FIXTURES
 
@@ -169,6 +169,26 @@ def test_fillers_are_renamed_and_tokens_in_use_are_not(tmp_path):
         assert value(found["llama.vocab_size"], "llama.vocab_size") == 6 and "tokenizer.ggml.scores" not in found
         with pytest.raises(MismatchError, match="token 1.*'b'.*'other'"):
             extended(base, {1: Token("other", False)}, 4)
+
+
+def test_learned_tokens_bring_their_merges(tmp_path):
+    from lora_gguf.files.gguf_writer import key_value
+
+    entries = [key_value("general.architecture", "llama", "str"), key_value("tokenizer.ggml.tokens", ["a", "b", "ab"], "str")]
+    entries += [key_value("tokenizer.ggml.merges", ["a b"], "str")]
+    with GgufWriter(tmp_path / "v.gguf", entries, []) as writer:
+        writer.commit()
+    model = {"vocab": {"a": 0, "b": 1, "ab": 2, "aba": 3}, "merges": [["a", "b"], ["ab", "a"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    tokens, merges = learned_tokens(tmp_path, 3)
+    assert tokens == {3: Token("aba", False, True)}
+    with GgufReader(tmp_path / "v.gguf") as base:
+        found = extended(base, tokens, 4, merges)
+        assert value(found["tokenizer.ggml.merges"], "tokenizer.ggml.merges") == ["a b", "ab a"]
+        assert value(found["tokenizer.ggml.token_type"], "tokenizer.ggml.token_type") == [1, 1, 1, 1]
+        with pytest.raises(MismatchError, match="another tokenizer"):
+            extended(base, tokens, 4, ["b a", "ab a"])
+        assert extended(base, {}, 3) == {}
 
 
 def test_another_tokenizer_is_refused(tmp_path):

@@ -36,6 +36,16 @@ class Update:
     replaces = False
     kind = ""
 
+    @property
+    def n_rows(self) -> int:
+        """How many rows it changes."""
+        return self.shape[0]
+
+    def touches(self, first: int, n: int) -> np.ndarray:
+        """Which of the tensor's rows ``first`` to ``first + n`` it changes: bool (n,)."""
+        row = np.arange(first, first + n) - self.offset
+        return (row >= 0) & (row < self.shape[0])
+
     def change(self, first: int, weights: np.ndarray) -> np.ndarray:
         """What to add to ``weights``: f32 (n, cols), rows ``first`` to ``first + n`` of the tensor, dequantized."""
         out = np.zeros_like(weights, np.float32)
@@ -270,6 +280,15 @@ class Replaced(Update):
     shared: bool = False
     kind = "replaced tensor"
     replaces = True
+
+    @property
+    def n_rows(self) -> int:
+        return self.shape[0] if self.only is None else len(self.only)
+
+    def touches(self, first: int, n: int) -> np.ndarray:
+        if self.only is None:
+            return super().touches(first, n)
+        return np.isin(np.arange(first, first + n) - self.offset, self.only)
 
     def change_of(self, i: int, weights: np.ndarray) -> np.ndarray:
         if self.only is None:

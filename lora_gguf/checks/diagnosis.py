@@ -14,6 +14,7 @@ from lora_gguf.checks.findings import Check, Finding, adapted_holds, is_requanti
 from lora_gguf.checks.reproduction import reproduced
 from lora_gguf.chunks import cut, update_of
 from lora_gguf.files.base import Base
+from lora_gguf.files.gguf_writer import raw_key_values
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.placement import Placement
 from lora_gguf.plan import Plan, TensorPlan
@@ -83,14 +84,14 @@ def shape_findings(evidence: Evidence) -> list[Finding]:
 
 def metadata_findings(evidence: Evidence) -> list[Finding]:
     """Keys of the architecture and the tokenizer that differ."""
-    model, result = evidence.model, evidence.result
-    keys = [key for key in model.kv if key.startswith((f"{model.architecture}.", "tokenizer."))]
-    keys += ["general.architecture"]
-    return [
-        Finding("metadata", (), f"the base's {key}", "another value" if key in result.kv else "none")
-        for key in keys
-        if model.get(key) != result.get(key)
+    model, result, grown = evidence.model, evidence.result, evidence.plan.key_values
+    keys = [key for key in model.kv if key.startswith((f"{model.architecture}.", "tokenizer.")) and key not in grown]
+    different = [key for key in (*keys, "general.architecture") if model.get(key) != result.get(key)]
+    stored = set(raw_key_values(result.readers[0], result.kv.keys() - grown.keys()))
+    wanted = [(key, "the base's ") for key in different] + [
+        (key, "the base's and the adapter's ") for key, raw in grown.items() if raw not in stored
     ]
+    return [Finding("metadata", (), f"{whose}{key}", "another value" if key in result.kv else "none") for key, whose in wanted]
 
 
 def other_base(evidence: Evidence, adapted: Sequence[Check], untouched: Sequence[Check]) -> Finding | None:
@@ -231,7 +232,7 @@ def project(evidence: Evidence, tensors: Sequence[TensorPlan]) -> tuple[np.ndarr
     source = tensors[0].source
     target = evidence.result.tensors[tensors[0].target.name]
     recipe = next(tensor.recipe for tensor in tensors if tensor.recipe)
-    for chunks in zip(*(cut([replace(tensor, recipe=recipe)]) for tensor in tensors), strict=True):
+    for chunks in zip(*(cut([replace(tensor, recipe=recipe, new_rows=None)]) for tensor in tensors), strict=True):
         first, n_rows = chunks[0].first, chunks[0].n_rows
         stored = evidence.model.reader_of(source.name).read(source, first, n_rows)
         before, after = np.empty((2, n_rows, source.n_cols), np.float32)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from lora_gguf.chunks import cut, update_of
+from lora_gguf.chunks import cut, encoded, rewritten, update_of
 from lora_gguf.files.base import Base
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.placement import Placement
 from lora_gguf.plan import Policy, TensorPlan, make_plan
 from lora_gguf.quants import QUANTS
-from lora_gguf.requantize import ROUNDINGS, recode
+from lora_gguf.requantize import ROUNDINGS
 
 N_TRIES = 5  # tensors, none of which come out the same, before the others are given up
 
@@ -49,9 +49,12 @@ def is_same(tensor: TensorPlan, model: Base, merged: Base) -> bool:
     if quant.encode is None and source.type != target.type:
         return False
     recipe = replace(tensor.recipe, target=quant)
-    for chunk in cut([replace(tensor, recipe=recipe)]):
-        blocks = model.reader_of(source.name).read(source, chunk.first, chunk.n_rows)
-        blocks, _ = recode(recipe, blocks, update_of(chunk, blocks), chunk.first, chunk.matrix)
+    for chunk in cut([replace(tensor, recipe=recipe, target=target)]):
+        if chunk.new is None:
+            blocks = model.reader_of(source.name).read(source, chunk.first, chunk.n_rows)
+            blocks, _ = rewritten(chunk, blocks, update_of(chunk, blocks))
+        else:
+            blocks = encoded(chunk)
         if (blocks != merged.reader_of(target.name).read(target, chunk.first, chunk.n_rows)).any():
             return False
     return True

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lora_gguf.cli.terms import BASE_HELP, Rounding, Tied, adapters_of, base_and_adapter, n_bytes, say, warn
+from lora_gguf.cli.terms import BASE_HELP, ExpertLayout, Rounding, Tied, adapters_of, base_and_adapter, n_bytes, say, warn
 from lora_gguf.errors import UsageError, printable
 from lora_gguf.progress import bar
 
@@ -36,6 +36,10 @@ def merge(
     tied: Annotated[Tied, typer.Option(help="An adapted head that the base shares with its embedding.")] = Tied.separate,
     allow_unused: Annotated[
         Optional[str], typer.Option(metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches.")
+    ] = None,
+    base_config: Annotated[Optional[Path], typer.Option(help="The folder with the base's config.json, for what its GGUF does not say.")] = None,
+    expert_b_layout: Annotated[
+        Optional[ExpertLayout], typer.Option(help="How lora_B of fused experts is laid out, where the adapter doesn't say.")
     ] = None,
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Write the base's shards; default: one file.")] = False,
     split_max_size: Annotated[Optional[str], typer.Option(metavar="N(M|G)", help="Write shards of at most this size.")] = None,
@@ -81,6 +85,8 @@ def merge(
             policy,
             tied=tied.value,
             allow_unused=allow_unused,
+            expert_b_layout=expert_b_layout and expert_b_layout.value,
+            base_config=base_config,
             max_growth=parse_growth(max_growth),
             min_retention=min_retention,
             max_bytes=n_bytes(split_max_size) if split_max_size else None,

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lora_gguf.cli.terms import BASE_HELP, adapters_of, say
+from lora_gguf.cli.terms import BASE_HELP, ExpertLayout, adapters_of, say
 from lora_gguf.errors import printable
 from lora_gguf.progress import bar
 
@@ -19,6 +19,10 @@ def verify(
     lora: Annotated[
         list[str], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="An adapter that should be in it; repeat.")
     ],
+    base_config: Annotated[Optional[Path], typer.Option(help="The folder with the base's config.json, for what its GGUF does not say.")] = None,
+    expert_b_layout: Annotated[
+        Optional[ExpertLayout], typer.Option(help="How lora_B of fused experts is laid out, where the adapter doesn't say.")
+    ] = None,
     imatrix: Annotated[Optional[Path], typer.Option(help="The importance matrix that the merge used, if it did.")] = None,
     threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -39,7 +43,16 @@ def verify(
 
     with bar("verifying", progress) as advance:
         measured = read_imatrix(imatrix) if imatrix else None
-        report = verify_merge(gguf_path(merged), gguf_path(base), adapters, imatrix=measured, threads=threads, progress=advance)
+        report = verify_merge(
+            gguf_path(merged),
+            gguf_path(base),
+            adapters,
+            expert_b_layout=expert_b_layout and expert_b_layout.value,
+            base_config=base_config,
+            imatrix=measured,
+            threads=threads,
+            progress=advance,
+        )
     print(json.dumps(report.as_dict(), indent=1) if as_json else tables.verify_table(report))
     for note in report.notes:
         say(f"lora-gguf: note: {printable(note, 600)}")

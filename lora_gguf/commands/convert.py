@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 
 from lora_gguf.adapters.adapter import Adapter, read_adapter
-from lora_gguf.adapters.adapter_config import read_json
 from lora_gguf.adapters.lora import OUT_TYPES, LoraPair, decode, write_adapter_gguf
+from lora_gguf.adapters.sources import read_base_config
 from lora_gguf.adapters.updates import Update
 from lora_gguf.errors import UnsupportedError, UsageError
 from lora_gguf.factoring import factor
@@ -92,10 +91,7 @@ def approximate(name: str, updates: list[Update], placement: Placement, base: Ba
 
 def base_model(base: Base | None, base_config: str | os.PathLike | None) -> hparams.Hparams:
     """The base's dimensions, from its GGUF and its ``config.json``."""
-    config = None
-    if base_config is not None:
-        path = Path(base_config)
-        config = read_json(path / "config.json" if path.is_dir() else path)
+    config = read_base_config(base_config)
     if base is not None:
         return hparams.from_base(base, config)
     if config is None:

@@ -56,6 +56,8 @@ def merge(
     *,
     tied: str = "separate",
     allow_unused: str | None = None,
+    expert_b_layout: str | None = None,
+    base_config: str | os.PathLike | None = None,
     max_growth: float = 0.0,
     min_retention: float = 0.0,
     max_bytes: int | None = None,
@@ -68,14 +70,16 @@ def merge(
     """Add the updates of ``adapters`` to ``base`` and write the result to ``out``; in a folder, under its conventional name.
 
     Each adapter is a PEFT directory or an adapter GGUF with the factor that multiplies its own scale; their updates are
-    summed in f32 and rounded once, as ``policy`` says. ``out`` None only plans. ``tied`` and ``allow_unused`` are those of
-    ``placement.gguf_pairs``, ``max_growth`` that of ``growth``, ``max_bytes``, ``shards`` and ``shard`` those of ``layout``. ``progress`` is called with (bytes
-    of the base done since the last call, bytes in all, tensor name).
+    summed in f32 and rounded once, as ``policy`` says. ``out`` None only plans. ``tied``, ``allow_unused``, ``expert_b_layout``
+    and ``base_config`` are those of ``placement_of``, ``max_growth`` that of ``growth``, ``max_bytes``, ``shards`` and
+    ``shard`` those of ``layout``. ``progress`` is called with (bytes of the base done since the last call, bytes in all,
+    tensor name).
     Raises the subclasses of ``LoraGgufError``, before the first byte is written wherever that is possible;
     ``NumericError`` where less than ``min_retention`` of the update is kept. Then ``out`` stays what it was.
     """
     with Base(base) as model:
-        placements = [(placement_of(path, model, tied, allow_unused), scale) for path, scale in adapters]
+        reading = (tied, allow_unused, expert_b_layout, base_config)
+        placements = [(placement_of(path, model, *reading), scale) for path, scale in adapters]
         plan = make_plan(model, placements, policy)
         promote(plan, model, max_growth)
         report = MergeReport(plan, [account for placement, _ in placements for account in placement.accounts])
@@ -119,7 +123,7 @@ def write_part(
 def merged_key_values(
     model: Base, plan: Plan, adapters: Sequence[tuple[str | os.PathLike, float]], policy: Policy
 ) -> list[bytes]:
-    """The base's key/value pairs as they are but for ``general.file_type``, then how this file was made."""
+    """The base's key/value pairs as they are but for ``general.file_type`` and new tokens, then how this file was made."""
     ours = {
         "version": (__version__, "str"),
         "adapter.names": ([adapter_name(path) for path, _ in adapters], "str"),
@@ -127,12 +131,11 @@ def merged_key_values(
         "rounding": (policy.rounding, "str"),
         "seed": (policy.seed, "u64"),
     }
+    changed = dict(plan.key_values)
     if any(tensor.target.type != tensor.source.type for tensor in plan.tensors):
         file_type = key_value("general.file_type", plan.file_type(model.get("general.file_type")), "u32")
         version = key_value("general.quantization_version", QUANTIZATION_VERSION, "u32")
-        changed = {"general.file_type": file_type, "general.quantization_version": version}
-    else:
-        changed = {}
+        changed |= {"general.file_type": file_type, "general.quantization_version": version}
     kept = [key for key in model.kv if not key.startswith("lora_gguf.") and key not in SPLIT_KEYS]
     raw = raw_key_values(model.readers[0], set(model.kv) - set(kept))
     base_pairs = [changed.pop(key, pair) for key, pair in zip(kept, raw)]

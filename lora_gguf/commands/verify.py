@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from lora_gguf.adapters.sources import adapter_name, placement_of
 from lora_gguf.checks.comparison import Comparison, compare_rows
 from lora_gguf.checks.diagnosis import Evidence, causes
 from lora_gguf.checks.findings import Check, Finding, grouped, rounded_to_nearest
-from lora_gguf.chunks import CHUNK_WEIGHTS, Chunk, cut, in_threads, update_of
+from lora_gguf.chunks import CHUNK_WEIGHTS, Chunk, cut, encoded, in_threads, update_of
 from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.base import Base
 from lora_gguf.files.imatrix import Imatrix
@@ -73,19 +73,22 @@ def verify(
     base: str | os.PathLike,
     adapters: Sequence[tuple[str | os.PathLike, float]],
     *,
+    expert_b_layout: str | None = None,
+    base_config: str | os.PathLike | None = None,
     imatrix: Imatrix | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare ``merged`` with ``base`` and ``adapters``, PEFT directories or adapter GGUFs with their factors.
 
+    ``expert_b_layout`` and ``base_config`` are those of ``placement_of``.
     ``imatrix`` is the importance matrix that the merge used, if it did: with it, tensors can be merged again.
     ``progress`` is called with (bytes of the base done since the last call, bytes in all, tensor name).
     Raises ``MismatchError`` where the adapters do not fit the base, ``UnsupportedError`` for an unreadable type.
     """
     with Base(base) as model, Base(merged) as result:
         tied = "separate" if HEAD in result.tensors else "shared"
-        placements = [(placement_of(path, model, tied), scale) for path, scale in adapters]
+        placements = [(placement_of(path, model, tied, None, expert_b_layout, base_config), scale) for path, scale in adapters]
         plan = make_plan(model, placements, PLAIN)
         report = VerifyReport(result.label)
         names = [adapter_name(path) for path, _ in adapters]
@@ -156,6 +159,8 @@ def inspect(chunk: Chunk, model: Base, result: Base) -> tuple[int, Comparison]:
     Equal bytes of a tensor that no adapter touches need no comparison; of another type, all bytes count as different.
     """
     source, target = chunk.tensor.source, result.tensors[chunk.tensor.target.name]
+    if chunk.new is not None:
+        return inspect_new(chunk, result)
     before = model.reader_of(source.name).read(source, chunk.first, chunk.n_rows)
     after = result.reader_of(target.name).read(target, chunk.first, chunk.n_rows)
     n_different = after.size if source.type != target.type else int(np.count_nonzero(before != after))
@@ -169,6 +174,18 @@ def inspect(chunk: Chunk, model: Base, result: Base) -> tuple[int, Comparison]:
         nothing = np.zeros((len(before[rows]), source.n_cols), np.float32)
         quants = QUANTS[source.type.name], QUANTS[target.type.name]
         comparison += compare_rows(*quants, before[rows], after[rows], nothing)
+    return n_different, comparison
+
+
+def inspect_new(chunk: Chunk, result: Base) -> tuple[int, Comparison]:
+    """``inspect`` for rows that the base lacks: they should be what the type's own quantizer makes of the adapter's."""
+    target = result.tensors[chunk.tensor.target.name]
+    after = result.reader_of(target.name).read(target, chunk.first, chunk.n_rows)
+    tensor = replace(chunk.tensor, target=target)
+    wanted = encoded(replace(chunk, tensor=tensor))
+    n_different, comparison, quant = int(np.count_nonzero(wanted != after)), Comparison(), QUANTS[target.type.name]
+    if n_different:
+        comparison += compare_rows(quant, quant, wanted, after, np.zeros_like(chunk.new))
     return n_different, comparison
 
 

@@ -6,14 +6,18 @@ import numpy as np
 
 from lora_gguf.adapters.adapter import Adapter
 from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair, Piece
-from lora_gguf.adapters.updates import Replaced, Update
-from lora_gguf.errors import MismatchError
+from lora_gguf.adapters.updates import Replaced, Update, placed
+from lora_gguf.errors import MalformedError, MismatchError
 from lora_gguf.mapping.accounts import Placement, base_shape
 from lora_gguf.mapping.architectures import ARCHITECTURES
 from lora_gguf.mapping.hparams import Hparams
-from lora_gguf.mapping.names import has_head, layer_of, tensor_name
+from lora_gguf.mapping.names import has_head, layer_of, pieces, tensor_name
 from lora_gguf.mapping.stacking import fused
-from lora_gguf.mapping.vocabulary import grown
+from lora_gguf.mapping.vocabulary import first_rows, grown, last_token
+
+
+# further tensors with an entry for each token, which no adapter trains
+BESIDES = ("output.bias", "per_layer_token_embd.weight")
 
 
 def cut_to_vocabulary(
@@ -26,12 +30,19 @@ def cut_to_vocabulary(
     shape = base_shape(name, hparams) if name in (HEAD, EMBEDDING) else None
     if shape is None:
         return update, []
+    n_rows = shape[0]
+    if ARCHITECTURES[hparams.architecture].other_vocabulary:
+        last = last_token(adapter.directory)
+        if last < n_rows:
+            return first_rows(update, n_rows), []
+        update = first_rows(update, last + 1)
     try:
-        update, rows = grown(update, shape[0], adapter.originals.get(update.name))
-    except MismatchError as error:
+        update, rows = grown(update, n_rows, adapter.originals.get(update.name))
+        if rows is not None and len(rows):
+            (piece,) = pieces(update.name, rows.shape, hparams)
+            placement.new_rows[name] = placed(rows, piece)
+    except (MalformedError, MismatchError) as error:
         return update, [str(error)]
-    if rows is not None and not ARCHITECTURES[hparams.architecture].other_vocabulary:
-        placement.new_rows[name] = rows
     return update, []
 
 
@@ -41,6 +52,9 @@ def check_new_rows(placement: Placement, hparams: Hparams, new_tokens: bool) -> 
     if hparams.tied and not placement.untied:
         rows.pop(HEAD, None)
     counts = {name: len(found) for name, found in rows.items()}
+    besides = [name for name in BESIDES if not hparams.lacks(name, default=True)]
+    if rows and besides:
+        return [f"{besides[0]}: new tokens have no place in it: merge without them, or with PEFT"]
     if rows and not new_tokens:
         return [
             f"{name}: {n} new tokens: an adapter GGUF cannot hold them: merge instead" for name, n in counts.items()

@@ -26,13 +26,14 @@ from lora_gguf.mapping.heads import check_new_rows, cut_to_vocabulary, resolve_t
 from lora_gguf.mapping.hparams import Hparams, from_base
 from lora_gguf.mapping.names import gguf_pieces, layer_of, pieces, shape_in_base, why_skipped
 from lora_gguf.mapping.stacking import Part, joined, oriented
-from lora_gguf.mapping.vocabulary import added_tokens, extended
+from lora_gguf.mapping.vocabulary import added_tokens, extended, learned_tokens
 
 
 def gguf_pairs(
     adapter: Adapter,
     base: GgufReader | Hparams,
     *,
+    config: dict | None = None,
     updates: bool = False,
     new_tokens: bool = False,
     tied: str = "refuse",
@@ -40,13 +41,13 @@ def gguf_pairs(
 ) -> Placement:
     """Place all updates of ``adapter`` in ``base``: an open GGUF, or the dimensions in a ``config.json``.
 
-    Without ``updates`` an adapter that isn't low rank (``Placement.updates``) is refused, without ``new_tokens`` one with
-    a larger vocabulary (``Placement.new_rows``). ``tied`` says what becomes of
-    an adapted head or embedding where the base has one tensor for both: ``refuse``, ``separate`` (see ``Placement``),
-    or ``shared`` (the one tensor changes). What does not fit and whose name the regular expression ``allow_unused``
-    finds is ignored. Raises ``MismatchError`` that lists every update which does not fit, with the likely cause.
+    ``config`` (``config.json``) is asked for what a GGUF does not say. Without ``updates`` an adapter that isn't low rank
+    (``Placement.updates``) is refused, without ``new_tokens`` one with a larger vocabulary (``Placement.new_rows``).
+    ``tied`` says what becomes of an adapted head or embedding where the base has one tensor for both: ``refuse``,
+    ``separate`` (see ``Placement``), or ``shared`` (the one tensor changes). What does not fit and whose name the regular
+    expression ``allow_unused`` finds is ignored. Raises ``MismatchError`` that lists every update which does not fit, with the likely cause.
     """
-    hparams = base if isinstance(base, Hparams) else from_base(base)
+    hparams = base if isinstance(base, Hparams) else from_base(base, config)
     placement = Placement(invocation_tokens=adapter.invocation_tokens, warnings=list(adapter.warnings))
     placement.accounts += [Account(name, "ignored", "", why) for name, why in adapter.ignored.items()]
     parts: dict[str, list[Part]] = {}
@@ -73,10 +74,31 @@ def gguf_pairs(
         others = [f"{update.name}: {update.kind}" for update in placement.updates]
         raise UnsupportedError(f"{adapter.label}: {others[0]}: not supported yet: merge it with PEFT", others)
     placement.warnings += run_time_warnings(placement.pairs, hparams)
-    if not isinstance(base, Hparams) and placement.changes_vocabulary:
-        n_rows = hparams.tensors[EMBEDDING].shape[0] + len(placement.new_rows.get(EMBEDDING, ()))
-        placement.key_values = extended(base, added_tokens(adapter.directory), n_rows)
+    if not isinstance(base, Hparams) and EMBEDDING in base.tensors:
+        settle_vocabulary(placement, adapter, base)
     return placement
+
+
+def settle_vocabulary(placement: Placement, adapter: Adapter, base: GgufReader) -> None:
+    """Add what the adapter's tokenizer changes in the base's metadata to ``placement``, or a warning that it does not fit."""
+    tokens, merges = added_tokens(adapter.directory), []
+    n_old = base.tensors[EMBEDDING].shape[0]
+    n_rows = n_old + len(placement.new_rows.get(EMBEDDING, ()))
+    if any(i not in tokens for i in range(n_old, n_rows)):
+        learned, merges = learned_tokens(adapter.directory, n_old)
+        tokens = learned | tokens
+    if n_rows == n_old and (not tokens or "tokenizer.ggml.tokens" not in base.kv):
+        return
+    try:
+        placement.key_values = extended(base, tokens, n_rows, merges)
+    except MismatchError as error:
+        if placement.changes_vocabulary:
+            raise
+        placement.warnings.append(str(error))
+    if beyond := [token.text for i, token in sorted(tokens.items()) if i >= n_rows]:
+        placement.warnings.append(
+            f"{len(beyond)} tokens of the adapter's tokenizer, such as {printable(beyond[0], 40)!r}, have no weights in it: left out"
+        )
 
 
 def allowed(update: LoraPair | Update, pattern: str | None) -> bool:

@@ -20,6 +20,7 @@ KINDS = {
     "`trainable_token_indices`": (APPROXIMATE, EXACT),
     "`modules_to_save`: embeddings, heads": (APPROXIMATE, EXACT),
     "`modules_to_save`: norms; LN tuning": (NO, EXACT),
+    "new tokens (a resized vocabulary)": (NO, EXACT),
     '`lora_bias`, `bias="all"`, `bias="lora_only"`': (NO, EXACT),
     "aLoRA": (EXACT, "refused: active only after its tokens"),
     "PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA": ("exact if saved against the original base, else refused",) * 2,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +17,29 @@ from lora_gguf.files.gguf_writer import key_value
 
 MAX_TOKENS = 1 << 24
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+FILLER_SCORE = -1000.0
 # names of tokens that only fill the vocabulary up
-FILLER = re.compile(r"\[PAD-?\d+\]|<(\|?)(unused|reserved|extra|dummy)[^>]*>|<pad_?\d+>|\[unused\d+\]", re.IGNORECASE)
+FILLER = re.compile(
+    r"\[(PAD-?|unused_?|control_?|reserved_?)\d+\]|<pad_?\d+>|<special_\d+>"
+    r"|<[|\uff5c]?(unused|reserved|extra|dummy|place.?holder)[^>]*>",
+    re.IGNORECASE,
+)
+
+OTHER_TOWERS = re.compile(r"<(image|audio|video)_\w+>")
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was added to a tokenizer; ``special`` ones are never part of a text."""
+    """A token that a tokenizer has beyond the base's: ``special`` ones are never part of a text, ``learned`` ones are
+    made of others by its merges, the rest were added whole."""
 
     text: str
     special: bool
+    learned: bool = False
+
+    @property
+    def type(self) -> int:
+        return NORMAL if self.learned else CONTROL if self.special else USER_DEFINED
 
 
 def added_tokens(directory: Path) -> dict[int, Token]:
@@ -86,6 +99,38 @@ READERS: dict[str, Callable[[dict], dict[int, Token]]] = {
 }
 
 
+def learned_tokens(directory: Path, first: int) -> tuple[dict[int, Token], list[str]]:
+    """The tokens from id ``first`` on that the tokenizer in ``directory`` learned rather than added, and its merges."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return {}, []
+    try:
+        model = read_json(path, MAX_JSON).get("model") or {}
+        vocabulary = model.get("vocab") or {}
+        pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((e[0], i) for i, e in enumerate(vocabulary))
+        found = {i: Token(text, False, True) for text, i in pairs if _id(i) >= first and isinstance(text, str)}
+        return found, [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise MalformedError(f"{path.name}: expected a vocabulary and merges: download it again") from None
+
+
+def last_token(directory: Path) -> int:
+    """The largest id of the tokens that were added to a tokenizer of text: vision towers have tokens of their own."""
+    return max((i for i, token in added_tokens(directory).items() if not OTHER_TOWERS.fullmatch(token.text)), default=-1)
+
+
+def first_rows(update: LoraPair | Update, n_rows: int) -> LoraPair | Update:
+    """An embedding's or head's update without what it has beyond ``n_rows`` rows."""
+    if isinstance(update, LoraPair):
+        return replace(update, b=np.ascontiguousarray(update.b[:n_rows]))
+    if not isinstance(update, Replaced):
+        return update
+    if update.only is None:
+        return _replaced(update, update.values[:n_rows], None, min(n_rows, len(update.values)))
+    kept = update.only < n_rows
+    return _replaced(update, update.values[kept], update.only[kept], n_rows)
+
+
 def grown(
     update: LoraPair | Update, n_rows: int, original: np.ndarray | None
 ) -> tuple[LoraPair | Update, np.ndarray | None]:
@@ -137,33 +182,54 @@ def _replaced(update: Replaced, values: np.ndarray, only: np.ndarray | None, n_r
     )
 
 
-def extended(base, tokens: dict[int, Token], n_rows: int) -> dict[str, bytes]:
+def extended(base, tokens: dict[int, Token], n_rows: int, merges: Sequence[str] = ()) -> dict[str, bytes]:
     """The base's key/value pairs that change, by key, when its vocabulary has ``n_rows`` tokens, ``tokens`` among them.
 
     ``base`` is an open GGUF. A token that takes the place of a filler renames it; other tokens of the base stay as they are.
-    Ids without a token are fillers. Raises ``MismatchError`` where a token of the base has another text.
+    Ids without a token are fillers. ``merges`` are those of a tokenizer that learned tokens, the base's first. Empty where
+    nothing changes. Raises ``MismatchError`` where the adapter's tokenizer is not the base's with more tokens.
     """
     texts = base.get("tokenizer.ggml.tokens")
     if not isinstance(texts, list) or not texts:
         raise MismatchError(f"{base.label}: expected a vocabulary, found none: new tokens have no place in it")
     types = list(base.get("tokenizer.ggml.token_type") or [NORMAL] * len(texts))
-    scores = base.get("tokenizer.ggml.scores")
+    types += [NORMAL] * (len(texts) - len(types))
     check_texts(base.label, texts, types, tokens)
-    texts = list(texts) + [f"[PAD{i}]" for i in range(len(texts), n_rows)]
-    types += [UNUSED] * (len(texts) - len(types))
-    for token_id, token in tokens.items():
-        if token_id < len(texts) and texts[token_id] != token.text:
-            texts[token_id] = token.text
-            types[token_id] = CONTROL if token.special else USER_DEFINED
-    found = {"tokenizer.ggml.tokens": key_value("tokenizer.ggml.tokens", texts, "str")}
-    found["tokenizer.ggml.token_type"] = key_value("tokenizer.ggml.token_type", types, "i32")
-    if scores:
-        scores = list(scores) + [-1000.0] * (len(texts) - len(scores))
-        found["tokenizer.ggml.scores"] = key_value("tokenizer.ggml.scores", scores, "f32")
-    size = f"{base.architecture}.vocab_size"
-    if size in base.kv:
-        found[size] = key_value(size, len(texts), "u32")
-    return found
+    new = {i: token for i, token in tokens.items() if i < n_rows and not (i < len(texts) and is_called(token, texts[i]))}
+    if not new and n_rows <= len(texts):
+        return {}
+    scores = base.get("tokenizer.ggml.scores")
+    more = range(len(texts), n_rows)
+    texts, types = texts + [f"[PAD{i}]" for i in more], types + [UNUSED] * len(more)
+    scores = scores and list(scores) + [FILLER_SCORE] * len(more)
+    least = min(scores) if scores else 0.0
+    for i, token in sorted(new.items()):
+        texts[i], types[i] = token.text, token.type
+        if scores and token.learned:
+            least -= 1
+            scores[i] = least
+    values = {"tokens": (texts, "str"), "token_type": (types, "i32")} | ({"scores": (scores, "f32")} if scores else {})
+    if any(token.learned for token in new.values()):
+        values |= more_merges(base, merges)
+    found = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    if (size := f"{base.architecture}.vocab_size") in base.kv:
+        found[size] = (len(texts), "u32")
+    return {key: key_value(key, *value) for key, value in found.items()}
+
+
+def more_merges(base, merges: Sequence[str]) -> dict[str, tuple[list[str], str]]:
+    """The merges of a tokenizer that learned tokens, if the base has any. Raises ``MismatchError`` where they differ."""
+    known = base.get("tokenizer.ggml.merges")
+    if not known:
+        return {}
+    if list(merges[: len(known)]) != known:
+        raise MismatchError(f"tokenizer.json: expected the merges of {base.label} and more, found others: it is another tokenizer")
+    return {"merges": (list(merges), "str")}
+
+
+def is_called(token: Token, text: str) -> bool:
+    """Whether ``text``, as a GGUF has it, is the token's: some tokenizers mark spaces there, or the start of a word."""
+    return token.text in (text, text.replace("\u2581", " "), text.removeprefix("\u2581"))
 
 
 def check_texts(label: str, texts: list[str], types: list[int], tokens: dict[int, Token]) -> None:
@@ -172,8 +238,8 @@ def check_texts(label: str, texts: list[str], types: list[int], tokens: dict[int
         f"token {token_id}: expected {printable(texts[token_id], 40)!r} as in {label}, found {printable(token.text, 40)!r}"
         for token_id, token in sorted(tokens.items())
         if token_id < len(texts)
-        and token.text not in (texts[token_id], texts[token_id].replace("\u2581", " "))
-        and not (token_id < len(types) and types[token_id] == UNUSED or FILLER.fullmatch(texts[token_id]))
+        and not is_called(token, texts[token_id])
+        and not (types[token_id] == UNUSED or FILLER.fullmatch(texts[token_id]))
     ]
     if strange:
         raise MismatchError(f"{strange[0]}: the adapter's tokenizer is not that of the base", strange)
