@@ -141,13 +141,20 @@ FALCON_H1 = (
 )
 
 
+RWKV7 = tuple(
+    Rule(rf"(attention|self_attn|attn)(\.time_mixer)?\.({names})", (Out(f"time_mix_{tensor}"),))
+    for names, tensor in (("r_proj|receptance", "receptance"), ("k_proj|key", "key"), ("v_proj|value", "value"), ("o_proj|output", "output"))
+) + tuple(Rule(rf"(feed_forward|ffn)\.{part}", (Out(f"channel_mix_{part}"),)) for part in ("key", "value"))
+
+
 def packed(pattern: str, tensor: str, transpose: bool = False) -> Rule:
     """All experts' rows in one matrix, (E * ff, d), cut and stacked."""
     return Rule(pattern, (Out(tensor, slots="expert_count", transpose=transpose),))
 
 
-# architecture of a class, a number in config.json -> the architecture if that number is there and not 0
+# architecture of a class, a field of config.json -> the architecture if it is there and neither 0 nor empty
 VARIANTS = {
+    ("bert", "lora_adaptations"): "jina-bert-v3",
     ("nemotron_h", "num_experts_per_tok"): "nemotron_h_moe",
     ("nomic-bert", "moe_every_n_layers"): "nomic-bert-moe",
 }
@@ -378,6 +385,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "neo-bert": Architecture(("NeoBERT", "NeoBERTLMHead", "NeoBERTForSequenceClassification"), headless=True),
     "eurobert": Architecture(("EuroBertModel",), headless=True),
     "jina-bert-v2": Architecture(("JinaBertModel", "JinaBertForMaskedLM"), headless=True),
+    "jina-bert-v3": Architecture((), (), r"^token_types", headless=True),
+    "rwkv6": Architecture(
+        ("Rwkv6ForCausalLM",), (Rule(r"attention\.output|feed_forward\.value", (Out(scale=t.rwkv6_rescaled),)),)
+    ),
+    "rwkv6qwen2": Architecture(("RWKV6Qwen2ForCausalLM",)),
+    "rwkv7": Architecture(("Rwkv7ForCausalLM", "RWKV7ForCausalLM"), RWKV7),
+    "arwkv7": Architecture(("RwkvHybridForCausalLM",), RWKV7),
+    "step35": Architecture(("Step3p5ForCausalLM",), norm_shift=1.0),
     "t5": Architecture(
         ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration", "UMT5Model")
     ),
