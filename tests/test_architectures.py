@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from lora_gguf.adapters.lora import LoraPair
+from lora_gguf.adapters.updates import Dora, Rotated, Scaled
+from lora_gguf.errors import UnsupportedError
 from lora_gguf.mapping.architectures import ARCHITECTURES
 from lora_gguf.mapping.hparams import Hparams
 from lora_gguf.mapping.names import is_other_tower, pieces, why_skipped
@@ -401,6 +403,48 @@ def test_the_update_is_that_of_the_dense_layout(architecture, seed):
             np.testing.assert_array_equal(found[name], delta, err_msg=f"{path} {name}")
 
 
+def by_row_or_column(kind, path, n_out, n_in, rng):
+    """An update that is not low rank, of a module of (n_out, n_in)."""
+    place = dict(name=path, shape=(n_out, n_in))
+    if kind == "dora":
+        a, b = (rng.standard_normal(size).astype(np.float32) for size in ((2, n_in), (n_out, 2)))
+        return Dora(**place, pair=LoraPair(path, a, b, 0.5), magnitude=rng.uniform(1, 2, n_out).astype(np.float32))
+    if kind == "rows":
+        return Scaled(**place, row_factors=rng.uniform(1, 2, n_out).astype(np.float32))
+    if kind == "columns":
+        return Scaled(**place, col_factors=rng.uniform(1, 2, n_in).astype(np.float32))
+    turn = np.linalg.qr(rng.standard_normal((1, n_in, n_in)))[0].astype(np.float32)
+    return Rotated(**place, stages=[(None, turn)], row_factors=rng.uniform(1, 2, n_out).astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["dora", "rows", "columns", "turned"])
+@pytest.mark.parametrize("architecture", LAYOUTS)
+def test_updates_by_row_and_column_follow_the_layout_or_are_refused(architecture, kind):
+    dims, rng = random_dims(2), np.random.default_rng(2)
+    hparams = model(architecture, dims, **({"expert_count": 0} if architecture == "granite" else {}))
+    for path, shape, layout in LAYOUTS[architecture]:
+        n_out, n_in = shape(dims)
+        if n_out * n_in > 20000:
+            continue
+        update = by_row_or_column(kind, path, n_out, n_in, rng)
+        weights = rng.standard_normal((n_out, n_in)).astype(np.float32)
+        before, after = layout(weights, dims), layout(weights + update.change(0, weights), dims)
+        before, after = ({key: w.reshape(-1, w.shape[-1]) for key, w in found.items()} for found in (before, after))
+        found = {key: w.astype(np.float32) for key, w in before.items()}
+        turned = False
+        for piece in pieces(path, (n_out, n_in), hparams):
+            stem = piece.name.removeprefix(f"blk.{LAYER}.").removesuffix(".weight")
+            if piece.transpose:
+                with pytest.raises(UnsupportedError, match="transposed"):
+                    update.take(piece)
+                turned = True
+            else:
+                found[stem] = found[stem] + update.take(piece).change(0, before[stem].astype(np.float32))
+        assert turned == (path.rpartition(".")[2] in ("kv_b_proj", "w2")), path
+        for stem in [] if turned else after:
+            np.testing.assert_allclose(found[stem], after[stem], rtol=1e-4, atol=1e-4, err_msg=f"{path} {stem}")
+
+
 def kind(path):
     """The last two parts of a module's path, without numbers."""
     return tuple(re.sub(r"\.\d+(?=\.|$)", "", path).split(".")[-2:])
@@ -421,7 +465,7 @@ def test_all_other_modules_stay_as_they_are(architecture):
         (piece,) = pieces(path, (24, 20), hparams)
         part = LoraPair(path, a, b, 1.0).take(piece)
         np.testing.assert_array_equal(part.b.astype(np.float64) @ part.a, b.astype(np.float64) @ a, err_msg=path)
-        assert (piece.slot is not None) == bool(re.search(r"(experts|moe)\.\d+\.", path)), path
+        assert (piece.slot is not None) == bool(re.search(r"(experts|moe)\.\d+\.|altup_\w*projections", path)), path
         n += 1
     assert n or architecture in LAYOUTS
 

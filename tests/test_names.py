@@ -212,6 +212,9 @@ gemma3n
     model.layers.3.self_attn.q_proj attn_q
     model.layers.3.per_layer_input_gate inp_gate
     model.layers.3.laurel.linear_left laurel_l
+    model.language_model.altup_projections.2 altup_proj
+    model.altup_unembed_projections.0 altup_unembd_proj
+    model.layers.3.altup.modality_router altup_router
 falcon-h1
     model.layers.3.mamba.in_proj ssm_in
     model.layers.3.feed_forward.up_proj ffn_up
@@ -353,6 +356,7 @@ def test_every_row_is_tested_by_name():
         ("model.layers.3.mlp.experts.17.gate_proj", "model.layers.3.mlp.experts.gate_proj", 17),
         ("model.layers.3.mlp.experts.gate_up_projs.5", "model.layers.3.mlp.experts.gate_up_proj", 5),
         ("transformer.decoder_layer.3.moe.2.linear_v", "transformer.decoder_layer.3.moe.linear_v", 2),
+        ("model.altup_unembed_projections.2", "model.altup_unembed_projections", 2),
         ("model.layers.3.mlp.shared_experts.gate_proj", "model.layers.3.mlp.shared_experts.gate_proj", None),
         ("model.layers.3.mlp.experts.gate_up_proj", "model.layers.3.mlp.experts.gate_up_proj", None),
     ],

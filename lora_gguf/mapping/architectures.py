@@ -165,7 +165,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "LlamaModel",
             "InternLM3ForCausalLM", "VLlama3ForCausalLM", "LlavaForConditionalGeneration", "IQuestCoderForCausalLM",
             "VoxtralForConditionalGeneration", "SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration",
-            "LlavaStableLMEpochForCausalLM", "JanusForConditionalGeneration", "Sarashina2VisionForCausalLM",
+            "JanusForConditionalGeneration", "Sarashina2VisionForCausalLM",
         ),
         ROTARY,
     ),
@@ -183,11 +183,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": Architecture(("Olmo2ForCausalLM", "Olmo3ForCausalLM")),
     "olmoe": Architecture(("OlmoeForCausalLM",)),
     "cogvlm": Architecture(("CogVLMForCausalLM",)),
-    "chameleon": Architecture(("ChameleonForConditionalGeneration", "ChameleonForCausalLM"), ROTARY),
+    "chameleon": Architecture(("ChameleonForConditionalGeneration", "ChameleonForCausalLM"), ROTARY, norm_shift=None),
     "llada": Architecture(("LLaDAModelLM",), ROTARY),
     "llada-moe": Architecture(("LLaDAMoEModel", "LLaDAMoEModelLM")),
     "xverse": Architecture(("XverseForCausalLM",), (rows("q_proj", t.rotary_q), rows("k_proj", t.rotary_k_xverse))),
-    "granite": Architecture(("GraniteForCausalLM",), (*ROTARY, *GRANITE_DENSE)),
+    "granite": Architecture(
+        ("GraniteForCausalLM", "GraniteSpeechForConditionalGeneration", "GraniteSpeechPlusForConditionalGeneration"),
+        (*ROTARY, *GRANITE_DENSE),
+    ),
     "granitemoe": Architecture(("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"), (*ROTARY, *GRANITE_SHARED)),
     "granitehybrid": Architecture(
         ("GraniteMoeHybridForCausalLM", "BambaForCausalLM"), (*ROTARY, *GRANITE_SHARED, *GRANITE_DENSE)
@@ -222,7 +225,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
         ),
     ),
-    "bailingmoe2": Architecture(("BailingMoeV2ForCausalLM",)),
+    "bailingmoe2": Architecture(("BailingMoeV2ForCausalLM", "SarvamMoEForCausalLM")),
     "ernie4_5": Architecture(("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"), ERNIE),
     "paddleocr": Architecture(("PaddleOCRVLForConditionalGeneration",), ERNIE),
     "ernie4_5-moe": Architecture(
@@ -237,7 +240,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture(
         (
             "Qwen2ForCausalLM", "Qwen2Model", "Qwen2AudioForConditionalGeneration", "KORMoForCausalLM",
-            "DotsOCRForCausalLM",
+            "DotsOCRForCausalLM", "AudioFlamingo3ForConditionalGeneration",
         )
     ),
     "qwen2vl": Architecture(
@@ -247,12 +250,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         )
     ),
     "qwen2moe": Architecture(("Qwen2MoeForCausalLM",)),
-    "qwen3": Architecture(("Qwen3ForCausalLM", "Qwen3Model")),
+    "qwen3": Architecture(("Qwen3ForCausalLM", "Qwen3Model", "StepVLForConditionalGeneration")),
     "qwen3moe": Architecture(("Qwen3MoeForCausalLM",)),
-    "qwen3vl": Architecture(("Qwen3VLForConditionalGeneration",)),
+    "qwen3vl": Architecture(("Qwen3VLForConditionalGeneration", "Qwen3ASRForConditionalGeneration")),
     "qwen3vlmoe": Architecture(("Qwen3VLMoeForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration")),
     "qwen3next": Architecture(("Qwen3NextForCausalLM",), QWEN3NEXT, norm_shift=1.0),
-    "qwen35": Architecture(("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"), QWEN35, norm_shift=1.0),
+    "qwen35": Architecture(
+        ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration", "MiniCPMV4_6ForConditionalGeneration"),
+        QWEN35,
+        norm_shift=1.0,
+    ),
     "qwen35moe": Architecture(("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"), QWEN35, norm_shift=1.0),
     "gemma": Architecture(("GemmaForCausalLM",), norm_shift=1.0),
     "gemma2": Architecture(("Gemma2ForCausalLM",), norm_shift=1.0),
@@ -265,10 +272,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         r"altup_(proj|unembd|router)|per_layer_token_embd",
         other_vocabulary=True,
     ),
-    "gemma4": Architecture(("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"), fused_experts=True),
+    "gemma4": Architecture(
+        ("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM", "Gemma4UnifiedForConditionalGeneration"), fused_experts=True
+    ),
     "gemma-embedding": Architecture(("Gemma3TextModel",), (), r"^dense_", norm_shift=1.0, headless=True),
     "phi2": Architecture(("PhiForCausalLM",)),
-    "phi3": Architecture(("Phi3ForCausalLM",)),
+    "phi3": Architecture(("Phi3ForCausalLM", "Phi4ForCausalLMV")),
     "phimoe": Architecture(("PhiMoEForCausalLM", "PhimoeForCausalLM")),
     "falcon": Architecture(
         ("FalconForCausalLM", "RWForCausalLM"), (rows("query_key_value", t.grouped("qkv")),)
@@ -278,7 +287,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gptneox": Architecture(("GPTNeoXForCausalLM",), (rows("query_key_value", t.by_head),)),
     "bloom": Architecture(("BloomForCausalLM", "BloomModel"), (rows("query_key_value", t.by_head),)),
     "mpt": Architecture(("MPTForCausalLM", "MptForCausalLM")),
-    "stablelm": Architecture(("StableLmForCausalLM", "StableLMEpochForCausalLM")),
+    "stablelm": Architecture(("StableLmForCausalLM", "StableLMEpochForCausalLM", "LlavaStableLMEpochForCausalLM")),
     "starcoder": Architecture(("GPTBigCodeForCausalLM",), (), r"^position_embd"),
     "starcoder2": Architecture(("Starcoder2ForCausalLM",)),
     "refact": Architecture(
@@ -328,7 +337,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm4": Architecture(
         ("Glm4ForCausalLM", "Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration"), GLM_MROPE
     ),
-    "glm4moe": Architecture(("Glm4MoeForCausalLM", "Glm4vMoeForConditionalGeneration")),
+    "glm4moe": Architecture(("Glm4MoeForCausalLM", "Glm4vMoeForConditionalGeneration", "SolarOpenForCausalLM")),
     "plamo": Architecture(("PlamoForCausalLM",), (rows("q_proj", t.plamo), cols("o_proj", t.plamo))),
     "plamo2": Architecture(("Plamo2ForCausalLM", "PLaMo2ForCausalLM"), norm_shift=None),
     "plamo3": Architecture(("Plamo3ForCausalLM", "PLaMo3ForCausalLM"), norm_shift=None),
@@ -344,13 +353,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nemotron_h": Architecture(("NemotronHForCausalLM",), ROTARY, r"\.ffn_latent_"),
     "nemotron_h_moe": Architecture((), ROTARY, r"\.ffn_latent_"),
     "exaone": Architecture(("ExaoneForCausalLM",)),
-    "exaone4": Architecture(("Exaone4ForCausalLM",)),
+    "exaone4": Architecture(("Exaone4ForCausalLM", "Exaone4_5_ForConditionalGeneration")),
     "exaone-moe": Architecture(("ExaoneMoEForCausalLM",)),
     "gpt-oss": Architecture(
         ("GptOssForCausalLM",),
         (split(r"experts\.gate_up_proj", ffn_gate_exps=(t.every(0, 2),), ffn_up_exps=(t.every(1, 2),)),),
     ),
-    "lfm2": Architecture(("Lfm2ForCausalLM", "LFM2ForCausalLM", "Lfm2Model"), (), r"\.shortconv\.conv\.weight$"),
+    "lfm2": Architecture(("Lfm2ForCausalLM", "LFM2ForCausalLM", "Lfm2Model", "Lfm2BidirectionalModel"), (), r"\.shortconv\.conv\.weight$"),
     "lfm2moe": Architecture(("Lfm2MoeForCausalLM",), (), r"\.shortconv\.conv\.weight$"),
     "jamba": Architecture(("JambaForCausalLM",)),
     "mamba": Architecture(("MambaForCausalLM", "MambaLMHeadModel", "FalconMambaForCausalLM")),
@@ -394,7 +403,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "arwkv7": Architecture(("RwkvHybridForCausalLM",), RWKV7),
     "step35": Architecture(("Step3p5ForCausalLM",), norm_shift=1.0),
     "t5": Architecture(
-        ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration", "UMT5Model")
+        ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration", "UMT5Model",
+            "T5WithLMHeadModel",)
     ),
     "t5encoder": Architecture(("T5EncoderModel",), headless=True),
     "dots1": Architecture(("Dots1ForCausalLM",)),
@@ -409,7 +419,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "minimax-m2": Architecture(("MiniMaxM2ForCausalLM",)),
     "rnd1": Architecture(("RND1",)),
     "pangu-embedded": Architecture(("PanguEmbeddedForCausalLM",)),
-    "mimo2": Architecture(("MiMoV2FlashForCausalLM",)),
+    "mimo2": Architecture(("MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM")),
     "maincoder": Architecture(("MaincoderForCausalLM",)),
     "bitnet": Architecture(("BitnetForCausalLM",)),
 }  # fmt: skip
