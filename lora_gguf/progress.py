@@ -1,4 +1,8 @@
-"""A progress bar on stderr: bytes, rate, time left, current tensor. Only on a terminal."""
+"""Progress bars on stderr: how much is done, how fast, how long yet, and at what the program works. Only on a terminal.
+
+What works tells of its progress by ``Progress``: (done since the last call, in all, what is being done), in bytes but where
+it says otherwise. Downloads tell by ``FileProgress``: (file, bytes so far, bytes in all).
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,56 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
+Progress = Callable[[int, int, str], None]
+FileProgress = Callable[[str, int, int], None]
+WIDTH = 32  # of the words
+
 
 @contextlib.contextmanager
-def bar(verb: str, wanted: bool = True) -> Iterator[Callable[[int, int, str], None] | None]:
-    """Yields a callback for (bytes done since the last call, bytes in all, what is being done), or None where no bar is due."""
+def bar(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[Progress | None]:
+    """Yields a ``Progress`` that moves a bar, or None where none is due: it isn't wanted, or stderr is no terminal.
+
+    ``NO_COLOR`` and ``TERM=dumb`` are obeyed, as rich does.
+    """
     if not (wanted and sys.stderr.isatty()):
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Display
 
-    columns = (TextColumn("{task.description:24.24}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(verb, total=None)
+    amounts = (DownloadColumn(), TransferSpeedColumn()) if of_bytes else (MofNCompleteColumn(),)
+    words = TextColumn(f"{{task.description:{WIDTH}.{WIDTH}}}", markup=False)
+    with Display(words, BarColumn(), *amounts, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as display:
+        task = display.add_task(verb, total=None)
 
-        def advance(n_bytes: int, n_total: int, what: str) -> None:
-            progress.update(task, advance=n_bytes, total=n_total, description=f"{verb} {what}")
+        def advance(n: int, n_all: int, what: str) -> None:
+            display.update(task, advance=n, total=n_all or None, description=f"{verb} {shortened(what, WIDTH - len(verb) - 1)}")
 
         yield advance
+
+
+def shortened(text: str, length: int) -> str:
+    """``text`` in ``length`` characters, its end kept: that is where names differ."""
+    return text if len(text) <= length else "…" + text[1 - length :]
+
+
+@contextlib.contextmanager
+def download_bar(wanted: bool = True) -> Iterator[FileProgress | None]:
+    """Yields a ``FileProgress`` that moves a bar, one file after the other, or None where none is due."""
+    with bar("fetching", wanted) as advance:
+        yield by_file(advance)
+
+
+def by_file(progress: Progress | None) -> FileProgress | None:
+    """A ``FileProgress`` that tells ``progress``, all files so far as one; None for None."""
+    if progress is None:
+        return None
+    files: dict[str, tuple[int, int]] = {}
+
+    def advance(name: str, n_so_far: int, n_all: int) -> None:
+        before = files.get(name, (0, 0))[0]
+        files[name] = (n_so_far, n_all)
+        progress(n_so_far - before, sum(size for _, size in files.values()), name)
+
+    return advance

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_BLOCK = re.compile(r"^(?:(enc|dec)\.)?blk\.\d+\.")
+_BLOCK = re.compile(r"^(?:(enc|dec)\.)?blk\.(\d+)\.")
 _SUFFIX = re.compile(r"\.weight$")
 
 
@@ -21,16 +21,27 @@ def kind_of(name: str) -> str:
     return _SUFFIX.sub("", _BLOCK.sub(lambda match: f"{match[1]}." if match[1] else "", name))
 
 
+def layer_of(name: str) -> int | None:
+    """The layer that a GGUF tensor belongs to; None where it is of no layer."""
+    match = _BLOCK.match(name)
+    return int(match[2]) if match else None
+
+
 @dataclass
 class Retention:
-    """Sums over some weights; ``sums`` (4,) f64: Σ delta·achieved, Σ delta², Σ achieved², number of changed codes."""
+    """Sums over some weights; ``sums`` (4,) f64: Σ delta·achieved, Σ delta², Σ achieved², number of changed codes.
+
+    ``steps2`` is Σ step², as far as a sample of the rows tells it: NaN where the type has no steps.
+    """
 
     n_weights: int = 0
     sums: np.ndarray = field(default_factory=lambda: np.zeros(4))
+    steps2: float = 0.0
 
-    def add(self, n_weights: int, sums: np.ndarray) -> None:
+    def add(self, n_weights: int, sums: np.ndarray, steps2: float = 0.0) -> None:
         self.n_weights += n_weights
         self.sums = self.sums + sums
+        self.steps2 += steps2
 
     @property
     def kept(self) -> float:
@@ -51,14 +62,24 @@ class Retention:
         error = self.sums[2] - 2 * self.sums[0] + self.sums[1]
         return float(np.sqrt(max(error, 0.0) / self.sums[1])) if self.sums[1] > 0 else 0.0
 
+    @property
+    def delta_norm(self) -> float:
+        """The Frobenius norm of the delta."""
+        return float(np.sqrt(self.sums[1]))
+
+    @property
+    def delta_per_step(self) -> float:
+        """The rms of the delta, relative to that of the step between two values that the type can hold; NaN if not known."""
+        return float(np.sqrt(self.sums[1] / self.steps2)) if self.steps2 > 0 else float("nan")
+
     def as_dict(self) -> dict:
-        return {
-            "weights": self.n_weights, "kept": self.kept, "changed": self.changed, "delta_rms": self.delta_rms, "noise": self.noise,
-        }  # fmt: skip
+        """Plain data; None for what was not measured."""
+        measures = ("kept", "changed", "delta_rms", "delta_norm", "delta_per_step", "noise")
+        return {"weights": self.n_weights} | {name: getattr(self, name) if self.n_weights else None for name in measures}
 
 
 def total(parts: Iterable[Retention]) -> Retention:
     whole = Retention()
     for part in parts:
-        whole.add(part.n_weights, part.sums)
+        whole.add(part.n_weights, part.sums, part.steps2)
     return whole

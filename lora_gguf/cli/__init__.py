@@ -12,6 +12,7 @@ import typer
 
 from lora_gguf import __version__
 from lora_gguf.cli.convert import convert
+from lora_gguf.cli.doctor import doctor
 from lora_gguf.cli.extract import extract
 from lora_gguf.cli.fetch import fetch
 from lora_gguf.cli.inspect import inspect
@@ -48,7 +49,7 @@ def _options(
         os.environ["LORA_GGUF_DEBUG"] = "1"
 
 
-for command in (fetch, inspect, convert, merge, verify, extract):
+for command in (fetch, inspect, doctor, convert, merge, verify, extract):
     app.command()(command)
 
 

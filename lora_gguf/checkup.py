@@ -1,0 +1,113 @@
+"""What ``doctor`` found, as data: remarks, what each way to merge would keep, what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from lora_gguf.errors import LoraGgufError, printable
+
+OK, NOTE, WARNING, REFUSAL = "ok", "note", "warning", "refusal"
+GOOD = 0.9  # of an adapter kept
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One thing that was looked at: ``level`` is ok, note, warning or refusal."""
+
+    topic: str
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One way to merge, under the ``name`` by which tensors list what they keep of it, and what is expected of it.
+
+    ``kept`` is the share of the update that acts (1: all of it), ``noise`` what rounding adds relative to the update (rms),
+    ``n_bytes`` the size of the file.
+    """
+
+    name: str
+    options: str
+    kept: float
+    noise: float
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class TensorOutlook:
+    """One tensor that the adapter changes; rms and norm are those of the update, ``step`` the rms distance of two values that
+    the base's type can tell apart (None where it has no such steps). ``kept`` and ``noise`` are by the names of the outlooks."""
+
+    name: str
+    kind: str
+    layer: int | None
+    type: str
+    shape: tuple[int, ...]
+    rank: int
+    delta_rms: float
+    delta_norm: float
+    step: float | None
+    kept: dict[str, float]
+    noise: dict[str, float]
+
+    @property
+    def delta_per_step(self) -> float | None:
+        return self.delta_rms / self.step if self.step else None
+
+
+@dataclass
+class DoctorReport:
+    """Whether a merge will work: ``refusal`` is the error with which it would end, None where it will work.
+
+    Sizes are in bytes, ``seconds`` on this machine; they are None, and the lists empty, where it is refused.
+    """
+
+    base: str
+    adapters: list[tuple[str, float]]
+    remarks: list[Remark] = field(default_factory=list)
+    outlooks: list[Outlook] = field(default_factory=list)
+    tensors: list[TensorOutlook] = field(default_factory=list)
+    output_bytes: int | None = None
+    free_bytes: int | None = None
+    memory_bytes: int | None = None
+    seconds: float | None = None
+    recommendation: str = ""
+    refusal: LoraGgufError | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.refusal is None
+
+    def outlook(self, name: str) -> Outlook:
+        return next(found for found in self.outlooks if found.name == name)
+
+    def as_dict(self) -> dict:
+        """The report as plain data for JSON."""
+        refusal = self.refusal and {
+            "message": str(self.refusal), "details": [printable(line) for line in self.refusal.details], "exit_code": self.refusal.exit_code,
+        }  # fmt: skip
+        tensors = [{**asdict(tensor), "delta_per_step": tensor.delta_per_step} for tensor in self.tensors]
+        fields = {name: value for name, value in vars(self).items() if name not in ("refusal", "tensors", "remarks", "outlooks")}
+        return {
+            "ok": self.ok,
+            **fields,
+            "refusal": refusal,
+            "remarks": [asdict(remark) for remark in self.remarks],
+            "outlooks": [asdict(found) for found in self.outlooks],
+            "tensors": tensors,
+        }
+
+
+def recommend(outlooks: list[Outlook]) -> str:
+    """What to do, in one line."""
+    by_name = {found.name: found for found in outlooks}
+    default = by_name["auto"]
+    if default.kept < GOOD:
+        better = min((found for found in outlooks if found.kept >= GOOD), key=lambda found: found.n_bytes, default=None)
+        if better is None:
+            return f"little is kept whatever the type: the defaults keep {default.kept:.2f}"
+        return f"merge with {better.options}: it keeps {better.kept:.2f} of the adapter, the defaults only {default.kept:.2f}"
+    lost = [name for name in ("nearest", "fresh") if name in by_name and by_name[name].kept < GOOD - 0.1]
+    others = "; " + " and ".join(f"{name} rounding would keep {by_name[name].kept:.2f}" for name in lost) if lost else ""
+    return f"merge with the defaults: they keep {default.kept:.2f} of the adapter{others}"

@@ -1,0 +1,109 @@
+"""The ``doctor`` command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from lora_gguf.cli.terms import BASE_HELP, ExpertLayout, Tied, adapters_of, base_and_adapter
+from lora_gguf.errors import UsageError
+from lora_gguf.progress import bar
+
+if TYPE_CHECKING:
+    from lora_gguf.checkup import DoctorReport, TensorOutlook
+
+MARKS = {"ok": "ok", "note": "note", "warning": "WARNING"}  # a refusal is the error with which the command ends
+
+
+def doctor(
+    base: Annotated[Optional[str], typer.Argument(metavar="BASE.gguf", help=BASE_HELP)] = None,
+    adapter: Annotated[Optional[str], typer.Argument(help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")] = None,
+    lora: Annotated[
+        Optional[list[str]], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="One more adapter; repeat.")
+    ] = None,
+    model: Annotated[Optional[str], typer.Option("-m", "--model", metavar="BASE.gguf", help="BASE, as llama.cpp's tools name it.")] = None,
+    scale: Annotated[float, typer.Option(help="Multiplies the adapter's own scale.")] = 1.0,
+    tied: Annotated[Tied, typer.Option(help="An adapted head that the base shares with its embedding.")] = Tied.separate,
+    allow_unused: Annotated[
+        Optional[str], typer.Option(metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches.")
+    ] = None,
+    base_config: Annotated[Optional[Path], typer.Option(help="The folder with the base's config.json, for what its GGUF does not say.")] = None,
+    expert_b_layout: Annotated[
+        Optional[ExpertLayout], typer.Option(help="How lora_B of fused experts is laid out, where the adapter doesn't say.")
+    ] = None,
+    threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")] = True,
+) -> None:
+    """Tell whether a merge will work, what it costs and how much of the adapter each way keeps; nothing is written.
+
+    The base may be on the Hub: of it only the header and some rows are transferred. The exit code is that of the merge.
+
+    lora-gguf doctor model-Q4_K_M.gguf user/my-adapter
+    """
+    from lora_gguf.commands.fetch import fetch as fetch_adapter
+
+    source, adapter = base_and_adapter(base, adapter, model)
+    named = ([(adapter, scale)] if adapter else []) + adapters_of(lora or [])
+    if not named:
+        raise UsageError("no adapter: name one, or several with --lora")
+    adapters = [(fetch_adapter(name), factor) for name, factor in named]
+    from lora_gguf.commands.doctor import doctor as examine
+
+    with bar("examining", progress, of_bytes=False) as advance:
+        report = examine(
+            source,
+            adapters,
+            tied=tied.value,
+            allow_unused=allow_unused,
+            expert_b_layout=expert_b_layout and expert_b_layout.value,
+            base_config=base_config,
+            threads=threads,
+            progress=advance,
+        )
+    print(json.dumps(report.as_dict(), indent=1) if as_json else as_text(report))
+    if report.refusal:
+        raise report.refusal
+
+
+def as_text(report: DoctorReport) -> str:
+    """The report for a reader: what was looked at, what each way to merge keeps, which tensors change by how much."""
+    from lora_gguf.text_table import aligned, size_text, text_table
+
+    parts = [aligned([(MARKS[remark.level], remark.topic, remark.text) for remark in report.remarks if remark.level in MARKS], left=3)]
+    if report.outlooks:
+        ways = [(way.options, f"{way.kept:.3f}", f"{way.noise:.1f}", size_text(way.n_bytes)) for way in report.outlooks]
+        parts.append(text_table(("merge with", "delta kept", "noise/delta", "file"), ways))
+        parts.append(text_table(("tensors", "type", "count", "rms(delta)", "delta/step", "kept", "nearest"), by_kind(report), left=2))
+        parts.append(costs(report))
+        parts.append(report.recommendation)
+    return "\n\n".join(parts)
+
+
+def costs(report: DoctorReport) -> str:
+    from lora_gguf.text_table import size_text
+
+    time = f"about {report.seconds:.0f} s on this machine (some chunks were timed), and " if report.seconds else ""
+    return f"A merge takes {time}about {size_text(report.memory_bytes)} of memory."
+
+
+def by_kind(report: DoctorReport) -> list[tuple]:
+    """One line for each kind of tensor and type."""
+    groups: dict[tuple[str, str], list[TensorOutlook]] = {}
+    for tensor in report.tensors:
+        groups.setdefault((tensor.kind, tensor.type), []).append(tensor)
+    return [(kind, type, len(group), *averages(group)) for (kind, type), group in groups.items()]
+
+
+def averages(group: list[TensorOutlook]) -> tuple[str, ...]:
+    """rms(delta), delta/step, and what is kept by default and with nearest rounding, over the tensors' energy."""
+    energy = [tensor.delta_norm**2 for tensor in group]
+    whole = sum(energy) or 1.0
+    steps = [tensor.step for tensor in group if tensor.step]
+    rms = (sum(tensor.delta_rms**2 for tensor in group) / len(group)) ** 0.5
+    step = (sum(step**2 for step in steps) / len(steps)) ** 0.5 if steps else 0.0
+    kept = [sum(e * t.kept.get(way, t.kept["auto"]) for e, t in zip(energy, group)) / whole for way in ("auto", "nearest")]
+    return f"{rms:.2e}", f"{rms / step:.4f}" if step else "-", *(f"{share:.3f}" for share in kept)

@@ -1,0 +1,177 @@
+"""Will it work, and how well? Everything that a merge checks, and the merge itself on a sample; nothing is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lora_gguf.adapters.adapter import adapter_directory
+from lora_gguf.adapters.sources import adapter_name, placement_of
+from lora_gguf.checkup import NOTE, OK, REFUSAL, WARNING, DoctorReport, Outlook, Remark, TensorOutlook, recommend
+from lora_gguf.commands.inspect import inspect
+from lora_gguf.errors import LoraGgufError, printable
+from lora_gguf.expectation import STEADY_BYTES, chosen, expected, expected_seconds, scratch_bytes, step_of, thinned
+from lora_gguf.files.base import Base
+from lora_gguf.files.gguf_reader import padded
+from lora_gguf.files.input_file import InputFile
+from lora_gguf.hub.references import remote_gguf
+from lora_gguf.hub.remote import open_model
+from lora_gguf.inspection import AdapterInspection
+from lora_gguf.mapping.accounts import Placement
+from lora_gguf.plan import Plan, Policy, TensorPlan, make_plan
+from lora_gguf.retention import Retention, kind_of, layer_of, total
+from lora_gguf.text_table import size_text
+from lora_gguf.tokenizer import compare_tokenizer
+
+Progress = Callable[[int, int, str], None]
+# name -> (options of merge, what they are to the plan)
+OPTIONS: dict[str, tuple[str, dict]] = {
+    "auto": ("the defaults", {}),
+    "dither": ("--rounding dither", {"rounding": "dither"}),
+    "nearest": ("--rounding nearest", {"rounding": "nearest"}),
+    "fresh": ("--rounding fresh", {"rounding": "fresh"}),
+    "Q8_0": ("--type Q8_0", {"type": "Q8_0"}),
+    "BF16": ("--type BF16", {"type": "BF16"}),
+}
+
+
+def doctor(
+    base: str | os.PathLike,
+    adapters: Sequence[tuple[str | os.PathLike, float]],
+    *,
+    tied: str = "separate",
+    allow_unused: str | None = None,
+    expert_b_layout: str | None = None,
+    base_config: str | os.PathLike | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> DoctorReport:
+    """Tell whether ``adapters`` (paths, each with the factor of its scale) can be merged into ``base``, and what will be kept.
+
+    ``base`` is a path, or a reference to a GGUF on the Hub, of which only the header and some rows are transferred. What
+    keeps them from being merged is the report's ``refusal``; files that cannot be read raise as ever. ``progress`` is
+    called with (samples done since the last call, samples in all, tensor name).
+    """
+    with open_base(base) as model:
+        report = DoctorReport(model.label, [(adapter_name(path), float(factor)) for path, factor in adapters])
+        for path, _ in adapters:
+            report.remarks += remarks_on(path, model)
+        reading = (tied, allow_unused, expert_b_layout, base_config)
+        try:
+            placements = [(placement_of(path, model, *reading), factor) for path, factor in adapters]
+            plan = make_plan(model, placements, Policy("auto" if is_local(model) else "dither"))
+            report.remarks += remarks_on_fit(model, plan, [placement for placement, _ in placements])
+            foresee(report, model, plan, threads, progress)
+        except LoraGgufError as error:
+            report.refusal = error
+            report.remarks.append(Remark("fit", REFUSAL, str(error)))
+    return report
+
+
+def open_base(base: str | os.PathLike) -> Base:
+    found = remote_gguf(base)
+    return open_model(*found) if found else Base(base)
+
+
+def is_local(model: Base) -> bool:
+    return all(isinstance(reader.source, InputFile) for reader in model.readers)
+
+
+def remarks_on(path: str | os.PathLike, model: Base) -> list[Remark]:
+    """What to say of an adapter before its weights are looked at."""
+    found = inspect(path)
+    if not isinstance(found, AdapterInspection):
+        return []  # the placement says what it is instead
+    ranks = ", ".join(f"rank {group.rank}" for group in found.ranks[:3])
+    trained = f", trained on {found.base_model}" if found.base_model else ""
+    level = NOTE if found.refusal else OK
+    remarks = [Remark("adapter", level, f"{adapter_name(path)}: {', '.join(filter(None, (found.method, ranks)))}{trained}")]
+    return remarks if Path(path).is_file() else remarks + compare_tokenizer(adapter_directory(path), model)
+
+
+def remarks_on_fit(model: Base, plan: Plan, placements: Sequence[Placement]) -> list[Remark]:
+    """What becomes of the adapters' tensors in the base."""
+    accounts = [account for placement in placements for account in placement.accounts]
+    ignored = [account for account in accounts if account.outcome == "ignored"]
+    n_applied = len(accounts) - len(ignored)
+    text = f"{n_applied} of {len(accounts)} adapter tensors change {len(plan.merged)} of {len(model.tensors)} in {model.label}"
+    remarks = [Remark("fit", OK, text)]
+    remarks += [Remark("fit", NOTE, f"{account.tensor}: left out: {account.reason}") for account in ignored[:5]]
+    if any(placement.untied for placement in placements):
+        remarks.append(Remark("tied head", NOTE, "the merged file gets an output.weight of its own, as the adapter changes only one of the two"))
+    n_new = max((len(tensor.new_rows) for tensor in plan.tensors if tensor.new_rows is not None), default=0)
+    if n_new:
+        remarks.append(Remark("vocabulary", NOTE, f"{n_new} tokens are added"))
+    promoted = {(t.source.type.name, t.target.type.name) for t in plan.merged if t.source.type != t.target.type}
+    remarks += [Remark("types", NOTE, f"adapted {before} tensors become {after}") for before, after in sorted(promoted)]
+    return remarks + [Remark("fit", WARNING, warning) for warning in plan.warnings]
+
+
+def foresee(report: DoctorReport, model: Base, plan: Plan, threads: int | None, progress: Progress | None) -> None:
+    """Add to ``report`` what is kept by each option, and what a merge with the defaults costs."""
+    local, merged = is_local(model), plan.merged
+    sampled = merged if local else thinned(merged)
+    options = {name: chosen_for(name, sampled, local) for name in OPTIONS}
+    options = {name: tensors for name, tensors in options.items() if name == "auto" or is_other(name, tensors, options["auto"])}
+    weights = {tensor.target.name: tensor.source.n_elements for tensor in sampled}
+    n_samples = len(options) * len(sampled)
+    found: dict[str, dict[str, Retention]] = {}
+    for name, tensors in options.items():
+        done = progress and (lambda tensor: progress(1, n_samples, tensor.target.name))
+        found[name] = expected(model, tensors, threads, local, done)
+    for name in options:
+        whole, types = total(found[name].values()), {t.target.name: t.target for t in chosen_for(name, merged, local)}
+        report.outlooks.append(Outlook(name, OPTIONS[name][0], whole.kept, whole.noise, file_bytes(model, plan, types)))
+    report.tensors = [outlook_of(tensor, model, weights, found) for tensor in sampled]
+    report.output_bytes = report.outlooks[0].n_bytes
+    report.free_bytes = shutil.disk_usage(".").free
+    factors = sum(pair.a.nbytes + pair.b.nbytes for tensor in merged for pair in tensor.pairs)
+    report.memory_bytes = STEADY_BYTES + 3 * factors + scratch_bytes(threads)
+    report.seconds = expected_seconds(model, plan.tensors, threads) if local else None
+    report.recommendation = recommend(report.outlooks)
+    report.remarks.append(disk_remark(report))
+
+
+def chosen_for(name: str, tensors: Sequence[TensorPlan], local: bool) -> list[TensorPlan]:
+    """The tensors as an option has them; the plan's own, with their columns' weights, are those of the default."""
+    return list(tensors) if name == "auto" and local else chosen(tensors, Policy(**OPTIONS[name][1]))
+
+
+def is_other(name: str, tensors: Sequence[TensorPlan], default: Sequence[TensorPlan]) -> bool:
+    """Whether an option differs from the default: a type may be the base's own."""
+    own = [(one.target.type, one.recipe.rounding) for one in tensors]
+    return own != [(one.target.type, one.recipe.rounding) for one in default]
+
+
+def outlook_of(tensor: TensorPlan, model: Base, weights: dict[str, int], found: dict[str, dict[str, Retention]]) -> TensorOutlook:
+    name = tensor.target.name
+    of = {option: parts[name] for option, parts in found.items()}
+    rms = of["auto"].delta_rms
+    return TensorOutlook(
+        name=name,
+        kind=kind_of(name),
+        layer=layer_of(name),
+        type=tensor.source.type.name,
+        shape=tensor.source.shape,
+        rank=sum(pair.rank for pair in tensor.pairs),
+        delta_rms=rms,
+        delta_norm=rms * weights[name] ** 0.5,
+        step=step_of(model, tensor, is_local(model)),
+        kept={option: part.kept for option, part in of.items()},
+        noise={option: part.noise for option, part in of.items()},
+    )
+
+
+def file_bytes(model: Base, plan: Plan, targets: dict) -> int:
+    """The size of the merged file as one; its header is taken to be as long as the base's."""
+    chosen_types = (targets.get(tensor.target.name, tensor.target) for tensor in plan.tensors)
+    return model.readers[0].data_position + sum(padded(target.n_bytes, model.alignment) for target in chosen_types)
+
+
+def disk_remark(report: DoctorReport) -> Remark:
+    needed, free = size_text(report.output_bytes), size_text(report.free_bytes)
+    if report.output_bytes > report.free_bytes:
+        return Remark("disk", WARNING, f"the merged file takes {needed}, this folder's disk has {free} free: write it elsewhere")
+    return Remark("disk", OK, f"the merged file takes {needed}, {free} are free here ({printable(Path.cwd(), 60)})")

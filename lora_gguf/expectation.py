@@ -1,0 +1,168 @@
+"""What a merge would keep of an adapter, and how long it would take: the merge itself, carried out on a sample of rows.
+
+Some rows of each tensor go through ``chunks.carry_out``, the code that a merge runs, and what it would have written is
+thrown away. Their sums, scaled to the whole tensor, are those that the merge would report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lora_gguf.chunks import CHUNK_WEIGHTS, COPY_BYTES, Chunk, carry_out, cut, in_threads, n_cores, stack
+from lora_gguf.files.base import Base
+from lora_gguf.plan import Policy, TensorPlan, choose
+from lora_gguf.retention import Retention, kind_of
+from lora_gguf.steps import has_steps, step_rms
+
+SAMPLE_WEIGHTS = 8 << 20  # of all tensors together
+MIN_ROWS, MAX_ROWS = 16, 64  # of one tensor
+N_PLACES = 8
+N_FAR = 3  # layers of a kind that a sample takes of a base on the Hub, where each place costs a request
+STARTUP_SECONDS = 1.0  # loading the compiled kernels, reading the headers
+STEADY_BYTES = 160 << 20  # the interpreter, numpy, the compiled kernels
+
+
+class Nowhere:
+    """A writer of ``tensors`` that keeps nothing."""
+
+    def __init__(self, tensors: Iterable[TensorPlan]):
+        self.tensors = {tensor.target.name: tensor.target for tensor in tensors}
+
+    def write(self, *_what) -> None:
+        pass
+
+    def copy(self, *_what) -> None:
+        pass
+
+
+def chosen(tensors: Iterable[TensorPlan], policy: Policy) -> list[TensorPlan]:
+    """Copies of changed ``tensors`` with the types and recipes that ``policy`` gives them."""
+    copies = [replace(tensor) for tensor in tensors]
+    for tensor in copies:
+        choose(tensor, None, policy)
+    return copies
+
+
+def thinned(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
+    """Of each kind of tensor those of ``N_FAR`` layers, evenly spaced."""
+    groups: dict[tuple[str, str], list[TensorPlan]] = {}
+    for tensor in tensors:
+        groups.setdefault((kind_of(tensor.target.name), tensor.source.type.name), []).append(tensor)
+    return [group[i] for group in groups.values() for i in np.unique(np.linspace(0, len(group) - 1, N_FAR).astype(int))]
+
+
+def expected(
+    base: Base,
+    tensors: Sequence[TensorPlan],
+    threads: int | None = None,
+    near: bool = True,
+    done: Callable[[TensorPlan], None] | None = None,
+) -> dict[str, Retention]:
+    """What merging ``tensors`` as planned would report of each, by name, from up to ``MAX_ROWS`` rows of each.
+
+    Where the base is not ``near``, these are from one place. ``done`` is called with each tensor when its first rows are done.
+    Raises ``NumericError`` as the merge would.
+    """
+    n_rows, n_places = rows_each(tensors), N_PLACES if near else 1
+    nowhere = Nowhere(tensors)
+    found: dict[str, Retention] = {}
+
+    def work(chunk: Chunk) -> tuple[int, np.ndarray] | None:
+        return carry_out(chunk, base.reader_of(chunk.tensor.source.name), nowhere)
+
+    chunks = (chunk for tensor in tensors for chunk in some_chunks(tensor, n_rows, n_places))
+    for chunk, outcome in in_threads(work, chunks, threads):
+        name = chunk.tensor.target.name
+        if done and name not in found:
+            done(chunk.tensor)
+        found.setdefault(name, Retention()).add(*outcome)
+    return {tensor.target.name: scaled(found[tensor.target.name], tensor.source.n_elements) for tensor in tensors}
+
+
+def rows_each(tensors: Sequence[TensorPlan]) -> int:
+    """How many rows of each tensor the sample takes."""
+    n_cols = sum(tensor.source.n_cols for tensor in tensors)
+    return min(max(SAMPLE_WEIGHTS // max(n_cols, 1), MIN_ROWS), MAX_ROWS)
+
+
+def some_chunks(tensor: TensorPlan, n_rows: int, n_places: int) -> Iterable[Chunk]:
+    """About ``n_rows`` rows of a tensor as chunks, evenly spaced over its rows and so over its experts."""
+    n_out, n_cols = (1, *tensor.source.shape)[-2:]
+    n_matrices = tensor.source.n_rows // n_out
+    a, b = stack(tensor.pairs, n_matrices, n_out, n_cols)
+    n_places = min(n_places, tensor.source.n_rows)
+    n_run = min(max(1, n_rows // n_places), n_out)
+    places = ((np.arange(n_places) + 0.5) / n_places * tensor.source.n_rows).astype(int)
+    for matrix, row in sorted({(int(place) // n_out, min(int(place) % n_out, n_out - n_run)) for place in places}):
+        yield Chunk(tensor, matrix * n_out + row, n_run, matrix, a[matrix], b[matrix, row : row + n_run])
+
+
+def step_of(base: Base, tensor: TensorPlan, near: bool = True) -> float | None:
+    """The rms distance between two values that the tensor's type can tell apart, from the sampled rows; None where the type
+    has no such steps."""
+    info, quant = tensor.source, tensor.recipe.source
+    if not has_steps(quant):
+        return None
+    chunks = some_chunks(tensor, MIN_ROWS, N_PLACES if near else 1)
+    reader = base.reader_of(info.name)
+    step = step_rms(quant, np.concatenate([reader.read(info, chunk.first, chunk.n_rows) for chunk in chunks]))
+    return step if step > 0 else None
+
+
+def scaled(part: Retention, n_weights: int) -> Retention:
+    """The sums of a sample as if it were ``n_weights`` large."""
+    return Retention(n_weights, part.sums * (n_weights / max(part.n_weights, 1)))
+
+
+def expected_seconds(base: Base, tensors: Sequence[TensorPlan], threads: int | None = None) -> float:
+    """How long a merge of ``tensors`` takes: one whole chunk of each recipe is timed, and one that is copied.
+
+    The disk's speed in writing is not in it.
+    """
+    nowhere, rates = Nowhere(tensors), {}
+    total = 0.0
+    for tensor in tensors:
+        key = recipe_key(tensor)
+        if key not in rates:
+            rates[key] = seconds_a_byte(base, tensor, nowhere)
+        total += rates[key] * tensor.source.n_bytes
+    return STARTUP_SECONDS + total / min(threads or n_cores(), n_cores())
+
+
+def recipe_key(tensor: TensorPlan) -> tuple:
+    """What the speed of a tensor's chunks depends on."""
+    if tensor.recipe is None:
+        return ()
+    updates = tuple(type(update).__name__ for update, _ in tensor.updates)
+    rank = sum(pair.rank for pair in tensor.pairs)
+    return (tensor.source.type.name, tensor.target.type.name, tensor.recipe.rounding, tensor.source.n_cols, rank, updates)
+
+
+def seconds_a_byte(base: Base, tensor: TensorPlan, nowhere: Nowhere) -> float:
+    """The time that a byte of the tensor takes one thread, after a first run that warms caches up."""
+    reader = base.reader_of(tensor.source.name)
+    if tensor.recipe is None:
+        n_bytes = min(tensor.source.n_bytes, COPY_BYTES)
+        buffer = np.empty(n_bytes, np.uint8)
+        return timed(lambda: reader.read_into(tensor.source, 0, buffer)) / max(n_bytes, 1)
+    chunk = next(iter(cut([tensor])))
+    return timed(lambda: carry_out(chunk, reader, nowhere)) / max(chunk.n_bytes, 1)
+
+
+def timed(call: Callable) -> float:
+    """Seconds that ``call`` takes, the better of two runs after a first."""
+    found = []
+    for _ in range(3):
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return min(found[1:])
+
+
+def scratch_bytes(threads: int | None = None) -> int:
+    """About how much the threads of a merge hold at once: some ten arrays of a chunk's weights in f32 each."""
+    return (threads or n_cores()) * CHUNK_WEIGHTS * 4 * 10
