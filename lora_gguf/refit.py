@@ -37,17 +37,71 @@ def _half_near(old, ratio, up):
 
 
 @kernel
-def _moments(codes, step, weights, delta, importance, columns, has_m):
-    """Σ h·s², Σ h·s·o, Σ h·o², Σ h·s·delta, Σ h·o·delta and Σ h over some ``columns`` of a row."""
-    ss = so = oo = sd = od = hh = np.float32(0.0)
-    for j in columns:
-        h, change = importance[j], delta[j]
-        s = step[j] * np.float32(codes[j]) if has_m else weights[j]
-        o = s - weights[j]
-        hs, ho = h * s, h * o
-        ss, so, oo = ss + hs * s, so + hs * o, oo + ho * o
-        sd, od, hh = sd + hs * change, od + ho * change, hh + h
-    return ss, so, oo, sd, od, hh
+def _block_sums(x, sums):
+    """The sum of each block of ``x`` (cols,), which is overwritten, into ``sums`` (blocks,): by halves, in one order on every machine."""
+    size = len(x) // len(sums)
+    for b in range(len(sums)):
+        block = x[b * size : (b + 1) * size]
+        if size == 256:
+            for j in range(128):
+                block[j] += block[128 + j]
+            for j in range(64):
+                block[j] += block[64 + j]
+            for j in range(32):
+                block[j] += block[32 + j]
+        elif size > 32:
+            for k in range(32, size, 32):
+                for j in range(32):
+                    block[j] += block[k + j]
+        for j in range(16):
+            block[j] += block[16 + j]
+        for j in range(8):
+            block[j] += block[8 + j]
+        for j in range(4):
+            block[j] += block[4 + j]
+        sums[b] = (block[0] + block[1]) + (block[2] + block[3])
+
+
+@kernel
+def _expand(values, group, out):
+    for g in range(len(values)):
+        out[g * group : (g + 1) * group] = values[g]
+
+
+@kernel
+def _moments(unit, steps, lows, delta, importance, has_m, moments):
+    """Each block's Σ h·s², Σ h·s·o, Σ h·o², Σ h·s·delta, Σ h·o·delta and Σ h, with s = step * unit and o = low.
+
+    ``unit``, ``delta`` and ``importance`` are (cols,), ``steps`` and ``lows`` (groups,), ``moments`` (6, blocks).
+    """
+    n_cols = len(unit)
+    group = n_cols // len(steps)
+    s, hs, x = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
+    _expand(steps, group, s)
+    for j in range(n_cols):
+        s[j] *= unit[j]
+    for j in range(n_cols):
+        hs[j] = importance[j] * s[j]
+    for j in range(n_cols):
+        x[j] = hs[j] * delta[j]
+    _block_sums(x, moments[3])
+    for j in range(n_cols):
+        x[j] = hs[j] * s[j]
+    _block_sums(x, moments[0])
+    if has_m:
+        o = s
+        _expand(lows, group, o)
+        for j in range(n_cols):
+            hs[j] *= o[j]
+        _block_sums(hs, moments[1])
+        for j in range(n_cols):
+            x[j] = importance[j] * o[j]
+        for j in range(n_cols):
+            hs[j] = x[j] * delta[j]
+        _block_sums(hs, moments[4])
+        for j in range(n_cols):
+            x[j] *= o[j]
+        _block_sums(x, moments[2])
 
 
 @kernel
@@ -79,60 +133,35 @@ def _best(ss, so, oo, sd, od, d, m, ridge):
 
 
 @kernel
-def refit(blocks, weights, codes, steps, delta, importance, columns, d_at, m_at, shift):
+def refit(blocks, codes, zero, levels, code_min, steps, lows, delta, importance, n_blocks, d_at, m_at, slopes, drops):
     """Move the grids of ``blocks`` uint8 (rows, row_bytes), in place, towards ``delta`` f32 (rows, cols).
 
-    ``weights`` f32, ``codes`` int8 (rows, cols) and ``steps`` f32 (rows, cols // group) are what the blocks hold.
-    ``importance`` is f32 (cols,), ``columns`` int32 (blocks of a row, n): those that the fit looks at. ``d_at`` and ``m_at``
-    are the f16 fields' offsets in a block, ``m_at`` -1 where there is no minimum. On return ``steps`` are those of the new
-    grid, ``shift`` (rows, cols) is what the grid moved and ``delta`` what is left.
+    ``codes`` int8 (rows, cols), ``steps`` and ``lows`` f32 (rows, cols // group) are what the blocks hold, ``levels`` (0,)
+    where it is not a codebook. ``importance`` is f32 (cols,). A row has ``n_blocks``; ``d_at`` and ``m_at`` are the f16 fields' offsets
+    in a block, ``m_at`` -1 where there is no minimum. On return ``steps`` are those of the new grid; a weight has moved by
+    slope * (code - zero) - drop, or by slope * level: ``slopes`` and ``drops`` are shaped as ``steps``.
     """
-    n_rows, n_groups, n_blocks = len(weights), steps.shape[1], len(columns)
-    per_block, block_bytes = n_groups // n_blocks, blocks.shape[1] // n_blocks
-    has_m = m_at >= 0
-    step = np.empty((n_groups, weights.shape[1] // n_groups), np.float32)
-    by_d, by_m = np.empty((n_blocks, weights.shape[1] // n_blocks), np.float32), np.empty((n_blocks, weights.shape[1] // n_blocks), np.float32)
+    n_rows, n_cols = codes.shape
+    per_block, block_bytes, has_m = steps.shape[1] // n_blocks, blocks.shape[1] // n_blocks, m_at >= 0
+    unit, moments = np.empty(n_cols, np.float32), np.zeros((6, n_blocks), np.float32)
+    _block_sums(importance.copy(), moments[5])
     for i in range(n_rows):
-        for g in range(n_groups):
-            step[g, :] = steps[i, g]
+        if len(levels):
+            for j in range(n_cols):
+                unit[j] = levels[codes[i, j] - code_min]
+        else:
+            for j in range(n_cols):
+                unit[j] = np.float32(codes[i, j]) - zero
+        _moments(unit, steps[i], lows[i], delta[i], importance, has_m, moments)
         for b in range(n_blocks):
-            block = blocks[i, b * block_bytes : (b + 1) * block_bytes]
-            ss, so, oo, sd, od, hh = _moments(
-                codes[i], step.ravel(), weights[i], delta[i], importance, columns[b], has_m
-            )
+            block, first = blocks[i, b * block_bytes : (b + 1) * block_bytes], b * per_block
             d, m = _field(block, d_at), _field(block, m_at) if has_m else np.float32(0.0)
-            first = steps[i, b * per_block]
-            half_d, half_m, x, y = _best(ss, so, oo, sd, od, d, m, _RIDGE * first * first * hh)
+            ridge = _RIDGE * steps[i, first] * steps[i, first] * moments[5, b]
+            ss, so, oo, sd, od = moments[0, b], moments[1, b], moments[2, b], moments[3, b], moments[4, b]
+            half_d, half_m, x, y = _best(ss, so, oo, sd, od, d, m, ridge)
             block[d_at], block[d_at + 1] = half_d & 255, half_d >> 8
             if has_m:
                 block[m_at], block[m_at + 1] = half_m & 255, half_m >> 8
-            by_d[b, :] = x
-            by_m[b, :] = y
-            for g in range(b * per_block, (b + 1) * per_block):
+            for g in range(first, first + per_block):
+                slopes[i, g], drops[i, g] = x * steps[i, g], y * lows[i, g]
                 steps[i, g] *= np.float32(1.0) + x
-        if has_m:
-            _shift_both(codes[i], step.ravel(), weights[i], by_d.ravel(), by_m.ravel(), shift[i], delta[i])
-        else:
-            _shift_scale(weights[i], by_d.ravel(), shift[i], delta[i])
-
-
-@kernel
-def _shift_both(codes, step, weights, by_d, by_m, shift, delta):
-    """Move a row whose d grow by the factors 1 + ``by_d``, and m by 1 + ``by_m``; all (cols,), ``step`` overwritten.
-
-    Three loops, since LLVM vectorises none that has to check so many arrays for overlap.
-    """
-    for j in range(len(delta)):
-        step[j] *= np.float32(codes[j])
-    for j in range(len(delta)):
-        shift[j] = by_d[j] * step[j] - by_m[j] * (step[j] - weights[j])
-    for j in range(len(delta)):
-        delta[j] -= shift[j]
-
-
-@kernel
-def _shift_scale(weights, by_d, shift, delta):
-    for j in range(len(delta)):
-        shift[j] = by_d[j] * weights[j]
-    for j in range(len(delta)):
-        delta[j] -= shift[j]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -14,9 +13,8 @@ from lora_gguf.refit import refit
 from lora_gguf.rounding import beyond, round_bf16, round_codes, round_f16, round_levels, tally_rows
 
 NO_IMPORTANCE = np.empty(0, np.float32)
-NO_SHIFT = np.empty((0, 0), np.float32)
-NO_ROWS = np.empty((0, 0), np.uint8)
-LEADING = 64  # columns of a block that the fit of its grid looks at
+NO_LEVELS = np.empty(0, np.float32)
+NO_SHIFT = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
 OUTSIDE = 0.02  # share of a block's weights beyond its range from which on it gets a new grid
 # the width of the random offset before the floor; a rounding that is not here finds a new grid
 SPREADS = {"auto": 1.0, "dither": 1.0, "nearest": 0.0}
@@ -59,11 +57,6 @@ class Recipe:
     importance: np.ndarray | None = None
     weighting: np.ndarray | None = None
 
-    @cached_property
-    def columns(self) -> np.ndarray:
-        """``leading_columns`` of the weighting."""
-        return leading_columns(self.weighting, self.source.type.block_size)
-
     @property
     def keeps_grid(self) -> bool:
         gridded = self.source.unpack is not None or self.source.type.name in _HALVES
@@ -100,54 +93,43 @@ def _move_halves(recipe: Recipe, halves, delta, first_row: int, sums) -> None:
 
 
 def _move_codes(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums) -> None:
-    quant, spread = recipe.source, SPREADS[recipe.rounding]
-    codes = scratch("codes", delta.shape, np.int8)
-    steps = scratch("steps", (delta.shape[0], delta.shape[1] // quant.group))
+    quant, spread = recipe.source, np.float32(SPREADS[recipe.rounding])
+    shape = delta.shape[0], delta.shape[1] // quant.group
+    codes, steps = scratch("codes", delta.shape, np.int8), scratch("steps", shape)
     quant.unpack(blocks, codes, steps)
+    before, shift = None, NO_SHIFT
     if recipe.rounding == "auto" and quant.type.name in F16_FIELDS:
-        far = quant.levels is None and _may_leave(steps, delta)
-        before, wanted = (blocks.copy(), delta.copy()) if far else (None, None)
+        before = blocks.copy()
         shift = _refit(recipe, blocks, codes, steps, delta, matrix)
-        outside = beyond(codes, steps, delta, quant.code_min, quant.code_max) if far else NO_ROWS
-    else:
-        shift, outside = NO_SHIFT, NO_ROWS
-    if quant.levels is None:
-        round_codes(codes, steps, delta, shift, quant.code_min, quant.code_max, spread, recipe.key, first_row, sums)
-    else:
-        round_levels(codes, steps, delta, shift, quant.levels, quant.code_min, spread, recipe.key, first_row, sums)
+    if quant.levels is not None:
+        round_levels(codes, steps, shift[0], delta, quant.levels, quant.code_min, spread, recipe.key, first_row, sums)
+        quant.pack(codes, blocks)
+        return
+    outside, grid = np.zeros(len(delta), np.int64), (steps, *shift)
+    limits = np.float32(quant.code_min), np.float32(quant.code_max)
+    round_codes(codes, np.float32(quant.zero), *grid, delta, *limits, spread, recipe.key, first_row, sums, outside)
     quant.pack(codes, blocks)
-    if outside.any():
-        sums[:] = _renew_some(recipe, blocks, before, wanted, outside, matrix)
+    least = OUTSIDE * quant.type.block_size
+    if outside.max(initial=0) > least:
+        quant.unpack(before, codes, scratch("old_steps", shape))
+        counts = beyond(codes, np.float32(quant.zero), *grid, delta, *limits, outside, least)
+        sums[:] = _renew_some(recipe, blocks, before, delta, counts, matrix)
 
 
-def _may_leave(steps, delta) -> bool:
-    """Whether any update is larger than half of any step, so that it can take a weight out of its grid's range."""
-    sizes = np.abs(steps)
-    smallest = sizes.min(where=sizes > 0, initial=np.inf)
-    return max(delta.max(initial=0), -delta.min(initial=0)) > 0.4 * smallest
-
-
-def _refit(recipe: Recipe, blocks, codes, steps, delta, matrix: int) -> np.ndarray:
-    """Move the grid; returns what it moved by."""
+def _refit(recipe: Recipe, blocks, codes, steps, delta, matrix: int) -> tuple[np.ndarray, np.ndarray]:
+    """Move the grid; returns slopes and drops, what it moved by."""
     quant = recipe.source
-    weights, shift = scratch("weights", delta.shape), scratch("shift", delta.shape)
-    quant.decode(blocks, weights)
+    lows, slopes, drops = scratch("lows", steps.shape), scratch("slopes", steps.shape), scratch("drops", steps.shape)
+    lows[...] = 0
+    if quant.lows:
+        quant.lows(blocks, lows)
+    weighting = np.ones((1, delta.shape[1]), np.float32) if recipe.weighting is None else recipe.weighting
+    levels = NO_LEVELS if quant.levels is None else quant.levels
     d_at, m_at = (*F16_FIELDS[quant.type.name], -1)[:2]
-    importance = np.ones((1, delta.shape[1]), np.float32) if recipe.weighting is None else recipe.weighting
-    columns = recipe.columns if recipe.weighting is not None else leading_columns(importance, quant.type.block_size)
-    refit(blocks, weights, codes, steps, delta, importance[matrix], columns[matrix], d_at, m_at, shift)
-    return shift
-
-
-def leading_columns(importance: np.ndarray, block_size: int) -> np.ndarray:
-    """The columns of each block that matter most, in ascending order: int32 (matrices, blocks of a row, at most ``LEADING``).
-
-    ``importance`` is (matrices, cols).
-    """
-    by_block = importance.reshape(len(importance), -1, block_size)
-    n = min(LEADING, block_size)
-    chosen = np.sort(np.argpartition(-by_block, n - 1, axis=-1)[..., :n], axis=-1)
-    return (chosen + np.arange(by_block.shape[1])[:, None] * block_size).astype(np.int32)
+    n_blocks = delta.shape[1] // quant.type.block_size
+    grid = codes, np.float32(quant.zero), levels, quant.code_min, steps, lows
+    refit(blocks, *grid, delta, weighting[matrix], n_blocks, d_at, m_at, slopes, drops)
+    return slopes, drops
 
 
 def _renew_some(recipe: Recipe, blocks, before, delta, outside, matrix: int) -> np.ndarray:

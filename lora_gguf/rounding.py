@@ -17,7 +17,7 @@ import hashlib
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
+from lora_gguf.kernel import kernel, report_kernel
 from lora_gguf.quants.half import f32_from_f16
 
 _GOLDEN = np.uint32(0x9E3779B9)
@@ -53,120 +53,152 @@ def low_rank(b, a, delta):
     """delta = b @ a in f32: b (rows, r), a (r, cols), delta (rows, cols). The sum over r runs in one order for every
     element, whatever the chunk: BLAS does not promise that."""
     n_rows, rank = b.shape
-    n_cols = a.shape[1]
-    quads = rank // 4 * 4
+    whole = rank // 8 * 8
     for i in range(n_rows):
         row = delta[i]
-        for j in range(n_cols):
-            row[j] = np.float32(0.0)
-        for k in range(0, quads, 4):
-            b0, b1, b2, b3 = b[i, k], b[i, k + 1], b[i, k + 2], b[i, k + 3]
-            a0, a1, a2, a3 = a[k], a[k + 1], a[k + 2], a[k + 3]
-            for j in range(n_cols):
-                row[j] = (((row[j] + b0 * a0[j]) + b1 * a1[j]) + b2 * a2[j]) + b3 * a3[j]
-        for k in range(quads, rank):
+        row[:] = np.float32(0.0)
+        for k in range(0, whole, 8):
+            b0, b1, b2, b3, b4, b5, b6, b7 = b[i, k], b[i, k + 1], b[i, k + 2], b[i, k + 3], b[i, k + 4], b[i, k + 5], b[i, k + 6], b[i, k + 7]
+            a0, a1, a2, a3, a4, a5, a6, a7 = a[k], a[k + 1], a[k + 2], a[k + 3], a[k + 4], a[k + 5], a[k + 6], a[k + 7]
+            for j in range(len(row)):
+                half = (((row[j] + b0 * a0[j]) + b1 * a1[j]) + b2 * a2[j]) + b3 * a3[j]
+                row[j] = (((half + b4 * a4[j]) + b5 * a5[j]) + b6 * a6[j]) + b7 * a7[j]
+        for k in range(whole, rank):
             b0, a0 = b[i, k], a[k]
-            for j in range(n_cols):
+            for j in range(len(row)):
                 row[j] += b0 * a0[j]
 
 
-@kernel
+@report_kernel
 def _tally(delta, moved, changed, sums):
-    """Add a row's Σ delta·moved, Σ delta², Σ moved² and its number of changed codes to ``sums`` (4,), by 16 lanes."""
-    n_cols = len(delta)
-    lanes = np.zeros((3, 16), np.float32)
-    whole = n_cols // 16 * 16
-    for start in range(0, whole, 16):
-        for lane in range(16):
-            wanted, got = delta[start + lane], moved[start + lane]
-            lanes[0, lane] += wanted * got
-            lanes[1, lane] += wanted * wanted
-            lanes[2, lane] += got * got
-    for j in range(whole, n_cols):
-        lanes[0, 0] += delta[j] * moved[j]
-        lanes[1, 0] += delta[j] * delta[j]
-        lanes[2, 0] += moved[j] * moved[j]
-    for s in range(3):
-        for lane in range(16):
-            sums[s] += lanes[s, lane]
+    """Add a row's Σ delta·moved, Σ delta², Σ moved² and its number of changed codes to ``sums`` (4,)."""
+    both = wanted = got = np.float32(0.0)
+    for j in range(len(delta)):
+        both += delta[j] * moved[j]
+        wanted += delta[j] * delta[j]
+        got += moved[j] * moved[j]
+    sums[0] += both
+    sums[1] += wanted
+    sums[2] += got
     sums[3] += changed
 
 
 @kernel
-def _move(codes, step, delta, moved, low, high, spread, row_key):
-    """Round one row; ``step`` and ``moved`` are (cols,). Returns how many codes changed."""
-    base = np.float32(0.5) - np.float32(0.5) * spread
-    changed = 0
-    for j in range(len(codes)):
-        offset = base + spread * _uniform(row_key, j)
-        old = np.float32(codes[j])
-        ratio = np.float32(0.0) if step[j] == 0 else delta[j] / step[j]
-        new = min(max(old + np.floor(ratio + offset), low), high)
-        codes[j] = np.int8(new)
-        moved[j] = (new - old) * step[j]
-        changed += new != old
-    return changed
+def _expand(values, group, out):
+    for g in range(len(values)):
+        out[g * group : (g + 1) * group] = values[g]
 
 
 @kernel
-def _tally_with(delta, shift, moved, changed, sums):
-    """``_tally`` of a row whose grid moved by ``shift`` (cols,) before its codes did."""
+def _shift(slope, drop, codes, zero):
+    """What the grid moved a row by, slope * (code - zero) - drop, into ``slope``."""
+    for j in range(len(codes)):
+        slope[j] = slope[j] * (np.float32(codes[j]) - zero) - drop[j]
+
+
+@kernel
+def _in_steps(delta, step, ratio):
+    for j in range(len(delta)):
+        ratio[j] = np.float32(0.0) if step[j] == 0 else delta[j] / step[j]
+
+
+@kernel
+def _left_in_steps(delta, shift, step, ratio):
+    for j in range(len(delta)):
+        ratio[j] = np.float32(0.0) if step[j] == 0 else (delta[j] - shift[j]) / step[j]
+
+
+@report_kernel
+def _n_outside(codes, ratio, least, most):
+    n = np.float32(0.0)
+    for j in range(len(codes)):
+        wanted = np.float32(codes[j]) + ratio[j]
+        n += np.float32(1.0) if wanted < least or wanted > most else np.float32(0.0)
+    return n
+
+
+@kernel
+def _move(codes, ratio, low, high, spread, row_key):
+    """Round one row's ``ratio``, the update in steps, and apply it to ``codes``; ``ratio`` becomes what the codes moved by."""
+    base = np.float32(0.5) - np.float32(0.5) * spread
+    for j in range(len(ratio)):
+        ratio[j] = np.floor(ratio[j] + (base + spread * _uniform(row_key, j)))
+    for j in range(len(codes)):
+        old = np.float32(codes[j])
+        ratio[j] = min(max(ratio[j], low - old), high - old)
+    for j in range(len(codes)):
+        codes[j] = np.int8(codes[j] + np.int8(np.int32(ratio[j])))
+
+
+@report_kernel
+def _n_changed(moved):
+    n = np.float32(0.0)
+    for j in range(len(moved)):
+        n += np.float32(0.0) if moved[j] == 0 else np.float32(1.0)
+    return n
+
+
+@kernel
+def _times(moved, step):
+    for j in range(len(moved)):
+        moved[j] *= step[j]
+
+
+@kernel
+def _plus(shift, moved):
     for j in range(len(moved)):
         moved[j] += shift[j]
-        shift[j] += delta[j]
-    _tally(shift, moved, changed, sums)
 
 
 @kernel
-def round_codes(codes, steps, delta, shift, code_min, code_max, spread, key, first_row, sums):
+def round_codes(codes, zero, steps, slopes, drops, delta, low, high, spread, key, first_row, sums, outside):
     """Move int8 ``codes`` (rows, cols), in place, by ``delta`` (rows, cols) on a grid of ``steps`` (rows, cols // group).
 
-    ``shift`` is what the grid has moved already (rows, cols), or (0, cols); it is overwritten. ``spread`` is the width of
-    the random offset: 1 dithers, 0 rounds to nearest. ``sums`` (4,) f64 gains Σ wanted·achieved, Σ wanted², Σ achieved², and
-    the number of codes that changed; wanted is delta + shift.
-    """
-    n_rows, n_cols = codes.shape
-    n_groups = steps.shape[1]
-    step = np.empty((n_groups, n_cols // n_groups), np.float32)
-    moved = np.empty(n_cols, np.float32)
-    for i in range(n_rows):
-        for g in range(n_groups):
-            step[g, :] = steps[i, g]
-        changed = _move(
-            codes[i], step.ravel(), delta[i], moved, np.float32(code_min), np.float32(code_max), np.float32(spread),
-            _row_key(key, first_row + i),
-        )  # fmt: skip
-        if len(shift):
-            _tally_with(delta[i], shift[i], moved, changed, sums)
-        else:
-            _tally(delta[i], moved, changed, sums)
-
-
-@kernel
-def beyond(codes, steps, delta, code_min, code_max):
-    """How many weights of each group the update takes out of the grid's range by more than half a step: uint8 (rows, groups).
-
-    Arguments as for ``round_codes``.
+    What the grid has moved already is ``slopes`` * (code - ``zero``) - ``drops``, both shaped as ``steps``, or (0, 0) where it
+    has not. ``low`` and ``high`` are the least and the largest code. ``spread`` is the width of the random offset: 1 dithers,
+    0 rounds to nearest. ``sums`` (4,) f64 gains Σ wanted·achieved, Σ wanted², Σ achieved², and the number of codes that changed;
+    where the grid moved, ``outside`` int64 (rows,) gets the number of weights that leave its range by more than half a step.
     """
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]
-    low, high = np.float32(code_min) - np.float32(0.5), np.float32(code_max) + np.float32(0.5)
-    counts = np.empty(steps.shape, np.uint8)
+    step, ratio = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
+    shift, drop = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
     for i in range(n_rows):
-        for g in range(steps.shape[1]):
-            step = steps[i, g]
-            inverse = np.float32(0.0) if step == 0 else np.float32(1.0) / step
-            counts[i, g] = _beyond(codes[i, g * group : (g + 1) * group], delta[i, g * group : (g + 1) * group], inverse, low, high)
-    return counts
+        _expand(steps[i], group, step)
+        if len(slopes):
+            _expand(slopes[i], group, shift)
+            _expand(drops[i], group, drop)
+            _shift(shift, drop, codes[i], zero)
+            _left_in_steps(delta[i], shift, step, ratio)
+            outside[i] = _n_outside(codes[i], ratio, low - np.float32(0.5), high + np.float32(0.5))
+        else:
+            _in_steps(delta[i], step, ratio)
+        _move(codes[i], ratio, low, high, spread, _row_key(key, first_row + i))
+        changed = _n_changed(ratio)
+        _times(ratio, step)
+        if len(slopes):
+            _plus(shift, ratio)
+        _tally(delta[i], ratio, changed, sums)
 
 
 @kernel
-def _beyond(codes, delta, inverse, low, high):
-    n = np.int32(0)
-    for j in range(len(codes)):
-        wanted = np.float32(codes[j]) + delta[j] * inverse
-        n = np.int32(n + np.int32(wanted < low) + np.int32(wanted > high))
-    return min(n, 255)
+def beyond(codes, zero, steps, slopes, drops, delta, low, high, outside, least):
+    """How many weights of each group leave the grid's range by more than half a step: uint8 (rows, groups).
+
+    Rows with at most ``least`` weights ``outside`` are not looked into. Arguments as for ``round_codes``.
+    """
+    n_rows, n_cols = codes.shape
+    group = n_cols // steps.shape[1]
+    counts = np.zeros(steps.shape, np.uint8)
+    for i in range(n_rows):
+        for g in range(steps.shape[1] if outside[i] > least else 0):
+            inverse = np.float32(0.0) if steps[i, g] == 0 else np.float32(1.0) / steps[i, g]
+            for j in range(g * group, (g + 1) * group):
+                code = np.float32(codes[i, j])
+                wanted = code + (delta[i, j] - (slopes[i, g] * (code - zero) - drops[i, g])) * inverse
+                if counts[i, g] < 255 and (wanted < low - np.float32(0.5) or wanted > high + np.float32(0.5)):
+                    counts[i, g] += 1
+    return counts
 
 
 @kernel
@@ -184,35 +216,34 @@ def _bracket(wanted, levels, below, low, high):
 
 
 @kernel
-def round_levels(codes, steps, delta, shift, levels, code_min, spread, key, first_row, sums):
+def round_levels(codes, steps, slopes, delta, levels, code_min, spread, key, first_row, sums):
     """As ``round_codes``, on a codebook: code c stands for ``levels[c - code_min] * step``, levels ascending, f32."""
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]
     wanted, low = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
     high, moved = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
     below = np.empty(n_cols, np.int32)
-    spread = np.float32(spread)
     base = np.float32(0.5) - np.float32(0.5) * spread
     for i in range(n_rows):
         row_key = _row_key(key, first_row + i)
         for g in range(steps.shape[1]):
             inverse = np.float32(0.0) if steps[i, g] == 0 else np.float32(1.0) / steps[i, g]
+            slope = slopes[i, g] if len(slopes) else np.float32(0.0)
             for j in range(g * group, (g + 1) * group):
-                wanted[j] = levels[codes[i, j] - code_min] + delta[i, j] * inverse
+                level = levels[codes[i, j] - code_min]
+                moved[j] = slope * level
+                wanted[j] = level + (delta[i, j] - moved[j]) * inverse
         _bracket(wanted, levels, below, low, high)
         changed = 0
         for j in range(n_cols):
             fraction = min(max((wanted[j] - low[j]) / (high[j] - low[j]), np.float32(0.0)), np.float32(1.0))
             up = np.floor(fraction + (base + spread * _uniform(row_key, j)))
             old = np.int32(codes[i, j]) - code_min
-            new = old if delta[i, j] == 0 or steps[i, j // group] == 0 else below[j] + np.int32(up)
+            new = old if delta[i, j] == moved[j] or steps[i, j // group] == 0 else below[j] + np.int32(up)
             codes[i, j] = np.int8(new + code_min)
-            moved[j] = (levels[new] - levels[old]) * steps[i, j // group]
+            moved[j] += (levels[new] - levels[old]) * steps[i, j // group]
             changed += new != old
-        if len(shift):
-            _tally_with(delta[i], shift[i], moved, changed, sums)
-        else:
-            _tally(delta[i], moved, changed, sums)
+        _tally(delta[i], moved, changed, sums)
 
 
 @kernel

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lora_gguf.adapters.lora import LoraPair
+from lora_gguf.adapters.updates import Dora, Rotated, Scaled
+from lora_gguf.errors import UnsupportedError
 from lora_gguf.mapping.architectures import ARCHITECTURES
 from lora_gguf.mapping.hparams import Hparams
-from lora_gguf.mapping.names import pieces
+from lora_gguf.mapping.names import is_other_tower, pieces, why_skipped
+from tests.test_names import MODULES, OWN_CODE
 
 LAYER = 3
 
@@ -40,6 +44,7 @@ def random_dims(seed):
         "attention.value_length": d.d,
         "expert_count": d.E,
         "rope.dimension_count": d.rope,
+        "rescale_every_n_layers": 2,
         "attention.key_length_mla": d.nope + d.rope,
         "attention.value_length_mla": d.v,
         "rope.dimension_sections": [1, 1, 1, 0],
@@ -347,6 +352,10 @@ LAYOUTS = {
         ("model.layers.3.experts.gate_up_proj", lambda d: (2 * d.ff, d.n), lambda w, d: {"ffn_gate_up_exps": w})
     ],
 }
+LAYOUTS["rwkv6"] = [
+    ("rwkv.blocks.3.attention.output", lambda d: (d.n, d.n), lambda w, d: {"time_mix_output": w / 2.0}),
+    ("rwkv.blocks.3.feed_forward.value", lambda d: (d.n, d.ff), lambda w, d: {"channel_mix_value": w / 2.0}),
+]
 LAYOUTS["paddleocr"] = LAYOUTS["ernie4_5"]
 LAYOUTS["jais"] = [
     times("transformer.wte", lambda d: (20, d.n), "token_embd", 23.0),
@@ -365,7 +374,7 @@ def model(architecture, dims, **changes):
 def converted(path, pair, hparams):
     """GGUF name in the block -> the update of the tensor, stacked where it has slots."""
     found = {}
-    for piece in pieces(path, pair.shape, hparams):
+    for piece in pieces(path, pair.shape[-2:], hparams):
         stem = piece.name.removeprefix(f"blk.{LAYER}.").removesuffix(".weight")
         part = pair.take(piece)
         delta = part.b.astype(np.float64) @ part.a.astype(np.float64)
@@ -392,6 +401,92 @@ def test_the_update_is_that_of_the_dense_layout(architecture, seed):
         assert found.keys() == expected.keys(), path
         for name, delta in expected.items():
             np.testing.assert_array_equal(found[name], delta, err_msg=f"{path} {name}")
+
+
+def by_row_or_column(kind, path, n_out, n_in, rng):
+    """An update that is not low rank, of a module of (n_out, n_in)."""
+    place = dict(name=path, shape=(n_out, n_in))
+    if kind == "dora":
+        a, b = (rng.standard_normal(size).astype(np.float32) for size in ((2, n_in), (n_out, 2)))
+        return Dora(**place, pair=LoraPair(path, a, b, 0.5), magnitude=rng.uniform(1, 2, n_out).astype(np.float32))
+    if kind == "rows":
+        return Scaled(**place, row_factors=rng.uniform(1, 2, n_out).astype(np.float32))
+    if kind == "columns":
+        return Scaled(**place, col_factors=rng.uniform(1, 2, n_in).astype(np.float32))
+    turn = np.linalg.qr(rng.standard_normal((1, n_in, n_in)))[0].astype(np.float32)
+    return Rotated(**place, stages=[(None, turn)], row_factors=rng.uniform(1, 2, n_out).astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["dora", "rows", "columns", "turned"])
+@pytest.mark.parametrize("architecture", LAYOUTS)
+def test_updates_by_row_and_column_follow_the_layout_or_are_refused(architecture, kind):
+    dims, rng = random_dims(2), np.random.default_rng(2)
+    hparams = model(architecture, dims, **({"expert_count": 0} if architecture == "granite" else {}))
+    for path, shape, layout in LAYOUTS[architecture]:
+        n_out, n_in = shape(dims)
+        if n_out * n_in > 20000:
+            continue
+        update = by_row_or_column(kind, path, n_out, n_in, rng)
+        weights = rng.standard_normal((n_out, n_in)).astype(np.float32)
+        before, after = layout(weights, dims), layout(weights + update.change(0, weights), dims)
+        before, after = ({key: w.reshape(-1, w.shape[-1]) for key, w in found.items()} for found in (before, after))
+        found = {key: w.astype(np.float32) for key, w in before.items()}
+        turned = False
+        for piece in pieces(path, (n_out, n_in), hparams):
+            stem = piece.name.removeprefix(f"blk.{LAYER}.").removesuffix(".weight")
+            if piece.transpose:
+                with pytest.raises(UnsupportedError, match="transposed"):
+                    update.take(piece)
+                turned = True
+            else:
+                found[stem] = found[stem] + update.take(piece).change(0, before[stem].astype(np.float32))
+        assert turned == (path.rpartition(".")[2] in ("kv_b_proj", "w2")), path
+        for stem in [] if turned else after:
+            np.testing.assert_allclose(found[stem], after[stem], rtol=1e-4, atol=1e-4, err_msg=f"{path} {stem}")
+
+
+def kind(path):
+    """The last two parts of a module's path, without numbers."""
+    return tuple(re.sub(r"\.\d+(?=\.|$)", "", path).split(".")[-2:])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_other_modules_stay_as_they_are(architecture):
+    """Of each row: every module of its classes that has no layout here is the tensor, or one expert of it."""
+    modules = [path for paths in MODULES.get(architecture, {}).values() for path in paths]
+    modules += OWN_CODE.get(architecture, {})
+    own = {kind(path) for path, _, _ in LAYOUTS.get(architecture, ())}
+    dims, rng, n = random_dims(3), np.random.default_rng(3), 0
+    hparams = model({"nemotron_h": "nemotron_h_moe"}.get(architecture, architecture), dims)
+    for path in dict.fromkeys(modules):
+        if kind(path) in own or kind(path)[-1] == "gate_up_proj" or is_other_tower(path) or why_skipped(path, hparams):
+            continue
+        a, b = (rng.integers(-8, 9, size).astype(np.float32) for size in ((2, 20), (24, 2)))
+        (piece,) = pieces(path, (24, 20), hparams)
+        part = LoraPair(path, a, b, 1.0).take(piece)
+        np.testing.assert_array_equal(part.b.astype(np.float64) @ part.a, b.astype(np.float64) @ a, err_msg=path)
+        assert (piece.slot is not None) == bool(re.search(r"(experts|moe)\.\d+\.|altup_\w*projections", path)), path
+        n += 1
+    assert n or architecture in LAYOUTS
+
+
+MOE = [name for name in ARCHITECTURES if any(path.endswith("experts.gate_up_proj") for p in MODULES.get(name, {}).values() for path in p)]
+
+
+@pytest.mark.parametrize("architecture", MOE)
+def test_gate_and_up_of_packed_experts(architecture):
+    dims, rng = random_dims(1), np.random.default_rng(1)
+    path = next(p for ps in MODULES[architecture].values() for p in ps if p.endswith("experts.gate_up_proj"))
+    path = re.sub(r"\.\d+\.", f".{LAYER}.", path)
+    a, b = (rng.integers(-8, 9, size).astype(np.float32) for size in ((dims.E, 2, 20), (dims.E, 24, 2)))
+    whole = b.astype(np.float64) @ a
+    found = converted(path, LoraPair(path, a, b, 1.0), model(architecture, dims))
+    if architecture in ("gemma4", "mistral4"):
+        np.testing.assert_array_equal(found["ffn_gate_up_exps"], whole)
+    else:
+        gate, up = (whole[:, ::2], whole[:, 1::2]) if architecture == "gpt-oss" else np.split(whole, 2, axis=1)
+        np.testing.assert_array_equal(found["ffn_gate_exps"], gate)
+        np.testing.assert_array_equal(found["ffn_up_exps"], up)
 
 
 def test_every_row_with_a_rule_has_its_layout_here():

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lora_gguf.adapters.lora import decode
 from lora_gguf.commands.merge import merge
+from lora_gguf.commands.verify import verify
+from lora_gguf.errors import MismatchError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.hparams import from_config
 from tests import tiny
@@ -14,8 +19,6 @@ from tests.common import FIXTURES
 from tests.test_convert import TOLERANCE, assert_top
 
 KINDS = FIXTURES / "kinds"
-# without its config.json the base does not say by what Falcon-H1's weights are multiplied
-FAMILIES = [name for name in tiny.NAMES if name != "falcon-h1"]
 ADAPTERS = sorted(path.name for path in KINDS.iterdir())
 
 
@@ -24,9 +27,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("families")
 
 
-def assert_merged(base, adapter, out, wanted):
+def assert_merged(base, adapter, out, wanted, **options):
     """The merged file has ``wanted`` where it differs, and the base's bytes where it does not."""
-    merge(base, [(adapter, 1.0)], out)
+    report = merge(base, [(adapter, 1.0)], out, **options)
+    assert {account.outcome for account in report.accounts} <= {"applied", "ignored"} and report.accounts
     with GgufReader(base) as before, GgufReader(out) as after:
         assert before.tensors.keys() == after.tensors.keys()
         for name, info in after.tensors.items():
@@ -36,13 +40,38 @@ def assert_merged(base, adapter, out, wanted):
             np.testing.assert_allclose(found, expected.reshape(found.shape), rtol=0, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.NAMES)
 def test_architectures(folder, name):
     base, out = tiny.base_gguf(folder, name), folder / f"{name}-merged.gguf"
     model = from_config(tiny.config_of(name))
-    assert_merged(base, tiny.TINY / name / "adapter", out, tiny.tensors_of(name, model, "merged"))
+    # the base does not say by what Falcon-H1's weights are multiplied, its config.json does
+    options = {"base_config": tiny.TINY / name} if name == "falcon-h1" else {}
+    assert_merged(base, tiny.TINY / name / "adapter", out, tiny.tensors_of(name, model, "merged"), **options)
+    assert verify(out, base, [(tiny.TINY / name / "adapter", 1.0)], **options).ok
     if name != "bert":
         assert_top(tiny.generate(out), tiny.expected(name)["merged"]["top"], TOLERANCE.get(name, 1e-4))
+
+
+def test_what_the_base_does_not_say_is_asked_for(folder):
+    base = tiny.base_gguf(folder, "falcon-h1")
+    with pytest.raises(MismatchError, match="multiplier.*--base-config.*GGUF alone"):
+        merge(base, [(tiny.TINY / "falcon-h1" / "adapter", 1.0)], folder / "no.gguf")
+
+
+def test_the_layout_of_unsloths_experts_may_be_told(tmp_path):
+    """B as Unsloth laid it out until September 2026, unmarked: with the option the merge is PEFT's."""
+    shutil.copytree(tiny.TINY / "qwen3moe" / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    factors = load_file(path)
+    for name in [name for name in factors if ".mlp.experts" in name and "lora_B" in name]:
+        b = factors[name]
+        factors[name] = np.ascontiguousarray(b.reshape(-1, 4, 4).transpose(0, 2, 1).reshape(len(b), -1))
+    save_file(factors, path)
+    wanted = tiny.tensors_of("qwen3moe", from_config(tiny.config_of("qwen3moe")), "merged")
+    base = tiny.base_gguf(tmp_path, "qwen3moe")
+    assert_merged(base, tmp_path / "adapter", tmp_path / "out.gguf", wanted, expert_b_layout="expert-major")
+    with pytest.raises(AssertionError):
+        assert_merged(base, tmp_path / "adapter", tmp_path / "other.gguf", wanted)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -212,6 +212,9 @@ gemma3n
     model.layers.3.self_attn.q_proj attn_q
     model.layers.3.per_layer_input_gate inp_gate
     model.layers.3.laurel.linear_left laurel_l
+    model.language_model.altup_projections.2 altup_proj
+    model.altup_unembed_projections.0 altup_unembd_proj
+    model.layers.3.altup.modality_router altup_router
 falcon-h1
     model.layers.3.mamba.in_proj ssm_in
     model.layers.3.feed_forward.up_proj ffn_up
@@ -283,6 +286,41 @@ paddleocr
     model.layers.3.mlp.down_proj ffn_down
 deepseek2-ocr
     model.layers.3.self_attn.q_proj attn_q
+jina-bert-v3
+    roberta.encoder.layers.3.mixer.Wqkv attn_qkv
+    roberta.encoder.layers.3.mixer.out_proj attn_output
+    roberta.encoder.layers.3.mlp.fc1 ffn_up
+    roberta.encoder.layers.3.mlp.fc2 ffn_down
+rwkv6
+    rwkv.blocks.3.attention.key time_mix_key
+    rwkv.blocks.3.attention.gate time_mix_gate
+    rwkv.blocks.3.attention.output time_mix_output
+    rwkv.blocks.3.feed_forward.receptance channel_mix_receptance
+    rwkv.blocks.3.feed_forward.value channel_mix_value
+    rwkv.embeddings token_embd
+    head output
+rwkv6qwen2
+    model.layers.3.self_attn.q_proj time_mix_receptance
+    model.layers.3.self_attn.o_proj time_mix_output
+    model.layers.3.mlp.gate_proj ffn_gate
+rwkv7
+    model.layers.3.attn.r_proj time_mix_receptance
+    model.layers.3.attention.key time_mix_key
+    model.layers.3.attn.o_proj time_mix_output
+    model.layers.3.ffn.key channel_mix_key
+    model.layers.3.feed_forward.value channel_mix_value
+    lm_head output
+arwkv7
+    model.layers.3.self_attn.time_mixer.receptance time_mix_receptance
+    model.layers.3.self_attn.time_mixer.v_proj time_mix_value
+    model.layers.3.mlp.up_proj ffn_up
+step35
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.self_attn.g_proj attn_gate
+    model.layers.3.moe.gate ffn_gate_inp
+    model.layers.3.moe.up_proj ffn_up_exps
+    model.layers.3.share_expert.up_proj ffn_up_shexp
+    model.layers.3.mlp.down_proj ffn_down
 """
 
 
@@ -318,6 +356,7 @@ def test_every_row_is_tested_by_name():
         ("model.layers.3.mlp.experts.17.gate_proj", "model.layers.3.mlp.experts.gate_proj", 17),
         ("model.layers.3.mlp.experts.gate_up_projs.5", "model.layers.3.mlp.experts.gate_up_proj", 5),
         ("transformer.decoder_layer.3.moe.2.linear_v", "transformer.decoder_layer.3.moe.linear_v", 2),
+        ("model.altup_unembed_projections.2", "model.altup_unembed_projections", 2),
         ("model.layers.3.mlp.shared_experts.gate_proj", "model.layers.3.mlp.shared_experts.gate_proj", None),
         ("model.layers.3.mlp.experts.gate_up_proj", "model.layers.3.mlp.experts.gate_up_proj", None),
     ],
@@ -349,6 +388,7 @@ def test_candidates_unwrap_text_models():
         ),
         ({"architectures": ["NemotronHForCausalLM"], "num_experts_per_tok": 6}, "nemotron_h_moe"),
         ({"architectures": ["NemotronHForCausalLM"]}, "nemotron_h"),
+        ({"architectures": ["XLMRobertaModel"], "lora_adaptations": ["text-matching"]}, "jina-bert-v3"),
         ({"architectures": ["NomicBertModel"], "moe_every_n_layers": 2}, "nomic-bert-moe"),
         ({"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["attention", "mamba"]}, "granitehybrid"),
         ({"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["attention"]}, "granite"),

@@ -7,7 +7,7 @@ from libgguf import dequantize_rows, quantize_rows
 from lora_gguf.ggml import BY_NAME
 from lora_gguf.quants import QUANTS
 from lora_gguf.refit import refit
-from lora_gguf.requantize import F16_FIELDS, Recipe, leading_columns, recode
+from lora_gguf.requantize import F16_FIELDS, NO_LEVELS, Recipe, recode
 from lora_gguf.rounding import tensor_key
 
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
@@ -27,15 +27,22 @@ def decoded(type_name, blocks, cols=512):
 
 
 def refitted(type_name, importance, seed=0):
+    """The blocks after, the weights before, the update, what is left of it, what the grid moved by, the new steps."""
     quant = QUANTS[type_name]
     blocks, before, delta = blocks_of(type_name, seed=seed)
     codes = np.empty(delta.shape, np.int8)
-    steps = np.empty((len(delta), 512 // quant.group), np.float32)
+    steps, lows, slopes, drops = (np.zeros((len(delta), 512 // quant.group), np.float32) for _ in range(4))
     quant.unpack(blocks, codes, steps)
-    left, shift = delta.copy(), np.empty_like(delta)
+    if quant.lows:
+        quant.lows(blocks, lows)
+    levels = NO_LEVELS if quant.levels is None else quant.levels
+    unit = codes.astype(np.float32) - quant.zero if quant.levels is None else quant.levels[codes.astype(int) - quant.code_min]
+    assert np.allclose(np.repeat(steps, quant.group, 1) * unit - np.repeat(lows, quant.group, 1), before, atol=1e-7)
     fields = (*F16_FIELDS[type_name], -1)[:2]
-    refit(blocks, before, codes, steps, left, importance, leading_columns(importance[None], quant.type.block_size)[0], *fields, shift)
-    return blocks, before, delta, left, shift, steps
+    grid = codes, np.float32(quant.zero), levels, quant.code_min, steps, lows
+    refit(blocks, *grid, delta, importance, 512 // quant.type.block_size, *fields, slopes, drops)
+    shift = np.repeat(slopes, quant.group, 1) * unit - np.repeat(drops, quant.group, 1)
+    return blocks, before, delta, delta - shift, shift, steps
 
 
 @pytest.mark.parametrize("type_name", TYPES)
@@ -54,12 +61,9 @@ def test_the_weighted_error_never_grows(type_name):
     importance = np.ones(512, np.float32)
     importance[[5, 100, 301, 477]] = 3000
     _, _, delta, left, _, _ = refitted(type_name, importance)
-    columns = leading_columns(importance[None], QUANTS[type_name].type.block_size)[0]
-    size = QUANTS[type_name].type.block_size
-    for block, chosen in enumerate(columns):
-        assert (chosen // size == block).all()
-        error = (importance[chosen] * left[:, chosen] ** 2).sum(1)
-        assert (error <= (importance[chosen] * delta[:, chosen] ** 2).sum(1) * (1 + 1e-4)).all()
+    of_block = (len(delta), -1, QUANTS[type_name].type.block_size)
+    error, error_before = ((importance * x**2).reshape(of_block).sum(2) for x in (left, delta))
+    assert (error <= error_before * (1 + 1e-4)).all()
 
 
 @pytest.mark.parametrize("type_name", ["Q4_1", "Q5_1", "Q4_K", "Q5_K"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_gguf.requantize import NO_SHIFT
-from lora_gguf.rounding import low_rank, round_bf16, round_codes, round_f16, round_levels, tally_rows, tensor_key
+from lora_gguf.rounding import beyond, low_rank, round_bf16, round_codes, round_f16, round_levels, tally_rows, tensor_key
 
 KEY = tensor_key(0, "blk.0.attn_q.weight")
 LEVELS = np.array([-12, -8, -6, -4, -3, -2, -1, -0.0, 0, 1, 2, 3, 4, 6, 8, 12], np.float32)
@@ -21,7 +21,8 @@ def grid(rows=40, cols=512, group=32, seed=0, size=0.1):
 
 def rounded(codes, steps, delta, spread=1.0, key=KEY, first_row=0):
     codes, sums = codes.copy(), np.zeros(4)
-    round_codes(codes, steps, delta, NO_SHIFT, 0, 15, spread, key, first_row, sums)
+    limits = np.float32(0), np.float32(15)
+    round_codes(codes, np.float32(0), steps, *NO_SHIFT, delta, *limits, np.float32(spread), key, first_row, sums, np.empty(0, np.int64))
     return codes, sums
 
 
@@ -46,6 +47,25 @@ def test_nearest_is_the_nearest_code(group, size):
     assert (got == wanted).mean() > 0.9999
     moved = (got.astype(np.float64) - codes) * np.repeat(steps, group, 1)
     assert np.allclose(sums, [(moved * delta).sum(), (delta.astype(np.float64) ** 2).sum(), (moved**2).sum(), (got != codes).sum()], rtol=1e-4)
+
+
+@pytest.mark.parametrize("group", [16, 32, 128])
+def test_codes_round_what_the_grid_has_left(group):
+    codes, steps, delta = grid(group=group, size=2.0)
+    rng = np.random.default_rng(4)
+    slopes, drops = ((steps * rng.normal(size=steps.shape) * 0.05).astype(np.float32) for _ in range(2))
+    got, sums, outside = codes.copy(), np.zeros(4), np.zeros(len(codes), np.int64)
+    limits = np.float32(0), np.float32(15)
+    round_codes(got, np.float32(8), steps, slopes, drops, delta, *limits, np.float32(0), KEY, 0, sums, outside)
+    step, slope, drop = (np.repeat(x.astype(np.float64), group, 1) for x in (steps, slopes, drops))
+    shift = slope * (codes - 8.0) - drop
+    ideal = codes + (delta - shift) / step
+    assert (got == np.clip(np.floor(ideal + 0.5), 0, 15)).mean() > 0.9999
+    assert np.allclose(sums[:3], [((x := shift + (got - codes.astype(float)) * step) * delta).sum(), (delta**2.0).sum(), (x**2).sum()], rtol=1e-4)
+    gone = (ideal < -0.5) | (ideal > 15.5)
+    assert np.abs(outside - gone.sum(1)).max() <= 1 and gone.sum() > 100
+    counts = beyond(codes, np.float32(8), steps, slopes, drops, delta, *limits, outside, 0.0)
+    assert np.abs(counts - gone.reshape(len(codes), -1, group).sum(2)).max() <= 1
 
 
 def test_dither_is_unbiased():
@@ -106,18 +126,18 @@ def test_a_codebook_rounds_between_uneven_levels():
     codes, steps, delta = grid(group=32, size=1.0)
     old = LEVELS[codes] * np.repeat(steps, 32, 1)
     got, sums = codes.copy(), np.zeros(4)
-    round_levels(got, steps, delta, NO_SHIFT, LEVELS, 0, 0.0, KEY, 0, sums)
+    round_levels(got, steps, NO_SHIFT[0], delta, LEVELS, 0, np.float32(0), KEY, 0, sums)
     wanted = np.clip((old + delta) / np.repeat(steps, 32, 1), -12, 12)
     best = np.abs(LEVELS[None, None] - wanted[..., None]).min(-1)
     assert np.allclose(np.abs(LEVELS[got] - wanted), best, atol=1e-4)
     mean = np.zeros(codes.shape)
     for seed in range(400):
         got = codes.copy()
-        round_levels(got, steps, delta, NO_SHIFT, LEVELS, 0, 1.0, tensor_key(seed, "t"), 0, np.zeros(4))
+        round_levels(got, steps, NO_SHIFT[0], delta, LEVELS, 0, np.float32(1), tensor_key(seed, "t"), 0, np.zeros(4))
         mean += LEVELS[got] / 400
     assert abs((mean - wanted).mean()) < 0.01 and np.abs(mean - wanted).max() < 1.0
     still = codes.copy()
-    round_levels(still, steps, delta * 0, NO_SHIFT, LEVELS, 0, 1.0, KEY, 0, np.zeros(4))
+    round_levels(still, steps, NO_SHIFT[0], delta * 0, LEVELS, 0, np.float32(1), KEY, 0, np.zeros(4))
     assert (still == codes).all()
 
 

@@ -7,10 +7,11 @@ import pytest
 
 from lora_gguf.adapters.adapter import read_adapter
 from lora_gguf.adapters.lora import LoraPair, Piece
-from lora_gguf.adapters.updates import Hadamard, Kronecker, Rotated
+from lora_gguf.adapters.updates import Hadamard, Kronecker, Replaced, Rotated
+from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.gguf_reader import GgufReader
-from lora_gguf.mapping.hparams import from_config
-from lora_gguf.mapping.placement import gguf_pairs
+from lora_gguf.mapping.hparams import Hparams, from_config
+from lora_gguf.mapping.placement import gguf_pairs, shifted_norm
 from tests import tiny
 from tests.common import FIXTURES
 
@@ -132,3 +133,11 @@ def test_a_pair_takes_a_piece():
     rows, cols, scale = rng.permutation(12), rng.permutation(8), rng.random(12)
     part = pair.take(Piece("y", rows, cols, scale, transpose=True))
     np.testing.assert_allclose(part.delta(), (pair.delta()[rows][:, cols] * scale[:, None]).T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["chameleon", "plamo2", "plamo3"])
+def test_norms_that_differ_one_by_one_are_refused(architecture):
+    hparams = Hparams(architecture, {"block_count": 1}, {}, {}, "base")
+    update = Replaced(name="model.layers.0.norm", shape=(1, 4), values=np.ones((1, 4), np.float32))
+    with pytest.raises(UnsupportedError, match=f"whole norms of {architecture}"):
+        shifted_norm(update, Piece("blk.0.attn_norm.weight"), hparams)

@@ -44,6 +44,7 @@ def merge(
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Write the base's shards; default: one file.")] = False,
     split_max_size: Annotated[Optional[str], typer.Option(metavar="N(M|G)", help="Write shards of at most this size.")] = None,
     shard: Annotated[Optional[str], typer.Option(metavar="N/COUNT", help="Write only this shard, for parallel jobs.")] = None,
+    modelfile: Annotated[bool, typer.Option("--modelfile", help="Write a Modelfile for Ollama beside the merged file.")] = False,
     max_growth: Annotated[str, typer.Option(metavar="N%", help="Promote the tensors that gain most to Q8_0, up to this growth.")] = "0%",
     min_retention: Annotated[float, typer.Option(help="Fail, and write nothing, where less of the adapter is kept.")] = 0.0,
     threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
@@ -92,6 +93,7 @@ def merge(
             max_bytes=n_bytes(split_max_size) if split_max_size else None,
             shards=keep_split,
             shard=shard,
+            modelfile=modelfile,
             threads=threads,
             force=force,
             progress=advance,
@@ -100,4 +102,5 @@ def merge(
     print(json.dumps(tables.as_dict(report), indent=1) if as_json else tables.retention_table(report))
     if not quiet:
         for path in report.written:
-            say(f"wrote {printable(path)} ({os.path.getsize(path) / 1e6:.0f} MB)")
+            how = f": ollama create NAME -f {printable(path)}" if path.suffix == ".Modelfile" else f" ({os.path.getsize(path) / 1e6:.0f} MB)"
+            say(f"wrote {printable(path)}{how}")

@@ -11,12 +11,14 @@ from pathlib import Path
 from lora_gguf import __version__
 from lora_gguf.adapters.sources import adapter_name, placement_of
 from lora_gguf.chunks import Chunk, carry_out, cut, in_threads
-from lora_gguf.errors import NumericError
+from lora_gguf.errors import NumericError, UsageError
 from lora_gguf.files.base import SPLIT_KEYS, Base
 from lora_gguf.files.gguf_writer import GgufWriter, key_value, raw_key_values
+from lora_gguf.files.output import check_target, write_bytes
 from lora_gguf.growth import promote
 from lora_gguf.layout import OutputPart, one_shard, output_parts
 from lora_gguf.mapping.placement import Account
+from lora_gguf.modelfile import modelfile as modelfile_text
 from lora_gguf.naming import output_path
 from lora_gguf.plan import Plan, Policy, make_plan
 from lora_gguf.retention import Retention, kind_of, total
@@ -63,6 +65,7 @@ def merge(
     max_bytes: int | None = None,
     shards: bool = False,
     shard: str | None = None,
+    modelfile: bool = False,
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -72,8 +75,8 @@ def merge(
     Each adapter is a PEFT directory or an adapter GGUF with the factor that multiplies its own scale; their updates are
     summed in f32 and rounded once, as ``policy`` says. ``out`` None only plans. ``tied``, ``allow_unused``, ``expert_b_layout``
     and ``base_config`` are those of ``placement_of``, ``max_growth`` that of ``growth``, ``max_bytes``, ``shards`` and
-    ``shard`` those of ``layout``. ``progress`` is called with (bytes of the base done since the last call, bytes in all,
-    tensor name).
+    ``shard`` those of ``layout``. ``modelfile``: write one for Ollama beside it. ``progress`` is called with (bytes of the base done
+    since the last call, bytes in all, tensor name).
     Raises the subclasses of ``LoraGgufError``, before the first byte is written wherever that is possible;
     ``NumericError`` where less than ``min_retention`` of the update is kept. Then ``out`` stays what it was.
     """
@@ -89,6 +92,7 @@ def merge(
         metadata = merged_key_values(model, plan, adapters, policy)
         parts = output_parts(out, model, plan, max_bytes=max_bytes, shards=shards or shard is not None)
         inputs = [*model.paths, *(path for path, _ in adapters)]
+        recipe = ollama_recipe(parts, model, force) if modelfile else None
         with ExitStack() as opened:
             writers = []
             for part in one_shard(parts, shard) if shard else parts:
@@ -98,10 +102,27 @@ def merge(
                 write_part(part, model, writer, report, threads, progress)
             check_retention(report, policy, min_retention)
             model.check_unchanged()
-            for writer in writers:
-                writer.commit()
-                report.written.append(writer.output.path)
+            report.written += [commit(writer) for writer in writers]
+    if recipe:
+        write_bytes(*recipe, force=force)
+        report.written.append(recipe[0])
     return report
+
+
+def commit(writer: GgufWriter) -> Path:
+    """Put a finished file in place; its path."""
+    writer.commit()
+    return writer.output.path
+
+
+def ollama_recipe(parts: list[OutputPart], model: Base, force: bool) -> tuple[Path, bytes]:
+    """Where the Modelfile of a merge goes, and its content; refused here, before the merge, where it could not be written."""
+    if len(parts) > 1:
+        raise UsageError("--modelfile: Ollama takes one file: leave out --keep-split and --split-max-size")
+    merged = parts[0].path
+    path = merged.with_name(merged.name.removesuffix(".gguf") + ".Modelfile")
+    check_target(path, force=force)
+    return path, modelfile_text(model, merged.name).encode()
 
 
 def write_part(

@@ -141,13 +141,20 @@ FALCON_H1 = (
 )
 
 
+RWKV7 = tuple(
+    Rule(rf"(attention|self_attn|attn)(\.time_mixer)?\.({names})", (Out(f"time_mix_{tensor}"),))
+    for names, tensor in (("r_proj|receptance", "receptance"), ("k_proj|key", "key"), ("v_proj|value", "value"), ("o_proj|output", "output"))
+) + tuple(Rule(rf"(feed_forward|ffn)\.{part}", (Out(f"channel_mix_{part}"),)) for part in ("key", "value"))
+
+
 def packed(pattern: str, tensor: str, transpose: bool = False) -> Rule:
     """All experts' rows in one matrix, (E * ff, d), cut and stacked."""
     return Rule(pattern, (Out(tensor, slots="expert_count", transpose=transpose),))
 
 
-# architecture of a class, a number in config.json -> the architecture if that number is there and not 0
+# architecture of a class, a field of config.json -> the architecture if it is there and neither 0 nor empty
 VARIANTS = {
+    ("bert", "lora_adaptations"): "jina-bert-v3",
     ("nemotron_h", "num_experts_per_tok"): "nemotron_h_moe",
     ("nomic-bert", "moe_every_n_layers"): "nomic-bert-moe",
 }
@@ -158,7 +165,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "LlamaModel",
             "InternLM3ForCausalLM", "VLlama3ForCausalLM", "LlavaForConditionalGeneration", "IQuestCoderForCausalLM",
             "VoxtralForConditionalGeneration", "SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration",
-            "LlavaStableLMEpochForCausalLM", "JanusForConditionalGeneration", "Sarashina2VisionForCausalLM",
+            "JanusForConditionalGeneration", "Sarashina2VisionForCausalLM",
         ),
         ROTARY,
     ),
@@ -176,11 +183,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": Architecture(("Olmo2ForCausalLM", "Olmo3ForCausalLM")),
     "olmoe": Architecture(("OlmoeForCausalLM",)),
     "cogvlm": Architecture(("CogVLMForCausalLM",)),
-    "chameleon": Architecture(("ChameleonForConditionalGeneration", "ChameleonForCausalLM"), ROTARY),
+    "chameleon": Architecture(("ChameleonForConditionalGeneration", "ChameleonForCausalLM"), ROTARY, norm_shift=None),
     "llada": Architecture(("LLaDAModelLM",), ROTARY),
     "llada-moe": Architecture(("LLaDAMoEModel", "LLaDAMoEModelLM")),
     "xverse": Architecture(("XverseForCausalLM",), (rows("q_proj", t.rotary_q), rows("k_proj", t.rotary_k_xverse))),
-    "granite": Architecture(("GraniteForCausalLM",), (*ROTARY, *GRANITE_DENSE)),
+    "granite": Architecture(
+        ("GraniteForCausalLM", "GraniteSpeechForConditionalGeneration", "GraniteSpeechPlusForConditionalGeneration"),
+        (*ROTARY, *GRANITE_DENSE),
+    ),
     "granitemoe": Architecture(("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"), (*ROTARY, *GRANITE_SHARED)),
     "granitehybrid": Architecture(
         ("GraniteMoeHybridForCausalLM", "BambaForCausalLM"), (*ROTARY, *GRANITE_SHARED, *GRANITE_DENSE)
@@ -215,7 +225,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
         ),
     ),
-    "bailingmoe2": Architecture(("BailingMoeV2ForCausalLM",)),
+    "bailingmoe2": Architecture(("BailingMoeV2ForCausalLM", "SarvamMoEForCausalLM")),
     "ernie4_5": Architecture(("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"), ERNIE),
     "paddleocr": Architecture(("PaddleOCRVLForConditionalGeneration",), ERNIE),
     "ernie4_5-moe": Architecture(
@@ -230,7 +240,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture(
         (
             "Qwen2ForCausalLM", "Qwen2Model", "Qwen2AudioForConditionalGeneration", "KORMoForCausalLM",
-            "DotsOCRForCausalLM",
+            "DotsOCRForCausalLM", "AudioFlamingo3ForConditionalGeneration",
         )
     ),
     "qwen2vl": Architecture(
@@ -240,12 +250,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         )
     ),
     "qwen2moe": Architecture(("Qwen2MoeForCausalLM",)),
-    "qwen3": Architecture(("Qwen3ForCausalLM", "Qwen3Model")),
+    "qwen3": Architecture(("Qwen3ForCausalLM", "Qwen3Model", "StepVLForConditionalGeneration")),
     "qwen3moe": Architecture(("Qwen3MoeForCausalLM",)),
-    "qwen3vl": Architecture(("Qwen3VLForConditionalGeneration",)),
+    "qwen3vl": Architecture(("Qwen3VLForConditionalGeneration", "Qwen3ASRForConditionalGeneration")),
     "qwen3vlmoe": Architecture(("Qwen3VLMoeForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration")),
     "qwen3next": Architecture(("Qwen3NextForCausalLM",), QWEN3NEXT, norm_shift=1.0),
-    "qwen35": Architecture(("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"), QWEN35, norm_shift=1.0),
+    "qwen35": Architecture(
+        ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration", "MiniCPMV4_6ForConditionalGeneration"),
+        QWEN35,
+        norm_shift=1.0,
+    ),
     "qwen35moe": Architecture(("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"), QWEN35, norm_shift=1.0),
     "gemma": Architecture(("GemmaForCausalLM",), norm_shift=1.0),
     "gemma2": Architecture(("Gemma2ForCausalLM",), norm_shift=1.0),
@@ -258,10 +272,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         r"altup_(proj|unembd|router)|per_layer_token_embd",
         other_vocabulary=True,
     ),
-    "gemma4": Architecture(("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"), fused_experts=True),
+    "gemma4": Architecture(
+        ("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM", "Gemma4UnifiedForConditionalGeneration"), fused_experts=True
+    ),
     "gemma-embedding": Architecture(("Gemma3TextModel",), (), r"^dense_", norm_shift=1.0, headless=True),
     "phi2": Architecture(("PhiForCausalLM",)),
-    "phi3": Architecture(("Phi3ForCausalLM",)),
+    "phi3": Architecture(("Phi3ForCausalLM", "Phi4ForCausalLMV")),
     "phimoe": Architecture(("PhiMoEForCausalLM", "PhimoeForCausalLM")),
     "falcon": Architecture(
         ("FalconForCausalLM", "RWForCausalLM"), (rows("query_key_value", t.grouped("qkv")),)
@@ -271,7 +287,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gptneox": Architecture(("GPTNeoXForCausalLM",), (rows("query_key_value", t.by_head),)),
     "bloom": Architecture(("BloomForCausalLM", "BloomModel"), (rows("query_key_value", t.by_head),)),
     "mpt": Architecture(("MPTForCausalLM", "MptForCausalLM")),
-    "stablelm": Architecture(("StableLmForCausalLM", "StableLMEpochForCausalLM")),
+    "stablelm": Architecture(("StableLmForCausalLM", "StableLMEpochForCausalLM", "LlavaStableLMEpochForCausalLM")),
     "starcoder": Architecture(("GPTBigCodeForCausalLM",), (), r"^position_embd"),
     "starcoder2": Architecture(("Starcoder2ForCausalLM",)),
     "refact": Architecture(
@@ -321,7 +337,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm4": Architecture(
         ("Glm4ForCausalLM", "Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration"), GLM_MROPE
     ),
-    "glm4moe": Architecture(("Glm4MoeForCausalLM", "Glm4vMoeForConditionalGeneration")),
+    "glm4moe": Architecture(("Glm4MoeForCausalLM", "Glm4vMoeForConditionalGeneration", "SolarOpenForCausalLM")),
     "plamo": Architecture(("PlamoForCausalLM",), (rows("q_proj", t.plamo), cols("o_proj", t.plamo))),
     "plamo2": Architecture(("Plamo2ForCausalLM", "PLaMo2ForCausalLM"), norm_shift=None),
     "plamo3": Architecture(("Plamo3ForCausalLM", "PLaMo3ForCausalLM"), norm_shift=None),
@@ -337,13 +353,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nemotron_h": Architecture(("NemotronHForCausalLM",), ROTARY, r"\.ffn_latent_"),
     "nemotron_h_moe": Architecture((), ROTARY, r"\.ffn_latent_"),
     "exaone": Architecture(("ExaoneForCausalLM",)),
-    "exaone4": Architecture(("Exaone4ForCausalLM",)),
+    "exaone4": Architecture(("Exaone4ForCausalLM", "Exaone4_5_ForConditionalGeneration")),
     "exaone-moe": Architecture(("ExaoneMoEForCausalLM",)),
     "gpt-oss": Architecture(
         ("GptOssForCausalLM",),
         (split(r"experts\.gate_up_proj", ffn_gate_exps=(t.every(0, 2),), ffn_up_exps=(t.every(1, 2),)),),
     ),
-    "lfm2": Architecture(("Lfm2ForCausalLM", "LFM2ForCausalLM", "Lfm2Model"), (), r"\.shortconv\.conv\.weight$"),
+    "lfm2": Architecture(("Lfm2ForCausalLM", "LFM2ForCausalLM", "Lfm2Model", "Lfm2BidirectionalModel"), (), r"\.shortconv\.conv\.weight$"),
     "lfm2moe": Architecture(("Lfm2MoeForCausalLM",), (), r"\.shortconv\.conv\.weight$"),
     "jamba": Architecture(("JambaForCausalLM",)),
     "mamba": Architecture(("MambaForCausalLM", "MambaLMHeadModel", "FalconMambaForCausalLM")),
@@ -378,8 +394,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "neo-bert": Architecture(("NeoBERT", "NeoBERTLMHead", "NeoBERTForSequenceClassification"), headless=True),
     "eurobert": Architecture(("EuroBertModel",), headless=True),
     "jina-bert-v2": Architecture(("JinaBertModel", "JinaBertForMaskedLM"), headless=True),
+    "jina-bert-v3": Architecture((), (), r"^token_types", headless=True),
+    "rwkv6": Architecture(
+        ("Rwkv6ForCausalLM",), (Rule(r"attention\.output|feed_forward\.value", (Out(scale=t.rwkv6_rescaled),)),)
+    ),
+    "rwkv6qwen2": Architecture(("RWKV6Qwen2ForCausalLM",)),
+    "rwkv7": Architecture(("Rwkv7ForCausalLM", "RWKV7ForCausalLM"), RWKV7),
+    "arwkv7": Architecture(("RwkvHybridForCausalLM",), RWKV7),
+    "step35": Architecture(("Step3p5ForCausalLM",), norm_shift=1.0),
     "t5": Architecture(
-        ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration", "UMT5Model")
+        ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration", "UMT5Model",
+            "T5WithLMHeadModel",)
     ),
     "t5encoder": Architecture(("T5EncoderModel",), headless=True),
     "dots1": Architecture(("Dots1ForCausalLM",)),
@@ -394,7 +419,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "minimax-m2": Architecture(("MiniMaxM2ForCausalLM",)),
     "rnd1": Architecture(("RND1",)),
     "pangu-embedded": Architecture(("PanguEmbeddedForCausalLM",)),
-    "mimo2": Architecture(("MiMoV2FlashForCausalLM",)),
+    "mimo2": Architecture(("MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM")),
     "maincoder": Architecture(("MaincoderForCausalLM",)),
     "bitnet": Architecture(("BitnetForCausalLM",)),
 }  # fmt: skip

@@ -27,6 +27,7 @@ CONFIG_KEYS: dict[str, tuple[str, ...]] = {
         "ffn_config.moe_num_experts",
     ),
     "rope.dimension_count": ("qk_rope_head_dim",),
+    "rescale_every_n_layers": ("rescale_every",),
     "rope.dimension_sections": ("rope_scaling.mrope_section", "rope_parameters.mrope_section"),
     "ssm.group_count": ("linear_num_key_heads",),
     "ssm.time_step_rank": ("linear_num_value_heads",),
@@ -170,7 +171,10 @@ def from_base(base: GgufReader, config: dict | None = None) -> Hparams:
 
 def from_config(config: dict) -> Hparams:
     """The hyperparameters in a model's ``config.json``."""
-    return Hparams(architecture_of(config), {}, None, config, "config.json")
+    architecture = architecture_of(config)
+    multi_query = architecture == "falcon" and config.get("multi_query") and not config.get("new_decoder_architecture")
+    values = {"attention.head_count_kv": 1} if multi_query else {}  # Falcon 7B's num_kv_heads means nothing
+    return Hparams(architecture, values, None, config, "config.json")
 
 
 def check_known(architecture: str, label: str) -> None:

@@ -24,6 +24,7 @@ OTHER_TOWERS = (
     "vqmodel.", "model.aligner.", "generation_",
 )  # fmt: skip
 LAYER = re.compile(r"\.(\d+)\.")
+ALTUP = re.compile(r"(?P<head>.*altup_(?:unembed_)?projections)\.(?P<slot>\d+)")
 EXPERT = re.compile(
     r"(?P<head>.*\.(?:chunk_experts|experts|moe))\.(?:(?P<slot>\d+)\.(?P<tail>.+)|(?P<list>\w+)s\.(?P<index>\d+))"
 )
@@ -34,6 +35,7 @@ EXPERT_TENSORS = {
     "up_proj": "ffn_up_exps", "w3": "ffn_up_exps", "linear_v": "ffn_up_exps", "up": "ffn_up_exps",
     "gate_up_proj": "ffn_gate_up_exps",
 }  # fmt: skip
+STACKED = ("_exps.weight", "_chexps.weight", "altup_proj.weight", "altup_unembd_proj.weight")
 # prefixes of the same module in differently wrapped models: what to take off, what to put in its place
 PREFIXES = (
     ("lfm.", "model."), ("ernie.", "model."), ("bert.", ""), ("roberta.", ""), ("distilbert.", ""),
@@ -138,7 +140,10 @@ def tensor_name(path: str, hparams: Hparams) -> str | None:
 
 
 def split_expert(path: str) -> tuple[str, int | None]:
-    """The path of all experts' module and the number of this one: ``experts.7.w1`` is ``experts.w1``, 7."""
+    """The path of all experts' module and the number of this one: ``experts.7.w1`` is ``experts.w1``, 7. Gemma 3n's
+    projections between its streams are stacked likewise."""
+    if match := ALTUP.fullmatch(path):
+        return match["head"], int(match["slot"])
     match = EXPERT.fullmatch(path)
     if not match:
         return path, None
@@ -223,7 +228,7 @@ def out_pieces(
     dims = hparams.dims(layer_of(path))
     rows, cols = (gather(ops, n, dims) for ops, n in ((out.rows, shape[0]), (out.cols, shape[1])))
     scale = None if out.scale is None else out.scale(shape[0] if rows is None else len(rows), dims)
-    if not name.endswith(("_exps.weight", "_chexps.weight")):
+    if not name.endswith(STACKED):
         slot = None
     if out.slots is None:
         return [Piece(name, rows, cols, scale, out.transpose, slot)]

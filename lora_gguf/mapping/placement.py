@@ -298,6 +298,8 @@ def likely_cause(adapter: Adapter, hparams: Hparams, errors: list[str]) -> str:
     trained_on = f" (the adapter says {adapter.base_model})" if adapter.base_model else ""
     if any("tied" in error for error in errors):
         return "merge with --tied separate or shared, or train without lm_head and embed_tokens"
+    if any("--base-config" in error for error in errors):
+        return f"the GGUF alone does not tell the layout of {len(errors)} of {len(adapter.updates)} modules"
     if len(errors) == len(adapter.updates):
         return f"is {printable(hparams.label)} ({hparams.architecture}) the base it was trained on{trained_on}?"
     n = f"{len(errors)} of {len(adapter.updates)} modules do not fit"

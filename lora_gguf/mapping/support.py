@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from lora_gguf.adapters.adapter_config import REFUSED
-from lora_gguf.mapping.architectures import ARCHITECTURES, Architecture
+from lora_gguf.mapping.architectures import ARCHITECTURES, Architecture, Out
+from lora_gguf.mapping.names import has_head
+from lora_gguf.mapping.transforms import rwkv6_rescaled
 
 EXACT, APPROXIMATE, NO = "exact", "`--rank N`", "refused"
 # kind of adapter -> what convert and merge do with it. Tests hold each line against adapters that PEFT made.
@@ -38,16 +40,27 @@ def kinds_table() -> str:
 
 
 def architectures_table() -> str:
-    """Architectures, their Hugging Face classes, and what is particular to each."""
-    rows = [f"| {name} | {', '.join(row.hf) or 'as above'} | {notes(row)} |" for name, row in ARCHITECTURES.items()]
-    return "\n".join(["| GGUF architecture | Hugging Face classes | notes |", "|---|---|---|", *rows])
+    """Architectures × kinds of adapter: what a merge does with each."""
+    head = "| GGUF architecture | Hugging Face classes | low rank | by row or column | norms | heads | remarks |"
+    rows = [f"| {name} | {', '.join(row.hf) or 'as above'} | {' | '.join(cells(name, row))} |" for name, row in ARCHITECTURES.items()]
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
 
 
-def notes(row: Architecture) -> str:
-    """A word on the layout of the weights, and on what llama.cpp ignores."""
-    found = []
-    if any(out.rows or out.cols or out.scale or out.slots for rule in row.rules for out in rule.outs):
-        found.append("weights rearranged")
+def cells(name: str, row: Architecture) -> tuple[str, ...]:
+    """What a merge does with adapters of low rank, with those that need whole rows or columns, with norms and with heads;
+    and what is particular to the architecture."""
+    outs = [(rule.pattern, out) for rule in row.rules for out in rule.outs]
+    turned = dict.fromkeys(pattern.replace("\\", "").rpartition(".")[2] for pattern, out in outs if out.transpose)
+    by_row = f"exact; refused on {', '.join(f'`{path}`' for path in turned)}" if turned else EXACT
+    norms = NO if row.norm_shift is None else EXACT
+    heads = "none" if row.headless else EXACT if has_head(name) else "`--tied shared`"
+    return (EXACT, by_row, norms, heads, remarks(row, [out for _, out in outs]))
+
+
+def remarks(row: Architecture, outs: list[Out]) -> str:
+    """What is needed beyond the base's GGUF, and whether llama.cpp applies all of a converted adapter."""
+    from_config = any(out.scale and out.scale is not rwkv6_rescaled for out in outs)
+    found = ["needs `--base-config`"] if from_config else []
     if row.ignored_at_run_time:
-        found.append("some tensors adapted by `merge` only")
+        found.append("converted, some tensors do nothing in llama.cpp: merge")
     return ", ".join(found)

@@ -170,6 +170,12 @@ def jais_head(n: int, dims: Dims) -> np.ndarray:
     return np.full(n, dims("config.mup_output_alpha") * dims("config.mup_width_scale"))
 
 
+def rwkv6_rescaled(n: int, dims: Dims) -> np.ndarray:
+    """RWKV-6 halves what each block adds to the residual stream, once more every so many layers."""
+    every = dims.hparams.get("rescale_every_n_layers")
+    return np.full(n, 2.0 ** -(dims.layer // every) if every else 1.0)
+
+
 def falcon_h1_in_proj(n: int, dims: Dims) -> np.ndarray:
     """The factor of each row of Mamba's ``in_proj``: z, x, B, C, dt blocks, each with its own."""
     inner, state = dims("config.mamba_d_ssm"), dims("config.mamba_n_groups") * dims("config.mamba_d_state")

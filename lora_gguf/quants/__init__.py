@@ -7,7 +7,10 @@ output that the caller allocated, and neither check nor raise. They are called f
     encode(weights, importance, blocks) weights f32 (rows, cols), importance f32 (cols,) or (0,) where there is none
                                         -> blocks uint8 (rows, row_bytes): ggml's own quantizer, bit-identical
     unpack(blocks, codes, steps)        -> codes int8 (rows, cols), steps f32 (rows, cols // group): the block's grid
+    lows(blocks, lows)                  -> lows f32 (rows, cols // group), in the types with a minimum
     pack(codes, blocks)                 writes the codes into blocks, every other bit stays
+
+A weight is ``step * (code - zero) - low``, low 0 in the types without a minimum, or ``step * levels[code - code_min]``.
 
 The grid of a group of weights: two neighbouring codes c and c + 1 differ by ``step`` where ``levels`` is None, and by
 ``step * (levels[c + 1 - code_min] - levels[c - code_min])`` in the types with a codebook (levels ascending). A type whose
@@ -32,8 +35,10 @@ class Quant:
     decode: Callable
     encode: Callable | None = None
     unpack: Callable | None = None
+    lows: Callable | None = None
     pack: Callable | None = None
     group: int = 0
+    zero: int = 0
     code_min: int = 0
     code_max: int = 0
     levels: np.ndarray | None = None

@@ -142,9 +142,9 @@ def encode_q6_k(weights, importance, blocks):
     kquants_blocks.pack_q6_k(codes, blocks)
 
 
-def _k_quant(name, encode, group, code_max):
-    kernels = {step: getattr(kquants_blocks, f"{step}_{name.lower()}") for step in ("decode", "unpack", "pack")}
-    return quant(name, **kernels, encode=encode, group=group, code_max=code_max)
+def _k_quant(name, encode, group, code_max, zero=0):
+    kernels = {step: getattr(kquants_blocks, f"{step}_{name.lower()}", None) for step in ("decode", "unpack", "lows", "pack")}
+    return quant(name, **kernels, encode=encode, group=group, code_max=code_max, zero=zero)
 
 
 _encode_q4_k = _encode_k4(144, 15, fit.upward(15, -1, 0.1, 21), kquants_blocks.pack_q4_k)
@@ -152,8 +152,8 @@ _encode_q5_k = _encode_k4(176, 31, fit.upward(31, -0.5, 0.1, 16), kquants_blocks
 
 K_QUANTS = [
     _k_quant("Q2_K", encode_q2_k, group=16, code_max=3),
-    _k_quant("Q3_K", encode_q3_k, group=16, code_max=7),
+    _k_quant("Q3_K", encode_q3_k, group=16, code_max=7, zero=4),
     _k_quant("Q4_K", _encode_q4_k, group=32, code_max=15),
     _k_quant("Q5_K", _encode_q5_k, group=32, code_max=31),
-    _k_quant("Q6_K", encode_q6_k, group=16, code_max=63),
+    _k_quant("Q6_K", encode_q6_k, group=16, code_max=63, zero=32),
 ]

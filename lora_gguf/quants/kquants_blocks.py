@@ -44,6 +44,14 @@ def unpack_q2_k(blocks, codes, steps):
                 c[j] = qs[j] >> shift & 3
 
 
+@by_block((U8, 84), (F32, 16))
+def lows_q2_k(blocks, lows):
+    for i in range(len(blocks)):
+        dmin = _f16(blocks[i], 82)
+        for g in range(16):
+            lows[i, g] = dmin * np.float32(blocks[i, g] >> 4)
+
+
 @by_block((I8, 2, 4, 32), (U8, 84))
 def pack_q2_k(codes, blocks):
     for i in range(len(blocks)):
@@ -154,6 +162,13 @@ def unpack_q4_k(blocks, codes, steps):
                 e[j] = qs[j] >> 4
 
 
+@by_block((U8, 144), (F32, 8))
+def lows_q4_k(blocks, lows):
+    steps = np.empty(8, np.float32)
+    for i in range(len(blocks)):
+        _steps_and_lows(blocks[i], steps, lows[i])
+
+
 @by_block((I8, 8, 32), (U8, 144))
 def pack_q4_k(codes, blocks):
     for i in range(len(blocks)):
@@ -190,6 +205,13 @@ def unpack_q5_k(blocks, codes, steps):
             shift, bit = np.uint8(4 * (k & 1)), np.uint8(k)
             for j in range(c.size):
                 c[j] = qs[j] >> shift & 15 | (qh[j] >> bit & 1) << 4
+
+
+@by_block((U8, 176), (F32, 8))
+def lows_q5_k(blocks, lows):
+    steps = np.empty(8, np.float32)
+    for i in range(len(blocks)):
+        _steps_and_lows(blocks[i], steps, lows[i])
 
 
 @by_block((I8, 8, 32), (U8, 176))

@@ -67,15 +67,15 @@ def encode_q8_0(weights, importance, blocks):
     legacy_blocks.pack_q8_0(codes, blocks)
 
 
-def _legacy(name, encode, code_min=0, code_max=0):
-    kernels = {step: getattr(legacy_blocks, f"{step}_{name.lower()}") for step in ("decode", "unpack", "pack")}
-    return quant(name, **kernels, encode=encode, group=32, code_min=code_min, code_max=code_max)
+def _legacy(name, encode, code_min=0, code_max=0, zero=0):
+    kernels = {step: getattr(legacy_blocks, f"{step}_{name.lower()}", None) for step in ("decode", "unpack", "lows", "pack")}
+    return quant(name, **kernels, encode=encode, group=32, code_min=code_min, code_max=code_max, zero=zero)
 
 
 LEGACY = [
-    _legacy("Q4_0", _encode_symmetric(18, 8, legacy_blocks.pack_q4_0), code_max=15),
+    _legacy("Q4_0", _encode_symmetric(18, 8, legacy_blocks.pack_q4_0), code_max=15, zero=8),
     _legacy("Q4_1", _encode_affine(20, 15, legacy_blocks.pack_q4_1), code_max=15),
-    _legacy("Q5_0", _encode_symmetric(22, 16, legacy_blocks.pack_q5_0), code_max=31),
+    _legacy("Q5_0", _encode_symmetric(22, 16, legacy_blocks.pack_q5_0), code_max=31, zero=16),
     _legacy("Q5_1", _encode_affine(24, 31, legacy_blocks.pack_q5_1), code_max=31),
     _legacy("Q8_0", encode_q8_0, code_min=-128, code_max=127),
 ]

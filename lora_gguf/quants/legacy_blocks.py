@@ -84,6 +84,12 @@ def unpack_q4_1(words, codes, steps):
         _unpack_nibbles(words[i, 2:], codes[i])
 
 
+@by_block((U16, 10), (F32,))
+def lows_q4_1(words, lows):
+    for i in range(len(words)):
+        lows[i] = -f32_from_f16(words[i, 1])
+
+
 @by_block((U16, 16), (U16, 10))
 def pack_q4_1(codes, words):
     for i in range(len(words)):
@@ -196,6 +202,12 @@ def unpack_q5_1(words, codes, steps):
     for i in range(len(words)):
         steps[i] = f32_from_f16(words[i, 0])
         _unpack_five_bits(words[i, 2:], codes[i])
+
+
+@by_block((U16, 12), (F32,))
+def lows_q5_1(words, lows):
+    for i in range(len(words)):
+        lows[i] = -f32_from_f16(words[i, 1])
 
 
 @by_block((U64, 4), (U16, 12))

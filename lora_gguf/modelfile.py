@@ -1,0 +1,120 @@
+"""An Ollama Modelfile for a GGUF: where the model lies, its chat template in Go's notation, where it stops.
+
+Format: https://docs.ollama.com/modelfile. Ollama cannot run the Jinja template that a GGUF holds: it compares it with
+the templates that it knows, letter by letter, and passes prompts on bare where it finds no near match. So a template is
+written here for the families whose turns all look the same; for others a comment says what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lora_gguf.errors import UsageError, printable
+from lora_gguf.files.base import Base
+
+MAX_CONTEXT = 8192  # tokens; a larger context costs memory, so only its owner can say
+CHAT_TEMPLATE = "tokenizer.chat_template"
+SPECIAL = ("eos", "eot", "eom")
+# GGUF's recommended sampling -> Ollama's parameter
+SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_last_n": "repeat_last_n",
+    "penalty_repeat": "repeat_penalty",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A format of chats: ``turn`` with its role and text, and what ends it. ``marks`` are in the Jinja template of each."""
+
+    marks: tuple[str, ...]
+    turn: str
+    assistant: str = "assistant"
+    system_in_user: bool = False
+
+    @property
+    def stop(self) -> str:
+        return self.turn.partition("{text}")[2].strip()
+
+    def go_template(self) -> str:
+        """One exchange with Ollama's variables; it repeats it for each of a conversation."""
+        system, user = "{{ .System }}", "{{ .Prompt }}"
+        if self.system_in_user:
+            head, user = "", f"{{{{ if .System }}}}{system}\n\n{{{{ end }}}}{user}"
+        else:
+            head = f"{{{{ if .System }}}}{self._turn('system', system)}{{{{ end }}}}"
+        return f"{head}{{{{ if .Prompt }}}}{self._turn('user', user)}{{{{ end }}}}{self._turn(self.assistant, '{{ .Response }}')}"
+
+    def _turn(self, role: str, text: str) -> str:
+        return self.turn.replace("{role}", role).replace("{text}", text)
+
+
+# the first family whose marks are all there is taken
+FAMILIES = {
+    "Phi-4": Family(("<|im_start|>", "<|im_sep|>"), "<|im_start|>{role}<|im_sep|>{text}<|im_end|>"),
+    "ChatML": Family(("<|im_start|>", "<|im_end|>"), "<|im_start|>{role}\n{text}<|im_end|>\n"),
+    "Llama 3": Family(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"),
+    "Gemma": Family(("<start_of_turn>",), "<start_of_turn>{role}\n{text}<end_of_turn>\n", "model", system_in_user=True),
+    "Granite": Family(("<|start_of_role|>",), "<|start_of_role|>{role}<|end_of_role|>{text}<|end_of_text|>\n"),
+    "Phi-3": Family(("<|user|>", "<|end|>", "<|assistant|>"), "<|{role}|>\n{text}<|end|>\n"),
+}
+_NO_TEMPLATE = "# The base has no chat template: it continues text. Give it one with TEMPLATE if it was tuned to chat."
+_UNKNOWN = """# The base's chat template is of no family that is known here, so TEMPLATE is left to Ollama, which knows some more.
+# Look at `ollama show --template NAME`: where it prints {{ .Prompt }}, Ollama did not know it either: write a TEMPLATE."""
+
+
+def modelfile(base: Base, file_name: str) -> str:
+    """The Modelfile for the GGUF ``file_name``, which lies beside it and has the metadata of ``base``.
+
+    Raises ``UsageError`` for a name that a Modelfile cannot hold.
+    """
+    if not file_name.isprintable():
+        raise UsageError(f"{printable(file_name)}: a Modelfile cannot hold this name: name another output")
+    family = family_of(str(base.get(CHAT_TEMPLATE) or ""))
+    stops = dict.fromkeys(filter(None, [*special_tokens(base), family and family.stop]))
+    lines = [f"FROM ./{file_name}", "", *_template(base, family), ""]
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops if _quotable(stop)]
+    return "\n".join([*lines, *_context(base), *_sampling(base)]) + "\n"
+
+
+def family_of(jinja: str) -> Family | None:
+    """The family of chats that a Jinja template writes, by the marks in it; None for others."""
+    return next((family for family in FAMILIES.values() if all(mark in jinja for mark in family.marks)), None)
+
+
+def special_tokens(base: Base) -> list[str]:
+    """The tokens that end an answer, as text."""
+    tokens = base.get("tokenizer.ggml.tokens") or []
+    numbers = [base.get(f"tokenizer.ggml.{name}_token_id") for name in SPECIAL]
+    return [str(tokens[number]) for number in numbers if isinstance(number, int) and 0 <= number < len(tokens)]
+
+
+def _template(base: Base, family: Family | None) -> list[str]:
+    jinja = base.get(CHAT_TEMPLATE)
+    if not family:
+        return [_UNKNOWN if jinja else _NO_TEMPLATE]
+    name = next(name for name, known in FAMILIES.items() if known is family)
+    more = [word for word in ("tools", "think") if re.search(rf"\b{word}|<{word}", str(jinja))]
+    without = f", without its part for {' and '.join(more)}" if more else ""
+    return [f"# The base's chat template ({name}) in Go's notation{without}.", f'TEMPLATE """{family.go_template()}"""']
+
+
+def _context(base: Base) -> list[str]:
+    n_tokens = base.get(f"{base.architecture}.context_length")
+    if not isinstance(n_tokens, int) or n_tokens <= 0:
+        return []
+    more = [f"# The model was made for {n_tokens} tokens; a larger num_ctx takes more memory."] if n_tokens > MAX_CONTEXT else []
+    return [*more, f"PARAMETER num_ctx {min(n_tokens, MAX_CONTEXT)}"]
+
+
+def _sampling(base: Base) -> list[str]:
+    found = {name: base.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
+    return [f"PARAMETER {name} {value:g}" for name, value in found.items() if isinstance(value, (int, float))]
+
+
+def _quotable(text: str) -> bool:
+    return text.isprintable() and '"' not in text
