@@ -9,18 +9,20 @@ from lora_gguf.checks.findings import Check
 from lora_gguf.commands.extract import Extraction
 from lora_gguf.commands.merge import MergeReport
 from lora_gguf.commands.verify import VerifyReport
+from lora_gguf.mapping.accounts import summary
 from lora_gguf.retention import Retention, kind_of, total
 from lora_gguf.text_table import text_table
 
 
 def retention_table(report: MergeReport) -> str:
-    """One line per kind of tensor and one for the whole."""
+    """One line per kind of tensor, one for the whole, and what became of the adapters' tensors."""
     rows = [
         _row(kind, f"{before} > {after}" if before != after else before, len(parts), total(parts))
         for (kind, before, after), parts in report.by_kind().items()
     ]
     rows.append(_row("all merged", "", len(report.plan.merged), report.whole))
-    return text_table(("tensors", "type", "count", "delta kept", "codes changed", "rms(delta)", "noise/delta"), rows, left=2)
+    table = text_table(("tensors", "type", "count", "delta kept", "codes changed", "rms(delta)", "noise/delta"), rows, left=2)
+    return "\n".join([table, *summary(report.accounts)])
 
 
 def _row(kind: str, types: str, count: int, part: Retention) -> tuple:
@@ -43,7 +45,10 @@ def as_dict(report: MergeReport) -> dict:
         for tensor in report.plan.merged
     ]
     copied = [tensor.target.name for tensor in report.plan.tensors if not tensor.recipe]
-    return {"merged": tensors, "copied": copied, "all": report.whole.as_dict(), "warnings": report.plan.warnings}
+    accounts = [vars(account) for account in report.accounts]
+    return {
+        "merged": tensors, "copied": copied, "all": report.whole.as_dict(), "accounts": accounts, "warnings": report.plan.warnings,
+    }  # fmt: skip
 
 
 def verify_table(report: VerifyReport) -> str:

@@ -46,6 +46,19 @@ def test_the_merged_weights_are_pefts(name, folder):
         assert np.abs(wanted[pair.name] - base[pair.name]).max() > 0.01
 
 
+ADAPTERS = [(tiny.TINY / name / "adapter", name) for name in tiny.NAMES]
+ADAPTERS += [(source, (source / "base").read_text()) for source in sorted((FIXTURES / "kinds").iterdir())]
+
+
+@pytest.mark.parametrize(("source", "name"), ADAPTERS, ids=[str(source.relative_to(FIXTURES)) for source, _ in ADAPTERS])
+def test_every_tensor_of_an_adapter_has_one_account(source, name, folder):
+    with GgufReader(tiny.base_gguf(folder, name)) as reader:
+        options = dict(config=tiny.config_of(name), updates=True, new_tokens=True, tied="shared")
+        accounts = gguf_pairs(read_adapter(source), reader, **options).accounts
+    assert sorted(account.tensor for account in accounts) == sorted(load_file(source / "adapter_model.safetensors"))
+    assert all(account.target if account.outcome == "applied" else account.reason for account in accounts)
+
+
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_config_json_gives_the_same_as_the_base(name, folder):
     adapter = read_adapter(tiny.TINY / name / "adapter")

@@ -55,7 +55,6 @@ def convert(
         rank=rank,
     )
     warn(placement.warnings)
-    if as_json:
-        print(json.dumps([vars(account) for account in placement.accounts], indent=1))
+    print(json.dumps(placement.as_dict(), indent=1) if as_json else "\n".join(placement.summary()))
     if not quiet:
         say(f"wrote {printable(out)} ({os.path.getsize(out) / 1e6:.1f} MB): {placement}")

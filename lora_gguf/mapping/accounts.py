@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair
 from lora_gguf.adapters.updates import Update
+from lora_gguf.errors import printable
 from lora_gguf.mapping.hparams import Hparams
 
 
@@ -20,6 +22,17 @@ class Account:
     outcome: str
     target: str = ""
     reason: str = ""
+
+
+def summary(accounts: Iterable[Account]) -> list[str]:
+    """What became of an adapter's tensors, a line for each outcome and reason, with the first tensor as an example."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for account in accounts:
+        groups.setdefault((account.outcome, account.reason), []).append(account.tensor)
+    return [
+        f"adapter tensors: {len(names)} {outcome}" + (f": {reason}, such as {printable(names[0], 120)}" if reason else "")
+        for (outcome, reason), names in groups.items()
+    ]
 
 
 @dataclass
@@ -49,6 +62,21 @@ class Placement:
     def changes_vocabulary(self) -> bool:
         """Whether the embedding or the head changes, so that tokens may have been added."""
         return any(update.name in (HEAD, EMBEDDING) for update in (*self.pairs, *self.updates)) or bool(self.new_rows)
+
+    def summary(self) -> list[str]:
+        """What became of the adapter, in a few lines."""
+        errors = sorted(self.approximations.items(), key=lambda item: item[1])
+        if not errors:
+            return summary(self.accounts)
+        (_, least), (worst, most) = errors[0], errors[-1]
+        rank = max(pair.rank for pair in self.pairs if pair.name in self.approximations)
+        line = f"approximated at rank {rank}: {len(errors)} tensors, with relative errors from {least:.2g} to {most:.2g} ({worst})"
+        return [*summary(self.accounts), line]
+
+    def as_dict(self) -> dict:
+        """The same as plain data for JSON: of each tensor of the adapter, and the relative error of approximated ones."""
+        accounts = [vars(account) for account in self.accounts]
+        return {"accounts": accounts, "approximations": self.approximations, "warnings": self.warnings}
 
     def __str__(self) -> str:
         counts = Counter(account.outcome for account in self.accounts)
