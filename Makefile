@@ -1,18 +1,12 @@
 # make demo     merge a real adapter into a real quantized model and ask llama.cpp before and after
 # make test     the tests
-# make merged/NAME.gguf   fetch, convert or merge by name: see "Makefile pipelines" in the README
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-LORA_GGUF ?= $(BIN)/lora-gguf
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 SMOLLM2 := models/smollm2-135m-instruct-q4_1.gguf
-BASE ?= $(SMOLLM2)
-
-include pipeline.mk
-.DEFAULT_GOAL := demo
 
 .PHONY: demo test chaos bench-speed bench-fidelity clean
 .DELETE_ON_ERROR:

@@ -15,6 +15,7 @@ from lora_gguf.cli.convert import convert
 from lora_gguf.cli.doctor import doctor
 from lora_gguf.cli.extract import extract
 from lora_gguf.cli.fetch import fetch
+from lora_gguf.cli.init_pipeline import init_pipeline
 from lora_gguf.cli.inspect import inspect
 from lora_gguf.cli.merge import merge
 from lora_gguf.cli.terms import joined_scales, say
@@ -49,7 +50,7 @@ def _options(
         os.environ["LORA_GGUF_DEBUG"] = "1"
 
 
-for command in (fetch, inspect, doctor, convert, merge, verify, extract):
+for command in (fetch, inspect, doctor, convert, merge, verify, extract, init_pipeline):
     app.command()(command)
 
 

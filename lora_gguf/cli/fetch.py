@@ -20,9 +20,9 @@ def fetch(
     quant: Annotated[Optional[str], typer.Option(help="Download this one of the base's GGUFs, such as Q4_K_M.")] = None,
     subfolder: Annotated[Optional[str], typer.Option(help="The adapter's folder in the repository.")] = None,
     output: Annotated[
-        Optional[Path], typer.Option("-o", "--output", "--local-dir", help="Copy the files into this folder; default: the Hub cache.")
+        Optional[Path], typer.Option("-o", "--output", "--local-dir", help="Copy the files into this folder, a base also to this .gguf; default: the Hub cache.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files in that folder that differ.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files there that differ.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --base: print the list as JSON.")] = False,
 ) -> None:
     """Download an adapter from the Hugging Face Hub, or a GGUF of its base, and print where it lies.

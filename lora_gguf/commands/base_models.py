@@ -9,8 +9,9 @@ from pathlib import Path
 
 from lora_gguf.adapters.adapter_config import read_json
 from lora_gguf.commands.fetch import CONFIG, copy_to, local_path, parse_reference
-from lora_gguf.errors import MalformedError, printable
+from lora_gguf.errors import MalformedError, UsageError, printable
 from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.output import copy_file
 from lora_gguf.hub.quantizations import Quantization, choose, fetch_quantization, find_quantizations
 from lora_gguf.hub.repository import download, open_repo
 
@@ -54,15 +55,24 @@ def fetch_base(
 ) -> Path:
     """Download a GGUF of ``model``, a Hub id as adapters state it; the path of it (of a split one of the first shard).
 
-    ``quant`` is such as ``Q4_K_M``, which is also what is taken without it. With ``output``, a folder, the files are
-    copied there. Raises ``UsageError`` where there is no such quantization, ``HubError``, ``IntegrityError``, ``FileError``.
+    ``quant`` is such as ``Q4_K_M``, which is also what is taken without it. The files are copied to ``output``, a folder or
+    a path that ends in ``.gguf``. Raises ``UsageError`` where there is no such quantization, ``HubError``, ``IntegrityError``, ``FileError``.
     """
     chosen = choose(find_quantizations(model), quant, printable(model, 100))
     repo = open_repo(chosen.repo)
     first = fetch_quantization(repo, chosen, progress)
     if output is None:
         return first
+    if os.fspath(output).endswith(".gguf"):
+        return _copy_one(first, Path(output), chosen, force)
     return copy_to(Path(output), [repo.snapshot / name for name in chosen.files], force) / first.name
+
+
+def _copy_one(path: Path, target: Path, chosen: Quantization, force: bool) -> Path:
+    if len(chosen.files) > 1:
+        raise UsageError(f"{printable(target)}: {chosen.repo}:{chosen.quant} has {len(chosen.files)} shards: name a folder")
+    copy_file(path, target, force=force)
+    return target
 
 
 def named(found: list[Quantization]) -> dict[str, Quantization]:

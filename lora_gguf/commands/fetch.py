@@ -68,7 +68,7 @@ def fetch(
         shards = _shards(repo, subfolder, paths[-1])
         paths += [download(repo, name, progress) for name in shards]
     remember(repo)
-    return copy_to(Path(output), paths, force) if output is not None else paths[0].parent
+    return copy_to(Path(output), paths[1:] + paths[:1], force) if output is not None else paths[0].parent
 
 
 def local_path(source: str | os.PathLike) -> Path | None:
