@@ -1,5 +1,6 @@
 # make demo     merge a real adapter into a real quantized model and ask llama.cpp before and after
 # make test     the tests
+# make readme   what the README says of commands and tables, from the code
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 SMOLLM2 := models/smollm2-135m-instruct-q4_1.gguf
 
-.PHONY: demo test chaos bench-speed bench-fidelity clean
+.PHONY: demo test readme chaos bench-speed bench-fidelity clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -17,6 +18,9 @@ demo: $(VENV)/demo $(SMOLLM2)
 
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+readme: $(VENV)/base
+	$(BIN)/python -m lora_gguf.cli.reference README.md
 
 chaos: $(VENV)/test
 	$(BIN)/python -m pytest tests/chaos

@@ -14,15 +14,19 @@ from lora_gguf.errors import printable
 
 
 def convert(
-    adapter: Annotated[str, typer.Argument(help="A PEFT adapter's folder or Hub id.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT adapter's folder or Hub id.")],
     base: Annotated[
         Optional[str],
         typer.Option("--base", "-m", "--model", metavar="BASE.gguf", help=f"The best source of names and shapes. {BASE_HELP}"),
     ] = None,
-    base_config: Annotated[Optional[Path], typer.Option(help="Without a GGUF: the folder with the base's config.json.")] = None,
-    output: Annotated[Optional[Path], typer.Option("-o", "--outfile", "--output", help="Default: ADAPTER.gguf in this folder.")] = None,
+    base_config: Annotated[
+        Optional[Path], typer.Option(metavar="DIR", help="Without a GGUF: the folder with the base's config.json.")
+    ] = None,
+    output: Annotated[
+        Optional[Path], typer.Option("-o", "--outfile", "--output", metavar="PATH", help="Default: ADAPTER.gguf in this folder.")
+    ] = None,
     outtype: Annotated[OutType, typer.Option(help="The type of the tensors; f32 is exact.")] = OutType.f32,
-    rank: Annotated[Optional[int], typer.Option(min=1, help="Approximate DoRA, OFT and the like at this rank.")] = None,
+    rank: Annotated[Optional[int], typer.Option(metavar="N", min=1, help="Approximate DoRA, OFT and the like at this rank.")] = None,
     allow_unused: Annotated[
         Optional[str], typer.Option(metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches.")
     ] = None,

@@ -17,8 +17,8 @@ from lora_gguf.progress import bar
 def extract(
     base: Annotated[str, typer.Argument(metavar="BASE.gguf", help=f"The model before. {BASE_HELP}")],
     tuned: Annotated[str, typer.Argument(metavar="TUNED.gguf", help="The model after, of the same architecture.")],
-    output: Annotated[Path, typer.Option("-o", "--outfile", "--output", help="The adapter to write.")],
-    rank: Annotated[int, typer.Option(min=1, help="Of each tensor's update.")] = 32,
+    output: Annotated[Path, typer.Option("-o", "--outfile", "--output", metavar="PATH", help="The adapter to write.")],
+    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Of each tensor's update.")] = 32,
     outtype: Annotated[OutType, typer.Option(help="The type of the tensors.")] = OutType.f16,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the energy kept of each tensor as JSON.")] = False,

@@ -15,12 +15,21 @@ SHOWN = 3  # repositories in the list of bases
 
 
 def fetch(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter's Hub id, such as user/adapter@main; for --base also its folder.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="The adapter's Hub id, such as user/adapter@main; for --base also its folder.")
+    ],
     base: Annotated[bool, typer.Option("--base", help="List the GGUFs of the model that it was trained on, with their sizes.")] = False,
-    quant: Annotated[Optional[str], typer.Option(help="Download this one of the base's GGUFs, such as Q4_K_M.")] = None,
-    subfolder: Annotated[Optional[str], typer.Option(help="The adapter's folder in the repository.")] = None,
+    quant: Annotated[Optional[str], typer.Option(metavar="QUANT", help="Download this one of the base's GGUFs, such as Q4_K_M.")] = None,
+    subfolder: Annotated[Optional[str], typer.Option(metavar="DIR", help="The adapter's folder in the repository.")] = None,
     output: Annotated[
-        Optional[Path], typer.Option("-o", "--output", "--local-dir", help="Copy the files into this folder, a base also to this .gguf; default: the Hub cache.")
+        Optional[Path],
+        typer.Option(
+            "-o",
+            "--output",
+            "--local-dir",
+            metavar="PATH",
+            help="Copy the files into this folder, a base also to this .gguf; default: the Hub cache.",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files there that differ.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --base: print the list as JSON.")] = False,

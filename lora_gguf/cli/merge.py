@@ -16,28 +16,36 @@ from lora_gguf.progress import bar
 
 def merge(
     base: Annotated[Optional[str], typer.Argument(metavar="BASE.gguf", help=BASE_HELP)] = None,
-    adapter: Annotated[Optional[str], typer.Argument(help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")] = None,
+    adapter: Annotated[
+        Optional[str], typer.Argument(metavar="ADAPTER", help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")
+    ] = None,
     lora: Annotated[
         Optional[list[str]], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="One more adapter; repeat.")
     ] = None,
     model: Annotated[Optional[str], typer.Option("-m", "--model", metavar="BASE.gguf", help="BASE, as llama.cpp's tools name it.")] = None,
     output: Annotated[
         str,
-        typer.Option("-o", "--outfile", "--output", metavar="PATH", help="The file to write; in a folder it is called BASE-SIZE-ADAPTER-TYPE.gguf."),
+        typer.Option(
+            "-o", "--outfile", "--output", metavar="PATH", help="The file to write; in a folder it is called BASE-SIZE-ADAPTER-TYPE.gguf."
+        ),
     ] = ".",
-    scale: Annotated[float, typer.Option(help="Multiplies the adapter's own scale.")] = 1.0,
+    scale: Annotated[float, typer.Option(metavar="X", help="Multiplies the adapter's own scale.")] = 1.0,
     rounding: Annotated[Rounding, typer.Option(help="How weights get back on a grid.")] = Rounding.auto,
-    seed: Annotated[int, typer.Option(min=0, help="Of the dither; the same seed gives the same bytes.")] = 0,
-    type: Annotated[Optional[str], typer.Option(help="The type of the adapted tensors, such as Q8_0; default: the base's.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the dither; the same seed gives the same bytes.")] = 0,
+    type: Annotated[
+        Optional[str], typer.Option(metavar="TYPE", help="The type of the adapted tensors, such as Q8_0; default: the base's.")
+    ] = None,
     quantize: Annotated[
         Optional[str], typer.Option(metavar="MIX", help="Quantize an F16, BF16 or F32 base on the way, as llama-quantize: Q4_K_M.")
     ] = None,
-    imatrix: Annotated[Optional[Path], typer.Option(help="llama.cpp's importance matrix, for new grids.")] = None,
+    imatrix: Annotated[Optional[Path], typer.Option(metavar="PATH", help="llama.cpp's importance matrix, for new grids.")] = None,
     tied: Annotated[Tied, typer.Option(help="An adapted head that the base shares with its embedding.")] = Tied.separate,
     allow_unused: Annotated[
         Optional[str], typer.Option(metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches.")
     ] = None,
-    base_config: Annotated[Optional[Path], typer.Option(help="The folder with the base's config.json, for what its GGUF does not say.")] = None,
+    base_config: Annotated[
+        Optional[Path], typer.Option(metavar="DIR", help="The folder with the base's config.json, for what its GGUF does not say.")
+    ] = None,
     expert_b_layout: Annotated[
         Optional[ExpertLayout], typer.Option(help="How lora_B of fused experts is laid out, where the adapter doesn't say.")
     ] = None,
@@ -46,8 +54,10 @@ def merge(
     shard: Annotated[Optional[str], typer.Option(metavar="N/COUNT", help="Write only this shard, for parallel jobs.")] = None,
     modelfile: Annotated[bool, typer.Option("--modelfile", help="Write a Modelfile for Ollama beside the merged file.")] = False,
     max_growth: Annotated[str, typer.Option(metavar="N%", help="Promote the tensors that gain most to Q8_0, up to this growth.")] = "0%",
-    min_retention: Annotated[float, typer.Option(help="Fail, and write nothing, where less of the adapter is kept.")] = 0.0,
-    threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
+    min_retention: Annotated[
+        float, typer.Option(metavar="SHARE", help="Fail, and write nothing, where less of the adapter is kept.")
+    ] = 0.0,
+    threads: Annotated[Optional[int], typer.Option("-t", "--threads", metavar="N", min=1, help="Default: all cores.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -102,5 +112,5 @@ def merge(
     print(json.dumps(tables.as_dict(report), indent=1) if as_json else tables.retention_table(report))
     if not quiet:
         for path in report.written:
-            how = f": ollama create NAME -f {printable(path)}" if path.suffix == ".Modelfile" else f" ({os.path.getsize(path) / 1e6:.0f} MB)"
-            say(f"wrote {printable(path)}{how}")
+            size = f" ({os.path.getsize(path) / 1e6:.0f} MB)"
+            say(f"wrote {printable(path)}{f': ollama create NAME -f {printable(path)}' if path.suffix == '.Modelfile' else size}")

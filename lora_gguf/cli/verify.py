@@ -19,12 +19,14 @@ def verify(
     lora: Annotated[
         list[str], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="An adapter that should be in it; repeat.")
     ],
-    base_config: Annotated[Optional[Path], typer.Option(help="The folder with the base's config.json, for what its GGUF does not say.")] = None,
+    base_config: Annotated[
+        Optional[Path], typer.Option(metavar="DIR", help="The folder with the base's config.json, for what its GGUF does not say.")
+    ] = None,
     expert_b_layout: Annotated[
         Optional[ExpertLayout], typer.Option(help="How lora_B of fused experts is laid out, where the adapter doesn't say.")
     ] = None,
-    imatrix: Annotated[Optional[Path], typer.Option(help="The importance matrix that the merge used, if it did.")] = None,
-    threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
+    imatrix: Annotated[Optional[Path], typer.Option(metavar="PATH", help="The importance matrix that the merge used, if it did.")] = None,
+    threads: Annotated[Optional[int], typer.Option("-t", "--threads", metavar="N", min=1, help="Default: all cores.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")] = True,
 ) -> None:
