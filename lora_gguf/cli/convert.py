@@ -9,7 +9,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from lora_gguf.cli.terms import BASE_HELP, ExpertLayout, OutType, say, warn
+from lora_gguf.cli.options import BASE_HELP, AllowUnused, ExpertB, Force
+from lora_gguf.cli.terms import OutType, say, warn
 from lora_gguf.errors import printable
 
 
@@ -27,13 +28,9 @@ def convert(
     ] = None,
     outtype: Annotated[OutType, typer.Option(help="The type of the tensors; f32 is exact.")] = OutType.f32,
     rank: Annotated[Optional[int], typer.Option(metavar="N", min=1, help="Approximate DoRA, OFT and the like at this rank.")] = None,
-    allow_unused: Annotated[
-        Optional[str], typer.Option(metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches.")
-    ] = None,
-    expert_b_layout: Annotated[
-        Optional[ExpertLayout], typer.Option(help="How lora_B of fused experts is laid out, where the adapter doesn't say.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    allow_unused: AllowUnused = None,
+    expert_b_layout: ExpertB = None,
+    force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what became of each adapter tensor as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
 ) -> None:

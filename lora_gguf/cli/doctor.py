@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_gguf.cli.terms import BASE_HELP, ExpertLayout, Tied, adapters_of, base_and_adapter
+from lora_gguf.cli.options import (
+    AdapterArgument,
+    AllowUnused,
+    BaseArgument,
+    BaseConfig,
+    ExpertB,
+    Lora,
+    Model,
+    Progress,
+    Scale,
+    Threads,
+    TiedHead,
+)
+from lora_gguf.cli.terms import Tied, adapters_of, base_and_adapter
 from lora_gguf.errors import UsageError
 from lora_gguf.progress import bar
 
@@ -19,24 +31,18 @@ MARKS = {"ok": "ok", "note": "note", "warning": "WARNING"}  # a refusal is the e
 
 
 def doctor(
-    base: Annotated[Optional[str], typer.Argument(metavar="BASE.gguf", help=BASE_HELP)] = None,
-    adapter: Annotated[Optional[str], typer.Argument(help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")] = None,
-    lora: Annotated[
-        Optional[list[str]], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="One more adapter; repeat.")
-    ] = None,
-    model: Annotated[Optional[str], typer.Option("-m", "--model", metavar="BASE.gguf", help="BASE, as llama.cpp's tools name it.")] = None,
-    scale: Annotated[float, typer.Option(help="Multiplies the adapter's own scale.")] = 1.0,
-    tied: Annotated[Tied, typer.Option(help="An adapted head that the base shares with its embedding.")] = Tied.separate,
-    allow_unused: Annotated[
-        Optional[str], typer.Option(metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches.")
-    ] = None,
-    base_config: Annotated[Optional[Path], typer.Option(help="The folder with the base's config.json, for what its GGUF does not say.")] = None,
-    expert_b_layout: Annotated[
-        Optional[ExpertLayout], typer.Option(help="How lora_B of fused experts is laid out, where the adapter doesn't say.")
-    ] = None,
-    threads: Annotated[Optional[int], typer.Option("-t", "--threads", min=1, help="Default: all cores.")] = None,
+    base: BaseArgument = None,
+    adapter: AdapterArgument = None,
+    lora: Lora = None,
+    model: Model = None,
+    scale: Scale = 1.0,
+    tied: TiedHead = Tied.separate,
+    allow_unused: AllowUnused = None,
+    base_config: BaseConfig = None,
+    expert_b_layout: ExpertB = None,
+    threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")] = True,
+    progress: Progress = True,
 ) -> None:
     """Tell whether a merge will work, what it costs and how much of the adapter each way keeps; nothing is written.
 

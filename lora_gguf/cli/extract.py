@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from lora_gguf.cli.terms import BASE_HELP, OutType, say
+from lora_gguf.cli.options import BASE_HELP, Force, Progress
+from lora_gguf.cli.terms import OutType, say
 from lora_gguf.errors import printable
 from lora_gguf.progress import bar
 
@@ -20,9 +21,9 @@ def extract(
     output: Annotated[Path, typer.Option("-o", "--outfile", "--output", metavar="PATH", help="The adapter to write.")],
     rank: Annotated[int, typer.Option(metavar="N", min=1, help="Of each tensor's update.")] = 32,
     outtype: Annotated[OutType, typer.Option(help="The type of the tensors.")] = OutType.f16,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the energy kept of each tensor as JSON.")] = False,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")] = True,
+    progress: Progress = True,
 ) -> None:
     """Make the adapter that turns one GGUF into another, as nearly as its rank can (truncated SVD).
 

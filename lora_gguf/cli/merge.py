@@ -9,27 +9,37 @@ from typing import Annotated, Optional
 
 import typer
 
-from lora_gguf.cli.terms import BASE_HELP, ExpertLayout, Rounding, Tied, adapters_of, base_and_adapter, n_bytes, say, warn
+from lora_gguf.cli.options import (
+    AdapterArgument,
+    AllowUnused,
+    BaseArgument,
+    BaseConfig,
+    ExpertB,
+    Force,
+    Lora,
+    Model,
+    Progress,
+    Scale,
+    Threads,
+    TiedHead,
+)
+from lora_gguf.cli.terms import Rounding, Tied, adapters_of, base_and_adapter, n_bytes, say, warn
 from lora_gguf.errors import UsageError, printable
 from lora_gguf.progress import bar
 
 
 def merge(
-    base: Annotated[Optional[str], typer.Argument(metavar="BASE.gguf", help=BASE_HELP)] = None,
-    adapter: Annotated[
-        Optional[str], typer.Argument(metavar="ADAPTER", help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")
-    ] = None,
-    lora: Annotated[
-        Optional[list[str]], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="One more adapter; repeat.")
-    ] = None,
-    model: Annotated[Optional[str], typer.Option("-m", "--model", metavar="BASE.gguf", help="BASE, as llama.cpp's tools name it.")] = None,
+    base: BaseArgument = None,
+    adapter: AdapterArgument = None,
+    lora: Lora = None,
+    model: Model = None,
     output: Annotated[
         str,
         typer.Option(
             "-o", "--outfile", "--output", metavar="PATH", help="The file to write; in a folder it is called BASE-SIZE-ADAPTER-TYPE.gguf."
         ),
     ] = ".",
-    scale: Annotated[float, typer.Option(metavar="X", help="Multiplies the adapter's own scale.")] = 1.0,
+    scale: Scale = 1.0,
     rounding: Annotated[Rounding, typer.Option(help="How weights get back on a grid.")] = Rounding.auto,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the dither; the same seed gives the same bytes.")] = 0,
     type: Annotated[
@@ -39,16 +49,10 @@ def merge(
         Optional[str], typer.Option(metavar="MIX", help="Quantize an F16, BF16 or F32 base on the way, as llama-quantize: Q4_K_M.")
     ] = None,
     imatrix: Annotated[Optional[Path], typer.Option(metavar="PATH", help="llama.cpp's importance matrix, for new grids.")] = None,
-    tied: Annotated[Tied, typer.Option(help="An adapted head that the base shares with its embedding.")] = Tied.separate,
-    allow_unused: Annotated[
-        Optional[str], typer.Option(metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches.")
-    ] = None,
-    base_config: Annotated[
-        Optional[Path], typer.Option(metavar="DIR", help="The folder with the base's config.json, for what its GGUF does not say.")
-    ] = None,
-    expert_b_layout: Annotated[
-        Optional[ExpertLayout], typer.Option(help="How lora_B of fused experts is laid out, where the adapter doesn't say.")
-    ] = None,
+    tied: TiedHead = Tied.separate,
+    allow_unused: AllowUnused = None,
+    base_config: BaseConfig = None,
+    expert_b_layout: ExpertB = None,
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Write the base's shards; default: one file.")] = False,
     split_max_size: Annotated[Optional[str], typer.Option(metavar="N(M|G)", help="Write shards of at most this size.")] = None,
     shard: Annotated[Optional[str], typer.Option(metavar="N/COUNT", help="Write only this shard, for parallel jobs.")] = None,
@@ -57,12 +61,12 @@ def merge(
     min_retention: Annotated[
         float, typer.Option(metavar="SHARE", help="Fail, and write nothing, where less of the adapter is kept.")
     ] = 0.0,
-    threads: Annotated[Optional[int], typer.Option("-t", "--threads", metavar="N", min=1, help="Default: all cores.")] = None,
+    threads: Threads = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the report and errors only.")] = False,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")] = True,
+    progress: Progress = True,
 ) -> None:
     """Add adapters to a quantized model and write one standalone GGUF.
 

@@ -36,9 +36,6 @@ class OutType(str, Enum):
     q8_0 = "q8_0"
 
 
-BASE_HELP = "The model: a path (of a split one any shard), or on the Hub OWNER/NAME:Q4_K_M or hf://OWNER/NAME/FILE.gguf."
-
-
 def base_and_adapter(first: str | None, second: str | None, model: str | None) -> tuple[str, str | None]:
     """BASE and ADAPTER, of which BASE may have been named with -m; then the only argument is the adapter."""
     if model and second:

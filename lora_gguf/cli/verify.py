@@ -8,7 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from lora_gguf.cli.terms import BASE_HELP, ExpertLayout, adapters_of, say
+from lora_gguf.cli.options import BASE_HELP, BaseConfig, ExpertB, Progress, Threads
+from lora_gguf.cli.terms import adapters_of, say
 from lora_gguf.errors import printable
 from lora_gguf.progress import bar
 
@@ -19,16 +20,12 @@ def verify(
     lora: Annotated[
         list[str], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="An adapter that should be in it; repeat.")
     ],
-    base_config: Annotated[
-        Optional[Path], typer.Option(metavar="DIR", help="The folder with the base's config.json, for what its GGUF does not say.")
-    ] = None,
-    expert_b_layout: Annotated[
-        Optional[ExpertLayout], typer.Option(help="How lora_B of fused experts is laid out, where the adapter doesn't say.")
-    ] = None,
+    base_config: BaseConfig = None,
+    expert_b_layout: ExpertB = None,
     imatrix: Annotated[Optional[Path], typer.Option(metavar="PATH", help="The importance matrix that the merge used, if it did.")] = None,
-    threads: Annotated[Optional[int], typer.Option("-t", "--threads", metavar="N", min=1, help="Default: all cores.")] = None,
+    threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")] = True,
+    progress: Progress = True,
 ) -> None:
     """Check that a merged file holds its base plus the adapters, within rounding; exit code 5 if not, with the cause.
 
