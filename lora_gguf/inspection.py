@@ -264,6 +264,7 @@ def add_modules(found: AdapterInspection, config: dict, tensors: list[Entry]) ->
     found.whole = dict(Counter(f"{kind_of_module(update.name)}.{update.part}" for update in contents.updates))
     found.n_layers = len({match[1] for path in paths if (match := re.search(r"\.(\d+)\.", path))})
     found.notes += [printable(line) for line in contents.strange]
+    found.notes += [printable(f"{name}: {why}") for name, why in contents.unknown.items()]
 
 
 def kind_of_module(path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from lora_gguf.adapters.adapter_config import kind_of
 from lora_gguf.adapters.kinds import KINDS, SHARED, Module, pattern_value, scale_of, trainable_tokens
 from lora_gguf.adapters.lora import LoraPair, check_finite
 from lora_gguf.adapters.updates import Replaced, Update
-from lora_gguf.errors import FileError, MalformedError, NumericError, printable
+from lora_gguf.errors import FileError, MalformedError, NumericError, UsageError, printable
 from lora_gguf.files.weights import read_weights
 
 WEIGHTS = (
@@ -76,11 +76,21 @@ def layout_doubt(
     ]
 
 
-def read_adapter(directory: str | os.PathLike, expert_b_layout: str | None = None) -> Adapter:
+def allowed(names: Iterable[str], pattern: str | None) -> bool:
+    """Whether the user's regular expression lets leftovers of these names pass."""
+    try:
+        return pattern is not None and any(re.search(pattern, name) for name in names)
+    except re.error as error:
+        raise UsageError(f"--allow-unused {printable(pattern, 60)}: not a regular expression: {error}") from None
+
+
+def read_adapter(
+    directory: str | os.PathLike, expert_b_layout: str | None = None, allow_unused: str | None = None
+) -> Adapter:
     """Read ``adapter_config.json`` and the weights beside it.
 
     ``expert_b_layout`` (rank-major or expert-major) is how the B's of packed experts lie, where the adapter itself does
-    not say. Raises ``MalformedError``, ``UnsupportedError`` (a kind of adapter), ``NumericError`` (NaN, infinity),
+    not say; tensors that are none of an adapter's are ignored if ``allow_unused`` finds their name. Raises ``MalformedError``, ``UnsupportedError`` (a kind of adapter), ``NumericError`` (NaN, infinity),
     ``FileError``.
     """
     directory = adapter_directory(directory)
@@ -93,7 +103,7 @@ def read_adapter(directory: str | os.PathLike, expert_b_layout: str | None = Non
         )
     tensors = {name: as_f32(name, array) for name, array in read_weights(path).items()}
     check_all_finite(tensors, path.name)
-    found = updates_of(tensors, config, path.name, expert_b_layout)
+    found = updates_of(tensors, config, path.name, expert_b_layout, allow_unused)
     label = adapter_name(directory.resolve())
     warnings = layout_doubt(directory, found.updates, config, expert_b_layout)
     return Adapter(label, directory, config, found.updates, found.ignored, found.originals, warnings)
@@ -139,10 +149,19 @@ def check_all_finite(tensors: dict[str, np.ndarray], label: str) -> None:
 
 
 def updates_of(
-    tensors: dict[str, np.ndarray], config: dict, label: str, expert_b_layout: str | None = None
+    tensors: dict[str, np.ndarray],
+    config: dict,
+    label: str,
+    expert_b_layout: str | None = None,
+    allow_unused: str | None = None,
 ) -> Contents:
     """The updates in ``tensors``, and the tensors that are none with the reason. Raises with all offenders."""
     found = sort_tensors(tensors, config)
+    for name, why in found.unknown.items():
+        if allowed([name], allow_unused):
+            found.ignored[name] = f"--allow-unused: {why}"
+        else:
+            found.strange.append(f"{name}: {why}")
     for module in found.modules.values():
         try:
             found.updates += module_updates(module, found.modules, expert_b_layout)
@@ -160,12 +179,13 @@ def updates_of(
 @dataclass
 class Contents:
     """A file's tensors sorted: ``modules`` with adapter factors, ``updates`` so far, ``originals`` (the base's own weights
-    by module path), ``ignored`` tensors with the reason, ``strange`` ones."""
+    by module path), ``ignored`` and ``unknown`` tensors with the reason, and what is ``strange``."""
 
     modules: dict[str, Module] = field(default_factory=dict)
     updates: list[LoraPair | Update] = field(default_factory=list)
     originals: dict[str, np.ndarray] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
     strange: list[str] = field(default_factory=list)
 
 
@@ -209,7 +229,7 @@ def add_whole(name: str, array: np.ndarray, found: Contents, config: dict) -> No
         else:
             found.strange.append(f"{name}: another weight than {same.sources[0]} for the same module: save it again")
     else:
-        found.strange.append(f"{name}: no tensor of a {kind_of(config)} adapter is called so")
+        found.unknown[name] = f"no tensor of a {kind_of(config)} adapter is called so"
 
 
 def whole(name: str, match: re.Match, array: np.ndarray) -> Replaced:

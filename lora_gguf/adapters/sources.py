@@ -35,9 +35,9 @@ def placement_of(
     Raises ``UnsupportedError`` for an adapter that cannot be merged.
     """
     if Path(path).is_file() and Path(path).suffix == ".gguf":
-        placement = adapter_gguf_pairs(path, base, tied)
+        placement = adapter_gguf_pairs(path, base, tied, allow_unused)
     else:
-        adapter, config = read_adapter(path, expert_b_layout), read_base_config(base_config)
+        adapter, config = read_adapter(path, expert_b_layout, allow_unused), read_base_config(base_config)
         wanted = dict(updates=True, new_tokens=True, tied=tied, allow_unused=allow_unused)
         placement = gguf_pairs(adapter, base, config=config, **wanted)
     if placement.invocation_tokens:

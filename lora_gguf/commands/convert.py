@@ -40,7 +40,7 @@ def convert(
     """
     if outtype not in OUT_TYPES:
         raise UsageError(f"--outtype {outtype}: expected one of {', '.join(OUT_TYPES)}")
-    adapter = read_adapter(directory, expert_b_layout)
+    adapter = read_adapter(directory, expert_b_layout, allow_unused)
     with Base(base) if base is not None else nullcontext() as opened:
         model = base_model(opened, base_config)
         placement = gguf_pairs(adapter, model, updates=True, allow_unused=allow_unused)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_gguf.adapters.adapter import Adapter
+from lora_gguf.adapters.adapter import Adapter, allowed
 from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair, Piece, read_adapter_gguf
 from lora_gguf.adapters.updates import Replaced, Update
-from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, UsageError, printable
+from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, printable
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.accounts import Account, Placement, base_shape, misfit
 from lora_gguf.mapping.architectures import ARCHITECTURES
@@ -55,7 +55,7 @@ def gguf_pairs(
     for update in oriented(adapter.updates, hparams.get("embedding_length")):
         update, found = cut_to_vocabulary(update, adapter, hparams, placement)
         found = found or place(update, hparams, parts, placement)
-        if found and allowed(update, allow_unused):
+        if found and allowed(update.sources, allow_unused):
             placement.accounts += [
                 Account(name, "ignored", "", f"--allow-unused: {found[0]}") for name in update.sources
             ]
@@ -101,16 +101,10 @@ def settle_vocabulary(placement: Placement, adapter: Adapter, base: GgufReader) 
         )
 
 
-def allowed(update: LoraPair | Update, pattern: str | None) -> bool:
-    """Whether the user lets this leftover pass."""
-    try:
-        return pattern is not None and any(re.search(pattern, name) for name in update.sources)
-    except re.error as error:
-        raise UsageError(f"--allow-unused {printable(pattern, 60)}: not a regular expression: {error}") from None
-
-
-def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader, tied: str = "separate") -> Placement:
-    """The pairs of the adapter GGUF at ``path`` as they fit the open ``base``. Raises as ``gguf_pairs`` does."""
+def adapter_gguf_pairs(
+    path: str | os.PathLike, base: GgufReader, tied: str = "separate", allow_unused: str | None = None
+) -> Placement:
+    """The pairs of the adapter GGUF at ``path`` as they fit the open ``base``. Options and errors as of ``gguf_pairs``."""
     pairs, architecture = read_adapter_gguf(path)
     hparams = from_base(base)
     label = printable(Path(path).name)
@@ -124,7 +118,11 @@ def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader, tied: str = "s
     errors: list[str] = []
     for pair in pairs:
         found = gguf_pieces(pair.name, pair.shape[-2], hparams)
-        errors += place_pair(pair, found, hparams, parts)
+        wrong = place_pair(pair, found, hparams, parts)
+        if wrong and allowed(pair.sources, allow_unused):
+            placement.accounts += [Account(name, "ignored", "", f"--allow-unused: {wrong[0]}") for name in pair.sources]
+            continue
+        errors += wrong
         placement.accounts += [Account(name, "applied", ", ".join(p.name for p in found)) for name in pair.sources]
     for name, found in parts.items():
         errors += combine(name, found, hparams, placement.pairs)

@@ -1,0 +1,196 @@
+"""Adapters as tools other than PEFT save them: what a merge makes of each is what the tool means."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from libgguf import dequantize_rows, quantize_rows
+from safetensors.numpy import load_file, save_file
+
+from lora_gguf.adapters.lora import decode
+from lora_gguf.commands.merge import merge
+from lora_gguf.errors import MalformedError
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, key_value
+from lora_gguf.ggml import BY_NAME
+from lora_gguf.mapping.hparams import from_config
+from tests import tiny
+
+PREFIX = "base_model.model."
+NAMES = ("embed_tokens", "lm_head")
+
+
+def written(folder, tensors, **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    return folder
+
+
+def assert_holds(base, source, folder, wanted, atol=3e-6, **options):
+    """A merge changes the tensors ``wanted`` to what they are there, and no others."""
+    merge(base, [(source, 1.0)], folder / "merged.gguf", force=True, **options)
+    with GgufReader(base) as before, GgufReader(folder / "merged.gguf") as after:
+        for name, info in after.tensors.items():
+            found = decode(after, info)
+            expected = wanted[name] if name in wanted else decode(before, before.tensors[name])
+            np.testing.assert_allclose(found, expected.reshape(found.shape), rtol=0, atol=atol if name in wanted else 0, err_msg=name)
+
+
+def model_of(name):
+    return from_config(tiny.config_of(name))
+
+
+def peft(name):
+    """The tensors and the configuration of the fixture's adapter, and PEFT's merged weights."""
+    folder = tiny.TINY / name / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return load_file(folder / "adapter_model.safetensors"), config, tiny.tensors_of(name, model_of(name), "merged")
+
+
+def fsdp(name):
+    """As Axolotl saves a compiled model under FSDP: wrappers at every level."""
+    path = name.removeprefix(PREFIX).replace(".self_attn.", "._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn.")
+    return f"_orig_mod.{PREFIX}_orig_mod.{path}"
+
+
+RENAMED = {
+    "fsdp": fsdp,
+    "named": lambda name: name.replace("lora_A.weight", "lora_A.my-run.weight").replace("lora_B.weight", "lora_B.my-run.weight"),
+    "default": lambda name: name.replace(".weight", ".default.weight"),
+    "no prefix": lambda name: name.removeprefix(PREFIX),
+    "a text model in a vision model": lambda name: name.replace("model.layers", "model.language_model.layers"),
+    "the same, transformers 4": lambda name: name.replace(f"{PREFIX}model.", f"{PREFIX}language_model.model."),
+}
+
+
+@pytest.mark.parametrize("form", RENAMED)
+def test_the_same_adapter_under_other_names(tmp_path, form):
+    tensors, config, wanted = peft("llama")
+    source = written(tmp_path / "a", {RENAMED[form](name): array for name, array in tensors.items()}, **config)
+    assert_holds(tiny.base_gguf(tmp_path, "llama"), source, tmp_path, wanted)
+
+
+def test_unsloth_with_trained_embeddings(tmp_path):
+    """A regular expression as targets, a 4-bit base, embeddings whole under the names that PEFT keeps in a checkpoint."""
+    tensors, config, wanted = peft("qwen2")
+    rng = np.random.default_rng(3)
+    whole = {name: rng.standard_normal((288, 32)).astype(np.float32) for name in NAMES}
+    tensors[f"{PREFIX}model.embed_tokens.modules_to_save.default.weight"] = whole["embed_tokens"]
+    tensors[f"{PREFIX}lm_head.modules_to_save.default.weight"] = whole["lm_head"]
+    config |= {
+        "base_model_name_or_path": "unsloth/qwen2-bnb-4bit", "modules_to_save": list(NAMES),
+        "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|k_proj).*?)",
+    }  # fmt: skip
+    wanted |= {"token_embd.weight": whole["embed_tokens"], "output.weight": whole["lm_head"]}
+    assert_holds(tiny.base_gguf(tmp_path, "qwen2"), written(tmp_path / "a", tensors, **config), tmp_path, wanted)
+
+
+def extracted(before, after, name):
+    """The two factors of a difference, by mergekit's decomposition at full rank."""
+    u, sizes, v = np.linalg.svd((after - before).astype(np.float64), full_matrices=False)
+    root = np.sqrt(sizes)
+    return {f"{name}A": v * root[:, None], f"{name}B": u * root}
+
+
+@pytest.mark.parametrize("n_new", [0, 2])
+def test_mergekit(tmp_path, n_new):
+    """mergekit-extract-lora: linear layers, head and embedding as factors, norms whole, a vocabulary that may have grown."""
+    before = {key: array.astype(np.float32) for key, array in load_file(tiny.TINY / "qwen2" / "base.safetensors").items()}
+    rng = np.random.default_rng(9)
+    tensors, ranks, after = {}, {}, {}
+    for key, array in before.items():
+        path = key.removesuffix(".weight")
+        grown = n_new if path.endswith(NAMES) else 0
+        resized = np.concatenate([array, rng.normal(0, 0.02, (grown, *array.shape[1:])).astype(np.float32)]) if grown else array
+        after[key] = resized + rng.standard_normal(resized.shape).astype(np.float32) * 0.05
+        if key.endswith(".bias"):
+            after[key] = array
+        elif array.ndim == 1:
+            tensors[PREFIX + key] = after[key]
+        elif path.endswith("embed_tokens"):
+            tensors |= extracted(resized.T, after[key].T, f"{PREFIX}{path}.lora_embedding_")
+            ranks[path] = min(array.shape)
+        else:
+            factors = extracted(resized, after[key], f"{PREFIX}{path}.lora_")
+            tensors |= {f"{name}.weight": factor for name, factor in factors.items()}
+            ranks[path] = min(array.shape)
+        if grown:
+            tensors[f"{PREFIX}{path}.base_layer.weight"] = resized
+    norms = [key.removesuffix(".weight") for key in before if before[key].ndim == 1 and key.endswith("weight")]
+    patterns = {"r": 32, "lora_alpha": 32, "rank_pattern": ranks, "alpha_pattern": ranks}
+    source = written(tmp_path / "a", tensors, modules_to_save=norms, target_modules=list(ranks), **patterns)
+    if n_new:
+        (source / "added_tokens.json").write_text(json.dumps({"<a>": 288, "<b>": 289}))
+    save_file(after, tmp_path / "after.safetensors")
+    wanted = tiny.tensors_from(tmp_path / "after.safetensors", model_of("qwen2"))
+    assert_holds(tiny.base_gguf(tmp_path, "qwen2"), source, tmp_path, wanted, atol=1e-5)
+
+
+def test_mlx(tmp_path):
+    """mlx-lm: factors transposed, a scale of its own, the file's own name."""
+    tensors, config, wanted = peft("llama")
+    scale = config["lora_alpha"] / config["r"]
+    names = {"A": "lora_a", "B": "lora_b"}
+    turned = {
+        f"{name.removeprefix(PREFIX).rpartition('.lora_')[0]}.{names[name[-8]]}": np.ascontiguousarray(array.T)
+        for name, array in tensors.items()
+    }
+    (tmp_path / "a").mkdir()
+    save_file(turned, tmp_path / "a" / "adapters.safetensors")
+    parameters = {"rank": config["r"], "scale": scale, "dropout": 0.0}
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters, "model": "mlx/x"})
+    )
+    assert_holds(tiny.base_gguf(tmp_path, "llama"), tmp_path / "a", tmp_path, wanted)
+
+
+@pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "IQ4_NL", "MXFP4"])
+def test_adapter_ggufs_of_any_type(tmp_path, type_name):
+    """Both factors as another tool may have quantized them; the update is that of the numbers that they hold."""
+    rng = np.random.default_rng(4)
+    stem, kind = "blk.0.attn_output.weight", BY_NAME[type_name]
+    a, b = (rng.standard_normal((32, 32)).astype(np.float32) * 0.1 for _ in range(2))
+    stored = {}
+    for name, array in ((f"{stem}.lora_a", a), (f"{stem}.lora_b", b)):
+        raw = {"F32": array, "F16": array.astype(np.float16), "BF16": (array.view(np.uint32) >> 16).astype(np.uint16)}.get(type_name)
+        stored[name] = np.frombuffer(bytes(quantize_rows(array, kind.id)), np.uint8) if raw is None else raw
+    values = [
+        np.asarray(dequantize_rows(raw.view(np.uint8).reshape(32, -1), kind.id, n_per_row=32)).reshape(32, 32)
+        if kind.block_size > 1 else
+        (raw.astype(np.uint32) << 16).view(np.float32) if type_name == "BF16" else raw.astype(np.float32)
+        for raw in stored.values()
+    ]  # fmt: skip
+    header = [("general.architecture", "llama", "str"), ("general.type", "adapter", "str"), ("adapter.type", "lora", "str")]
+    header += [("adapter.lora.alpha", 16.0, "f32")]
+    with GgufWriter(tmp_path / "a.gguf", [key_value(*h) for h in header], [TensorSpec(n, kind, (32, 32)) for n in stored]) as writer:
+        for name, raw in stored.items():
+            writer.write(writer.tensors[name], 0, np.ascontiguousarray(raw))
+        writer.commit()
+    base = tiny.base_gguf(tmp_path, "llama")
+    with GgufReader(base) as reader:
+        before = decode(reader, reader.tensors[stem])
+    assert_holds(base, tmp_path / "a.gguf", tmp_path, {stem: before + 0.5 * values[1] @ values[0]}, atol=2e-6)
+
+
+def test_a_value_head_is_a_leftover(tmp_path):
+    """TRL's PPO leaves the head of its value model beside the adapter."""
+    tensors, config, wanted = peft("llama")
+    source = written(tmp_path / "a", tensors | {"v_head.summary.weight": np.ones((1, 32), np.float32)}, **config)
+    base = tiny.base_gguf(tmp_path, "llama")
+    with pytest.raises(Exception, match="v_head.summary"):
+        merge(base, [(source, 1.0)], tmp_path / "no.gguf")
+    assert_holds(base, source, tmp_path, wanted, allow_unused="v_head")
+    source = written(tmp_path / "b", tensors | {"training_step": np.ones(1, np.float32)}, **config)
+    with pytest.raises(MalformedError, match="training_step"):
+        merge(base, [(source, 1.0)], tmp_path / "no.gguf")
+    assert_holds(base, source, tmp_path, wanted, allow_unused="^training")
+
+
+def test_two_runs_in_one_file_are_told_apart_or_refused(tmp_path):
+    tensors, config, _ = peft("llama")
+    second = {name.replace(".weight", ".second.weight"): array for name, array in tensors.items()}
+    with pytest.raises(MalformedError, match="save one adapter alone"):
+        merge(tiny.base_gguf(tmp_path, "llama"), [(written(tmp_path / "a", tensors | second, **config), 1.0)], tmp_path / "no.gguf")
