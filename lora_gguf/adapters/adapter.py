@@ -134,7 +134,8 @@ def as_f32(name: str, array: np.ndarray) -> np.ndarray:
 
 def adapter_name(source: str | os.PathLike) -> str:
     """A short name for files and metadata: the last part of a path or Hub id."""
-    path = os.path.normpath(os.fspath(source).split("@")[0].split("?")[0])
+    text = os.fspath(source)
+    path = os.path.normpath(text if os.path.exists(text) else text.split("@")[0].split("?")[0])
     cached = _CACHED.search(path)
     name = cached["name"] if cached else os.path.basename(path)
     return printable(name.removesuffix(".gguf"), 100)

@@ -37,7 +37,7 @@ def key_value(key: str, value, type_name: str) -> bytes:
 def raw_key_values(reader: GgufReader, skip: Iterable[str] = ()) -> list[bytes]:
     """The key/value pairs of an open file, each as its raw bytes, in order, without the keys in ``skip``."""
     skipped = set(skip)
-    return [os.pread(reader.fd, kv.end - kv.start, kv.start) for kv in reader.kv.values() if kv.key not in skipped]
+    return [reader.source.read(kv.start, kv.end - kv.start) for kv in reader.kv.values() if kv.key not in skipped]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from lora_gguf.errors import FileError, IntegrityError, printable
+from lora_gguf.files import positional
 
 # how a file starts, the ending of the names for which that is right -> what it is otherwise and what to do
 IMPOSTORS = (
@@ -108,7 +109,7 @@ class InputFile(Source):
         label = f"{self.label}: {label}" if label else self.label
         while done < len(view):
             try:
-                n_bytes = os.preadv(self.fd, [view[done:]], position + done)
+                n_bytes = positional.read_into(self.fd, view[done:], position + done)
             except OSError as error:
                 raise FileError(f"{label}: cannot read: {error.strerror}") from error
             if n_bytes == 0:

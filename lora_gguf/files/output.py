@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_gguf.errors import FileError, printable
+from lora_gguf.files import positional
 from lora_gguf.files.input_file import open_input
 
 try:
@@ -105,7 +106,7 @@ class OutputFile:
         view, done = memoryview(buffer).cast("B"), 0
         while done < len(view):
             try:
-                done += os.pwrite(self.fd, view[done:], position + done)
+                done += positional.write(self.fd, view[done:], position + done)
             except OSError as error:
                 raise self._failed("write", error) from error
 
@@ -122,12 +123,13 @@ class OutputFile:
         if hasattr(os, "copy_file_range"):
             with contextlib.suppress(OSError):
                 return os.copy_file_range(source_fd, self.fd, n_bytes, source_position, position)
+        chunk = memoryview(bytearray(n_bytes))
         try:
-            chunk = os.pread(source_fd, n_bytes, source_position)
+            n_read = positional.read_into(source_fd, chunk, source_position)
         except OSError as error:
             raise self._failed("read an input", error) from error
-        self.write_at(position, chunk)
-        return len(chunk)
+        self.write_at(position, chunk[:n_read])
+        return n_read
 
     def commit(self) -> None:
         """Make the file durable and put it in place."""

@@ -48,7 +48,7 @@ def check_hashes(path: Path, known: set[str], where: str) -> None:
     if large:
         with contextlib.suppress(OSError):
             note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(text)
+            note.write_text(text, encoding="utf-8")
 
 
 def _note(path: Path, expected: set[str]) -> tuple[Path, str]:
@@ -61,7 +61,7 @@ def _note(path: Path, expected: set[str]) -> tuple[Path, str]:
 
 def _read(note: Path) -> str | None:
     with contextlib.suppress(OSError, ValueError):
-        return note.read_text()
+        return note.read_text(encoding="utf-8")
     return None
 
 

@@ -126,10 +126,10 @@ def remember(repo: Repo) -> None:
         return
     reference = repo.folder / "refs" / repo.revision
     with contextlib.suppress(OSError):  # the cache may be read-only
-        if not reference.is_file() or reference.read_text() != repo.commit:
+        if not reference.is_file() or reference.read_text(encoding="utf-8") != repo.commit:
             reference.parent.mkdir(parents=True, exist_ok=True)
             temporary = reference.with_name(f"{reference.name}.{os.getpid()}")
-            temporary.write_text(repo.commit)
+            temporary.write_text(repo.commit, encoding="utf-8")
             os.replace(temporary, reference)
 
 
@@ -172,7 +172,7 @@ def _cached(repo: Repo) -> Repo:
     """The repository as it lies in the cache."""
     commit = repo.revision
     with contextlib.suppress(OSError):
-        commit = (repo.folder / "refs" / repo.revision).read_text().strip()
+        commit = (repo.folder / "refs" / repo.revision).read_text(encoding="utf-8").strip()
     repo = Repo(repo.id, repo.revision, commit)
     if not re.fullmatch(r"[0-9a-f]{40}", commit) or not repo.snapshot.is_dir():
         raise HubError(f"{repo.id}: not in the cache, and offline mode is on: unset HF_HUB_OFFLINE to download it")
