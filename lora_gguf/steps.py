@@ -10,7 +10,7 @@ from lora_gguf.plan import TensorPlan
 from lora_gguf.quants import QUANTS, Quant
 
 SAMPLE_ROWS = 16
-_EXPLICIT_BITS = {"F16": 10, "BF16": 7}  # of a value's significand
+_FLOATS = {"F16": (10, -14), "BF16": (7, -126)}  # the explicit bits of a value's significand, and its least exponent
 
 
 def planned_step(tensor: TensorPlan, base: Base) -> float:
@@ -29,7 +29,7 @@ def stored_step(base: Base, info: TensorInfo) -> float:
 
 
 def has_steps(quant: Quant) -> bool:
-    return quant.unpack is not None or quant.type.name in _EXPLICIT_BITS
+    return quant.unpack is not None or quant.type.name in _FLOATS
 
 
 def step_rms(quant: Quant, blocks: np.ndarray) -> float:
@@ -50,8 +50,9 @@ def steps_of(quant: Quant, blocks: np.ndarray) -> np.ndarray:
     if quant.unpack is None:
         weights = np.empty((len(blocks), n_cols), np.float32)
         quant.decode(blocks, weights)
-        _, exponents = np.frexp(weights)
-        return np.ldexp(np.float32(weights != 0), exponents - 1 - _EXPLICIT_BITS[quant.type.name])
+        bits, least = _FLOATS[quant.type.name]
+        exponents = np.where(weights == 0, least, np.frexp(weights)[1] - 1)
+        return np.ldexp(np.float32(1), np.maximum(exponents, least) - bits)
     codes, steps = np.empty((len(blocks), n_cols), np.int8), np.empty((len(blocks), n_cols // quant.group), np.float32)
     quant.unpack(blocks, codes, steps)
     return steps if quant.levels is None else steps * np.sqrt(np.mean(np.square(np.diff(quant.levels.astype(np.float32)))))

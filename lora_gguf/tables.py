@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 
 from lora_gguf.checks.comparison import Comparison
@@ -10,7 +12,7 @@ from lora_gguf.commands.extract import Extraction
 from lora_gguf.commands.merge import MergeReport
 from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.mapping.accounts import summary
-from lora_gguf.retention import Retention, kind_of, total
+from lora_gguf.retention import Retention, kind_of, layer_of, total
 from lora_gguf.text_table import text_table
 
 
@@ -32,10 +34,12 @@ def _row(kind: str, types: str, count: int, part: Retention) -> tuple:
 
 
 def as_dict(report: MergeReport) -> dict:
-    """The report as plain data for JSON: the whole, and each merged tensor."""
+    """The report as plain data for JSON: the whole, each kind of tensor, each merged tensor, each of the adapter's."""
     tensors = [
         {
             "name": tensor.target.name,
+            "layer": layer_of(tensor.target.name),
+            "kind": kind_of(tensor.target.name),
             "type": tensor.target.type.name,
             "base_type": tensor.source.type.name,
             "shape": list(tensor.source.shape),
@@ -44,20 +48,36 @@ def as_dict(report: MergeReport) -> dict:
         }
         for tensor in report.plan.merged
     ]
+    kinds = [
+        {"kind": kind, "base_type": before, "type": after, "count": len(parts), **total(parts).as_dict()}
+        for (kind, before, after), parts in report.by_kind().items()
+    ]
     copied = [tensor.target.name for tensor in report.plan.tensors if not tensor.recipe]
     accounts = [vars(account) for account in report.accounts]
     return {
-        "merged": tensors, "copied": copied, "all": report.whole.as_dict(), "accounts": accounts, "warnings": report.plan.warnings,
+        "all": report.whole.as_dict(), "kinds": kinds, "merged": tensors, "copied": copied, "accounts": accounts,
+        "warnings": report.plan.warnings,
     }  # fmt: skip
+
+
+def as_json(data: object, indent: int | None = 1) -> str:
+    """``data`` as JSON that any parser takes: null for NaN and infinity, ASCII only."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(data):
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def verify_table(report: VerifyReport) -> str:
     """One line per kind of adapted tensor, one for all of them, one for the rest of the file."""
-    groups: dict[tuple[str, str, str], list[Check]] = {}
-    for check in report.adapted:
-        groups.setdefault((kind_of(check.name), check.base_type, check.type), []).append(check)
     rows = [
-        _verify_row(kind, f"{before} > {after}" if before != after else before, checks) for (kind, before, after), checks in groups.items()
+        _verify_row(kind, f"{before} > {after}" if before != after else before, checks)
+        for (kind, before, after), checks in report.by_kind().items()
     ]
     rows.append(_verify_row("all adapted", "", report.adapted))
     rest = [check for check in report.checks if not check.touched]

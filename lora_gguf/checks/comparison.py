@@ -207,6 +207,15 @@ class Comparison:
         )
 
     @property
+    def delta_norm(self) -> float:
+        """The Frobenius norm of the update."""
+        return math.sqrt(self.sums[UPDATE2])
+
+    @property
+    def delta_rms(self) -> float:
+        return self.delta_norm / math.sqrt(self.n_weights) if self.n_weights else 0.0
+
+    @property
     def noise(self) -> float:
         """The rms of what rounding added, relative to that of the update."""
         return math.sqrt(max(self._share(ACHIEVED2) - 2 * self.kept + 1, 0.0))

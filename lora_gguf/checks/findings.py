@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from lora_gguf.checks.comparison import Comparison
 from lora_gguf.errors import MismatchError
+from lora_gguf.retention import kind_of, layer_of
 
 CAUSES = {
     "other base": "it was merged from another base model",
@@ -31,7 +33,7 @@ CAUSES = {
 class Check:
     """One tensor: ``touched`` by an adapter or not; how many of its bytes differ from the base's; its comparison.
 
-    ``reproduced`` says that it holds because the same merge gives the same bytes.
+    ``reproduced`` says that it holds because the same merge gives the same bytes. ``step`` is the rms step of its type.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Check:
     comparison: Comparison = field(default_factory=Comparison)
     holds: bool = True
     reproduced: bool = False
+    step: float = float("nan")
 
     @property
     def identical(self) -> bool:
@@ -50,9 +53,11 @@ class Check:
     def as_dict(self) -> dict:
         found = self.comparison
         return {
-            "name": self.name, "type": self.type, "base_type": self.base_type, "holds": self.holds,
+            "name": self.name, "layer": layer_of(self.name), "kind": kind_of(self.name),
+            "type": self.type, "base_type": self.base_type, "holds": self.holds, "weights": found.n_weights,
             "kept": found.kept, "kept_expected": found.nearest if nearest_only(self) else found.dithered,
             "standard_error": found.standard_error, "noise": found.noise, "noise_expected": found.expected_noise,
+            "delta_norm": found.delta_norm, "delta_per_step": found.delta_rms / self.step if self.step > 0 else math.nan,
             "correlation": found.correlation, "beyond_a_step": found.beyond, "identical": self.identical,
             "reproduced": self.reproduced,
         }  # fmt: skip

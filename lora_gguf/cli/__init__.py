@@ -18,7 +18,7 @@ from lora_gguf.cli.fetch import fetch
 from lora_gguf.cli.init_pipeline import init_pipeline
 from lora_gguf.cli.inspect import inspect
 from lora_gguf.cli.merge import merge
-from lora_gguf.cli.terms import joined_scales, say
+from lora_gguf.cli.terms import COMMAND_LINE, joined_scales, say
 from lora_gguf.cli.verify import verify
 from lora_gguf.errors import LoraGgufError, printable
 from lora_gguf.files.output import remove_live
@@ -78,7 +78,9 @@ def main() -> None:
 
 def _run(arguments: list[str] | None = None) -> int:
     try:
-        return app(args=joined_scales(arguments or sys.argv[1:]) or ["--help"], standalone_mode=False) or 0
+        words = arguments or sys.argv[1:]
+        COMMAND_LINE.set(("lora-gguf", *words))
+        return app(args=joined_scales(words) or ["--help"], standalone_mode=False) or 0
     except LoraGgufError as error:
         _trace()
         _complain(str(error))

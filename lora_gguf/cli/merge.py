@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Optional
@@ -18,12 +17,14 @@ from lora_gguf.cli.options import (
     Force,
     Lora,
     Model,
+    PlotFile,
     Progress,
+    ReportFile,
     Scale,
     Threads,
     TiedHead,
 )
-from lora_gguf.cli.terms import Rounding, Tied, adapters_of, base_and_adapter, n_bytes, say, warn
+from lora_gguf.cli.terms import Rounding, Tied, adapters_of, base_and_adapter, draw, n_bytes, pictures, say, warn
 from lora_gguf.errors import UsageError, printable
 from lora_gguf.progress import bar
 
@@ -64,6 +65,8 @@ def merge(
     threads: Threads = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
     force: Force = False,
+    report: ReportFile = None,
+    plot: PlotFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the report and errors only.")] = False,
     progress: Progress = True,
@@ -83,17 +86,20 @@ def merge(
     model_path = gguf_path(source)
     if not (dry_run or keep_split or split_max_size or shard or os.path.isdir(output)):
         check_target(output, force=force, inputs=[model_path])
+    wanted = pictures(report, plot, force, [model_path, *(name for name, _ in named)])
+    wanted.check([] if dry_run else [output])
     adapters = [(fetch_adapter(name), factor) for name, factor in named]
     from lora_gguf import tables
     from lora_gguf.commands.merge import merge as merge_adapters
     from lora_gguf.files.imatrix import read_imatrix
     from lora_gguf.growth import parse_growth
     from lora_gguf.plan import Policy
+    from lora_gguf.report.content import of_merge
 
     measured = read_imatrix(imatrix) if imatrix else None
     policy = Policy(rounding.value, seed, type and type.upper(), quantize and quantize.upper(), measured)
     with bar("merging", progress and not quiet) as advance:
-        report = merge_adapters(
+        merged = merge_adapters(
             model_path,
             adapters,
             None if dry_run else output,
@@ -112,9 +118,10 @@ def merge(
             force=force,
             progress=advance,
         )
-    warn(report.plan.warnings)
-    print(json.dumps(tables.as_dict(report), indent=1) if as_json else tables.retention_table(report))
+    warn(merged.plan.warnings)
+    print(tables.as_json(tables.as_dict(merged)) if as_json else tables.retention_table(merged))
     if not quiet:
-        for path in report.written:
+        for path in merged.written:
             size = f" ({os.path.getsize(path) / 1e6:.0f} MB)"
             say(f"wrote {printable(path)}{f': ollama create NAME -f {printable(path)}' if path.suffix == '.Modelfile' else size}")
+    draw(wanted, lambda: of_merge(merged, model_path, adapters, policy.rounding), quiet)

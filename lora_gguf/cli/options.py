@@ -36,3 +36,7 @@ ExpertB = Annotated[
 Threads = Annotated[Optional[int], typer.Option("-t", "--threads", metavar="N", min=1, help="Default: all cores.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")]
+ReportFile = Annotated[
+    Optional[Path], typer.Option("--report", metavar="FILE.html", help="Write a page with charts and tables of what happened.")
+]
+PlotFile = Annotated[Optional[Path], typer.Option("--plot", metavar="FILE.png", help="Draw the main charts, as PNG or SVG.")]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from enum import Enum
+from pathlib import Path
 
 from lora_gguf.errors import UsageError, printable
+
+COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("COMMAND_LINE", default=("lora-gguf",))  # the words of the running command
 
 
 class Rounding(str, Enum):
@@ -78,6 +82,20 @@ def n_bytes(size: str) -> int:
     if not unit or not number.isdigit() or int(number) == 0:
         raise UsageError(f"--split-max-size {size}: expected a number of megabytes or gigabytes, such as 500M or 2G")
     return int(number) * unit
+
+
+def pictures(page: Path | None, plot: Path | None, force: bool, inputs: Iterable[str | os.PathLike]):
+    """The files of --report and --plot, of the running command."""
+    from lora_gguf.report.files import Pictures
+
+    return Pictures(page, plot, COMMAND_LINE.get(), force, tuple(inputs))
+
+
+def draw(pictures, content: Callable[[], object], quiet: bool = False) -> None:
+    """Write the pictures, if any are wanted, of what ``content`` returns."""
+    for path in pictures.write(content()) if pictures else ():
+        if not quiet:
+            say(f"wrote {printable(path)}")
 
 
 def warn(warnings: list[str]) -> None:

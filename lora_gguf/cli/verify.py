@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from lora_gguf.cli.options import BASE_HELP, BaseConfig, ExpertB, Progress, Threads
-from lora_gguf.cli.terms import adapters_of, say
+from lora_gguf.cli.options import BASE_HELP, BaseConfig, ExpertB, PlotFile, Progress, ReportFile, Threads
+from lora_gguf.cli.terms import adapters_of, draw, pictures, say
 from lora_gguf.errors import printable
 from lora_gguf.progress import bar
 
@@ -24,6 +23,9 @@ def verify(
     expert_b_layout: ExpertB = None,
     imatrix: Annotated[Optional[Path], typer.Option(metavar="PATH", help="The importance matrix that the merge used, if it did.")] = None,
     threads: Threads = None,
+    report: ReportFile = None,
+    plot: PlotFile = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing report or plot.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     progress: Progress = True,
 ) -> None:
@@ -32,19 +34,23 @@ def verify(
     lora-gguf verify merged.gguf --base model-Q4_K_M.gguf --lora user/my-adapter
     """
     from lora_gguf.commands.fetch import fetch as fetch_adapter
+    from lora_gguf.hub.references import gguf_path
 
+    merged_path, base_path = gguf_path(merged), gguf_path(base)
+    wanted = pictures(report, plot, force, [merged_path, base_path, *(name for name, _ in adapters_of(lora))])
+    wanted.check()
     adapters = [(fetch_adapter(name), factor) for name, factor in adapters_of(lora)]
     from lora_gguf import tables
     from lora_gguf.checks.findings import as_error
     from lora_gguf.commands.verify import verify as verify_merge
     from lora_gguf.files.imatrix import read_imatrix
-    from lora_gguf.hub.references import gguf_path
+    from lora_gguf.report.content import of_verify
 
     with bar("verifying", progress) as advance:
         measured = read_imatrix(imatrix) if imatrix else None
-        report = verify_merge(
-            gguf_path(merged),
-            gguf_path(base),
+        found = verify_merge(
+            merged_path,
+            base_path,
             adapters,
             expert_b_layout=expert_b_layout and expert_b_layout.value,
             base_config=base_config,
@@ -52,8 +58,9 @@ def verify(
             threads=threads,
             progress=advance,
         )
-    print(json.dumps(report.as_dict(), indent=1) if as_json else tables.verify_table(report))
-    for note in report.notes:
+    print(tables.as_json(found.as_dict()) if as_json else tables.verify_table(found))
+    for note in found.notes:
         say(f"lora-gguf: note: {printable(note, 600)}")
-    if not report.ok:
-        raise as_error(report.label, report.findings)
+    draw(wanted, lambda: of_verify(found, merged_path, base_path, adapters))
+    if not found.ok:
+        raise as_error(found.label, found.findings)

@@ -22,6 +22,7 @@ from lora_gguf.modelfile import modelfile as modelfile_text
 from lora_gguf.naming import output_path
 from lora_gguf.plan import Plan, Policy, make_plan
 from lora_gguf.retention import Retention, kind_of, total
+from lora_gguf.steps import planned_step
 
 Progress = Callable[[int, int, str], None]
 WARN_BELOW = 0.8
@@ -100,6 +101,7 @@ def merge(
                 writer = GgufWriter(part.path, key_values, targets, alignment=model.alignment, force=force, inputs=inputs)
                 writers.append(opened.enter_context(writer))
                 write_part(part, model, writer, report, threads, progress)
+            note_steps(report, model)
             check_retention(report, policy, min_retention)
             model.check_unchanged()
             report.written += [commit(writer) for writer in writers]
@@ -161,6 +163,13 @@ def merged_key_values(
     raw = raw_key_values(model.readers[0], set(model.kv) - set(kept))
     base_pairs = [changed.pop(key, pair) for key, pair in zip(kept, raw)]
     return base_pairs + list(changed.values()) + [key_value(f"lora_gguf.{key}", *value) for key, value in ours.items()]
+
+
+def note_steps(report: MergeReport, model: Base) -> None:
+    """Add to what was kept of each tensor how large the steps of its type are."""
+    for tensor in report.plan.merged:
+        if found := report.retention.get(tensor.target.name):
+            found.steps2 = found.n_weights * planned_step(tensor, model) ** 2
 
 
 def check_retention(report: MergeReport, policy: Policy, min_retention: float) -> None:

@@ -21,8 +21,11 @@ from lora_gguf.chunks import CHUNK_WEIGHTS, Chunk, cut, encoded, in_threads, upd
 from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.base import Base
 from lora_gguf.files.imatrix import Imatrix
+from lora_gguf.mapping.accounts import Account
 from lora_gguf.plan import HEAD, Plan, Policy, make_plan
 from lora_gguf.quants import QUANTS
+from lora_gguf.retention import kind_of
+from lora_gguf.steps import stored_step
 
 Progress = Callable[[int, int, str], None]
 WARN_BELOW = 0.8
@@ -37,6 +40,7 @@ class VerifyReport:
     checks: list[Check] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    accounts: list[Account] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -45,6 +49,13 @@ class VerifyReport:
     @property
     def adapted(self) -> list[Check]:
         return [check for check in self.checks if check.touched]
+
+    def by_kind(self) -> dict[tuple[str, str, str], list[Check]]:
+        """The adapted tensors by (kind, type before, type after), in the file's order of first appearance."""
+        groups: dict[tuple[str, str, str], list[Check]] = {}
+        for check in self.adapted:
+            groups.setdefault((kind_of(check.name), check.base_type, check.type), []).append(check)
+        return groups
 
     @property
     def whole(self) -> Comparison:
@@ -59,13 +70,24 @@ class VerifyReport:
             "findings": [finding.as_dict() for finding in self.findings],
             "notes": self.notes,
             "kept": self.whole.kept,
+            "all": _kind_as_dict("all adapted", "", "", self.adapted),
+            "kinds": [_kind_as_dict(*key, checks) for key, checks in self.by_kind().items()],
             "tensors": [check.as_dict() for check in self.adapted],
             "untouched": {
                 "identical": sum(check.identical for check in untouched),
                 "requantized": [check.name for check in untouched if not check.identical and check.holds],
                 "changed": [check.name for check in untouched if not check.holds],
             },
+            "accounts": [vars(account) for account in self.accounts],
         }
+
+
+def _kind_as_dict(kind: str, base_type: str, type: str, checks: Sequence[Check]) -> dict:
+    found = sum((check.comparison for check in checks), Comparison())
+    return {
+        "kind": kind, "base_type": base_type, "type": type, "count": len(checks), "wrong": sum(not check.holds for check in checks),
+        "kept": found.kept, "standard_error": found.standard_error, "noise": found.noise, "noise_expected": found.expected_noise,
+    }  # fmt: skip
 
 
 def verify(
@@ -90,7 +112,8 @@ def verify(
         tied = "separate" if HEAD in result.tensors else "shared"
         placements = [(placement_of(path, model, tied, None, expert_b_layout, base_config), scale) for path, scale in adapters]
         plan = make_plan(model, placements, PLAIN)
-        report = VerifyReport(result.label)
+        accounts = [account for placement, _ in placements for account in placement.accounts]
+        report = VerifyReport(result.label, accounts=accounts)
         names = [adapter_name(path) for path, _ in adapters]
         evidence = Evidence(model, result, placements, plan, names, imatrix=imatrix)
         if len(adapters) > 1:
@@ -100,6 +123,8 @@ def verify(
         wrong = {name for finding in report.findings for name in finding.tensors}
         for check in report.checks:
             check.holds = check.holds and check.name not in wrong
+        for check in report.adapted:
+            check.step = stored_step(result, result.tensors[check.name])
         report.notes = notes(report)
         model.check_unchanged()
         result.check_unchanged()

@@ -1,0 +1,127 @@
+"""What the page of each command says: the command's ``--json`` dict as it is, and how to show it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_gguf import tables
+from lora_gguf.adapters.sources import adapter_name
+from lora_gguf.commands.merge import WARN_BELOW, MergeReport
+from lora_gguf.commands.verify import VerifyReport
+from lora_gguf.errors import printable
+
+Adapters = Sequence[tuple[str | os.PathLike, float]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table on the page: the rows' key, its title, and how its values are shown ("" as they are, "bytes", or like d3).
+
+    ``under`` is the key of a type that is told beside the value; a ``minor`` column is left out on a narrow screen.
+    """
+
+    key: str
+    title: str
+    format: str = ""
+    under: str | None = None
+    minor: bool = False
+
+
+_KIND, _COUNT, _KEPT = Column("kind", "tensors", under="type"), Column("count", "count", "d"), Column("kept", "delta kept", ".3f")
+ACCOUNTS = [Column("tensor", "adapter tensor"), Column("outcome", "outcome"), Column("target", "target"), Column("reason", "reason")]
+MERGED_KINDS = [
+    _KIND, _COUNT, _KEPT, Column("changed", "codes changed", ".1%"), Column("delta_per_step", "delta / step", ".2g"),
+    Column("noise", "noise / delta", ".1f"),
+]  # fmt: skip
+VERIFIED_KINDS = [
+    _KIND, _COUNT, Column("wrong", "wrong", "d"), _KEPT, Column("standard_error", "±", ".3f", minor=True),
+    Column("noise", "noise / delta", ".1f"), Column("noise_expected", "of rounding", ".1f", minor=True),
+]  # fmt: skip
+
+
+@dataclass
+class Content:
+    """One page: ``report`` is the ``--json`` dict, ``rows`` the key of its list of tensors, ``total`` the last row of its kinds.
+
+    ``kinds`` and ``accounts`` are the columns of the tables, ``files`` pairs of role and path.
+    """
+
+    title: str
+    figure: dict
+    lines: list[str]
+    warnings: list[str]
+    report: dict
+    rows: str
+    measures: tuple[str, ...]
+    kinds: list[Column]
+    total: dict
+    files: list[tuple[str, str | os.PathLike]] = field(default_factory=list)
+    accounts: list[Column] = field(default_factory=lambda: ACCOUNTS)
+
+
+def of_merge(report: MergeReport, base: str | os.PathLike, adapters: Adapters, rounding: str) -> Content:
+    """The page of a merge, or of its dry run."""
+    data, whole = tables.as_dict(report), report.whole
+    n_merged, n_copied = len(data["merged"]), len(data["copied"])
+    figure = {"value": f"{whole.kept:.3f}", "label": "of the adapter is kept (1 is all of it)", "bad": whole.kept < WARN_BELOW}
+    if not whole.n_weights:
+        figure = {"value": str(n_merged), "label": "tensors would change: a dry run, nothing was merged or measured", "bad": False}
+    return Content(
+        title=f"Merge of {_names(adapters)} into {Path(base).name}",
+        figure=figure,
+        lines=[f"{n_merged} tensors merged, {n_copied} copied as they are. Rounding: {rounding}. {_accounted(data)}"],
+        warnings=report.plan.warnings,
+        report=data,
+        rows="merged",
+        measures=("kept", "delta_per_step", "delta_norm", "changed", "noise", "type"),
+        kinds=MERGED_KINDS,
+        total={"kind": "all merged", "count": n_merged, "total": True, **data["all"]},
+        files=[("base", base), *(("adapter", path) for path, _ in adapters), *(("output", path) for path in report.written)],
+    )
+
+
+def of_verify(report: VerifyReport, merged: str | os.PathLike, base: str | os.PathLike, adapters: Adapters) -> Content:
+    """The page of a verification."""
+    data = report.as_dict()
+    whole, untouched, n_adapted = data["all"], data["untouched"], len(data["tensors"])
+    verdict = "holds its base plus the adapter, within rounding" if report.ok else "does not hold its base plus the adapter"
+    changed = f", {len(untouched['changed'])} changed" if untouched["changed"] else ""
+    return Content(
+        title=f"{Path(merged).name} {verdict}",
+        figure={"value": f"{data['kept']:.3f}", "label": f"of the update is in the file (1 is all of it), ± {whole['standard_error']:.3f}",
+                "bad": not report.ok or data["kept"] < WARN_BELOW},
+        lines=[
+            f"Compared with {Path(base).name} and {_names(adapters)}: {n_adapted} adapted tensors, {whole['wrong']} wrong; "
+            f"of the others {untouched['identical']} identical, {len(untouched['requantized'])} requantized{changed}."
+        ],
+        warnings=[*map(str, report.findings), *report.notes],
+        report=data,
+        rows="tensors",
+        measures=("holds", "kept", "delta_per_step", "delta_norm", "noise", "correlation", "type"),
+        kinds=VERIFIED_KINDS,
+        total=whole | {"total": True},
+        files=[("merged", merged), ("base", base), *(("adapter", path) for path, _ in adapters)],
+    )  # fmt: skip
+
+
+def _names(adapters: Adapters) -> str:
+    return " and ".join(adapter_name(path) + ("" if scale == 1 else f" × {scale:g}") for path, scale in adapters)
+
+
+def _accounted(data: dict) -> str:
+    applied = sum(account["outcome"] == "applied" for account in data["accounts"])
+    return f"{applied} of {len(data['accounts'])} adapter tensors applied."
+
+
+def file_rows(files: Sequence[tuple[str, str | os.PathLike]]) -> list[dict]:
+    """The files' roles, names, and sizes in bytes; a folder's size is that of the files in it."""
+    return [{"role": role, "name": printable(path), "size": _size(Path(path))} for role, path in files]
+
+
+def _size(path: Path) -> int | None:
+    if path.is_dir():
+        return sum(entry.stat().st_size for entry in path.iterdir() if entry.is_file())
+    return path.stat().st_size if path.exists() else None
