@@ -18,6 +18,7 @@ from lora_gguf.files.base import Base
 from lora_gguf.hub.quantizations import REPO_ID
 from lora_gguf.mapping import hparams
 from lora_gguf.mapping.placement import Placement, gguf_pairs
+from lora_gguf.progress import Progress
 
 
 def convert(
@@ -31,12 +32,14 @@ def convert(
     allow_unused: str | None = None,
     expert_b_layout: str | None = None,
     rank: int | None = None,
+    progress: Progress | None = None,
 ) -> Placement:
     """Write the PEFT adapter in ``directory`` as a GGUF to ``out`` and return the account of its tensors.
 
     The layout follows the header of ``base``, a GGUF, and ``base_config``, a ``config.json`` or the folder that holds
     it, where the GGUF does not say or is not given. ``outtype`` is one of ``OUT_TYPES``; F32, the default, is exact.
     What isn't low rank (DoRA, OFT, …) is refused, or with ``rank`` approximated at that rank against ``base``.
+    That takes its time: ``progress`` is called with (bytes of the base done since the last call, bytes in all, tensor name).
     """
     if outtype not in OUT_TYPES:
         raise UsageError(f"--outtype {outtype}: expected one of {', '.join(OUT_TYPES)}")
@@ -44,13 +47,15 @@ def convert(
     with Base(base) if base is not None else nullcontext() as opened:
         model = base_model(opened, base_config)
         placement = gguf_pairs(adapter, model, updates=True, allow_unused=allow_unused)
-        to_pairs(placement, adapter, opened, rank)
+        to_pairs(placement, adapter, opened, rank, progress)
         inputs = [adapter.directory, *(opened.paths if opened else [])]
     write_adapter_gguf(out, placement.pairs, model.architecture, outtype, metadata(adapter), force=force, inputs=inputs)
     return placement
 
 
-def to_pairs(placement: Placement, adapter: Adapter, base: Base | None, rank: int | None) -> None:
+def to_pairs(
+    placement: Placement, adapter: Adapter, base: Base | None, rank: int | None, progress: Progress | None = None
+) -> None:
     """Turn the updates of ``placement`` into pairs: those that are low rank after all exactly, others at ``rank``.
 
     Raises ``UnsupportedError`` that lists what an adapter GGUF cannot hold.
@@ -69,8 +74,11 @@ def to_pairs(placement: Placement, adapter: Adapter, base: Base | None, rank: in
         )
     placement.pairs += exact.values()
     placement.updates = []
-    for name in dict.fromkeys(update.name for update in others):
+    names = list(dict.fromkeys(update.name for update in others))
+    for name in names:
         approximate(name, [update for update in others if update.name == name], placement, base, rank)
+        if progress:
+            progress(base.tensors[name].n_bytes, sum(base.tensors[other].n_bytes for other in names), name)
 
 
 def approximate(name: str, updates: list[Update], placement: Placement, base: Base, rank: int) -> None:

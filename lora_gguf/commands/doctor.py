@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_gguf.adapters.adapter import adapter_directory
@@ -21,11 +21,11 @@ from lora_gguf.hub.remote import open_model
 from lora_gguf.inspection import AdapterInspection
 from lora_gguf.mapping.accounts import Placement
 from lora_gguf.plan import Plan, Policy, TensorPlan, make_plan
+from lora_gguf.progress import Progress
 from lora_gguf.retention import Retention, kind_of, layer_of, total
 from lora_gguf.text_table import size_text
 from lora_gguf.tokenizer import compare_tokenizer
 
-Progress = Callable[[int, int, str], None]
 # name -> (options of merge, what they are to the plan)
 OPTIONS: dict[str, tuple[str, dict]] = {
     "auto": ("the defaults", {}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from lora_gguf.errors import MismatchError, NumericError, UsageError, printable
 from lora_gguf.factoring import factor
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
+from lora_gguf.progress import Progress
 from lora_gguf.quants import QUANTS
 
-Progress = Callable[[int, int, str], None]
 CHUNK_BYTES = 16 << 20
 
 

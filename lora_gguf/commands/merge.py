@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +21,10 @@ from lora_gguf.mapping.placement import Account
 from lora_gguf.modelfile import modelfile as modelfile_text
 from lora_gguf.naming import output_path
 from lora_gguf.plan import Plan, Policy, make_plan
+from lora_gguf.progress import Progress
 from lora_gguf.retention import Retention, kind_of, total
 from lora_gguf.steps import planned_step
 
-Progress = Callable[[int, int, str], None]
 WARN_BELOW = 0.8
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
 

@@ -8,7 +8,7 @@ wrong are some tensors read again, to name the cause (``diagnosis.py``).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,11 +23,11 @@ from lora_gguf.files.base import Base
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.accounts import Account
 from lora_gguf.plan import HEAD, Plan, Policy, make_plan
+from lora_gguf.progress import Progress
 from lora_gguf.quants import QUANTS
 from lora_gguf.retention import kind_of
 from lora_gguf.steps import stored_step
 
-Progress = Callable[[int, int, str], None]
 WARN_BELOW = 0.8
 PLAIN = Policy("dither")  # only where the updates go matters here, not how they would be rounded
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -88,7 +87,7 @@ def download(repo: Repo, name: str, progress: Callable[[str, int, int], None] | 
     _remove_stale(repo, file)
     if not (repo.snapshot / name).exists():
         _check_space(file)
-    with client(repo, name, bars=progress is None):
+    with client(repo, name):
         path = Path(
             hf_hub_download(
                 repo.id, name, revision=repo.commit, endpoint=constants.ENDPOINT, **_progress_option(name, progress)
@@ -224,14 +223,14 @@ def _progress_option(name: str, progress: Callable[[str, int, int], None] | None
 
 
 @contextlib.contextmanager
-def client(repo: Repo, file: str = "", bars: bool = False) -> Iterator[None]:
-    """Calls of huggingface_hub: its log kept quiet, its bars only on a terminal, its errors explained in one line."""
+def client(repo: Repo, file: str = "") -> Iterator[None]:
+    """Calls of huggingface_hub: its log kept quiet, its bars off, its errors explained in one line."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     verbosity, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
     if not os.environ.get("HF_DEBUG"):
         logging.set_verbosity_error()
-    if had_bars and not (bars and sys.stderr.isatty()):
+    if had_bars:
         disable_progress_bars()
     _guard_session()
     try:

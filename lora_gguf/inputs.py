@@ -1,0 +1,47 @@
+"""What a user names, made local: base models and adapters by path, Hub id or reference. The command line and the library
+both come through here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Union
+
+from lora_gguf.commands.fetch import fetch
+from lora_gguf.errors import UsageError
+from lora_gguf.hub.references import gguf_path
+from lora_gguf.progress import FileProgress
+
+Name = Union[str, os.PathLike]
+Scaled = tuple[Name, float]
+Adapters = Union[Name, Scaled, Sequence[Union[Name, Scaled]]]
+
+
+def scaled_names(adapters: Adapters) -> list[Scaled]:
+    """``adapters`` as a list of (name, factor of its scale): a name, such a pair, or a sequence of either.
+
+    Raises ``UsageError`` where it is none of these, or empty.
+    """
+    if isinstance(adapters, (str, os.PathLike)) or is_scaled(adapters):
+        adapters = [adapters]
+    found = [item if is_scaled(item) else (item, 1.0) for item in adapters]
+    if not found:
+        raise UsageError("no adapter: name at least one")
+    if strange := [name for name, _ in found if not isinstance(name, (str, os.PathLike))]:
+        raise UsageError(f"adapter: expected a path, a Hub id, or (one of these, scale), found a {type(strange[0]).__name__}")
+    return [(name, float(scale)) for name, scale in found]
+
+
+def is_scaled(item) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float))
+
+
+def local_adapters(named: Iterable[Scaled], progress: FileProgress | None = None) -> list[tuple[Path, float]]:
+    """Each adapter's folder or file, downloaded if need be, with its factor. Raises ``HubError`` and the like."""
+    return [(fetch(name, progress=progress), scale) for name, scale in named]
+
+
+def local_model(source: Name, progress: FileProgress | None = None) -> Path:
+    """The path of a model's GGUF, downloaded if need be. Raises ``HubError`` and the like."""
+    return gguf_path(source, progress=progress)
