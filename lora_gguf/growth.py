@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from lora_gguf.chunks import Chunk, stack, update_of
-from lora_gguf.errors import UsageError
+from lora_gguf.errors import UsageError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.ggml import BY_NAME
 from lora_gguf.plan import Plan, TensorPlan
@@ -22,13 +22,13 @@ SAMPLE_ROWS = 16
 
 
 def parse_growth(text: str) -> float:
-    """``10%`` or ``0.1`` as 0.1."""
+    """``10%`` or ``0.1`` as 0.1; 10 alone would be a guess."""
     try:
         share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         share = -1.0
-    if not 0 <= share <= 10:
-        raise UsageError(f"--max-growth {text}: expected a share of the base's size, such as 10%")
+    if not 0 <= share <= (10 if text.endswith("%") else 1):
+        raise UsageError(f"--max-growth {printable(text)}: expected a share of the base's size, such as 10%")
     return share
 
 

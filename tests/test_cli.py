@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,3 +203,37 @@ def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch, arguments, says
     code, out, err = run(capsys, "merge", *arguments)
     assert code in (2, 7) and says in err and err.count("\n") == 1 and not out
     assert sorted(os.listdir(tmp_path)) == ["adapter.gguf", "base.gguf"]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
+def test_completion_in_bash(tmp_path):
+    """The script that --show-completion prints, run by bash."""
+    command = tmp_path / "lora-gguf"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lora_gguf "$@"\n')
+    command.chmod(0o755)
+    script = """
+        source <(lora-gguf --show-completion bash)
+        try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _lora_gguf_completion lora-gguf; echo "${COMPREPLY[*]}"; }
+        try lora-gguf me; try lora-gguf merge --rounding n
+    """
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split("\n") == ["merge", "nearest", ""], done.stderr
+
+
+def test_the_list_of_commands_fits_a_terminal(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and "..." not in out.partition("Commands:")[2] and max(map(len, out.splitlines())) <= 80
+
+
+def test_the_file_that_was_meant(tmp_path, capsys):
+    base_and_adapter(tmp_path, "Q4_0")
+    code, _, err = run(capsys, "merge", tmp_path / "bse.gguf", tmp_path / "adapter.gguf", "-o", tmp_path / "out.gguf")
+    assert code == errors.FileError.exit_code and f"did you mean {tmp_path / 'base.gguf'}?" in err
+
+
+@pytest.mark.parametrize("growth", ["5", "x", "-1%", "2000%", "nan"])
+def test_a_growth_that_could_be_misread_is_refused(tmp_path, capsys, growth):
+    base_and_adapter(tmp_path, "Q4_0")
+    code, _, err = run(capsys, "merge", tmp_path / "base.gguf", tmp_path / "adapter.gguf", "-o", tmp_path / "o", "--max-growth", growth)
+    assert code == errors.UsageError.exit_code and "such as 10%" in err and not (tmp_path / "o").exists()

@@ -50,8 +50,19 @@ def _options(
         os.environ["LORA_GGUF_DEBUG"] = "1"
 
 
-for command in (fetch, inspect, doctor, convert, merge, verify, extract, init_pipeline):
-    app.command()(command)
+# the commands in the order of their help, each in one line that an 80-column terminal holds
+COMMANDS = {
+    fetch: "Download an adapter from the Hub, or a GGUF of its base.",
+    inspect: "Tell what a GGUF or an adapter is, from its header.",
+    doctor: "Tell whether a merge will work, and what it will keep.",
+    convert: "Turn an adapter into a GGUF for llama.cpp's --lora.",
+    merge: "Add adapters to a quantized model: one standalone GGUF.",
+    verify: "Check that a merged file holds its base plus adapters.",
+    extract: "Make the adapter that turns one GGUF into another.",
+    init_pipeline: "Write a Makefile for many adapters and quantizations.",
+}
+for command, summary in COMMANDS.items():
+    app.command(short_help=summary)(command)
 
 
 class _Terminated(BaseException):
@@ -80,7 +91,7 @@ def _run(arguments: list[str] | None = None) -> int:
     try:
         words = arguments or sys.argv[1:]
         COMMAND_LINE.set(("lora-gguf", *words))
-        return app(args=joined_scales(words) or ["--help"], standalone_mode=False) or 0
+        return app(args=joined_scales(words) or ["--help"], prog_name="lora-gguf", standalone_mode=False) or 0
     except LoraGgufError as error:
         _trace()
         _complain(str(error))
@@ -89,7 +100,8 @@ def _run(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except _ClickUsageError as error:
         command = error.ctx.command_path if error.ctx else "lora-gguf"
-        _complain(f"{error.format_message()} See '{command} --help'.")
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        _complain(f"{message}. See '{command} --help'.")
         return 2
     except typer.Exit as error:
         return error.exit_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import stat
 from pathlib import Path
@@ -35,7 +36,17 @@ def open_input(path: str | os.PathLike) -> int:
         return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a path"
-        raise FileError(f"{printable(path)}: cannot open: {reason}: check the path") from error
+        raise FileError(f"{printable(path)}: cannot open: {reason}: {_hint(path)}") from error
+
+
+def _hint(path: str | os.PathLike) -> str:
+    """The name in the same folder that was meant, if one is much like that of ``path``."""
+    folder, name = os.path.split(os.fspath(path))
+    try:
+        meant = difflib.get_close_matches(name, [] if os.path.exists(path) else os.listdir(folder or "."), 1, 0.75)
+    except (OSError, ValueError):
+        meant = []
+    return f"did you mean {printable(os.path.join(folder, meant[0]))}?" if meant else "check the path"
 
 
 class Source:
