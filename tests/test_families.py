@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_gguf.adapters.lora import decode
+from lora_gguf.commands.convert import convert
 from lora_gguf.commands.merge import merge
 from lora_gguf.commands.verify import verify
-from lora_gguf.errors import MismatchError
+from lora_gguf.errors import MismatchError, UnsupportedError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.hparams import from_config
 from tests import tiny
@@ -19,7 +21,7 @@ from tests.common import FIXTURES
 from tests.test_convert import TOLERANCE, assert_top
 
 KINDS = FIXTURES / "kinds"
-ADAPTERS = sorted(path.name for path in KINDS.iterdir())
+ADAPTERS = sorted(path.parent.name for path in KINDS.glob("*/merged.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,46 @@ def test_architectures(folder, name):
     assert verify(out, base, [(tiny.TINY / name / "adapter", 1.0)], **options).ok
     if name != "bert":
         assert_top(tiny.generate(out), tiny.expected(name)["merged"]["top"], TOLERANCE.get(name, 1e-4))
+
+
+def test_the_forms_of_packed_experts_are_pefts_own(folder):
+    """PEFT before 0.19.1 saves in and out of packed experts exchanged, or not: what it makes of them is the same."""
+    shapes = {}
+    for version in ("0.18.0", "0.19.0", "0.19.1"):
+        for name in ("experts", "experts-gpt-oss"):
+            factors = load_file(KINDS / f"{name}-{version}" / "adapter_model.safetensors")
+            shapes[name, version] = factors["base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"].shape
+    assert shapes["experts", "0.18.0"] != shapes["experts", "0.19.1"]
+    assert shapes["experts-gpt-oss", "0.19.0"] != shapes["experts-gpt-oss", "0.19.1"]
+
+
+def test_an_adapter_that_waits_for_its_tokens_is_converted_and_not_merged(folder):
+    base = tiny.base_gguf(folder, "llama")
+    with pytest.raises(UnsupportedError, match="aLoRA.*cannot be merged.*convert"):
+        merge(base, [(KINDS / "alora", 1.0)], folder / "no.gguf")
+    convert(KINDS / "alora", folder / "alora.gguf", base)
+    with GgufReader(folder / "alora.gguf") as reader:
+        assert reader.get("adapter.alora.invocation_tokens") == [5, 6, 7]
+    with pytest.raises(UnsupportedError, match="aLoRA.*cannot be merged"):
+        merge(base, [(folder / "alora.gguf", 1.0)], folder / "no.gguf")
+    tiny.server(base, folder / "alora.gguf")  # llama.cpp loads it
+
+
+@pytest.mark.parametrize("command", ["merge", "convert"])
+def test_a_changed_base_is_refused_with_the_way_out(folder, command):
+    base, out = tiny.base_gguf(folder, "llama"), folder / "no.gguf"
+    with pytest.raises(UnsupportedError, match="pissa.*path_initial_model_for_weight_conversion"):
+        merge(base, [(KINDS / "pissa", 1.0)], out) if command == "merge" else convert(KINDS / "pissa", out, base)
+
+
+@pytest.mark.parametrize("command", ["merge", "convert"])
+def test_replicated_layers_are_refused(tmp_path, command):
+    shutil.copytree(tiny.TINY / "llama" / "adapter", tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"layer_replication": [[0, 2], [1, 2]]}))
+    base, out = tiny.base_gguf(tmp_path, "llama"), tmp_path / "no.gguf"
+    with pytest.raises(UnsupportedError, match="layer_replication.*merge it with PEFT"):
+        merge(base, [(tmp_path / "a", 1.0)], out) if command == "merge" else convert(tmp_path / "a", out, base)
 
 
 def test_what_the_base_does_not_say_is_asked_for(folder):

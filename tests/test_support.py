@@ -9,7 +9,7 @@ import pytest
 from lora_gguf.commands.convert import convert
 from lora_gguf.errors import UnsupportedError
 from lora_gguf.mapping.architectures import ARCHITECTURES
-from lora_gguf.mapping.support import KINDS, architectures_table, kinds_table, notes
+from lora_gguf.mapping.support import KINDS, architectures_table, cells, kinds_table
 from tests import tiny
 from tests.common import FIXTURES
 
@@ -56,5 +56,7 @@ def test_the_tables_hold_every_row():
     assert len(re.findall("^\\|", kinds_table(), re.MULTILINE)) == len(KINDS) + 2
     table = architectures_table()
     assert all(f"| {name} |" in table for name in ARCHITECTURES)
-    assert notes(ARCHITECTURES["qwen2"]) == "" and "rearranged" in notes(ARCHITECTURES["llama"])
-    assert "merge" in notes(ARCHITECTURES["deepseek2"])
+    assert cells("llama", ARCHITECTURES["llama"]) == ("exact", "exact", "exact", "exact", "")
+    assert cells("gemma2", ARCHITECTURES["gemma2"])[3] == "`--tied shared`" and cells("bert", ARCHITECTURES["bert"])[3] == "none"
+    assert "`kv_b_proj`" in cells("deepseek2", ARCHITECTURES["deepseek2"])[1] and cells("plamo2", ARCHITECTURES["plamo2"])[2] == "refused"
+    assert "--base-config" in cells("falcon-h1", ARCHITECTURES["falcon-h1"])[4]

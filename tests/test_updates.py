@@ -16,7 +16,7 @@ from tests import tiny
 from tests.common import FIXTURES
 
 KINDS = FIXTURES / "kinds"
-NAMES = sorted(path.name for path in KINDS.iterdir())
+NAMES = sorted(path.parent.name for path in KINDS.glob("*/merged.safetensors"))
 
 
 @pytest.fixture(scope="module")
