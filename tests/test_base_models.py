@@ -74,6 +74,13 @@ def test_one_quantization_is_fetched(hub, capsys, tmp_path):
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == list(SHARDS)
 
 
+def test_one_file_under_a_name_of_one_s_own(hub, capsys, tmp_path):
+    code, out, _ = run(capsys, "fetch", ADAPTER, "--quant", "Q4_K_M", "-o", tmp_path / "base.gguf")
+    assert code == 0 and out.strip() == str(tmp_path / "base.gguf") and b"many" in (tmp_path / "base.gguf").read_bytes()
+    code, _, err = run(capsys, "fetch", ADAPTER, "--quant", "Q8_0", "-o", tmp_path / "other.gguf")
+    assert code == UsageError.exit_code and "has 2 shards: name a folder" in err and not (tmp_path / "other.gguf").exists()
+
+
 def test_no_such_quantization(hub, capsys):
     code, out, err = run(capsys, "fetch", ADAPTER, "--quant", "Q3_K_S")
     assert code == UsageError.exit_code and not out and "choose one of Q2_K, Q4_K_M" in err
