@@ -4,6 +4,9 @@ The residual stream of a language model has a few columns of huge activations, i
 most of the damage. The matrices that read them have learned small weights there: measured on SmolLM2 135M and Gemma 3
 270M, the eight columns with the smallest weights in ``attn_v`` and ``ffn_up`` hold 0.8 to 0.9 of the activation energy
 that the eight largest hold. So the guess is a negative power of the columns' mean squares.
+
+What makes these activations is a column of some layers' ``ffn_down``: one input, large at the first token, times a few
+huge weights ("super weights", Yu et al. 2024, arXiv 2411.07191). The weights that write the residual's heaviest columns tell it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ _RESIDUAL = (
     "ffn_gate_shexp", "ffn_up_shexp",
 )  # fmt: skip
 _TELLING = (("attn_v", "attn_qkv"), ("ffn_up", "ffn_up_exps", "ffn_gate_up_exps"))
-_NAME = re.compile(r"(blk\.\d+\.)(\w+)\.weight")
+_WRITES = ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
+HEAVIEST = 8  # columns of the residual stream
+_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
 def weightings(base: Base, names: Iterable[str], imatrix: Imatrix | None) -> dict[str, np.ndarray]:
@@ -38,7 +43,7 @@ def weightings(base: Base, names: Iterable[str], imatrix: Imatrix | None) -> dic
         info = base.tensors[name]
         measured = imatrix.of(info) if imatrix else None
         shape = (info.n_rows // (1, *info.shape)[-2], info.n_cols)
-        guess = guessed(base, name, energies) if measured is None else measured.astype(np.float64)
+        guess = guessed(base, name, energies) * super_columns(base, name, energies) if measured is None else measured.astype(np.float64)
         scaled = guess / np.maximum(guess.mean(axis=-1, keepdims=True), 1e-30)
         found[name] = np.ascontiguousarray(np.broadcast_to(scaled, shape), np.float32)
     return found
@@ -49,7 +54,7 @@ def guessed(base: Base, name: str, energies: dict[str, np.ndarray]) -> np.ndarra
     match = _NAME.fullmatch(name)
     telling = [name]
     if match and match[2] in _RESIDUAL:
-        candidates = [[f"{match[1]}{kind}.weight" for kind in kinds] for kinds in _TELLING]
+        candidates = [[f"blk.{match[1]}.{kind}.weight" for kind in kinds] for kinds in _TELLING]
         telling = [next((n for n in group if _fits(base, n, name)), None) for group in candidates]
         telling = [n for n in telling if n] or [name]
     energy = 1.0
@@ -60,9 +65,38 @@ def guessed(base: Base, name: str, energies: dict[str, np.ndarray]) -> np.ndarra
     return energy ** (POWER * 2 if len(telling) > 1 else POWER)
 
 
+def super_columns(base: Base, name: str, energies: dict[str, np.ndarray]) -> np.ndarray | float:
+    """How far the columns of a tensor that writes the residual stream stand out in the rows of its heaviest columns: (matrices, cols).
+
+    1 for other tensors, and where nothing tells these columns.
+    """
+    match = _NAME.fullmatch(name)
+    if not match or match[2] not in _WRITES:
+        return 1.0
+    info, reader = base.tensors[name], base.reader_of(name)
+    readers = (f"blk.{layer}.{kind}.weight" for layer in (int(match[1]) + 1, int(match[1])) for kind in _RESIDUAL)
+    next_reader = next((n for n in readers if n in base.tensors and _readable(base.tensors[n], info.shape[-2])), None)
+    if next_reader is None:
+        return 1.0
+    heavy = np.argsort(-guessed(base, next_reader, energies), kind="stable")[:HEAVIEST]
+    found, weights = np.empty((info.n_rows // info.shape[-2], info.n_cols)), np.empty((1, info.n_cols), np.float32)
+    for matrix, factors in enumerate(found):
+        squares = []
+        for row in heavy:
+            QUANTS[info.type.name].decode(reader.read(info, matrix * info.shape[-2] + int(row), 1), weights)
+            square = np.square(weights[0], dtype=np.float64)
+            squares.append(square / max(square.mean(), 1e-30))
+        largest = np.maximum.reduce(squares)
+        factors[:] = np.square(np.maximum(largest / max(np.median(largest), 1e-30), 1.0))
+    return found
+
+
 def _fits(base: Base, name: str, like: str) -> bool:
-    info = base.tensors.get(name)
-    return info is not None and info.n_cols == base.tensors[like].n_cols and info.type.name in QUANTS
+    return name in base.tensors and _readable(base.tensors[name], base.tensors[like].n_cols)
+
+
+def _readable(info: TensorInfo, n_cols: int) -> bool:
+    return info.n_cols == n_cols and info.type.name in QUANTS
 
 
 def column_energy(base: Base, info: TensorInfo) -> np.ndarray:

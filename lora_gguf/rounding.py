@@ -58,7 +58,8 @@ def low_rank(b, a, delta):
         row = delta[i]
         row[:] = np.float32(0.0)
         for k in range(0, whole, 8):
-            b0, b1, b2, b3, b4, b5, b6, b7 = b[i, k], b[i, k + 1], b[i, k + 2], b[i, k + 3], b[i, k + 4], b[i, k + 5], b[i, k + 6], b[i, k + 7]
+            b0, b1, b2, b3 = b[i, k], b[i, k + 1], b[i, k + 2], b[i, k + 3]
+            b4, b5, b6, b7 = b[i, k + 4], b[i, k + 5], b[i, k + 6], b[i, k + 7]
             a0, a1, a2, a3, a4, a5, a6, a7 = a[k], a[k + 1], a[k + 2], a[k + 3], a[k + 4], a[k + 5], a[k + 6], a[k + 7]
             for j in range(len(row)):
                 half = (((row[j] + b0 * a0[j]) + b1 * a1[j]) + b2 * a2[j]) + b3 * a3[j]
