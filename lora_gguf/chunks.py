@@ -20,6 +20,7 @@ from lora_gguf.requantize import NO_IMPORTANCE, broken_row, recode, scratch
 from lora_gguf.rounding import low_rank
 
 CHUNK_WEIGHTS = 1 << 18  # 1 MB of f32: update, codes and blocks of a chunk stay in a core's cache
+WORKING_BYTES = 40  # of memory for each weight of a chunk in work: update, weights, codes, what a quantizer's search needs
 COPY_BYTES = 16 << 20
 AHEAD = 4  # chunks a thread that are in work or done before their results are taken
 
@@ -46,12 +47,18 @@ class Chunk:
         return 0 if self.new is not None else self.n_rows * self.tensor.source.row_bytes
 
 
-def cut(tensors: Sequence[TensorPlan]) -> Iterator[Chunk]:
-    """The chunks of ``tensors``, in order."""
+def cut(tensors: Sequence[TensorPlan], n_weights: int | None = None) -> Iterator[Chunk]:
+    """The chunks of ``tensors``, in order; those that change have about ``n_weights``, whole rows."""
+    n_weights = n_weights or CHUNK_WEIGHTS
     for tensor in tensors:
-        yield from _cut_changed(tensor) if tensor.recipe else _cut_copied(tensor)
+        yield from _cut_changed(tensor, n_weights) if tensor.recipe else _cut_copied(tensor)
         if tensor.new_rows is not None:
-            yield from _cut_new(tensor)
+            yield from _cut_new(tensor, n_weights)
+
+
+def weights_within(memory: int | None, n_threads: int | None) -> int:
+    """How many weights a chunk may have so that the chunks in work take at most ``memory`` bytes in all."""
+    return CHUNK_WEIGHTS if memory is None else min(CHUNK_WEIGHTS, max(1, memory // (WORKING_BYTES * (n_threads or n_cores()))))
 
 
 def _cut_copied(tensor: TensorPlan) -> Iterator[Chunk]:
@@ -60,19 +67,19 @@ def _cut_copied(tensor: TensorPlan) -> Iterator[Chunk]:
         yield Chunk(tensor, first, min(n_rows, tensor.source.n_rows - first))
 
 
-def _cut_changed(tensor: TensorPlan) -> Iterator[Chunk]:
+def _cut_changed(tensor: TensorPlan, n_weights: int) -> Iterator[Chunk]:
     shape = tensor.source.shape
     n_out, n_cols = (1, *shape)[-2:]
     a, b = stack(tensor.pairs, tensor.source.n_rows // n_out, n_out, n_cols)
-    n_rows = max(1, CHUNK_WEIGHTS // n_cols)
+    n_rows = max(1, n_weights // n_cols)
     for matrix in range(len(a)):
         for row in range(0, n_out, n_rows):
             factor = b[matrix, row : row + n_rows]
             yield Chunk(tensor, matrix * n_out + row, len(factor), matrix, a[matrix], factor)
 
 
-def _cut_new(tensor: TensorPlan) -> Iterator[Chunk]:
-    n_rows = max(1, CHUNK_WEIGHTS // tensor.source.n_cols)
+def _cut_new(tensor: TensorPlan, n_weights: int) -> Iterator[Chunk]:
+    n_rows = max(1, n_weights // tensor.source.n_cols)
     for first in range(0, len(tensor.new_rows), n_rows):
         new = np.ascontiguousarray(tensor.new_rows[first : first + n_rows], np.float32)
         yield Chunk(tensor, tensor.source.n_rows + first, len(new), new=new)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_gguf.chunks import CHUNK_WEIGHTS, COPY_BYTES, Chunk, carry_out, cut, in_threads, n_cores, stack
+from lora_gguf.chunks import CHUNK_WEIGHTS, COPY_BYTES, WORKING_BYTES, Chunk, carry_out, cut, in_threads, n_cores, stack
 from lora_gguf.files.base import Base
 from lora_gguf.plan import Policy, TensorPlan, choose
 from lora_gguf.retention import Retention, kind_of
@@ -164,5 +164,5 @@ def timed(call: Callable) -> float:
 
 
 def scratch_bytes(threads: int | None = None) -> int:
-    """About how much the threads of a merge hold at once: some ten arrays of a chunk's weights in f32 each."""
-    return (threads or n_cores()) * CHUNK_WEIGHTS * 4 * 10
+    """About how much the threads of a merge hold at once."""
+    return (threads or n_cores()) * CHUNK_WEIGHTS * WORKING_BYTES

@@ -16,8 +16,10 @@ from lora_gguf.cli import _run
 from lora_gguf.commands.merge import merge
 from lora_gguf.commands.verify import verify
 from lora_gguf.errors import MismatchError
+from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import raw_key_values
+from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.hparams import from_config
 from lora_gguf.plan import Policy
 from lora_gguf.requantize import ROUNDINGS
@@ -347,6 +349,21 @@ def test_what_statistics_cannot_explain_is_merged_again(case, monkeypatch):
     assert not case.verify(
         rewritten(case, lambda keys, tensors: ([k for k in keys if b"lora_gguf." not in k], tensors))
     ).ok
+
+
+def test_the_importance_matrix_of_the_merge_is_asked_for(case, monkeypatch):
+    with Base(case.base) as base:
+        columns = {name: np.ones((1, info.n_cols), np.float32) for name, info in base.tensors.items() if len(info.shape) == 2}
+    for values in columns.values():
+        values[:, ::7] = 100
+    imatrix = Imatrix("some.imatrix", columns)
+    out = case.merge(case.adapter, out=case.folder / "again.gguf", imatrix=imatrix)
+    report = case.verify(out)
+    assert report.ok and "--imatrix" in report.notes[0] and "some.imatrix" in report.notes[0]
+    monkeypatch.setattr(diagnosis, "adapted_holds", lambda check, nearest: False)
+    assert not case.verify(out).ok
+    report = verify(out, case.base, [(case.adapter, 1.0)], imatrix=imatrix)
+    assert report.ok and not report.notes and all(check.reproduced for check in report.adapted)
 
 
 def rewritten(case, change):

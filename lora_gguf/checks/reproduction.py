@@ -13,13 +13,14 @@ from lora_gguf.plan import Policy, TensorPlan, make_plan
 from lora_gguf.quants import QUANTS
 from lora_gguf.requantize import ROUNDINGS
 
+IMATRIX_KEY = "lora_gguf.imatrix"
 N_TRIES = 5  # tensors, none of which come out the same, before the others are given up
 
 
 def recorded_policy(merged: Base, imatrix: Imatrix | None = None) -> Policy | None:
-    """The rounding and seed that a merge wrote into its file; None where another tool made it."""
+    """The rounding and seed that a merge wrote into its file; None where another tool made it, or with an ``imatrix`` not given."""
     rounding, seed = merged.get("lora_gguf.rounding"), merged.get("lora_gguf.seed")
-    if rounding not in ROUNDINGS or not isinstance(seed, int):
+    if rounding not in ROUNDINGS or not isinstance(seed, int) or (merged.get(IMATRIX_KEY) and not imatrix):
         return None
     return Policy(rounding, seed, imatrix=imatrix)
 

@@ -49,7 +49,7 @@ def merge(
     quantize: Annotated[
         Optional[str], typer.Option(metavar="MIX", help="Quantize an F16, BF16 or F32 base on the way, as llama-quantize: Q4_K_M.")
     ] = None,
-    imatrix: Annotated[Optional[Path], typer.Option(metavar="PATH", help="llama.cpp's importance matrix, for new grids.")] = None,
+    imatrix: Annotated[Optional[Path], typer.Option(metavar="PATH", help="llama.cpp's importance matrix: which columns matter to auto, and to new grids.")] = None,
     tied: TiedHead = Tied.separate,
     allow_unused: AllowUnused = None,
     base_config: BaseConfig = None,
@@ -63,6 +63,9 @@ def merge(
         float, typer.Option(metavar="SHARE", help="Fail, and write nothing, where less of the adapter is kept.")
     ] = 0.0,
     threads: Threads = None,
+    memory: Annotated[
+        Optional[str], typer.Option(metavar="N(M|G)", help="What the rows in work may take; default: about 10M a thread.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
     force: Force = False,
     report: ReportFile = None,
@@ -110,11 +113,12 @@ def merge(
             base_config=base_config,
             max_growth=parse_growth(max_growth),
             min_retention=min_retention,
-            max_bytes=n_bytes(split_max_size) if split_max_size else None,
+            max_bytes=n_bytes("--split-max-size", split_max_size),
             shards=keep_split,
             shard=shard,
             modelfile=modelfile,
             threads=threads,
+            memory=n_bytes("--memory", memory),
             force=force,
             progress=advance,
         )

@@ -76,11 +76,13 @@ def with_scale(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def n_bytes(size: str) -> int:
-    """500M or 2G in bytes."""
+def n_bytes(option: str, size: str | None) -> int | None:
+    """500M or 2G in bytes; None where ``option`` was not given."""
+    if size is None:
+        return None
     number, unit = size[:-1], {"M": 10**6, "G": 10**9}.get(size[-1:].upper())
     if not unit or not number.isdigit() or int(number) == 0:
-        raise UsageError(f"--split-max-size {size}: expected a number of megabytes or gigabytes, such as 500M or 2G")
+        raise UsageError(f"{option} {printable(size)}: expected a number of megabytes or gigabytes, such as 500M or 2G")
     return int(number) * unit
 
 

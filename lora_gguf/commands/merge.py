@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_gguf import __version__
 from lora_gguf.adapters.sources import adapter_name, placement_of
-from lora_gguf.chunks import Chunk, carry_out, cut, in_threads
+from lora_gguf.chunks import Chunk, carry_out, cut, in_threads, weights_within
 from lora_gguf.errors import NumericError, UsageError
 from lora_gguf.files.base import SPLIT_KEYS, Base
 from lora_gguf.files.gguf_writer import GgufWriter, key_value, raw_key_values
@@ -68,6 +68,7 @@ def merge(
     shard: str | None = None,
     modelfile: bool = False,
     threads: int | None = None,
+    memory: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -76,8 +77,9 @@ def merge(
     Each adapter is a PEFT directory or an adapter GGUF with the factor that multiplies its own scale; their updates are
     summed in f32 and rounded once, as ``policy`` says. ``out`` None only plans. ``tied``, ``allow_unused``, ``expert_b_layout``
     and ``base_config`` are those of ``placement_of``, ``max_growth`` that of ``growth``, ``max_bytes``, ``shards`` and
-    ``shard`` those of ``layout``. ``modelfile``: write one for Ollama beside it. ``progress`` is called with (bytes of the base done
-    since the last call, bytes in all, tensor name).
+    ``shard`` those of ``layout``. ``modelfile``: write one for Ollama beside it. ``memory``: about how many bytes the rows in work
+    may take in all ``threads``; the bytes written do not depend on either. ``progress`` is called with (bytes of the base done since
+    the last call, bytes in all, tensor name).
     Raises the subclasses of ``LoraGgufError``, before the first byte is written wherever that is possible;
     ``NumericError`` where less than ``min_retention`` of the update is kept. Then ``out`` stays what it was.
     """
@@ -100,7 +102,7 @@ def merge(
                 targets, key_values = [tensor.target for tensor in part.tensors], part.key_values(metadata, len(plan.tensors))
                 writer = GgufWriter(part.path, key_values, targets, alignment=model.alignment, force=force, inputs=inputs)
                 writers.append(opened.enter_context(writer))
-                write_part(part, model, writer, report, threads, progress)
+                write_part(part, model, writer, report, threads, memory, progress)
             note_steps(report, model)
             check_retention(report, policy, min_retention)
             model.check_unchanged()
@@ -128,14 +130,20 @@ def ollama_recipe(parts: list[OutputPart], model: Base, force: bool) -> tuple[Pa
 
 
 def write_part(
-    part: OutputPart, model: Base, writer: GgufWriter, report: MergeReport, threads: int | None, progress: Progress | None
+    part: OutputPart,
+    model: Base,
+    writer: GgufWriter,
+    report: MergeReport,
+    threads: int | None,
+    memory: int | None,
+    progress: Progress | None,
 ) -> None:
     """Carry out all chunks of one output file, and note what was kept."""
 
     def work(chunk: Chunk):
         return carry_out(chunk, model.reader_of(chunk.tensor.source.name), writer)
 
-    for chunk, outcome in in_threads(work, cut(part.tensors), threads):
+    for chunk, outcome in in_threads(work, cut(part.tensors, weights_within(memory, threads)), threads):
         name = chunk.tensor.target.name
         if outcome and chunk.tensor.changes:
             report.retention.setdefault(name, Retention()).add(*outcome)
@@ -154,6 +162,8 @@ def merged_key_values(
         "rounding": (policy.rounding, "str"),
         "seed": (policy.seed, "u64"),
     }
+    if policy.imatrix:
+        ours["imatrix"] = (policy.imatrix.label, "str")
     changed = dict(plan.key_values)
     if any(tensor.target.type != tensor.source.type for tensor in plan.tensors):
         file_type = key_value("general.file_type", plan.file_type(model.get("general.file_type")), "u32")

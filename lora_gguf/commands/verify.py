@@ -17,6 +17,7 @@ from lora_gguf.adapters.sources import adapter_name, placement_of
 from lora_gguf.checks.comparison import Comparison, compare_rows
 from lora_gguf.checks.diagnosis import Evidence, causes
 from lora_gguf.checks.findings import Check, Finding, grouped, rounded_to_nearest
+from lora_gguf.checks.reproduction import IMATRIX_KEY
 from lora_gguf.chunks import CHUNK_WEIGHTS, Chunk, cut, encoded, in_threads, update_of
 from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.base import Base
@@ -126,6 +127,8 @@ def verify(
         for check in report.adapted:
             check.step = stored_step(result, result.tensors[check.name])
         report.notes = notes(report)
+        if (used := result.get(IMATRIX_KEY)) and not imatrix:
+            report.notes.append(f"merged with the importance matrix {used}: with --imatrix, tensors can be compared byte by byte")
         model.check_unchanged()
         result.check_unchanged()
     return report
