@@ -6,11 +6,15 @@ import json
 
 import numpy as np
 import pytest
+from libgguf import quantize_rows
 
-from lora_gguf.adapters.lora import read_adapter_gguf
+from lora_gguf.adapters.lora import decode, read_adapter_gguf
 from lora_gguf.commands.extract import extract
 from lora_gguf.errors import LoraGgufError, MismatchError, UsageError
 from lora_gguf.factoring import factor
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec
+from lora_gguf.ggml import BY_NAME
 from lora_gguf.mapping.hparams import from_config
 from tests import tiny
 from tests.test_convert import TOLERANCE, assert_top
@@ -71,6 +75,35 @@ def test_what_has_no_place_in_an_adapter_is_named(folder):
         set(found.left_out) == {"token_embd.weight", "blk.0.attn_norm.weight"}
         and "tied" in found.left_out["token_embd.weight"]
     )
+
+
+@pytest.mark.parametrize(("type_name", "noisy"), [("Q8_0", False), ("Q4_0", True)])
+def test_quantized_models(tmp_path, type_name, noisy):
+    """Retained energy is that of the difference of what the files hold; where it is mostly rounding, that is said."""
+    model = from_config(tiny.config_of("llama"))
+    base, changes = tiny.tensors_of("llama", model), tiny.tensors_of("llama", model, "merged")
+    merged = base | {name: base[name] + 0.1 * (changes[name] - base[name]) for name in changes}
+    found = [quantized(tmp_path / f"{i}.gguf", weights, type_name) for i, weights in enumerate((base, merged))]
+    report = extract(*found, tmp_path / "a.gguf", 4, "f32")
+    with GgufReader(found[0]) as before, GgufReader(found[1]) as after:
+        for tensor in report.tensors:
+            old, new = (decode(file, file.tensors[tensor.name]).astype(np.float64) for file in (before, after))
+            sizes = np.square(np.linalg.svd(new - old, compute_uv=False))
+            assert abs(tensor.kept - sizes[:4].sum() / sizes.sum()) < 1e-6
+            assert abs(tensor.relative_size - np.linalg.norm(new - old) / np.linalg.norm(old)) < 1e-6
+    assert bool(report.warnings) == noisy and all("rounding" in line and "F16" in line for line in report.warnings)
+
+
+def quantized(path, weights, type_name):
+    """The model with the matrices of whole blocks in a type."""
+    fits = {name for name, array in weights.items() if array.ndim == 2 and array.shape[1] % 32 == 0}
+    specs = [TensorSpec(name, BY_NAME[type_name if name in fits else "F32"], array.shape) for name, array in weights.items()]
+    with GgufWriter(path, tiny.key_values("llama", from_config(tiny.config_of("llama"))), specs) as writer:
+        for name, array in weights.items():
+            raw = np.frombuffer(bytes(quantize_rows(array, BY_NAME[type_name].id)), np.uint8) if name in fits else array
+            writer.write(writer.tensors[name], 0, np.ascontiguousarray(raw))
+        writer.commit()
+    return path
 
 
 def test_refusals(folder):

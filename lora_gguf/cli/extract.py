@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lora_gguf.cli.options import BASE_HELP, Force, Progress
-from lora_gguf.cli.terms import OutType, say
+from lora_gguf.cli.terms import OutType, say, warn
 from lora_gguf.errors import printable
 from lora_gguf.progress import bar
 
@@ -37,4 +37,5 @@ def extract(
     with bar("extracting", progress) as advance:
         found = extract_adapter(before, after, output, rank, outtype.value, force=force, progress=advance)
     print(json.dumps(found.as_dict(), indent=1) if as_json else tables.extraction_table(found))
+    warn(found.warnings)
     say(f"wrote {printable(output)} ({os.path.getsize(output) / 1e6:.1f} MB)")

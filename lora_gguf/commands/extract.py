@@ -17,6 +17,7 @@ from lora_gguf.progress import Progress
 from lora_gguf.quants import QUANTS
 
 CHUNK_BYTES = 16 << 20
+LOW_RANK = 0.8  # share of a difference's energy below which it is hardly that of a fine-tune of the rank
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Extraction:
     n_same: int = 0
     tensors: list[Extracted] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict:
         """The report as plain data for JSON."""
@@ -53,6 +55,7 @@ class Extraction:
             "n_same": self.n_same,
             "tensors": tensors,
             "left_out": self.left_out,
+            "warnings": self.warnings,
         }
 
 
@@ -80,12 +83,25 @@ def extract(
         pairs = [pair for name in before.tensors if (pair := extract_tensor(name, before, after, found, progress))]
         inputs = [*before.paths, *after.paths]
         label = after.label
+        found.warnings += noise_warnings(found, before, after)
     if not pairs:
         raise MismatchError(f"{label}: nothing differs from {printable(Path(base).name)} that an adapter could hold")
     metadata = [("general.name", Path(out).stem, "str"), ("general.base_model.count", 1, "u32")]
     metadata.append(("general.base_model.0.name", printable(Path(base).stem, 100), "str"))
     write_adapter_gguf(out, pairs, found.architecture, outtype, metadata, force=force, inputs=inputs)
     return found
+
+
+def noise_warnings(found: Extraction, before: Base, after: Base) -> list[str]:
+    """A line where the differences look like rounding rather than training: of quantized weights, and of no low rank."""
+    quantized = [t for t in found.tensors if any(m.tensors[t.name].type.block_size > 1 for m in (before, after))]
+    noisy = [t for t in quantized if t.kept < LOW_RANK]
+    if not noisy or len(noisy) < len(found.tensors) / 2:
+        return []
+    return [
+        f"of {len(noisy)} quantized tensors rank {found.rank} keeps less than {LOW_RANK:.0%}, such as {noisy[0].kept:.0%} of "
+        f"{noisy[0].name}: most of the difference is rounding: extract from F16 or BF16 files"
+    ]
 
 
 def check_alike(before: Base, after: Base) -> None:
