@@ -7,6 +7,7 @@ it says otherwise. Downloads tell by ``FileProgress``: (file, bytes so far, byte
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -17,26 +18,35 @@ WIDTH = 32  # of the words
 
 @contextlib.contextmanager
 def bar(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[Progress | None]:
-    """Yields a ``Progress`` that moves a bar, or None where none is due: it isn't wanted, or stderr is no terminal.
+    """Yields a ``Progress`` that shows and moves a bar, or None where none is due: it isn't wanted, or stderr is no terminal.
 
-    ``NO_COLOR`` and ``TERM=dumb`` are obeyed, as rich does.
+    ``NO_COLOR`` is obeyed, and a terminal that cannot move its cursor (``TERM=dumb``) gets none.
     """
-    if not (wanted and sys.stderr.isatty()):
+    if not (wanted and sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")):
         yield None
         return
+    display = _display(of_bytes)
+    task = display.add_task(verb, total=None)
+
+    def advance(n: int, n_all: int, what: str) -> None:
+        display.start()
+        display.update(task, advance=n, total=n_all or None, description=f"{verb} {shortened(what, WIDTH - len(verb) - 1)}")
+
+    try:
+        yield advance
+    finally:
+        display.stop()
+
+
+def _display(of_bytes: bool):
+    """Rich's bar, which shows itself when it is started and goes when it is stopped."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Display
 
     amounts = (DownloadColumn(), TransferSpeedColumn()) if of_bytes else (MofNCompleteColumn(),)
     words = TextColumn(f"{{task.description:{WIDTH}.{WIDTH}}}", markup=False)
-    with Display(words, BarColumn(), *amounts, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as display:
-        task = display.add_task(verb, total=None)
-
-        def advance(n: int, n_all: int, what: str) -> None:
-            display.update(task, advance=n, total=n_all or None, description=f"{verb} {shortened(what, WIDTH - len(verb) - 1)}")
-
-        yield advance
+    return Display(words, BarColumn(), *amounts, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
 
 
 def shortened(text: str, length: int) -> str:

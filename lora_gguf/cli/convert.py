@@ -9,9 +9,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from lora_gguf.cli.options import BASE_HELP, AllowUnused, ExpertB, Force
+from lora_gguf.cli.options import BASE_HELP, AllowUnused, ExpertB, Force, Progress, Quiet
 from lora_gguf.cli.terms import OutType, say, warn
 from lora_gguf.errors import printable
+from lora_gguf.progress import bar, download_bar
 
 
 def convert(
@@ -32,7 +33,8 @@ def convert(
     expert_b_layout: ExpertB = None,
     force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what became of each adapter tensor as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
+    quiet: Quiet = False,
+    progress: Progress = True,
 ) -> None:
     """Turn a PEFT adapter into a GGUF adapter for llama.cpp's --lora.
 
@@ -40,21 +42,25 @@ def convert(
     """
     from lora_gguf.adapters.sources import adapter_name
     from lora_gguf.commands.convert import convert as convert_adapter
-    from lora_gguf.commands.fetch import fetch as fetch_adapter
-    from lora_gguf.hub.references import gguf_path
+    from lora_gguf.inputs import local_adapters, local_model
 
     out = output or Path(f"{adapter_name(adapter)}.gguf")
-    placement = convert_adapter(
-        fetch_adapter(adapter),
-        out,
-        base and gguf_path(base),
-        base_config,
-        outtype.value,
-        force=force,
-        allow_unused=allow_unused,
-        expert_b_layout=expert_b_layout and expert_b_layout.value,
-        rank=rank,
-    )
+    with download_bar(progress and not quiet) as files:
+        [(directory, _)] = local_adapters([(adapter, 1.0)], files)
+        base_path = base and local_model(base, files)
+    with bar("converting", progress and not quiet) as advance:
+        placement = convert_adapter(
+            directory,
+            out,
+            base_path,
+            base_config,
+            outtype.value,
+            force=force,
+            allow_unused=allow_unused,
+            expert_b_layout=expert_b_layout and expert_b_layout.value,
+            rank=rank,
+            progress=advance,
+        )
     warn(placement.warnings)
     print(json.dumps(placement.as_dict(), indent=1) if as_json else "\n".join(placement.summary()))
     if not quiet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,13 +15,14 @@ from lora_gguf.cli.options import (
     Lora,
     Model,
     Progress,
+    Quiet,
     Scale,
     Threads,
     TiedHead,
 )
 from lora_gguf.cli.terms import Tied, adapters_of, base_and_adapter
 from lora_gguf.errors import UsageError
-from lora_gguf.progress import bar
+from lora_gguf.progress import bar, download_bar
 
 if TYPE_CHECKING:
     from lora_gguf.checkup import DoctorReport, TensorOutlook
@@ -42,6 +42,7 @@ def doctor(
     expert_b_layout: ExpertB = None,
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: Quiet = False,
     progress: Progress = True,
 ) -> None:
     """Tell whether a merge will work, what it costs and how much of the adapter each way keeps; nothing is written.
@@ -50,16 +51,18 @@ def doctor(
 
     lora-gguf doctor model-Q4_K_M.gguf user/my-adapter
     """
-    from lora_gguf.commands.fetch import fetch as fetch_adapter
+    from lora_gguf.inputs import local_adapters
 
     source, adapter = base_and_adapter(base, adapter, model)
     named = ([(adapter, scale)] if adapter else []) + adapters_of(lora or [])
     if not named:
         raise UsageError("no adapter: name one, or several with --lora")
-    adapters = [(fetch_adapter(name), factor) for name, factor in named]
+    with download_bar(progress and not quiet) as files:
+        adapters = local_adapters(named, files)
     from lora_gguf.commands.doctor import doctor as examine
+    from lora_gguf.tables import as_json as as_json_text
 
-    with bar("examining", progress, of_bytes=False) as advance:
+    with bar("examining", progress and not quiet, of_bytes=False) as advance:
         report = examine(
             source,
             adapters,
@@ -70,7 +73,7 @@ def doctor(
             threads=threads,
             progress=advance,
         )
-    print(json.dumps(report.as_dict(), indent=1) if as_json else as_text(report))
+    print(as_json_text(report.as_dict()) if as_json else as_text(report))
     if report.refusal:
         raise report.refusal
 

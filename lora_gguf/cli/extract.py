@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from lora_gguf.cli.options import BASE_HELP, Force, Progress
+from lora_gguf.cli.options import BASE_HELP, Force, Progress, Quiet
 from lora_gguf.cli.terms import OutType, say, warn
 from lora_gguf.errors import printable
-from lora_gguf.progress import bar
+from lora_gguf.progress import bar, download_bar
 
 
 def extract(
@@ -23,6 +23,7 @@ def extract(
     outtype: Annotated[OutType, typer.Option(help="The type of the tensors.")] = OutType.f16,
     force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the energy kept of each tensor as JSON.")] = False,
+    quiet: Quiet = False,
     progress: Progress = True,
 ) -> None:
     """Make the adapter that turns one GGUF into another, as nearly as its rank can (truncated SVD).
@@ -31,11 +32,13 @@ def extract(
     """
     from lora_gguf import tables
     from lora_gguf.commands.extract import extract as extract_adapter
-    from lora_gguf.hub.references import gguf_path
+    from lora_gguf.inputs import local_model
 
-    before, after = gguf_path(base), gguf_path(tuned)
-    with bar("extracting", progress) as advance:
+    with download_bar(progress and not quiet) as files:
+        before, after = local_model(base, files), local_model(tuned, files)
+    with bar("extracting", progress and not quiet) as advance:
         found = extract_adapter(before, after, output, rank, outtype.value, force=force, progress=advance)
     print(json.dumps(found.as_dict(), indent=1) if as_json else tables.extraction_table(found))
     warn(found.warnings)
-    say(f"wrote {printable(output)} ({os.path.getsize(output) / 1e6:.1f} MB)")
+    if not quiet:
+        say(f"wrote {printable(output)} ({os.path.getsize(output) / 1e6:.1f} MB)")

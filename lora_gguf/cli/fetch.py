@@ -8,8 +8,10 @@ from typing import Annotated, Optional
 
 import typer
 
+from lora_gguf.cli.options import Progress, Quiet
 from lora_gguf.cli.terms import say
 from lora_gguf.errors import UsageError, printable
+from lora_gguf.progress import download_bar
 
 SHOWN = 3  # repositories in the list of bases
 
@@ -33,6 +35,8 @@ def fetch(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files there that differ.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --base: print the list as JSON.")] = False,
+    quiet: Quiet = False,
+    progress: Progress = True,
 ) -> None:
     """Download an adapter from the Hugging Face Hub, or a GGUF of its base, and print where it lies.
 
@@ -47,13 +51,17 @@ def fetch(
             raise UsageError("--json lists bases: give --base too")
         from lora_gguf.commands.fetch import fetch as fetch_adapter
 
-        print(fetch_adapter(adapter, subfolder=subfolder, output=output, force=force))
+        with download_bar(progress and not quiet) as files:
+            found = fetch_adapter(adapter, subfolder=subfolder, output=output, force=force, progress=files)
+        print(found)
         return
     from lora_gguf.commands import base_models
 
     model = base_models.base_model_of(adapter, subfolder)
     if quant:
-        print(base_models.fetch_base(model, quant, output, force=force))
+        with download_bar(progress and not quiet) as files:
+            found = base_models.fetch_base(model, quant, output, force=force, progress=files)
+        print(found)
     else:
         _list(model, base_models.named(base_models.find_quantizations(model)), as_json)
 

@@ -19,6 +19,7 @@ from lora_gguf.cli.options import (
     Model,
     PlotFile,
     Progress,
+    Quiet,
     ReportFile,
     Scale,
     Threads,
@@ -26,7 +27,7 @@ from lora_gguf.cli.options import (
 )
 from lora_gguf.cli.terms import Rounding, Tied, adapters_of, base_and_adapter, draw, n_bytes, pictures, say, warn
 from lora_gguf.errors import UsageError, printable
-from lora_gguf.progress import bar
+from lora_gguf.progress import bar, download_bar
 
 
 def merge(
@@ -71,27 +72,28 @@ def merge(
     report: ReportFile = None,
     plot: PlotFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the report and errors only.")] = False,
+    quiet: Quiet = False,
     progress: Progress = True,
 ) -> None:
     """Add adapters to a quantized model and write one standalone GGUF.
 
     lora-gguf merge model-Q4_K_M.gguf user/my-adapter -o merged.gguf
     """
-    from lora_gguf.commands.fetch import fetch as fetch_adapter
     from lora_gguf.files.output import check_target
-    from lora_gguf.hub.references import gguf_path
+    from lora_gguf.inputs import local_adapters, local_model
 
     source, adapter = base_and_adapter(base, adapter, model)
     named = ([(adapter, scale)] if adapter else []) + adapters_of(lora or [])
     if not named:
         raise UsageError("no adapter: name one, or several with --lora")
-    model_path = gguf_path(source)
+    with download_bar(progress and not quiet) as files:
+        model_path = local_model(source, files)
     if not (dry_run or keep_split or split_max_size or shard or os.path.isdir(output)):
         check_target(output, force=force, inputs=[model_path])
     wanted = pictures(report, plot, force, [model_path, *(name for name, _ in named)])
     wanted.check([] if dry_run else [output])
-    adapters = [(fetch_adapter(name), factor) for name, factor in named]
+    with download_bar(progress and not quiet) as files:
+        adapters = local_adapters(named, files)
     from lora_gguf import tables
     from lora_gguf.commands.merge import merge as merge_adapters
     from lora_gguf.files.imatrix import read_imatrix

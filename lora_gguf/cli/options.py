@@ -35,7 +35,8 @@ ExpertB = Annotated[
 ]
 Threads = Annotated[Optional[int], typer.Option("-t", "--threads", metavar="N", min=1, help="Default: all cores.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show a bar on a terminal.")]
+Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show bars, where stderr is a terminal.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the result, warnings and errors only.")]
 ReportFile = Annotated[
     Optional[Path], typer.Option("--report", metavar="FILE.html", help="Write a page with charts and tables of what happened.")
 ]

@@ -7,10 +7,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from lora_gguf.cli.options import BASE_HELP, BaseConfig, ExpertB, PlotFile, Progress, ReportFile, Threads
+from lora_gguf.cli.options import BASE_HELP, BaseConfig, ExpertB, PlotFile, Progress, Quiet, ReportFile, Threads
 from lora_gguf.cli.terms import adapters_of, draw, pictures, say
 from lora_gguf.errors import printable
-from lora_gguf.progress import bar
+from lora_gguf.progress import bar, download_bar
 
 
 def verify(
@@ -27,26 +27,28 @@ def verify(
     plot: PlotFile = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing report or plot.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: Quiet = False,
     progress: Progress = True,
 ) -> None:
     """Check that a merged file holds its base plus the adapters, within rounding; exit code 5 if not, with the cause.
 
     lora-gguf verify merged.gguf --base model-Q4_K_M.gguf --lora user/my-adapter
     """
-    from lora_gguf.commands.fetch import fetch as fetch_adapter
-    from lora_gguf.hub.references import gguf_path
+    from lora_gguf.inputs import local_adapters, local_model
 
-    merged_path, base_path = gguf_path(merged), gguf_path(base)
+    with download_bar(progress and not quiet) as files:
+        merged_path, base_path = local_model(merged, files), local_model(base, files)
     wanted = pictures(report, plot, force, [merged_path, base_path, *(name for name, _ in adapters_of(lora))])
     wanted.check()
-    adapters = [(fetch_adapter(name), factor) for name, factor in adapters_of(lora)]
+    with download_bar(progress and not quiet) as files:
+        adapters = local_adapters(adapters_of(lora), files)
     from lora_gguf import tables
     from lora_gguf.checks.findings import as_error
     from lora_gguf.commands.verify import verify as verify_merge
     from lora_gguf.files.imatrix import read_imatrix
     from lora_gguf.report.content import of_verify
 
-    with bar("verifying", progress) as advance:
+    with bar("verifying", progress and not quiet) as advance:
         measured = read_imatrix(imatrix) if imatrix else None
         found = verify_merge(
             merged_path,
@@ -59,8 +61,8 @@ def verify(
             progress=advance,
         )
     print(tables.as_json(found.as_dict()) if as_json else tables.verify_table(found))
-    for note in found.notes:
+    for note in [] if quiet else found.notes:
         say(f"lora-gguf: note: {printable(note, 600)}")
-    draw(wanted, lambda: of_verify(found, merged_path, base_path, adapters))
+    draw(wanted, lambda: of_verify(found, merged_path, base_path, adapters), quiet)
     if not found.ok:
         raise as_error(found.label, found.findings)

@@ -1,0 +1,88 @@
+"""Bars on a real terminal, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from lora_gguf.progress import WIDTH, bar, by_file, shortened
+from tests.test_merge import base_and_adapter
+
+pty = pytest.importorskip("pty")
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def on_a_terminal(folder, *arguments, **environment) -> str:
+    """What the command writes to its stderr where that is a terminal of 100 columns."""
+    ours, theirs = pty.openpty()
+    variables = {**os.environ, "COLUMNS": "100", "TERM": "xterm-256color", **environment}
+    command = [sys.executable, "-m", "lora_gguf", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=theirs, env=variables)
+    os.close(theirs)
+    said = b""
+    while True:
+        try:
+            part = os.read(ours, 1 << 16)
+        except OSError:
+            break
+        if not part:
+            break
+        said += part
+    os.close(ours)
+    assert process.wait(timeout=60) == 0, said
+    return said.decode()
+
+
+@pytest.fixture
+def merging(tmp_path):
+    base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
+    return tmp_path, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--force", "--rounding", "dither"
+
+
+def test_a_bar_tells_what_is_done_and_goes_away(merging):
+    said = on_a_terminal(*merging)
+    lines = ESCAPE.sub("", said).replace("\r", "\n").split("\n")
+    assert any(re.match(r"merging \S+\.weight\s.*━.*\d+(\.\d+)?/\d+(\.\d+)? [kMG]?B", line) for line in lines), lines
+    assert "\x1b[?25h" in said and said.rindex("wrote") > said.rindex("━")  # the cursor is back, and the bar gone
+
+
+def test_without_colour_where_none_is_wanted(merging):
+    said = on_a_terminal(*merging, NO_COLOR="1")
+    assert "merging" in said and not re.search(r"\x1b\[[0-9;]*m", said)
+
+
+@pytest.mark.parametrize(("options", "environment"), [(["--no-progress"], {}), (["--quiet"], {}), ([], {"TERM": "dumb"})])
+def test_no_bar_where_none_is_wanted(merging, options, environment):
+    said = on_a_terminal(*merging, *options, **environment)
+    assert "\x1b" not in said and "━" not in said and ("wrote" in said) == ("--quiet" not in options)
+
+
+def test_downloads_have_one_too(local_hub, tmp_path):
+    files = {path.name: path.read_bytes() for path in base_and_adapter(tmp_path, "Q4_0")[:2]}
+    local_hub.repos["someone/adapter"] = files
+    environment = {"HF_ENDPOINT": local_hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    said = on_a_terminal(tmp_path, "fetch", "hf://someone/adapter/adapter.gguf", **environment)
+    assert "fetching adapter.gguf" in ESCAPE.sub("", said)
+    assert "━" not in on_a_terminal(tmp_path, "fetch", "hf://someone/adapter/adapter.gguf", "-q", **environment, HF_HUB_CACHE=str(tmp_path / "other"))
+
+
+def test_no_bar_where_there_is_no_terminal(capsys):
+    with bar("merging") as advance:
+        assert advance is None
+    assert capsys.readouterr() == ("", "")
+
+
+def test_files_count_as_one_download():
+    calls: list[tuple[int, int, str]] = []
+    tell = by_file(lambda *call: calls.append(call))
+    for call in (("a", 10, 100), ("a", 100, 100), ("b", 50, 50)):
+        tell(*call)
+    assert calls == [(10, 100, "a"), (90, 100, "a"), (50, 150, "b")] and by_file(None) is None
+
+
+def test_long_names_keep_their_ends():
+    assert shortened("blk.10.ffn_down_exps.weight", 20) == "…fn_down_exps.weight" and len(shortened("a" * 99, WIDTH)) == WIDTH
