@@ -47,7 +47,8 @@ class Architecture:
     ``ignored_at_run_time`` matches the GGUF names on which llama.cpp does not apply adapters. ``fused_experts`` tells
     that gate and up of the experts stay one tensor. ``norm_shift`` is what GGUF adds to the norms (None: different
     things to each). ``other_vocabulary``: the GGUF has fewer or more rows of embedding than Hugging Face; ``headless``:
-    no output layer, so that no head is tied to the embedding.
+    no output layer, so that no head is tied to the embedding. ``normalised``: a module that the GGUF holds normalised
+    if a field of config.json is true, and that field. ``caution`` is a warning for every adapter.
     """
 
     hf: tuple[str, ...] = ()
@@ -57,6 +58,8 @@ class Architecture:
     norm_shift: float | None = 0.0
     other_vocabulary: bool = False
     headless: bool = False
+    normalised: tuple[str, str] | None = None
+    caution: str | None = None
 
 
 def rows(pattern: str, *ops: Op) -> Rule:
@@ -224,6 +227,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 attn_v=(BLOCKS[2],),
             ),
         ),
+        normalised=("lm_head", "norm_head"),
     ),
     "bailingmoe2": Architecture(("BailingMoeV2ForCausalLM", "SarvamMoEForCausalLM")),
     "ernie4_5": Architecture(("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"), ERNIE),
@@ -421,5 +425,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "pangu-embedded": Architecture(("PanguEmbeddedForCausalLM",)),
     "mimo2": Architecture(("MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM")),
     "maincoder": Architecture(("MaincoderForCausalLM",)),
-    "bitnet": Architecture(("BitnetForCausalLM",)),
+    "bitnet": Architecture(
+        ("BitnetForCausalLM",),
+        caution="bitnet's weights are quantized in training too: the update is added to the quantized ones",
+    ),
 }  # fmt: skip

@@ -11,10 +11,17 @@ from lora_gguf.mapping.architectures import ARCHITECTURES, VARIANTS
 
 # GGUF key without the architecture -> names in config.json, the first that is there counts
 CONFIG_KEYS: dict[str, tuple[str, ...]] = {
-    "block_count": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "block_count": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers"),
     "embedding_length": ("hidden_size", "n_embd", "d_model", "dim", "model_dim"),
-    "attention.head_count": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "attn_config.kv_n_heads"),
+    "attention.head_count": ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads"),
+    "attention.head_count_kv": (
+        "num_key_value_heads_per_layer",
+        "num_key_value_heads",
+        "num_kv_heads",
+        "n_head_kv",
+        "n_kv_heads",
+        "attn_config.kv_n_heads",
+    ),
     "attention.key_length": ("head_dim", "attention_head_dim"),
     "attention.value_length": ("v_head_dim", "head_dim"),
     "attention.key_length_mla": (),
@@ -172,9 +179,18 @@ def from_base(base: GgufReader, config: dict | None = None) -> Hparams:
 def from_config(config: dict) -> Hparams:
     """The hyperparameters in a model's ``config.json``."""
     architecture = architecture_of(config)
-    multi_query = architecture == "falcon" and config.get("multi_query") and not config.get("new_decoder_architecture")
-    values = {"attention.head_count_kv": 1} if multi_query else {}  # Falcon 7B's num_kv_heads means nothing
-    return Hparams(architecture, values, None, config, "config.json")
+    return Hparams(architecture, key_value_heads(architecture, config), None, config, "config.json")
+
+
+def key_value_heads(architecture: str, config: dict) -> dict[str, object]:
+    """Their number where ``config.json`` tells it in a way of its own."""
+    if architecture == "falcon" and config.get("multi_query") and not config.get("new_decoder_architecture"):
+        return {"attention.head_count_kv": 1}  # Falcon 7B, whose num_kv_heads means nothing
+    blocks, heads = config.get("block_configs"), config.get("num_attention_heads")
+    if architecture != "deci" or not isinstance(blocks, list) or type(heads) is not int:
+        return {}
+    sizes = [_at(block, "attention.n_heads_in_group") for block in blocks]
+    return {"attention.head_count_kv": [heads // size if type(size) is int and size > 0 else 0 for size in sizes]}
 
 
 def check_known(architecture: str, label: str) -> None:

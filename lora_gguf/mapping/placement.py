@@ -74,6 +74,7 @@ def gguf_pairs(
         others = [f"{update.name}: {update.kind}" for update in placement.updates]
         raise UnsupportedError(f"{adapter.label}: {others[0]}: not supported yet: merge it with PEFT", others)
     placement.warnings += run_time_warnings(placement.pairs, hparams)
+    placement.warnings += filter(None, [ARCHITECTURES[hparams.architecture].caution])
     if not isinstance(base, Hparams) and EMBEDDING in base.tensors:
         settle_vocabulary(placement, adapter, base)
     return placement
@@ -152,6 +153,10 @@ def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Par
     layer, n_layers = layer_of(update.name), hparams.get("block_count")
     if layer is not None and isinstance(n_layers, int) and layer >= n_layers:
         return [f"{update.name}: expected a layer below {n_layers}, as {hparams.label} has"]
+    if normalised := ARCHITECTURES[hparams.architecture].normalised:
+        path, field = normalised
+        if update.name.rpartition(".")[2] == path and hparams.get(f"config.{field}") is not False:
+            return [f"{update.name}: {hparams.label} may hold it normalised: give a --base-config in which {field} is false"]
     try:
         shape = shape_of(update, hparams)
         found = pieces(update.name, shape, hparams)
