@@ -112,3 +112,13 @@ def test_a_base_without_ggufs(hub, capsys):
     assert code == 0 and not out and "lab/Other: no GGUF" in err
     code, _, err = run(capsys, "fetch", ADAPTER, "--quant", "Q4_K_M")
     assert code == HubError.exit_code and "no GGUF model found" in err
+
+
+def test_a_hub_that_cannot_be_asked_is_said_at_once(hub, capsys):
+    from tests.hub_faults import hang_up
+
+    hub.fault(r"GET /api/models", hang_up)
+    Path("here").mkdir()
+    (Path("here") / "adapter_config.json").write_bytes(config(BASE))
+    code, _, err = run(capsys, "fetch", "here", "--base")
+    assert code == HubError.exit_code and len(hub.requests("GET /api/models")) <= 4 and err.count("\n") == 1

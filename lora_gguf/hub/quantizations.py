@@ -102,15 +102,19 @@ def find_quantizations(base_model: str) -> list[Quantization]:
     """
     if not re.fullmatch(REPO_ID, base_model, re.ASCII):
         raise HubError(f"base model '{printable(base_model, 80)}': not a Hub id: find the base's GGUF by its name")
+    repos = quantizing(_BITSANDBYTES.sub("", base_model))  # first: a Hub that cannot be asked is an error here, and only here
     models = _same_model(base_model)
-    repos = list(models)
-    for model in models:
-        repos += search(model, ["gguf", f"base_model:quantized:{model}"], MAX_REPOS)
+    repos = models + repos + [repo for model in models[1:] for repo in quantizing(model)]
     found: list[Quantization] = []
     for repo_id in list(dict.fromkeys(repos))[: MAX_REPOS + len(models)]:
         with contextlib.suppress(HubError):  # deleted, private or gated: the others count
             found += quantizations(open_repo(repo_id))
     return found
+
+
+def quantizing(model: str) -> list[str]:
+    """The repositories of GGUFs that say that they quantize ``model``, the most downloaded first."""
+    return search(model, ["gguf", f"base_model:quantized:{model}"], MAX_REPOS)
 
 
 def _same_model(base_model: str) -> list[str]:
