@@ -142,6 +142,7 @@ def merge(
     keep_split: bool = False,
     shard: str | None = None,
     modelfile: bool = False,
+    memory: int | None = None,
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -151,7 +152,8 @@ def merge(
     ``report.whole.kept`` is the share of the update that acts in the merged file (1: all of it), ``report.written`` the
     paths. ``rounding`` is auto, dither, nearest or fresh; ``type`` that of the adapted tensors, ``quantize`` a mix such as
     Q4_K_M for all tensors of a base in F16, BF16 or F32; ``max_growth`` a share of the base's size; ``max_bytes`` the
-    size of a shard, and ``shard`` N/COUNT one of them alone. The same arguments give the same bytes.
+    size of a shard, and ``shard`` N/COUNT one of them alone; ``memory`` is in bytes, for the rows in work. The same arguments
+    give the same file, whatever the memory and the number of threads.
 
     Raises ``MismatchError`` (the adapter does not fit), ``UnsupportedError``, ``NumericError`` (NaN, or less than
     ``min_retention`` is kept), ``FileError`` (no space, ``out`` exists and ``force`` is not given), ``HubError``, … Then
@@ -174,6 +176,7 @@ def merge(
         shards=keep_split,
         shard=shard,
         modelfile=modelfile,
+        memory=memory,
         threads=threads,
         force=force,
         progress=progress,

@@ -51,12 +51,14 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How lora-gguf made a merged file; ``adapters`` maps names to the scales that multiplied their own."""
+    """How lora-gguf made a merged file; ``adapters`` are names with the scales that multiplied their own, ``imatrix`` is the name
+    of the importance matrix ('' where none was used)."""
 
     version: str
     adapters: list[tuple[str, float]]
     rounding: str
     seed: int
+    imatrix: str = ""
 
 
 @dataclass(kw_only=True)
@@ -185,8 +187,8 @@ def provenance_of(base: Base) -> Provenance | None:
     if not isinstance(names, list) or not isinstance(scales, list):
         return None
     adapters = [(text(name), float(scale)) for name, scale in zip(names, scales)]
-    version, rounding = (text(base.get(f"lora_gguf.{key}", "")) for key in ("version", "rounding"))
-    return Provenance(version, adapters, rounding, number(base.get("lora_gguf.seed")) or 0)
+    version, rounding, imatrix = (text(base.get(f"lora_gguf.{key}", "")) for key in ("version", "rounding", "imatrix"))
+    return Provenance(version, adapters, rounding, number(base.get("lora_gguf.seed")) or 0, imatrix)
 
 
 def adapter_gguf(base: Base, common: dict) -> AdapterInspection:

@@ -67,6 +67,7 @@ def model_facts(found: ModelInspection) -> list[tuple[str, str]]:
         ("base model", found.base_model),
         *((("adapters" if i == 0 else " "), f"{name}, scale {scale:g}") for i, (name, scale) in enumerate(made.adapters if made else ())),
         ("merged by", f"lora-gguf {made.version}, rounding {made.rounding}, seed {made.seed}" if made else ""),
+        ("imatrix", made.imatrix if made else ""),
     ]
 
 
