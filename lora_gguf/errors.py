@@ -65,6 +65,6 @@ class IntegrityError(LoraGgufError):
 
 def printable(text: object, limit: int = 200) -> str:
     """``text`` on one line with no control characters, cut at ``limit`` characters: safe for a terminal."""
-    line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text))
+    line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text)[: limit + 1])
     line = line.encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -23,6 +23,7 @@ from lora_gguf.requantize import ROUNDINGS, Recipe
 from lora_gguf.rounding import tensor_key
 
 HEAD = "output.weight"
+LARGEST_SCALE = 1e30
 PROMOTED = "Q6_K"  # of a tensor whose weights are not coded one by one (IQ1 to IQ3), so that codes cannot be moved
 
 
@@ -95,8 +96,8 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
     Raises ``MismatchError``, ``NumericError`` or ``UnsupportedError`` with all offenders listed.
     """
     placements = list(placements)
-    if strange := [scale for _, scale in placements if not math.isfinite(scale)]:
-        raise UsageError(f"scale: expected a finite number, found {strange[0]}")
+    if strange := [scale for _, scale in placements if not math.isfinite(scale) or abs(scale) > LARGEST_SCALE]:
+        raise UsageError(f"scale: expected a finite number up to {LARGEST_SCALE:.0e}, found {strange[0]}")
     plans = {name: TensorPlan(info, TensorInfo(name, info.type, info.shape, 0)) for name, info in base.tensors.items()}
     if any(placement.untied for placement, _ in placements):
         embedding = base.tensors[EMBEDDING]

@@ -173,4 +173,6 @@ def broken_row(type: GgmlType, blocks: np.ndarray) -> int | None:
         broken = of_block[:, offset + 1] & 0x7C == 0x7C
         if broken.any():
             return int(broken.argmax()) // (len(of_block) // len(blocks))
+    if type.name == "MXFP4" and (broken := of_block[:, 0] == 0xFF).any():  # E8M0's NaN
+        return int(broken.argmax()) // (len(of_block) // len(blocks))
     return None

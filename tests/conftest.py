@@ -1,10 +1,48 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import pytest
 
+from tests.contract import Corruption, Hang, Trace
 from tests.hub import TOKEN, running_hub
+
+CAMPAIGN: Counter[str] = Counter()
+HOLES = {Corruption: "silent corruptions", Hang: "hangs", Trace: "tracebacks"}
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if marker := item.get_closest_marker("campaign"):
+            item.user_properties.append(("campaign", marker.args[0]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call):
+    report = yield
+    if call.excinfo:
+        text = str(call.excinfo.value)
+        kinds = [name for kind, name in HOLES.items() if isinstance(call.excinfo.value, kind) or f"'{kind.__name__}: " in text]
+        report.user_properties += [("hole", name) for name in kinds]
+    return report
+
+
+def pytest_runtest_logreport(report) -> None:
+    """Count the campaign's cases by class; a test that stands for several says how many by ``record_property``."""
+    found = dict(report.user_properties)
+    if report.when == "call" and "campaign" in found and not report.skipped:
+        CAMPAIGN[found["campaign"]] += found.get("runs", 1)
+        CAMPAIGN["failed"] += report.failed
+        CAMPAIGN.update(value for name, value in report.user_properties if name == "hole")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    classes = [f"{count:,} {name}" for name, count in CAMPAIGN.items() if name not in (*HOLES.values(), "failed")]
+    if classes:
+        holes = [f"{CAMPAIGN[name]} {name}" for name in HOLES.values()]
+        terminalreporter.write_line(f"campaign: {', '.join(classes)}")
+        terminalreporter.write_line(f"          {CAMPAIGN['failed']} failed: {', '.join(holes)}")
 
 
 @pytest.fixture(scope="session")

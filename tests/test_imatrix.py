@@ -134,7 +134,7 @@ def test_damaged_files(tmp_path, raw, error, says):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(FileError, match="cannot read: No such file"):
+    with pytest.raises(FileError, match="cannot open: No such file"):
         read_imatrix(tmp_path / "none.dat")
 
 

@@ -66,8 +66,10 @@ def layout_doubt(
         return []
     if "lora_B_layout" in config or "unsloth_fused_expert_lora" in config:
         return []
-    readme = directory / "README.md"
-    said = readme.read_bytes()[:65536].lower() if readme.is_file() else b""
+    said = b""
+    if (readme := directory / "README.md").is_file():
+        with open(readme, "rb") as file:
+            said = file.read(65536).lower()
     if "unsloth" not in str(config.get("base_model_name_or_path", "")).lower() and b"unsloth" not in said:
         return []
     return [

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from lora_gguf.adapters.kinds import KINDS
 from lora_gguf.errors import FileError, MalformedError, UnsupportedError, printable
+from lora_gguf.files.input_file import open_input
 
 NAME = "adapter_config.json"
 MAX_BYTES = 16 << 20
@@ -122,7 +124,7 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict:
     """The object in a JSON file from an untrusted source: limited size, no duplicate keys, no NaN."""
     label = printable(path.name)
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_input(path), "rb") as file:
             raw = file.read(max_bytes + 1)
     except OSError as error:
         raise FileError(f"{printable(path)}: cannot read: {error.strerror}: check the path") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lora_gguf.adapters.adapter import adapter_name, read_adapter
+from lora_gguf.adapters.adapter import adapter_directory, adapter_name, read_adapter
 from lora_gguf.adapters.adapter_config import read_json
 from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.base import Base
@@ -18,6 +18,15 @@ def read_base_config(path: str | os.PathLike | None) -> dict | None:
         return None
     path = Path(path)
     return read_json(path / "config.json" if path.is_dir() else path)
+
+
+def _is_gguf(path: str | os.PathLike) -> bool:
+    return Path(path).is_file() and Path(path).suffix == ".gguf"
+
+
+def inputs_of(path: str | os.PathLike) -> Path:
+    """What ``placement_of`` reads: the GGUF, or the folder in which the adapter's files lie."""
+    return Path(path) if _is_gguf(path) else adapter_directory(path)
 
 
 def placement_of(
@@ -34,7 +43,7 @@ def placement_of(
     is the base's ``config.json``, or the folder that holds it, for what its GGUF does not say.
     Raises ``UnsupportedError`` for an adapter that cannot be merged.
     """
-    if Path(path).is_file() and Path(path).suffix == ".gguf":
+    if _is_gguf(path):
         placement = adapter_gguf_pairs(path, base, tied, allow_unused)
     else:
         adapter, config = read_adapter(path, expert_b_layout, allow_unused), read_base_config(base_config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -70,28 +71,66 @@ class _Terminated(BaseException):
 
 
 def _terminate(number: int, _frame) -> None:
+    _on_signals(_leave_at_once)
     raise _Terminated(number)
+
+
+def _leave_at_once(number: int, _frame) -> None:
+    """A second signal does not wait for the work in hand."""
+    remove_live()
+    os._exit(128 + number)
+
+
+def _on_signals(handler) -> None:
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
 
 
 def main() -> None:
     """The console script: run the command line, turn every refusal into one line on stderr and its exit code."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _terminate)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal's encoding does not
+    _open_standard_streams()
+    _on_signals(_terminate)
     try:
         code = _run()
     finally:
+        _on_signals(_leave_at_once)
         remove_live()
+    _flush_or_drop_stdout()
     sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Give what was closed by the caller a place to go: an output must never get the descriptor of stdout or stderr."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_or_drop_stdout() -> None:
+    """Leave nothing in the buffer for the interpreter's end, which would print a traceback where writing fails."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str] | None = None) -> int:
     try:
         words = arguments or sys.argv[1:]
         COMMAND_LINE.set(("lora-gguf", *words))
-        return app(args=joined_scales(words) or ["--help"], prog_name="lora-gguf", standalone_mode=False) or 0
+        code = app(args=joined_scales(words) or ["--help"], prog_name="lora-gguf", standalone_mode=False) or 0
+        print(end="", flush=True)
+        return code
     except LoraGgufError as error:
         _trace()
         _complain(str(error))
@@ -106,16 +145,20 @@ def _run(arguments: list[str] | None = None) -> int:
     except typer.Exit as error:
         return error.exit_code
     except _Terminated as error:
-        _complain(f"{signal.Signals(error.args[0]).name}: stopped, nothing was written")
+        _complain(f"{signal.Signals(error.args[0]).name}: stopped, no output is half written")
         return 128 + error.args[0]
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except MemoryError:
-        _complain("out of memory: lower --threads")
+    except OSError as error:
+        _trace()
+        where = "the system" if error.filename is None else printable(error.filename)
+        _complain(f"{where}: {error.strerror or error}: free what it lacks, or check the path, and run again")
         return 7
     except Exception as error:
         _trace()
+        if isinstance(error, MemoryError) or "can't start new thread" in str(error):
+            _complain("out of memory, or of threads: lower --threads")
+            return 7
         _complain(f"internal error: {type(error).__name__}: {error}: please report it with --debug's traceback")
         return 1
 

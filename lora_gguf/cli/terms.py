@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -106,4 +107,6 @@ def warn(warnings: list[str]) -> None:
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr)
+    """Print on stderr; where that fails there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)

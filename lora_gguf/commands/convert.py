@@ -48,7 +48,7 @@ def convert(
         model = base_model(opened, base_config)
         placement = gguf_pairs(adapter, model, updates=True, allow_unused=allow_unused)
         to_pairs(placement, adapter, opened, rank, progress)
-        inputs = [adapter.directory, *(opened.paths if opened else [])]
+        inputs = [adapter.directory, *(opened.paths if opened else []), *([base_config] if base_config else [])]
     write_adapter_gguf(out, placement.pairs, model.architecture, outtype, metadata(adapter), force=force, inputs=inputs)
     return placement
 

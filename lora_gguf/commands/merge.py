@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_gguf import __version__
-from lora_gguf.adapters.sources import adapter_name, placement_of
+from lora_gguf.adapters.sources import adapter_name, inputs_of, placement_of
 from lora_gguf.chunks import Chunk, carry_out, cut, in_threads, weights_within
 from lora_gguf.errors import NumericError, UsageError
 from lora_gguf.files.base import SPLIT_KEYS, Base
 from lora_gguf.files.gguf_writer import GgufWriter, key_value, raw_key_values
-from lora_gguf.files.output import check_target, write_bytes
+from lora_gguf.files.output import check_space, check_target, write_bytes
 from lora_gguf.growth import promote
 from lora_gguf.layout import OutputPart, one_shard, output_parts
 from lora_gguf.mapping.placement import Account
@@ -94,18 +94,20 @@ def merge(
         out = output_path(out, model, plan, [adapter_name(path) for path, _ in adapters])
         metadata = merged_key_values(model, plan, adapters, policy)
         parts = output_parts(out, model, plan, max_bytes=max_bytes, shards=shards or shard is not None)
-        inputs = [*model.paths, *(path for path, _ in adapters)]
+        parts = one_shard(parts, shard) if shard else parts
+        inputs = [*model.paths, *(inputs_of(path) for path, _ in adapters)]
+        inputs += [*(policy.imatrix.paths if policy.imatrix else ()), *([base_config] if base_config else ())]
+        writers = [writer_of(part, plan, metadata, model.alignment, force, inputs) for part in parts]
+        check_space(writers[0].output.target, sum(writer.size for writer in writers))
         recipe = ollama_recipe(parts, model, force) if modelfile else None
         with ExitStack() as opened:
-            writers = []
-            for part in one_shard(parts, shard) if shard else parts:
-                targets, key_values = [tensor.target for tensor in part.tensors], part.key_values(metadata, len(plan.tensors))
-                writer = GgufWriter(part.path, key_values, targets, alignment=model.alignment, force=force, inputs=inputs)
-                writers.append(opened.enter_context(writer))
-                write_part(part, model, writer, report, threads, memory, progress)
+            for part, writer in zip(parts, writers):
+                write_part(part, model, opened.enter_context(writer), report, threads, memory, progress)
             note_steps(report, model)
             check_retention(report, policy, min_retention)
             model.check_unchanged()
+            for writer in writers:
+                writer.sync()
             report.written += [commit(writer) for writer in writers]
     if recipe:
         write_bytes(*recipe, force=force)
@@ -127,6 +129,12 @@ def ollama_recipe(parts: list[OutputPart], model: Base, force: bool) -> tuple[Pa
     path = merged.with_name(merged.name.removesuffix(".gguf") + ".Modelfile")
     check_target(path, force=force)
     return path, modelfile_text(model, merged.name).encode()
+
+
+def writer_of(part: OutputPart, plan: Plan, metadata: list[bytes], alignment: int, force: bool, inputs: list) -> GgufWriter:
+    """The writer of one output file, its path checked; nothing is written before it is entered."""
+    targets, key_values = [tensor.target for tensor in part.tensors], part.key_values(metadata, len(plan.tensors))
+    return GgufWriter(part.path, key_values, targets, alignment=alignment, force=force, inputs=inputs)
 
 
 def write_part(

@@ -103,7 +103,7 @@ class GgufWriter:
     def __enter__(self) -> GgufWriter:
         self.output.__enter__()
         try:
-            os.ftruncate(self.output.fd, self.size)
+            self.output.resize(self.size)
             self.output.write_at(0, self._header)
         except BaseException:
             self.output.__exit__()
@@ -123,6 +123,10 @@ class GgufWriter:
         self.output.copy_at(
             self.data_position + tensor.offset + offset, reader.fd, reader.data_position + source.offset + offset, n_bytes
         )
+
+    def sync(self) -> None:
+        """Make the file durable, but do not put it in place yet."""
+        self.output.sync()
 
     def commit(self) -> None:
         """Make the file durable and put it in place."""

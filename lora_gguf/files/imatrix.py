@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lora_gguf.errors import FileError, MalformedError, MismatchError, NumericError, printable
 from lora_gguf.files.gguf_reader import MAGIC, MAX_NAME, GgufReader, TensorInfo
+from lora_gguf.files.input_file import open_input
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 
@@ -28,6 +29,7 @@ class Imatrix:
     importance: dict[str, np.ndarray]
     datasets: tuple[str, ...] = ()
     n_chunks: int = 0
+    paths: tuple[str | os.PathLike, ...] = ()
 
     def of(self, tensor: TensorInfo) -> np.ndarray | None:
         """The importance of the tensor's columns, (matrices, cols), or None where it was not measured.
@@ -53,7 +55,7 @@ def read_imatrix(path: str | os.PathLike) -> Imatrix:
     ``NumericError`` for values that are not finite or negative, or ``FileError``.
     """
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_input(path), "rb") as file:
             magic = file.read(len(MAGIC))
             imatrix = None if magic == MAGIC else _read_legacy(_Legacy(file, printable(os.path.basename(path))))
     except OSError as error:
@@ -63,7 +65,7 @@ def read_imatrix(path: str | os.PathLike) -> Imatrix:
             imatrix = _read_gguf(reader)
     if not imatrix.importance:
         raise MalformedError(f"{imatrix.label}: expected an importance matrix, found no entry: measure it again")
-    return imatrix
+    return replace(imatrix, paths=(path,))
 
 
 def _checked(label: str, name: str, values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_gguf.errors import FileError, printable
+from lora_gguf.errors import FileError, IntegrityError, printable
 from lora_gguf.files import positional
 from lora_gguf.files.input_file import open_input
 
@@ -37,7 +37,7 @@ def check_target(path: str | os.PathLike, *, force: bool = False, inputs: Iterab
     if os.path.islink(path) and not target.exists():
         raise FileError(f"{label}: a link to nowhere: remove it or name another output")
     if target.exists():
-        for source in inputs:
+        for source in _files(inputs):
             if os.path.exists(source) and os.path.samefile(source, target):
                 raise FileError(f"{label}: the output is also an input ({printable(source)}): name another output")
         if not stat.S_ISREG(os.stat(target).st_mode):
@@ -49,6 +49,14 @@ def check_target(path: str | os.PathLike, *, force: bool = False, inputs: Iterab
     if not os.access(target.parent, os.W_OK):
         raise FileError(f"{label}: the folder {printable(target.parent)} is not writable: name an output elsewhere")
     return target
+
+
+def _files(inputs: Iterable[os.PathLike | str]) -> Iterable[os.PathLike | str]:
+    """The inputs, and what lies in those that are folders."""
+    for source in inputs:
+        yield source
+        if os.path.isdir(source):
+            yield from Path(source).iterdir()
 
 
 def check_space(target: Path, n_bytes: int) -> None:
@@ -70,18 +78,18 @@ class OutputFile:
         self.path, self.force = Path(path), force
         self.label = printable(path)
         self.target = check_target(path, force=force, inputs=inputs)
-        self.fd, self.temporary = -1, None
+        self.fd, self.temporary, self.synced = -1, None, False
         _remove_stale(self.target)
 
     def __enter__(self) -> OutputFile:
-        self.temporary = self.target.with_name(f".{self.target.name[:200]}.{os.getpid()}{SUFFIX}")
+        self.temporary = self.target.with_name(f"{_prefix(self.target)}{os.getpid()}{SUFFIX}")
         _LIVE.add(self.temporary)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         try:
             self.fd = os.open(self.temporary, flags, 0o666)
         except OSError as error:
             self._forget()
-            raise FileError(f"{self.label}: cannot write in its folder: {error.strerror}") from error
+            raise FileError(f"{self.label}: cannot write in its folder: {error.strerror}: name an output elsewhere") from error
         if fcntl:
             with contextlib.suppress(OSError):
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,14 +109,24 @@ class OutputFile:
         _LIVE.discard(self.temporary)
         self.temporary = None
 
+    def resize(self, n_bytes: int) -> None:
+        """Make the file ``n_bytes`` long."""
+        try:
+            os.ftruncate(self.fd, n_bytes)
+        except OSError as error:
+            raise self._failed("write", error) from error
+
     def write_at(self, position: int, buffer) -> None:
         """Write all of ``buffer`` (contiguous bytes) at ``position`` bytes from the file's start."""
         view, done = memoryview(buffer).cast("B"), 0
         while done < len(view):
             try:
-                done += positional.write(self.fd, view[done:], position + done)
+                n_bytes = positional.write(self.fd, view[done:], position + done)
             except OSError as error:
                 raise self._failed("write", error) from error
+            if n_bytes == 0:
+                raise FileError(f"{self.label}: cannot write: the system took no bytes: write elsewhere")
+            done += n_bytes
 
     def copy_at(self, position: int, source_fd: int, source_position: int, n_bytes: int) -> None:
         """Copy ``n_bytes`` from another open file, inside the kernel where the system can."""
@@ -116,13 +134,14 @@ class OutputFile:
         while done < n_bytes:
             n = self._copy_some(position + done, source_fd, source_position + done, min(n_bytes - done, _COPY_CHUNK))
             if n == 0:
-                raise FileError(f"{self.label}: an input became shorter while it was copied: run again when nothing writes to it")
+                raise IntegrityError(f"{self.label}: an input became shorter while it was copied: run again when nothing writes to it")
             done += n
 
     def _copy_some(self, position: int, source_fd: int, source_position: int, n_bytes: int) -> int:
         if hasattr(os, "copy_file_range"):
             with contextlib.suppress(OSError):
-                return os.copy_file_range(source_fd, self.fd, n_bytes, source_position, position)
+                if n_copied := os.copy_file_range(source_fd, self.fd, n_bytes, source_position, position):
+                    return n_copied
         chunk = memoryview(bytearray(n_bytes))
         try:
             n_read = positional.read_into(source_fd, chunk, source_position)
@@ -131,36 +150,61 @@ class OutputFile:
         self.write_at(position, chunk[:n_read])
         return n_read
 
-    def commit(self) -> None:
-        """Make the file durable and put it in place."""
+    def sync(self) -> None:
+        """Make the bytes durable: whatever a disk has to complain of, it says here."""
         try:
             os.fsync(self.fd)
+        except OSError as error:
+            raise self._failed("finish", error) from error
+        self.synced = True
+
+    def commit(self) -> None:
+        """Make the file durable and put it in place."""
+        if not self.synced:
+            self.sync()
+        try:
             fd, self.fd = self.fd, -1
             os.close(fd)
             self._place()
-            _sync_folder(self.target.parent)
         except FileExistsError as error:
             raise FileError(f"{self.label}: appeared while this ran: left as it is; replace it with --force") from error
         except OSError as error:
             raise self._failed("finish", error) from error
+        try:
+            _sync_folder(self.target.parent)
+        except OSError as error:
+            raise FileError(
+                f"{self.label}: written whole, but its folder could not be synced: {error.strerror}: check the disk before a power cut"
+            ) from error
 
     def _place(self) -> None:
-        if not self.force and hasattr(os, "link"):
-            try:
-                os.link(self.temporary, self.target)  # unlike rename, never replaces what appeared in the meantime
+        if not self.force and self._linked():
+            with contextlib.suppress(OSError):
                 os.unlink(self.temporary)
                 self._forget()
-                return
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without hard links
-                if self.target.exists():
-                    raise FileExistsError(self.target) from None
+            return
         os.replace(self.temporary, self.target)
         self._forget()
 
+    def _linked(self) -> bool:
+        """Whether the target is now a second name of the file. Unlike a rename, this never replaces what appeared meanwhile."""
+        try:
+            os.link(self.temporary, self.target)
+            return True
+        except FileExistsError:
+            raise
+        except (AttributeError, OSError):  # a system without hard links
+            if os.path.lexists(self.target):
+                raise FileExistsError(self.target) from None
+            return False
+
     def _failed(self, verb: str, error: OSError) -> FileError:
         return FileError(f"{self.label}: cannot {verb}: {error.strerror or error}: nothing was written there")
+
+
+def _prefix(target: Path) -> str:
+    """How the temporary files of ``target`` begin; names may have 255 bytes, and shards differ at their ends."""
+    return f".{os.fsdecode(os.fsencode(target.name)[-200:])}."
 
 
 def remove_live() -> None:
@@ -175,13 +219,21 @@ def _remove_stale(target: Path) -> None:
     """Remove the temporary files that killed runs left for this target; those of running processes are locked."""
     if not fcntl:
         return
-    prefix = f".{target.name[:200]}."
-    for entry in target.parent.iterdir():
+    prefix = _prefix(target)
+    for entry in _entries(target.parent):
         middle = entry.name[len(prefix) : -len(SUFFIX)]
         if entry.name.startswith(prefix) and entry.name.endswith(SUFFIX) and middle.isdigit() and not entry.is_symlink():
             with contextlib.suppress(OSError), open(entry, "rb") as stale:
                 fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 entry.unlink()
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in ``folder``; nothing where it may be written to, but not listed."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _sync_folder(folder: Path) -> None:
