@@ -237,3 +237,10 @@ def test_a_growth_that_could_be_misread_is_refused(tmp_path, capsys, growth):
     base_and_adapter(tmp_path, "Q4_0")
     code, _, err = run(capsys, "merge", tmp_path / "base.gguf", tmp_path / "adapter.gguf", "-o", tmp_path / "o", "--max-growth", growth)
     assert code == errors.UsageError.exit_code and "such as 10%" in err and not (tmp_path / "o").exists()
+
+
+def test_a_traceback_only_with_debug(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LORA_GGUF_DEBUG", "")
+    for arguments, wanted in ((("merge",), False), (("--debug", "merge"), True)):
+        code, _, err = run(capsys, *arguments, tmp_path / "none.gguf", "x")
+        assert code == 7 and ("Traceback" in err) is wanted and err.count("lora-gguf: error: ") == 1

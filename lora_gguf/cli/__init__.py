@@ -70,7 +70,11 @@ class _Terminated(BaseException):
     """SIGINT, SIGTERM or SIGHUP arrived; ``args[0]`` is its number."""
 
 
+_arrived: list[int] = []  # the signal: what it interrupts may turn the exception into another one
+
+
 def _terminate(number: int, _frame) -> None:
+    _arrived.append(number)
     _on_signals(_leave_at_once)
     raise _Terminated(number)
 
@@ -131,6 +135,14 @@ def _run(arguments: list[str] | None = None) -> int:
         code = app(args=joined_scales(words) or ["--help"], prog_name="lora-gguf", standalone_mode=False) or 0
         print(end="", flush=True)
         return code
+    except BaseException as error:
+        return _report(_Terminated(*_arrived) if _arrived else error)
+
+
+def _report(error: BaseException) -> int:
+    """Say in one line what ended the run; its exit code."""
+    try:
+        raise error
     except LoraGgufError as error:
         _trace()
         _complain(str(error))
