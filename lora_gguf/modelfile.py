@@ -1,8 +1,8 @@
 """An Ollama Modelfile for a GGUF: where the model lies, its chat template in Go's notation, where it stops.
 
-Format: https://docs.ollama.com/modelfile. Ollama cannot run the Jinja template that a GGUF holds: it compares it with
-the templates that it knows, letter by letter, and passes prompts on bare where it finds no near match. So a template is
-written here for the families whose turns all look the same; for others a comment says what to do.
+Format: https://docs.ollama.com/modelfile. Ollama writes chats with templates in Go's notation. Where a Modelfile has none, it
+compares the GGUF's Jinja template with those that it knows, letter by letter, and passes prompts on bare where none is near.
+So a template is written here for the families whose turns all look the same; for others a comment says what to do.
 """
 
 from __future__ import annotations
