@@ -19,7 +19,9 @@ from lora_gguf.files.base import Base
 from lora_gguf.plan import Policy
 from lora_gguf.requantize import ROUNDINGS
 from lora_gguf.tokenizer import compare_tokenizer
+from tests import tiny
 from tests.common import DEMO_ADAPTER, FIXTURES, gemma3_path, smollm2_path
+from tests.test_families import ADAPTERS, KINDS
 from tests.test_inspect import model_bytes
 from tests.test_merge import base_and_adapter
 
@@ -159,3 +161,18 @@ def test_another_tokenizer_is_warned_about(tokenizer):
 def test_new_tokens_are_counted(tokenizer):
     remarks = tokenizer[0]({"added_tokens": [{"id": 49152, "content": "<new>", "special": True}]})
     assert "1 new token" in remarks["vocabulary"].text and "<new>" in remarks["vocabulary"].text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("doctor")
+
+
+@pytest.mark.parametrize("name", [*tiny.NAMES, *ADAPTERS])
+def test_every_architecture_and_kind_is_foretold(folder, name):
+    family = (KINDS / name / "base").read_text() if name in ADAPTERS else name
+    adapter = KINDS / name if name in ADAPTERS else tiny.TINY / name / "adapter"
+    report = doctor(tiny.base_gguf(folder, family), [(adapter, 1.0)], base_config=tiny.TINY / family if family == "falcon-h1" else None)
+    assert report.ok and report.tensors
+    assert abs(report.outlook("auto").kept - 1) < 1e-3 and len(report.outlooks) <= 3  # roundings do not matter to F32
+    assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["ok"]

@@ -73,7 +73,9 @@ def doctor(
             threads=threads,
             progress=advance,
         )
-    print(as_json_text(report.as_dict()) if as_json else as_text(report))
+    text = as_json_text(report.as_dict()) if as_json else as_text(report)
+    if text:
+        print(text)
     if report.refusal:
         raise report.refusal
 
@@ -82,7 +84,8 @@ def as_text(report: DoctorReport) -> str:
     """The report for a reader: what was looked at, what each way to merge keeps, which tensors change by how much."""
     from lora_gguf.text_table import aligned, size_text, text_table
 
-    parts = [aligned([(MARKS[remark.level], remark.topic, remark.text) for remark in report.remarks if remark.level in MARKS], left=3)]
+    remarks = [remark for remark in report.remarks if remark.level in MARKS]
+    parts = [aligned([(MARKS[remark.level], remark.topic, remark.text) for remark in remarks], left=3)] if remarks else []
     if report.outlooks:
         ways = [(way.options, f"{way.kept:.3f}", f"{way.noise:.1f}", size_text(way.n_bytes)) for way in report.outlooks]
         parts.append(text_table(("merge with", "delta kept", "noise/delta", "file"), ways))

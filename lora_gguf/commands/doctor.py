@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lora_gguf.adapters.adapter import adapter_directory
@@ -57,7 +58,7 @@ def doctor(
     with open_base(base) as model:
         report = DoctorReport(model.label, [(adapter_name(path), float(factor)) for path, factor in adapters])
         for path, _ in adapters:
-            report.remarks += remarks_on(path, model)
+            report.remarks += remarks_on(path, model, named=len(adapters) > 1)
         reading = (tied, allow_unused, expert_b_layout, base_config)
         try:
             placements = [(placement_of(path, model, *reading), factor) for path, factor in adapters]
@@ -79,8 +80,8 @@ def is_local(model: Base) -> bool:
     return all(isinstance(reader.source, InputFile) for reader in model.readers)
 
 
-def remarks_on(path: str | os.PathLike, model: Base) -> list[Remark]:
-    """What to say of an adapter before its weights are looked at."""
+def remarks_on(path: str | os.PathLike, model: Base, named: bool = False) -> list[Remark]:
+    """What to say of an adapter before its weights are looked at; ``named`` where it must be told from others."""
     found = inspect(path)
     if not isinstance(found, AdapterInspection):
         return []  # the placement says what it is instead
@@ -88,7 +89,10 @@ def remarks_on(path: str | os.PathLike, model: Base) -> list[Remark]:
     trained = f", trained on {found.base_model}" if found.base_model else ""
     level = NOTE if found.refusal else OK
     remarks = [Remark("adapter", level, f"{adapter_name(path)}: {', '.join(filter(None, (found.method, ranks)))}{trained}")]
-    return remarks if Path(path).is_file() else remarks + compare_tokenizer(adapter_directory(path), model)
+    if not Path(path).is_file():
+        where = f"{adapter_name(path)}: " if named else ""
+        remarks += [replace(remark, text=where + remark.text) for remark in compare_tokenizer(adapter_directory(path), model)]
+    return remarks
 
 
 def remarks_on_fit(model: Base, plan: Plan, placements: Sequence[Placement]) -> list[Remark]:
@@ -114,7 +118,7 @@ def foresee(report: DoctorReport, model: Base, plan: Plan, threads: int | None, 
     local, merged = is_local(model), plan.merged
     sampled = merged if local else thinned(merged)
     options = {name: chosen_for(name, sampled, local) for name in OPTIONS}
-    options = {name: tensors for name, tensors in options.items() if name == "auto" or is_other(name, tensors, options["auto"])}
+    options = {name: tensors for name, tensors in options.items() if name == "auto" or is_other(tensors, options["auto"])}
     weights = {tensor.target.name: tensor.source.n_elements for tensor in sampled}
     n_samples = len(options) * len(sampled)
     found: dict[str, dict[str, Retention]] = {}
@@ -139,10 +143,13 @@ def chosen_for(name: str, tensors: Sequence[TensorPlan], local: bool) -> list[Te
     return list(tensors) if name == "auto" and local else chosen(tensors, Policy(**OPTIONS[name][1]))
 
 
-def is_other(name: str, tensors: Sequence[TensorPlan], default: Sequence[TensorPlan]) -> bool:
-    """Whether an option differs from the default: a type may be the base's own."""
-    own = [(one.target.type, one.recipe.rounding) for one in tensors]
-    return own != [(one.target.type, one.recipe.rounding) for one in default]
+def is_other(tensors: Sequence[TensorPlan], default: Sequence[TensorPlan]) -> bool:
+    """Whether an option differs from the default: a type may be the base's own, and a new or an exact one knows no rounding."""
+
+    def ways(tensors: Sequence[TensorPlan]) -> list[tuple]:
+        return [(one.target.type, one.recipe.keeps_grid and one.recipe.rounding) for one in tensors]
+
+    return ways(tensors) != ways(default)
 
 
 def outlook_of(tensor: TensorPlan, model: Base, weights: dict[str, int], found: dict[str, dict[str, Retention]]) -> TensorOutlook:
