@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from lora_gguf import errors
-from lora_gguf.report.content import MERGED_KINDS, Content
+from lora_gguf.report.content import MERGED_KINDS, Content, Table
 from lora_gguf.report.page import page_of
 from tests.browser import CHROMIUM, Browser
 from tests.test_cli import leftovers, run
@@ -149,8 +149,8 @@ def hostile_content() -> Content:
     account = {"tensor": HOSTILE, "outcome": "ignored", "target": HOSTILE, "reason": HOSTILE}
     report = {"merged": [row], "kinds": [row | {"count": 1}], "accounts": [account]}
     figure = {"value": HOSTILE, "label": HOSTILE, "bad": True}
-    measures, total = ("kept", "type"), {"kind": HOSTILE, "total": True}
-    return Content(HOSTILE, figure, [HOSTILE], [HOSTILE], report, "merged", measures, MERGED_KINDS, total, [("base", HOSTILE)])
+    table = Table(HOSTILE, "kinds", MERGED_KINDS, {"kind": HOSTILE})
+    return Content(HOSTILE, figure, [HOSTILE], [HOSTILE], report, "merged", ("kept", "type"), [table], [("base", HOSTILE)])
 
 
 def test_hostile_names_stay_text():
@@ -274,7 +274,7 @@ def test_nor_an_output_that_the_merge_named_itself(folder, tmp_path, capsys, mon
     assert code == errors.FileError.exit_code and (tmp_path / name).read_bytes().startswith(b"GGUF")
 
 
-def test_a_report_that_fails_leaves_the_merged_file(folder, tmp_path, capsys, monkeypatch):
+def test_a_report_that_fails_leaves_the_merged_file(folder, merged, tmp_path, capsys, monkeypatch):
     pwrite = os.pwrite
 
     def full(fd, data, position):
@@ -293,3 +293,39 @@ def test_without_the_extra_one_line_names_it(folder, tmp_path, capsys, monkeypat
     code, _, err = run(capsys, *merge_words(folder, tmp_path, "--report", tmp_path / "page.html"))
     assert code == errors.UnsupportedError.exit_code and "pip install 'lora-gguf[report]'" in err and err.count("\n") == 1
     assert not os.listdir(tmp_path)
+
+
+def test_the_page_of_a_checkup_has_the_figures_of_its_json(folder, tmp_path, capsys):
+    page, plot = tmp_path / "page.html", tmp_path / "plot.png"
+    words = ["doctor", folder / "base.gguf", folder / "adapter.gguf", "--json", "--report", page, "--plot", plot]
+    code, out, _ = run(capsys, *words)
+    data, printed = data_of(page), json.loads(out)
+    assert code == 0 and data["report"] == printed and len(printed["tensors"]) == 15
+    assert data["figure"]["value"] == f"{printed['outlooks'][0]['kept']:.3f}" and plot.read_bytes().startswith(b"\x89PNG")
+    assert {"delta_per_step", "kept.auto", "kept.nearest", "type"} <= set(data["charts"]["maps"])
+
+
+@in_browser
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_browser_draws_a_checkup(folder, tmp_path, capsys, browser, width):
+    assert run(capsys, "doctor", folder / "base.gguf", folder / "adapter.gguf", "--report", tmp_path / "page.html")[0] == 0
+    browser.events.clear()
+    browser.open(tmp_path / "page.html", width=width)
+    assert browser.value("document.documentElement.scrollWidth") <= width and not browser.complaints()
+    browser.value("[...document.querySelectorAll('#map button')].find(button => button.textContent === 'delta kept, nearest').click()")
+    browser.value("new Promise(done => setTimeout(done, 300))")
+    cells = browser.value("[...document.querySelectorAll('#map .mark-rect path[aria-roledescription]')].map(cell => cell.ariaLabel)")
+    for row in data_of(tmp_path / "page.html")["report"]["tensors"]:
+        assert any(row["name"] in cell and f"delta kept, nearest: {row['kept']['nearest']:.3f}" in cell for cell in cells), row
+    fills = browser.value("new Set([...document.querySelectorAll('#map .mark-rect path[aria-roledescription]')].map(c => c.getAttribute('fill'))).size")
+    assert fills > 1
+
+
+def test_a_refusal_has_its_page_and_no_plot(folder, tmp_path, capsys):
+    names = {"blk.0.attn_q.weight": (128, 512)}
+    adapter = write_adapter(tmp_path / "wide.gguf", some_pairs(1e-3, names=names))
+    page, plot = tmp_path / "page.html", tmp_path / "plot.png"
+    code, _, err = run(capsys, "doctor", folder / "base.gguf", adapter, "--report", page, "--plot", plot)
+    data = data_of(page)
+    assert code == errors.MismatchError.exit_code and data["figure"]["value"] == "refused" and not plot.exists()
+    assert data["figure"]["label"] in err and not data["charts"]["maps"]

@@ -12,15 +12,18 @@ from lora_gguf.cli.options import (
     BaseArgument,
     BaseConfig,
     ExpertB,
+    ForcePictures,
     Lora,
     Model,
+    PlotFile,
     Progress,
     Quiet,
+    ReportFile,
     Scale,
     Threads,
     TiedHead,
 )
-from lora_gguf.cli.terms import Tied, adapters_of, base_and_adapter
+from lora_gguf.cli.terms import Tied, adapters_of, base_and_adapter, draw, pictures
 from lora_gguf.errors import UsageError
 from lora_gguf.progress import bar, download_bar
 
@@ -41,6 +44,9 @@ def doctor(
     base_config: BaseConfig = None,
     expert_b_layout: ExpertB = None,
     threads: Threads = None,
+    report: ReportFile = None,
+    plot: PlotFile = None,
+    force: ForcePictures = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Quiet = False,
     progress: Progress = True,
@@ -57,13 +63,16 @@ def doctor(
     named = ([(adapter, scale)] if adapter else []) + adapters_of(lora or [])
     if not named:
         raise UsageError("no adapter: name one, or several with --lora")
+    wanted = pictures(report, plot, force, [source, *(name for name, _ in named)])
+    wanted.check()
     with download_bar(progress and not quiet) as files:
         adapters = local_adapters(named, files)
     from lora_gguf.commands.doctor import doctor as examine
+    from lora_gguf.report.content import of_doctor
     from lora_gguf.tables import as_json as as_json_text
 
     with bar("examining", progress and not quiet, of_bytes=False) as advance:
-        report = examine(
+        found = examine(
             source,
             adapters,
             tied=tied.value,
@@ -73,11 +82,12 @@ def doctor(
             threads=threads,
             progress=advance,
         )
-    text = as_json_text(report.as_dict()) if as_json else as_text(report)
+    text = as_json_text(found.as_dict()) if as_json else as_text(found)
     if text:
         print(text)
-    if report.refusal:
-        raise report.refusal
+    draw(wanted, lambda: of_doctor(found, source, adapters), quiet)
+    if found.refusal:
+        raise found.refusal
 
 
 def as_text(report: DoctorReport) -> str:

@@ -41,3 +41,4 @@ ReportFile = Annotated[
     Optional[Path], typer.Option("--report", metavar="FILE.html", help="Write a page with charts and tables of what happened.")
 ]
 PlotFile = Annotated[Optional[Path], typer.Option("--plot", metavar="FILE.png", help="Draw the main charts, as PNG or SVG.")]
+ForcePictures = Annotated[bool, typer.Option("--force", help="Replace an existing report or plot.")]

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lora_gguf.cli.options import BASE_HELP, BaseConfig, ExpertB, PlotFile, Progress, Quiet, ReportFile, Threads
+from lora_gguf.cli.options import BASE_HELP, BaseConfig, ExpertB, ForcePictures, PlotFile, Progress, Quiet, ReportFile, Threads
 from lora_gguf.cli.terms import adapters_of, draw, pictures, say
 from lora_gguf.errors import printable
 from lora_gguf.progress import bar, download_bar
@@ -25,7 +25,7 @@ def verify(
     threads: Threads = None,
     report: ReportFile = None,
     plot: PlotFile = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing report or plot.")] = False,
+    force: ForcePictures = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Quiet = False,
     progress: Progress = True,

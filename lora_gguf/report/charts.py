@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 HISTOGRAM_BINS = 24
 CELL, TALL_CELL, PRINTED_CELL = 28, 18, 20  # pixels
@@ -39,10 +39,23 @@ MEASURES = {
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
-def shown(measures: Sequence[str], rows: Iterable[dict]) -> list[str]:
+def measure_of(name: str) -> Measure:
+    """What is shown of the rows' value ``name``; ``kept.nearest`` is ``kept``, of the way to merge called nearest."""
+    measure, _, way = name.partition(".")
+    return replace(MEASURES[measure], title=f"{MEASURES[measure].title}, {way}") if way else MEASURES[measure]
+
+
+def value_of(row: dict, name: str) -> float | str | None:
+    """A row's value of a measure."""
+    measure, _, way = name.partition(".")
+    value = row.get(measure)
+    return value.get(way) if way and value is not None else value
+
+
+def shown(measures: Iterable[str], rows: Iterable[dict]) -> list[str]:
     """The measures that some row has."""
     rows = list(rows)
-    return [name for name in measures if any(row.get(name) is not None for row in rows)]
+    return [name for name in measures if any(value_of(row, name) is not None for row in rows)]
 
 
 def heat_map(measure: str, measures: Sequence[str], rows: Sequence[dict], tall: bool = False) -> dict:
@@ -65,41 +78,42 @@ def heat_map(measure: str, measures: Sequence[str], rows: Sequence[dict], tall: 
 
 
 def _colour(measure: str, rows: Sequence[dict]) -> dict:
-    shown_as = MEASURES[measure]
+    shown_as = measure_of(measure)
     legend = {"orient": "top", "title": shown_as.title, "titleOrient": "left"}
     if shown_as.nominal:
         verdict = {"scale": {"domain": [True, False], "range": list(VERDICTS)}} if measure == "holds" else {}
         return {"field": measure, "type": "nominal", "legend": legend | {"columns": 4}, **verdict}
     legend |= {"format": shown_as.format.replace(".3f", ".1f"), "tickCount": 5}
     quantity = {"field": measure, "type": "quantitative", "scale": _scale(measure, rows), "legend": legend}
-    return {"condition": {"test": f"isValid(datum['{measure}'])", **quantity}, "value": UNKNOWN}
+    return {"condition": {"test": f"isValid(datum.{measure})", **quantity}, "value": UNKNOWN}
 
 
 def _scale(measure: str, rows: Sequence[dict]) -> dict:
-    if measure != "kept":
+    if measure.partition(".")[0] != "kept":
         return {"zero": True, "range": "heatmap"}
-    too_much = max((row["kept"] for row in rows if row["kept"] is not None), default=0) > EXCESS
+    too_much = max(filter(None, (value_of(row, measure) for row in rows)), default=0) > EXCESS
     return {"domain": [0, 2 if too_much else 1], "clamp": True, "range": "ramp" if too_much else "diverging", "interpolate": "rgb"}
 
 
 def _tooltip(measures: Sequence[str]) -> list[dict]:
     fields = [{"field": "name", "type": "nominal", "title": "tensor"}]
     for name in measures:
-        quantity = {"type": "nominal"} if MEASURES[name].nominal else {"type": "quantitative", "format": MEASURES[name].format}
-        fields.append({"field": name, "title": MEASURES[name].title, **quantity})
+        measure = measure_of(name)
+        quantity = {"type": "nominal"} if measure.nominal else {"type": "quantitative", "format": measure.format}
+        fields.append({"field": name, "title": measure.title, **quantity})
     return fields
 
 
 def histogram(measure: str) -> dict:
     """How many tensors have which value of ``measure``."""
     quantity = {"field": measure, "type": "quantitative", "bin": {"maxbins": HISTOGRAM_BINS}}
-    axis = {"format": MEASURES[measure].format, "labelOverlap": True, "labelFlush": True, "tickCount": 5}
+    axis = {"format": measure_of(measure).format, "labelOverlap": True, "labelFlush": True, "tickCount": 5}
     count = {"aggregate": "count", "type": "quantitative", "title": "tensors"}
     return {
         "width": "container",
         "height": 130,
         "mark": {"type": "bar", "tooltip": True},
-        "encoding": {"x": quantity | {"axis": axis, "title": MEASURES[measure].title}, "y": count | {"axis": {"tickCount": 4}}},
+        "encoding": {"x": quantity | {"axis": axis, "title": measure_of(measure).title}, "y": count | {"axis": {"tickCount": 4}}},
     }
 
 
@@ -108,7 +122,7 @@ def figure(title: str, subtitle: Sequence[str], rows: Sequence[dict], measures: 
     chosen = list(measures[:2])
     printed = {"width": {"step": PRINTED_CELL}, "height": {"step": PRINTED_CELL}}
     maps = [heat_map(name, measures, rows) | printed for name in chosen]
-    bars = [histogram(name) | {"width": 260} for name in chosen if not MEASURES[name].nominal]
+    bars = [histogram(name) | {"width": 260} for name in chosen if not measure_of(name).nominal]
     return {
         "title": {"text": title, "subtitle": list(subtitle), "anchor": "start", "offset": 16},
         "background": "white",

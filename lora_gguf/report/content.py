@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_gguf import tables
 from lora_gguf.adapters.sources import adapter_name
+from lora_gguf.checkup import WARNING, DoctorReport
 from lora_gguf.commands.merge import WARN_BELOW, MergeReport
 from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.errors import printable
@@ -40,13 +41,27 @@ VERIFIED_KINDS = [
     _KIND, _COUNT, Column("wrong", "wrong", "d"), _KEPT, Column("standard_error", "±", ".3f", minor=True),
     Column("noise", "noise / delta", ".1f"), Column("noise_expected", "of rounding", ".1f", minor=True),
 ]  # fmt: skip
+WAYS = [
+    Column("options", "merge with"), _KEPT, Column("noise", "noise / delta", ".1f"), Column("n_bytes", "file", "bytes"),
+]  # fmt: skip
+REMARKS = [Column("topic", "about"), Column("level", "level"), Column("text", "found")]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table on the page: the rows that the report has under ``key``, and a last one, ``total``."""
+
+    title: str
+    key: str
+    columns: list[Column]
+    total: dict | None = None
 
 
 @dataclass
 class Content:
-    """One page: ``report`` is the ``--json`` dict, ``rows`` the key of its list of tensors, ``total`` the last row of its kinds.
+    """One page: ``report`` is the ``--json`` dict, ``rows`` the key of its list of tensors.
 
-    ``kinds`` and ``accounts`` are the columns of the tables, ``files`` pairs of role and path.
+    ``accounts`` are the columns of the table of what became of the adapter's tensors, ``files`` pairs of role and path.
     """
 
     title: str
@@ -55,9 +70,8 @@ class Content:
     warnings: list[str]
     report: dict
     rows: str
-    measures: tuple[str, ...]
-    kinds: list[Column]
-    total: dict
+    measures: Sequence[str]
+    tables: list[Table]
     files: list[tuple[str, str | os.PathLike]] = field(default_factory=list)
     accounts: list[Column] = field(default_factory=lambda: ACCOUNTS)
 
@@ -77,8 +91,7 @@ def of_merge(report: MergeReport, base: str | os.PathLike, adapters: Adapters, r
         report=data,
         rows="merged",
         measures=("kept", "delta_per_step", "delta_norm", "changed", "noise", "type"),
-        kinds=MERGED_KINDS,
-        total={"kind": "all merged", "count": n_merged, "total": True, **data["all"]},
+        tables=[Table("By kind of tensor", "kinds", MERGED_KINDS, {"kind": "all merged", "count": n_merged, **data["all"]})],
         files=[("base", base), *(("adapter", path) for path, _ in adapters), *(("output", path) for path in report.written)],
     )
 
@@ -101,10 +114,31 @@ def of_verify(report: VerifyReport, merged: str | os.PathLike, base: str | os.Pa
         report=data,
         rows="tensors",
         measures=("holds", "kept", "delta_per_step", "delta_norm", "noise", "correlation", "type"),
-        kinds=VERIFIED_KINDS,
-        total=whole | {"total": True},
+        tables=[Table("By kind of tensor", "kinds", VERIFIED_KINDS, whole)],
         files=[("merged", merged), ("base", base), *(("adapter", path) for path, _ in adapters)],
     )  # fmt: skip
+
+
+def of_doctor(report: DoctorReport, base: str | os.PathLike, adapters: Adapters) -> Content:
+    """The page of a checkup."""
+    data = report.as_dict()
+    if report.ok:
+        kept = report.outlooks[0].kept
+        figure = {"value": f"{kept:.3f}", "label": "of the adapter would be kept (1 is all of it)", "bad": kept < WARN_BELOW}
+    else:
+        figure = {"value": "refused", "label": str(report.refusal), "bad": True}
+    ways = [f"kept.{way.name}" for way in report.outlooks]
+    return Content(
+        title=f"{_names(adapters)} in {Path(base).name}: {'a merge will work' if report.ok else 'a merge will not work'}",
+        figure=figure,
+        lines=[line for line in (report.recommendation,) if line],
+        warnings=[f"{remark.topic}: {remark.text}" for remark in report.remarks if remark.level == WARNING],
+        report=data,
+        rows="tensors",
+        measures=("delta_per_step", *ways, "delta_norm", "type"),
+        tables=[Table("Ways to merge", "outlooks", WAYS), Table("What was looked at", "remarks", REMARKS)],
+        files=[("base", base), *(("adapter", path) for path, _ in adapters)],
+    )
 
 
 def _names(adapters: Adapters) -> str:

@@ -49,6 +49,7 @@ class Pictures:
         others = [path for _, path in content.files]  # a merge may have chosen the name of its output itself
         if self.page:
             write_page(self.page, content, self.command, force=self.force, inputs=others)
-        if self.plot:
-            write_plot(self.plot, content, force=self.force, inputs=others)
-        return [path for path in (self.page, self.plot) if path]
+        plot = self.plot if content.report[content.rows] else None  # a checkup that ends in a refusal has no tensors to draw
+        if plot:
+            write_plot(plot, content, force=self.force, inputs=others)
+        return [path for path in (self.page, plot) if path]

@@ -106,6 +106,16 @@ function prepareAccounts(accounts) {
   $("details", section).addEventListener("toggle", list, { once: true });
 }
 
+function prepareTables() {
+  for (const { title, key, columns, total } of page.tables) {
+    const content = page.report[key], section = element("section", undefined, { id: key }), scroll = element("div", undefined, { class: "scroll" });
+    if (!content.length) continue;
+    scroll.append(table(columns, total ? [...content, { ...total, total: true }] : content));
+    section.append(element("h2", title), scroll);
+    $("#tables").append(section);
+  }
+}
+
 function prepareText() {
   $("#title").textContent = page.title;
   $("#figure").textContent = page.figure.value;
@@ -120,6 +130,6 @@ function prepareText() {
 
 prepareText();
 prepareCharts();
-if (page.report.kinds && page.report.kinds.length) $(".scroll", show("kinds")).append(table(page.columns.kinds, [...page.report.kinds, page.total]));
+prepareTables();
 if (page.report.accounts && page.report.accounts.length) prepareAccounts(page.report.accounts);
 drawAll();

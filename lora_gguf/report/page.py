@@ -72,22 +72,21 @@ def page_data(content: Content, command: Sequence[str]) -> dict:
         "run": {"command": shlex.join(command), "versions": versions(), "files": file_rows(content.files)},
         "report": content.report,
         "rows": content.rows,
-        "total": content.total,
+        "tables": [vars(table) | {"columns": [vars(column) for column in table.columns]} for table in content.tables],
         "columns": {
-            "kinds": [vars(column) for column in content.kinds],
             "accounts": [vars(column) for column in content.accounts],
             "files": [vars(column) for column in FILES],
         },
         "charts": {
             "maps": {name: _map(name, measures, rows) for name in measures},
-            "histograms": {name: charts.histogram(name) for name in measures if not charts.MEASURES[name].nominal},
+            "histograms": {name: charts.histogram(name) for name in measures if not charts.measure_of(name).nominal},
         },
         "config": {"light": charts.config(dark=False), "dark": charts.config(dark=True)},
     }
 
 
 def _map(name: str, measures: Sequence[str], rows: Sequence[dict]) -> dict:
-    measure = charts.MEASURES[name]
+    measure = charts.measure_of(name)
     return {
         "title": measure.title,
         "about": measure.about,
