@@ -169,3 +169,40 @@ def test_added_tokens_rename_fillers_without_trained_rows(tmp_path):
     assert any("'[PAD]'" in warning and "left out" in warning for warning in report.plan.warnings)
     with GgufReader(tmp_path / "out.gguf") as reader:
         assert reader.get("tokenizer.ggml.tokens") == texts
+
+
+def test_a_tied_base_gets_a_head_with_the_new_tokens(tmp_path):
+    model = tiny.from_config(tiny.config_of("qwen2"))
+    tensors = tiny.tensors_of("qwen2", model)
+    del tensors["output.weight"]
+    base = tiny.write_gguf(tmp_path / "tied.gguf", "qwen2", tensors)
+    merge(base, [(KINDS / "new-tokens-whole", 1.0)], tmp_path / "out.gguf")
+    wanted = tiny.tensors_from(KINDS / "new-tokens-whole" / "merged.safetensors", model)
+    for name in ("token_embd.weight", "output.weight"):
+        found = rows(tmp_path / "out.gguf", name).view(np.float32)
+        np.testing.assert_allclose(found, wanted[name], atol=3e-6)
+    answer = tiny.server(tmp_path / "out.gguf").handle_completions({"prompt": [1, 290], "n_predict": 1})
+    assert answer["usage"]["prompt_tokens"] == 2
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("words", [{}, {"<image_soft_token>": 288}, {"<image_soft_token>": 288, "<call>": 290}])
+def test_a_gguf_without_the_last_rows_of_hugging_faces_vocabulary(tmp_path, words, whole):
+    """Gemma 3's GGUFs leave out rows that only images use: they stay out, unless tokens were added after them."""
+    base = tiny.base_gguf(tmp_path, "gemma3")
+    folder, rng = tmp_path / "a", np.random.default_rng(2)
+    folder.mkdir()
+    path, original = "base_model.model.model.embed_tokens", rng.standard_normal((296, 32)).astype(np.float32)
+    original[:288] = rows(base, EMBEDDING).view(np.float32)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 296), (32, 2)))
+    after = original + (b @ a).T
+    factors = {f"{path}.lora_embedding_A": a, f"{path}.lora_embedding_B": b, f"{path}.base_layer.weight": original}
+    save_file({f"{path}.weight": after} if whole else factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, "modules_to_save": ["embed_tokens"]}))
+    (folder / "added_tokens.json").write_text(json.dumps(words))
+    merge(base, [(folder, 1.0)], tmp_path / "out.gguf", tied="shared")
+    n = 291 if "<call>" in words else 288
+    found = rows(tmp_path / "out.gguf", EMBEDDING).view(np.float32)
+    np.testing.assert_allclose(found, after[:n], atol=1e-5)
+    with Base(tmp_path / "out.gguf") as model:
+        assert len(model.get("tokenizer.ggml.tokens")) == n and ("<call>" in model.get("tokenizer.ggml.tokens")) == (n == 291)

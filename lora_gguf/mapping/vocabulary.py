@@ -163,11 +163,11 @@ def _grown_pair(pair: LoraPair, n_rows: int, original: np.ndarray | None) -> tup
     n_new = len(pair.b) - n_rows
     if n_new <= 0:
         return pair, None
-    if original is None or len(original) != len(pair.b):
+    if original is None or len(original) < len(pair.b):
         raise MismatchError(
             f"{pair.name}: {n_new} new tokens, whose own embedding is not in the adapter: save it with save_embedding_layers=True"
         )
-    rows = original[n_rows:] + np.float32(pair.scale) * (pair.b[n_rows:] @ pair.a)
+    rows = original[n_rows : len(pair.b)] + np.float32(pair.scale) * (pair.b[n_rows:] @ pair.a)
     return LoraPair(pair.name, pair.a, np.ascontiguousarray(pair.b[:n_rows]), pair.scale, pair.sources), rows
 
 
