@@ -106,12 +106,13 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
         for pair in placement.pairs:
             plans[pair.name].pairs.append(replace(pair, scale=pair.scale * scale))
         for update in placement.updates:
-            if update.n_rows:
-                plans[update.name].updates.append((update, scale))
-        for name, new in placement.new_rows.items():
-            _append(plans[name], new, base.label)
+            for name in _targets(update.name, placement, HEAD in plans) if update.n_rows else ():
+                plans[name].updates.append((update, scale))
+        for embedding, new in placement.new_rows.items():
+            for name in _targets(embedding, placement, HEAD in plans):
+                _append(plans[name], new, base.label)
     _check(base, plans.values())
-    types = _mix_types(base, policy) if policy.mix else {}
+    types = _mix_types(base, [tensor.target for tensor in plans.values()], policy) if policy.mix else {}
     for name, tensor in plans.items():
         choose(tensor, types.get(name), policy)
     if policy.rounding == "auto":
@@ -120,7 +121,16 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
         for tensor in moved:
             tensor.recipe = replace(tensor.recipe, weighting=weighting[tensor.source.name])
     warnings = [warning for placement, _ in placements for warning in placement.warnings]
+    if any(placement.untied for placement, _ in placements):
+        head = plans[HEAD].target
+        size = f"{head.n_bytes / 1e6:.1f} MB, {head.type}"
+        warnings.append(f"{HEAD}: the adapter's head is no longer the embedding: it becomes a tensor of its own ({size}); see --tied")
     return Plan(list(plans.values()), warnings, _vocabulary(placements, base.label))
+
+
+def _targets(name: str, placement: Placement, has_head: bool) -> tuple[str, ...]:
+    """The tensors that an update of ``name`` changes: the head too, where only another adapter tells it from the embedding."""
+    return (name, HEAD) if name == EMBEDDING and has_head and placement.tied else (name,)
 
 
 def _append(tensor: TensorPlan, new: np.ndarray, label: str) -> None:
@@ -138,13 +148,13 @@ def _vocabulary(placements: list[tuple[Placement, float]], label: str) -> dict[s
     return found[0] if found else {}
 
 
-def _mix_types(base: Base, policy: Policy) -> dict[str, GgmlType]:
+def _mix_types(base: Base, tensors: list[TensorInfo], policy: Policy) -> dict[str, GgmlType]:
     if quantized := [info.name for info in base.tensors.values() if info.type.block_size > 1]:
         raise UnsupportedError(
             f"{base.label}: {quantized[0]} is quantized already: --quantize wants an F16, BF16 or F32 base; "
             "use --type to change the type of the adapted tensors"
         )
-    return mix_types(policy.mix, model_of(base), base.tensors.values(), has_imatrix=bool(policy.imatrix))
+    return mix_types(policy.mix, model_of(base), tensors, has_imatrix=bool(policy.imatrix))
 
 
 def choose(tensor: TensorPlan, mix_type: GgmlType | None, policy: Policy) -> None:

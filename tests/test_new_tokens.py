@@ -206,3 +206,28 @@ def test_a_gguf_without_the_last_rows_of_hugging_faces_vocabulary(tmp_path, word
     np.testing.assert_allclose(found, after[:n], atol=1e-5)
     with Base(tmp_path / "out.gguf") as model:
         assert len(model.get("tokenizer.ggml.tokens")) == n and ("<call>" in model.get("tokenizer.ggml.tokens")) == (n == 291)
+
+
+def test_an_adapter_of_a_tied_embedding_beside_one_that_unties_it(tmp_path):
+    """Single rows trained for embedding and head at once change both, though another adapter gives the head a tensor."""
+    model = tiny.from_config(tiny.config_of("qwen2"))
+    tensors = tiny.tensors_of("qwen2", model)
+    del tensors["output.weight"]
+    base = tiny.write_gguf(tmp_path / "tied.gguf", "qwen2", tensors)
+    adapters = [(KINDS / "embedding", 1.0), (KINDS / "tokens", 1.0)]
+    merge(base, [(KINDS / "embedding", 1.0)], tmp_path / "one.gguf")
+    report = merge(base, adapters, tmp_path / "two.gguf")
+    assert any("output.weight" in line and "MB" in line and "--tied" in line for line in report.plan.warnings)
+    for name in ("token_embd.weight", "output.weight"):
+        same = (rows(tmp_path / "one.gguf", name) == rows(tmp_path / "two.gguf", name)).all(axis=1)
+        assert np.flatnonzero(~same).tolist() == [5, 17, 200]
+
+
+def test_a_head_of_its_own_gets_the_type_of_the_mix(tmp_path):
+    model = tiny.from_config(tiny.config_of("qwen2"))
+    tensors = tiny.tensors_of("qwen2", model)
+    del tensors["output.weight"]
+    base = tiny.write_gguf(tmp_path / "tied.gguf", "qwen2", tensors)
+    merge(base, [(KINDS / "embedding", 1.0)], tmp_path / "out.gguf", Policy(mix="Q4_0"))
+    with Base(tmp_path / "out.gguf") as merged:
+        assert merged.tensors["output.weight"].type.block_size > 1

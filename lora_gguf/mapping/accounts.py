@@ -41,7 +41,8 @@ class Placement:
 
     There is one pair for each tensor at most; of ``updates``, which only a merge can carry out, several may change
     parts of one. ``untied`` says that the base's head is tied to its embedding and the adapter tells them apart, so
-    that a merge must give the file an ``output.weight`` of its own, made from the base's ``token_embd.weight``.
+    that a merge must give the file an ``output.weight`` of its own, made from the base's ``token_embd.weight``;
+    ``tied``, that the base has one tensor for both and this adapter leaves it so.
     ``invocation_tokens`` (aLoRA) say that the adapter is active only after these tokens, so that it can't be merged.
     ``approximations`` gives the relative error of the tensors whose update ``convert`` could not write exactly.
     ``new_rows`` are f32 rows (k, cols) that come after those of the base's embedding and head, for new tokens, and
@@ -53,6 +54,7 @@ class Placement:
     accounts: list[Account] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     untied: bool = False
+    tied: bool = False
     invocation_tokens: list[int] = field(default_factory=list)
     approximations: dict[str, float] = field(default_factory=dict)
     new_rows: dict[str, np.ndarray] = field(default_factory=dict)

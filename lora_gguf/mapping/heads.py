@@ -73,13 +73,14 @@ def resolve_tied(placement: Placement, hparams: Hparams, tied: str) -> list[str]
     if not hparams.tied:
         return []
     same_rows(placement)
+    placement.tied = True
     touching = [update for update in (*placement.pairs, *placement.updates) if is_telling_apart(update)]
     if not touching:
         return []
     if tied == "refuse":
         return [f"{update.name}: head and embedding of {hparams.label} are one tensor (tied)" for update in touching]
     if tied == "separate" and has_head(hparams.architecture):
-        placement.untied = True
+        placement.untied, placement.tied = True, False
         return []
     if tied == "separate":
         return [f"{HEAD}: llama.cpp's {hparams.architecture} has no head of its own (tied): merge with --tied shared"]
