@@ -69,4 +69,5 @@ def test_an_approximation_states_its_rank_and_error(tmp_path, capsys):
     assert code == 0 and "approximated at rank 6: 3 tensors, with relative errors from 0." in out
     code, out, _ = run(capsys, "convert", source, "--base", base, "--rank", "6", "-o", tmp_path / "b.gguf", "--json")
     errors = json.loads(out)["approximations"]
-    assert errors.keys() == {"blk.0.attn_q.weight", "blk.0.attn_v.weight", "blk.1.ffn_down.weight"} and all(0 < e < 1 for e in errors.values())
+    assert errors.keys() == {"blk.0.attn_q.weight", "blk.0.attn_v.weight", "blk.1.ffn_down.weight"}
+    assert all(0 < error < 1 for error in errors.values())

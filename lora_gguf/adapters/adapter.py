@@ -92,8 +92,8 @@ def read_adapter(
     """Read ``adapter_config.json`` and the weights beside it.
 
     ``expert_b_layout`` (rank-major or expert-major) is how the B's of packed experts lie, where the adapter itself does
-    not say; tensors that are none of an adapter's are ignored if ``allow_unused`` finds their name. Raises ``MalformedError``, ``UnsupportedError`` (a kind of adapter), ``NumericError`` (NaN, infinity),
-    ``FileError``.
+    not say; tensors that are none of an adapter's are ignored if ``allow_unused`` finds their name. Raises
+    ``MalformedError``, ``UnsupportedError`` (a kind of adapter), ``NumericError`` (NaN, infinity), ``FileError``.
     """
     directory = adapter_directory(directory)
     config = adapter_config.read_config(directory)

@@ -144,9 +144,12 @@ FALCON_H1 = (
 )
 
 
+RWKV7_TIME_MIX = {
+    "receptance": "r_proj|receptance", "key": "k_proj|key", "value": "v_proj|value", "output": "o_proj|output",
+}  # fmt: skip
 RWKV7 = tuple(
     Rule(rf"(attention|self_attn|attn)(\.time_mixer)?\.({names})", (Out(f"time_mix_{tensor}"),))
-    for names, tensor in (("r_proj|receptance", "receptance"), ("k_proj|key", "key"), ("v_proj|value", "value"), ("o_proj|output", "output"))
+    for tensor, names in RWKV7_TIME_MIX.items()
 ) + tuple(Rule(rf"(feed_forward|ffn)\.{part}", (Out(f"channel_mix_{part}"),)) for part in ("key", "value"))
 
 

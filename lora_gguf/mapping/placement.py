@@ -45,7 +45,8 @@ def gguf_pairs(
     (``Placement.updates``) is refused, without ``new_tokens`` one with a larger vocabulary (``Placement.new_rows``).
     ``tied`` says what becomes of an adapted head or embedding where the base has one tensor for both: ``refuse``,
     ``separate`` (see ``Placement``), or ``shared`` (the one tensor changes). What does not fit and whose name the regular
-    expression ``allow_unused`` finds is ignored. Raises ``MismatchError`` that lists every update which does not fit, with the likely cause.
+    expression ``allow_unused`` finds is ignored. Raises ``MismatchError`` that lists every update which does not fit, with
+    the likely cause.
     """
     hparams = base if isinstance(base, Hparams) else from_base(base, config)
     placement = Placement(invocation_tokens=adapter.invocation_tokens, warnings=list(adapter.warnings))
