@@ -24,16 +24,22 @@ def _field(block, offset):
 
 
 @kernel
-def _half_near(old, ratio, up):
-    """The f16 pattern just below (or above, ``up``) ``old * (1 + ratio)`` in magnitude."""
-    wanted = np.float32(old * (np.float32(1.0) + ratio))
-    half = f16_from_f32(wanted)
-    below = abs(f32_from_f16(half)) <= abs(wanted)
-    if up and below:
-        half = np.uint16(half + 1)
-    if not up and not below:
-        half = np.uint16(half - 1)
-    return half
+def _store(value, block, offset):
+    """Write ``value``, which f16 holds exactly."""
+    half = f16_from_f32(value)
+    block[offset], block[offset + 1] = half & 255, half >> 8
+
+
+@kernel
+def _half_below(value):
+    """The f16 pattern next to ``value`` towards zero, small enough that the pattern after it is finite too."""
+    bits = np.float32(value).view(np.uint32)
+    magnitude = np.uint32(bits & 0x7FFFFFFF)
+    if magnitude < 0x38800000:  # denormal in f16, whose unit is 2**-24
+        half = np.uint32(magnitude.view(np.float32) * np.float32(2.0**24))
+    else:
+        half = np.uint32((magnitude - 0x38000000) >> 13)
+    return np.uint32(min(half, np.uint32(0x7BFE)) | ((bits >> 16) & 0x8000))
 
 
 @kernel
@@ -106,29 +112,33 @@ def _moments(unit, steps, lows, delta, importance, has_m, moments):
 
 @kernel
 def _best(ss, so, oo, sd, od, d, m, ridge):
-    """The f16 patterns of d and m whose change (1 + x, 1 + y) comes nearest to the update, and their x and y.
+    """The f16 values of d and m whose change (1 + x, 1 + y) comes nearest to the update, and their x and y.
 
     The error is Σ h (delta - x s + y o)²; of the real optimum's neighbours among f16 numbers the best pair is taken.
     """
-    best, best_d, best_m = np.float32(0.0), f16_from_f32(d), f16_from_f32(m)
+    best, best_d, best_m = np.float32(0.0), d, m
     best_x, best_y = np.float32(0.0), np.float32(0.0)
     inverse = np.float32(1.0) / oo if oo > 0 else np.float32(0.0)
     det = (ss + ridge) - so * so * inverse
     x = (sd - so * od * inverse) / det if det > 0 else np.float32(0.0)
-    if d == 0 or not abs(x) < _LARGEST:
-        x = np.float32(0.0)
-    for i in range(2):
-        half_d = _half_near(d, x, i == 1)
-        exact_x = f32_from_f16(half_d) / d - np.float32(1.0) if d != 0 else np.float32(0.0)
-        y = (so * exact_x - od) * inverse
-        if m == 0 or not abs(y) < _LARGEST:
-            y = np.float32(0.0)
-        for k in range(2):
-            half_m = _half_near(m, y, k == 1)
-            exact_y = f32_from_f16(half_m) / m - np.float32(1.0) if m != 0 else np.float32(0.0)
-            error = ss * exact_x * exact_x - 2 * so * exact_x * exact_y + oo * exact_y * exact_y - 2 * exact_x * sd + 2 * exact_y * od
+    moves_d = d != 0 and abs(x) < _LARGEST
+    below_d = _half_below(d * (np.float32(1.0) + x))
+    for i in range(2 if moves_d else 1):
+        new_d = f32_from_f16(below_d + np.uint32(i)) if moves_d else d
+        x = new_d / d - np.float32(1.0) if moves_d else np.float32(0.0)
+        error = ss * x * x - 2 * x * sd
+        if m == 0:
             if error < best:
-                best, best_d, best_m, best_x, best_y = error, half_d, half_m, exact_x, exact_y
+                best, best_d, best_x = error, new_d, x
+            continue
+        y = (so * x - od) * inverse
+        below_m = _half_below(m * (np.float32(1.0) + y)) if abs(y) < _LARGEST else _half_below(m)
+        for k in range(2):
+            new_m = f32_from_f16(below_m + np.uint32(k))
+            y = new_m / m - np.float32(1.0)
+            both = error - 2 * so * x * y + oo * y * y + 2 * y * od
+            if both < best:
+                best, best_d, best_m, best_x, best_y = both, new_d, new_m, x, y
     return best_d, best_m, best_x, best_y
 
 
@@ -158,10 +168,10 @@ def refit(blocks, codes, zero, levels, code_min, steps, lows, delta, importance,
             d, m = _field(block, d_at), _field(block, m_at) if has_m else np.float32(0.0)
             ridge = _RIDGE * steps[i, first] * steps[i, first] * moments[5, b]
             ss, so, oo, sd, od = moments[0, b], moments[1, b], moments[2, b], moments[3, b], moments[4, b]
-            half_d, half_m, x, y = _best(ss, so, oo, sd, od, d, m, ridge)
-            block[d_at], block[d_at + 1] = half_d & 255, half_d >> 8
+            new_d, new_m, x, y = _best(ss, so, oo, sd, od, d, m, ridge)
+            _store(new_d, block, d_at)
             if has_m:
-                block[m_at], block[m_at + 1] = half_m & 255, half_m >> 8
+                _store(new_m, block, m_at)
             for g in range(first, first + per_block):
                 slopes[i, g], drops[i, g] = x * steps[i, g], y * lows[i, g]
                 steps[i, g] *= np.float32(1.0) + x
