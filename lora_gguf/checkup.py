@@ -80,12 +80,15 @@ class DoctorReport:
         return self.refusal is None
 
     def outlook(self, name: str) -> Outlook:
-        return next(found for found in self.outlooks if found.name == name)
+        """That of ``auto`` (the default), ``dither``, ``nearest``, ``fresh``, ``Q8_0`` or ``BF16``; ``KeyError`` where it would be the
+        same as the default's."""
+        return {found.name: found for found in self.outlooks}[name]
 
     def as_dict(self) -> dict:
         """The report as plain data for JSON."""
-        refusal = self.refusal and {
-            "message": str(self.refusal), "details": [printable(line) for line in self.refusal.details], "exit_code": self.refusal.exit_code,
+        error = self.refusal
+        refusal = error and {
+            "message": str(error), "details": [printable(line) for line in error.details], "exit_code": error.exit_code,
         }  # fmt: skip
         tensors = [{**asdict(tensor), "delta_per_step": tensor.delta_per_step} for tensor in self.tensors]
         fields = {name: value for name, value in vars(self).items() if name not in ("refusal", "tensors", "remarks", "outlooks")}

@@ -177,5 +177,6 @@ def test_the_table_says_what_the_json_says(tmp_path, capsys):
 
 
 def test_no_kernel_is_loaded():
-    code = f"import sys; from lora_gguf.cli import _run; assert _run(['inspect', {str(smollm2_path())!r}]) == 0; assert 'numba' not in sys.modules"
+    words = ["inspect", str(smollm2_path())]
+    code = f"import sys; from lora_gguf.cli import _run; assert _run({words}) == 0; assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20, capture_output=True)

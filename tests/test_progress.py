@@ -67,7 +67,8 @@ def test_downloads_have_one_too(local_hub, tmp_path):
     environment = {"HF_ENDPOINT": local_hub.endpoint, "HF_HOME": str(tmp_path / "home")}
     said = on_a_terminal(tmp_path, "fetch", "hf://someone/adapter/adapter.gguf", **environment)
     assert "fetching adapter.gguf" in ESCAPE.sub("", said)
-    assert "━" not in on_a_terminal(tmp_path, "fetch", "hf://someone/adapter/adapter.gguf", "-q", **environment, HF_HUB_CACHE=str(tmp_path / "other"))
+    environment["HF_HUB_CACHE"] = str(tmp_path / "other")
+    assert "━" not in on_a_terminal(tmp_path, "fetch", "hf://someone/adapter/adapter.gguf", "-q", **environment)
 
 
 def test_no_bar_where_there_is_no_terminal(capsys):

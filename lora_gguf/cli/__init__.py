@@ -152,7 +152,7 @@ def _report(error: BaseException) -> int:
     except _ClickUsageError as error:
         command = error.ctx.command_path if error.ctx else "lora-gguf"
         message = error.format_message().replace("Value error, ", "").rstrip(".")
-        _complain(f"{message}. See '{command} --help'.")
+        _complain(f"{message}{'' if message.endswith('?') else '.'} See '{command} --help'.")
         return 2
     except typer.Exit as error:
         return error.exit_code

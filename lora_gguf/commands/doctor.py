@@ -104,7 +104,8 @@ def remarks_on_fit(model: Base, plan: Plan, placements: Sequence[Placement]) -> 
     remarks = [Remark("fit", OK, text)]
     remarks += [Remark("fit", NOTE, f"{account.tensor}: left out: {account.reason}") for account in ignored[:5]]
     if any(placement.untied for placement in placements):
-        remarks.append(Remark("tied head", NOTE, "the merged file gets an output.weight of its own, as the adapter changes only one of the two"))
+        text = "the merged file gets an output.weight of its own, as the adapter tells head and embedding apart"
+        remarks.append(Remark("tied head", NOTE, text))
     n_new = max((len(tensor.new_rows) for tensor in plan.tensors if tensor.new_rows is not None), default=0)
     if n_new:
         remarks.append(Remark("vocabulary", NOTE, f"{n_new} tokens are added"))
