@@ -113,7 +113,7 @@ def _move_codes(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums
     if outside.max(initial=0) > least:
         quant.unpack(before, codes, scratch("old_steps", shape))
         counts = beyond(codes, np.float32(quant.zero), *grid, delta, *limits, outside, least)
-        sums[:] = _renew_some(recipe, blocks, before, delta, counts, matrix)
+        sums[:3] = _renew_some(recipe, blocks, before, delta, counts, matrix)[:3]
 
 
 def _refit(recipe: Recipe, blocks, codes, steps, delta, matrix: int) -> tuple[np.ndarray, np.ndarray]:

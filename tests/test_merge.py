@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from lora_gguf.files.output import SUFFIX
 from lora_gguf.ggml import BY_NAME
 from lora_gguf.plan import Policy
 from lora_gguf.rounding import low_rank
-from tests.common import pack_gguf, text_kv, u32_kv, valid_rows
+from tests.common import FIXTURES, pack_gguf, smollm2_path, text_kv, u32_kv, valid_rows
 
 KEPT_GRID = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 NAME = "blk.0.ffn_up.weight"
@@ -219,3 +220,12 @@ def test_grid_types_are_promoted_or_searched_anew(tmp_path, type_name):
     merge(base, [(adapter, 1.0)], tmp_path / "fresh.gguf", Policy("fresh"))
     wanted = loaded(tensor(base, NAME), type_name, 512) + delta
     assert tensor(tmp_path / "fresh.gguf", NAME).tobytes() == stored(wanted, type_name).tobytes()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "fresh"])
+def test_what_would_keep_more_is_said_with_a_figure_that_holds(tmp_path, rounding):
+    report = merge(smollm2_path(), [(FIXTURES / "perl-adapter", 1.0)], tmp_path / "lost.gguf", Policy(rounding))
+    assert report.whole.kept < 0.1
+    said = re.search(r"--rounding auto would keep about (0\.\d+) of it at the same size", report.plan.warnings[-1])
+    better = merge(smollm2_path(), [(FIXTURES / "perl-adapter", 1.0)], tmp_path / "kept.gguf", Policy("auto"))
+    assert abs(better.whole.kept - float(said[1])) < 0.05 and not better.plan.warnings

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_gguf import __version__
 from lora_gguf.adapters.sources import adapter_name, inputs_of, placement_of
 from lora_gguf.chunks import Chunk, carry_out, cut, in_threads, weights_within
 from lora_gguf.errors import NumericError, UsageError
+from lora_gguf.expectation import chosen, expected
 from lora_gguf.files.base import SPLIT_KEYS, Base
 from lora_gguf.files.gguf_writer import GgufWriter, key_value, raw_key_values
 from lora_gguf.files.output import check_space, check_target, write_bytes
@@ -26,6 +27,8 @@ from lora_gguf.retention import Retention, kind_of, total
 from lora_gguf.steps import planned_step
 
 WARN_BELOW = 0.8
+# what to do where little is kept, from the cheapest on
+REMEDIES = {"--rounding auto": {"rounding": "auto"}, "--type Q8_0": {"type": "Q8_0"}, "--type BF16": {"type": "BF16"}}
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
 
 
@@ -104,7 +107,7 @@ def merge(
             for part, writer in zip(parts, writers):
                 write_part(part, model, opened.enter_context(writer), report, threads, memory, progress)
             note_steps(report, model)
-            check_retention(report, policy, min_retention)
+            check_retention(report, model, policy, min_retention)
             model.check_unchanged()
             for writer in writers:
                 writer.sync()
@@ -190,17 +193,23 @@ def note_steps(report: MergeReport, model: Base) -> None:
             found.steps2 = found.n_weights * planned_step(tensor, model) ** 2
 
 
-def check_retention(report: MergeReport, policy: Policy, min_retention: float) -> None:
+def check_retention(report: MergeReport, model: Base, policy: Policy, min_retention: float) -> None:
     """Warn where little of the update was kept, or raise ``NumericError`` below ``min_retention``."""
     kept = report.whole.kept
     if kept < min_retention:
-        raise NumericError(f"kept {kept:.2f} of the adapter, --min-retention is {min_retention}: {remedy(policy)}")
+        raise NumericError(f"kept {kept:.2f} of the adapter, --min-retention is {min_retention}: {remedy(report, model, policy)}")
     if kept < WARN_BELOW:
-        report.plan.warnings.append(f"only {kept:.2f} of the adapter was kept: {remedy(policy)}")
+        report.plan.warnings.append(f"only {kept:.2f} of the adapter was kept: {remedy(report, model, policy)}")
 
 
-def remedy(policy: Policy) -> str:
-    """What to try when rounding erased an adapter, with the retention to expect."""
-    if policy.rounding in ("nearest", "fresh"):
-        return "--rounding auto keeps about 1.00 of it at the same size"
-    return "--type Q8_0 keeps about 1.00 of it in a larger file"
+def remedy(report: MergeReport, model: Base, policy: Policy) -> str:
+    """The smallest change of the command that keeps more, with what a sample of rows says that it keeps."""
+    for option, change in REMEDIES.items():
+        other = replace(policy, mix=None, **change)
+        tensors = chosen(report.plan.merged, other)
+        kept = total(expected(model, tensors).values()).kept
+        if kept > max(report.whole.kept, WARN_BELOW):
+            growth = sum(tensor.target.n_bytes - tensor.source.n_bytes for tensor in tensors) / model.n_bytes
+            size = f"in a file {1 + growth:.2f} times the base's size" if growth else "at the same size"
+            return f"{option} would keep about {kept:.2f} of it {size}"
+    return "no other rounding or type keeps more: is the scale right?"
