@@ -54,14 +54,14 @@ def test_min_retention_is_an_error_before_the_rename(tmp_path, capsys):
     code, _, err = run(
         capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--rounding", "nearest", "--min-retention", "0.5", "--force"
     )
-    assert code == errors.NumericError.exit_code and "--rounding" in err
+    assert code == errors.NumericError.exit_code and "--type Q8_0 would keep about 1.0" in err
     assert (tmp_path / "out.gguf").read_bytes() == b"old" and not leftovers(tmp_path)
 
 
 def test_little_kept_is_warned_about(tmp_path, capsys):
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_0", size=2e-5)
     code, _, err = run(capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--rounding", "nearest")
-    assert code == 0 and "warning: only 0.0" in err and "--rounding" in err
+    assert code == 0 and "warning: only 0.0" in err and "--type Q8_0 would keep about 1.0" in err
 
 
 def _missing(tmp):
