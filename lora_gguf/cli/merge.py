@@ -43,7 +43,7 @@ def merge(
     ] = ".",
     scale: Scale = 1.0,
     rounding: Annotated[Rounding, typer.Option(help="How weights get back on a grid.")] = Rounding.auto,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the dither; the same seed gives the same bytes.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**64 - 1, help="Of the dither; the same seed gives the same bytes.")] = 0,
     type: Annotated[
         Optional[str], typer.Option(metavar="TYPE", help="The type of the adapted tensors, such as Q8_0; default: the base's.")
     ] = None,
