@@ -69,6 +69,8 @@ def _cut_copied(tensor: TensorPlan) -> Iterator[Chunk]:
 
 def _cut_changed(tensor: TensorPlan, n_weights: int) -> Iterator[Chunk]:
     shape = tensor.source.shape
+    if not tensor.source.n_elements:
+        return
     n_out, n_cols = (1, *shape)[-2:]
     a, b = stack(tensor.pairs, tensor.source.n_rows // n_out, n_out, n_cols)
     n_rows = max(1, n_weights // n_cols)

@@ -116,7 +116,10 @@ class InputFile(Source):
             raise IntegrityError(f"{self.label}: the file changed while it was read: run again when nothing writes to it")
 
     def read_into(self, position: int, buffer, label: str = "") -> None:
-        view, done = memoryview(buffer).cast("B"), 0
+        view, done = memoryview(buffer), 0
+        if not view.nbytes:
+            return
+        view = view.cast("B")
         label = f"{self.label}: {label}" if label else self.label
         while done < len(view):
             try:

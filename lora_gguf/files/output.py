@@ -118,7 +118,10 @@ class OutputFile:
 
     def write_at(self, position: int, buffer) -> None:
         """Write all of ``buffer`` (contiguous bytes) at ``position`` bytes from the file's start."""
-        view, done = memoryview(buffer).cast("B"), 0
+        view, done = memoryview(buffer), 0
+        if not view.nbytes:
+            return
+        view = view.cast("B")
         while done < len(view):
             try:
                 n_bytes = positional.write(self.fd, view[done:], position + done)

@@ -282,11 +282,16 @@ def in_base(piece: Piece, n_rows: int, hparams: Hparams) -> Piece:
     for fused, parts in FUSED.items():
         name = f"{block}.{fused}.weight"
         if stem in parts and not hparams.lacks(name, default=True) and hparams.lacks(f"{block}.{parts[0]}.weight"):
-            total = hparams.tensors[name].shape[-2]
+            total = _n_out(name, hparams)
             if total > n:
                 after = sum(part_rows(part, n, hparams) for part in parts[parts.index(stem) + 1 :])
                 return replace(piece, name=name, offset=0 if stem == parts[0] else total - n - after)
     return piece
+
+
+def _n_out(name: str, hparams: Hparams) -> int:
+    """The rows of a tensor of the base, or of each matrix of a stack; a vector has one."""
+    return (1, 1, *hparams.tensors[name].shape)[-2]
 
 
 def gguf_pieces(name: str, n_rows: int, hparams: Hparams) -> list[Piece]:
@@ -294,7 +299,7 @@ def gguf_pieces(name: str, n_rows: int, hparams: Hparams) -> list[Piece]:
     block, _, stem = name.removesuffix(".weight").rpartition(".")
     parts = [f"{block}.{part}.weight" for part in FUSED.get(stem, ())]
     if parts and not any(hparams.lacks(part, default=True) for part in parts):
-        sizes = [hparams.tensors[part].shape[-2] for part in parts]
+        sizes = [_n_out(part, hparams) for part in parts]
         if sum(sizes) == n_rows:
             starts = np.cumsum([0, *sizes])
             return [Piece(part, np.arange(starts[i], starts[i + 1])) for i, part in enumerate(parts)]
