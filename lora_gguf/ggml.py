@@ -22,10 +22,6 @@ class GgmlType:
         """Bytes of a row of ``n_cols`` weights; ``n_cols`` is a multiple of ``block_size``."""
         return n_cols // self.block_size * self.block_bytes
 
-    @property
-    def bits_per_weight(self) -> float:
-        return self.block_bytes * 8 / self.block_size
-
     def __str__(self) -> str:
         return self.name
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
 from lora_gguf.commands.merge import merge
 from lora_gguf.files.output import SUFFIX
 from tests.contract import Hang, Hole, Trace, check_line, check_preserved

@@ -142,7 +142,9 @@ FAILURES = {
     "stalls": ((BLOB, stall, 99), HubError, "did not answer in time"),
     "listing stalls": ((LISTING, stall, 99), HubError, "did not answer in time"),
     "listing dropped": ((LISTING, hang_up, 99), HubError, "keeps breaking the connection"),
-    "401 token": ((LISTING, answer(401, "", X_Error_Message="Invalid credentials in Authorization header"), 99), HubError, "did not accept the token"),
+    "401 token": (
+        (LISTING, answer(401, "", X_Error_Message="Invalid credentials in Authorization header"), 99), HubError, "did not accept the token",
+    ),
     "401 gated": ((r"/resolve/", answer(401, "GatedRepo"), 99), HubError, f"/{REPO}, then log in"),
     "403 gated": ((r"/resolve/", answer(403, "GatedRepo"), 99), HubError, f"/{REPO}, then log in"),
     "403": ((r"/resolve/", answer(403, X_Error_Message=f"your token {TOKEN} may not"), 99), HubError, "HTTP 403"),

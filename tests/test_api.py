@@ -20,7 +20,7 @@ COMMANDS = ("fetch", "convert", "merge", "extract", "inspect", "verify", "doctor
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
+def files(tmp_path):
     """A small base and its adapter, on a Hub too."""
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
     return base, adapter

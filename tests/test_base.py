@@ -1,4 +1,5 @@
 """Split bases: in, out, shard by shard, and the ways in which shards do not belong together."""
+from __future__ import annotations
 
 import struct
 
@@ -25,7 +26,8 @@ def split_kv(number, count, total=6):
 
 
 def tensors(names, seed=0):
-    return [(name, "F32", (8, 32), np.random.default_rng(seed + int(name[4])).normal(size=(8, 32)).astype("f4").tobytes()) for name in names]
+    rngs = [np.random.default_rng(seed + int(name[4])) for name in names]
+    return [(name, "F32", (8, 32), rng.normal(size=(8, 32)).astype("f4").tobytes()) for name, rng in zip(names, rngs)]
 
 
 def write_split(folder, groups=(NAMES[:2], NAMES[2:5], NAMES[5:]), prefix="model"):
@@ -109,7 +111,8 @@ def test_shards_that_are_none(tmp_path, shard):
 def _replace(number, count=3, key_values=None, names=None):
     def change(folder):
         path = shard_path(folder / "model", number, count)
-        path.write_bytes(pack_gguf(split_kv(number, count) if key_values is None else key_values, tensors(NAMES[2:5] if names is None else names)))
+        changed = split_kv(number, count) if key_values is None else key_values
+        path.write_bytes(pack_gguf(changed, tensors(NAMES[2:5] if names is None else names)))
 
     return change
 

@@ -50,7 +50,7 @@ def test_the_corpus_is_large_enough():
     assert len(cases) >= 110 and len(set(cases)) == len(cases)
 
 
-def test_every_truncation_is_refused(tmp_path, judge):
+def test_every_truncation_is_refused(tmp_path):
     content = build((*BASE_KVS, pack_kv("a", ARRAY, array(STRING, 2, pack_string("one") + pack_string("two")))))
     for length in range(len(content)):
         with pytest.raises(LoraGgufError):

@@ -1,4 +1,5 @@
 """Promotion within a size budget."""
+from __future__ import annotations
 
 import os
 
@@ -19,7 +20,7 @@ def test_budget_is_kept_and_the_small_tensors_that_carry_most_go_first(tmp_path)
     assert all(report.retention[name].kept > 0.97 for name in promoted)
 
 
-def test_no_budget_no_change(tmp_path):
+def test_no_budget_no_change():
     report = merge(smollm2_path(), [(DEMO_ADAPTER, 1.0)], None, max_growth=0.0)
     assert {tensor.target.type.name for tensor in report.plan.merged} == {"Q4_1"}
 

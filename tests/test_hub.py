@@ -39,7 +39,7 @@ def test_a_failure_is_one_line_and_leaves_nothing_behind(hub, tmp_path, capfd, n
 
 
 @pytest.mark.parametrize("name", RECOVERIES)
-def test_what_passes_is_tried_again(hub, tmp_path, capfd, name):
+def test_what_passes_is_tried_again(hub, capfd, name):
     hub.repos["someone/new-name"] = dict(FILES)
     hub.fault(*RECOVERIES[name])
     folder = fetch(REPO)

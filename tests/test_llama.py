@@ -1,4 +1,5 @@
 """Real parts end to end: a real adapter, a real model, and what llama.cpp says with them."""
+from __future__ import annotations
 
 import hashlib
 import json

@@ -1,4 +1,5 @@
 """The merge of small files of every type, judged by libgguf's decoding."""
+from __future__ import annotations
 
 import hashlib
 import os
@@ -95,7 +96,8 @@ def test_scale_zero_changes_no_byte_of_data(tmp_path, type_name, rounding):
 def test_the_bytes_depend_on_neither_threads_nor_chunks(tmp_path, monkeypatch):
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_K")
     digests = set()
-    for threads, chunk, memory in ((1, 1 << 18, None), (2, 1 << 18, None), (2, 512, None), (3, 5000, None), (2, 1 << 18, 100_000), (1, 9, 1)):
+    ways = (1, 1 << 18, None), (2, 1 << 18, None), (2, 512, None), (3, 5000, None), (2, 1 << 18, 100_000), (1, 9, 1)
+    for threads, chunk, memory in ways:
         monkeypatch.setattr(chunks, "CHUNK_WEIGHTS", chunk)
         merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", threads=threads, memory=memory, force=True)
         digests.add(hashlib.sha256((tmp_path / "out.gguf").read_bytes()).hexdigest())

@@ -174,9 +174,10 @@ def test_a_shared_exponent_that_is_none(tmp_path, rounding):
 
 
 # type -> an update that its floats, or its f16 scales, cannot hold
-TOO_LARGE = {"F16": 1e5, "Q8_0": 1e7, "Q4_0": 1e6, "Q4_1": 1e7, "Q5_0": 2e6, "Q5_1": 1e7, "IQ4_NL": 1e8, "TQ2_0": 1e5, "TQ1_0": 1e5} | dict.fromkeys(
-    ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"), 1e12
-)  # fmt: skip
+TOO_LARGE = {
+    "F16": 1e5, "Q8_0": 1e7, "Q4_0": 1e6, "Q4_1": 1e7, "Q5_0": 2e6, "Q5_1": 1e7, "IQ4_NL": 1e8, "TQ2_0": 1e5, "TQ1_0": 1e5,
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"), 1e12),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("rounding", ["auto", "dither", "nearest", "fresh"])
@@ -190,7 +191,8 @@ def test_what_a_type_cannot_hold(tmp_path, type_name, rounding):
     except NumericError:
         refused(tmp_path, path, lora, NAME, "--type", policy=Policy(rounding))
     else:
-        assert (rounding in ("dither", "nearest") or QUANTS[type_name].levels is not None) and report.whole.kept < 0.5 and report.plan.warnings
+        assert rounding in ("dither", "nearest") or QUANTS[type_name].levels is not None
+        assert report.whole.kept < 0.5 and report.plan.warnings
         with GgufReader(tmp_path / "out.gguf") as reader:
             assert valid_rows(type_name, reader.read(reader.tensors[NAME]))
 

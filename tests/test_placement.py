@@ -47,7 +47,8 @@ def test_the_merged_weights_are_pefts(name, folder):
 
 
 ADAPTERS = [(tiny.TINY / name / "adapter", name) for name in tiny.NAMES]
-ADAPTERS += [(source, (source / "base").read_text()) for source in sorted(merged.parent for merged in FIXTURES.glob("kinds/*/merged.safetensors"))]
+KINDS = sorted(merged.parent for merged in FIXTURES.glob("kinds/*/merged.safetensors"))
+ADAPTERS += [(source, (source / "base").read_text()) for source in KINDS]
 
 
 @pytest.mark.parametrize(("source", "name"), ADAPTERS, ids=[str(source.relative_to(FIXTURES)) for source, _ in ADAPTERS])

@@ -79,7 +79,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(elsewhere, tmp_path, monk
 
 
 @pytest.mark.filterwarnings("ignore:.*symlinks")
-def test_a_fetch_works_without_symbolic_links_in_the_cache(elsewhere, local_hub, tmp_path, monkeypatch):
+def test_a_fetch_works_without_symbolic_links_in_the_cache(elsewhere, local_hub, monkeypatch):
     def no_symlinks(*_, **__):
         raise OSError("no symbolic links here")
 

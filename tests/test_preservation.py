@@ -168,7 +168,8 @@ def test_a_base_that_changes_during_the_merge(tmp_path):
     base = tmp_path / "base.gguf"
     shutil.copy(smollm2_path(), base)
     (tmp_path / "out.gguf").write_bytes(OLD)
-    command = [sys.executable, "-m", "lora_gguf", "merge", str(base), str(DEMO_ADAPTER), "-o", str(tmp_path / "out.gguf"), "--force", "-t", "1"]
+    command = [sys.executable, "-m", "lora_gguf", "merge", str(base), str(DEMO_ADAPTER)]
+    command += ["-o", str(tmp_path / "out.gguf"), "--force", "-t", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     _wait_for_temporary(tmp_path, process)
     process.send_signal(signal.SIGSTOP)

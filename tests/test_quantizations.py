@@ -7,7 +7,6 @@ from lora_gguf.hub import hashes
 from lora_gguf.hub.quantizations import choose, find_quantizations, quant_of, quantizations
 from lora_gguf.hub.references import gguf_path
 from lora_gguf.hub.repository import open_repo
-from tests.hub import TOKEN
 
 REPO = "maker/Tiny-1B-GGUF"
 FILES = {

@@ -6,7 +6,6 @@ import pytest
 
 from lora_gguf.quants import QUANTS
 from lora_gguf.quants.iquant_grids import SHELLS, grid, lattice
-from lora_gguf.quants.iquants import IQUANTS
 from tests import codebook_cases
 from tests import quant_cases as cases
 from tests.common import gemma3_path, smollm2_path, valid_rows

@@ -1,4 +1,5 @@
 """The README says what the code's own tables and its command line say."""
+from __future__ import annotations
 
 import re
 import shlex
@@ -38,7 +39,8 @@ def test_the_reference_is_what_typer_parses(name):
 
 def command_lines() -> list[str]:
     """Every command line that the README and the help show."""
-    blocks = re.findall(r"`(lora-gguf [a-z-]+ [^`]+)`|^    (lora-gguf .+)$", re.sub("^### .*$", "", README, flags=re.MULTILINE), re.MULTILINE)
+    headless = re.sub("^### .*$", "", README, flags=re.MULTILINE)
+    blocks = re.findall(r"`(lora-gguf [a-z-]+ [^`]+)`|^    (lora-gguf .+)$", headless, re.MULTILINE)
     shown = [inline or block for inline, block in blocks] + [line for command in commands().values() for line in examples(command)]
     return sorted({line for line in shown if not re.search(r"[\[\]|]|FILE|DIR", line)})
 

@@ -1,4 +1,5 @@
 """The step of a type, against what the blocks say and against what dithering does with it."""
+from __future__ import annotations
 
 import math
 
