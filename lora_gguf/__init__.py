@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_gguf.mapping.accounts import Placement
     from lora_gguf.api import convert, doctor, extract, fetch, inspect, merge, verify
-    from lora_gguf.checkup import DoctorReport
+    from lora_gguf.checks.checkup import DoctorReport
     from lora_gguf.commands.extract import Extraction
     from lora_gguf.commands.merge import MergeReport
     from lora_gguf.commands.verify import VerifyReport
@@ -26,14 +25,14 @@ if TYPE_CHECKING:
         UsageError,
     )
     from lora_gguf.inspection import AdapterInspection, Inspection, ModelInspection
+    from lora_gguf.mapping.accounts import Placement
     from lora_gguf.plan import Policy
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "lora_gguf.api": ("convert", "doctor", "extract", "fetch", "inspect", "merge", "verify"),
-    "lora_gguf.mapping.accounts": ("Placement",),
-    "lora_gguf.checkup": ("DoctorReport",),
+    "lora_gguf.checks.checkup": ("DoctorReport",),
     "lora_gguf.commands.extract": ("Extraction",),
     "lora_gguf.commands.merge": ("MergeReport",),
     "lora_gguf.commands.verify": ("VerifyReport",),
@@ -42,6 +41,7 @@ _HOMES = {
         "UnsupportedError", "UsageError",
     ),
     "lora_gguf.inspection": ("AdapterInspection", "Inspection", "ModelInspection"),
+    "lora_gguf.mapping.accounts": ("Placement",),
     "lora_gguf.plan": ("Policy",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

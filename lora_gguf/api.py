@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lora_gguf.checkup import DoctorReport
+from lora_gguf.checks.checkup import DoctorReport
 from lora_gguf.commands import convert as _convert
 from lora_gguf.commands import doctor as _doctor
 from lora_gguf.commands import extract as _extract

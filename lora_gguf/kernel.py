@@ -49,8 +49,3 @@ def kernel(function):
 def report_kernel(function):
     """As ``kernel``, but sums may be taken in any order: for figures in reports, never for bytes that are written."""
     return numba.njit(cache=CACHE is not None, nogil=True, error_model="numpy", fastmath={"reassoc"})(function)
-
-
-def is_cold() -> bool:
-    """Whether no kernel has been compiled and cached yet, so that the first merge takes some seconds longer."""
-    return CACHE is None or not any(CACHE.rglob("*.nbi"))

@@ -250,9 +250,7 @@ def fallback_type(type: GgmlType, n_cols: int) -> GgmlType:
     return fallback if n_cols % fallback.block_size == 0 else BY_NAME["F16"]
 
 
-def mix_types(
-    mix: str, model: Model, tensors: Iterable[TensorInfo], *, has_imatrix: bool = False
-) -> dict[str, GgmlType]:
+def mix_types(mix: str, model: Model, tensors: Iterable[TensorInfo], *, has_imatrix: bool = False) -> dict[str, GgmlType]:
     """The type of each tensor, by name, as ``llama-quantize`` chooses it; ``tensors`` are all of the model's.
 
     Where that program refuses a row length, the type is F16. Raises ``UnsupportedError`` for an unknown ``mix``.
@@ -284,9 +282,7 @@ def _places(model: Model, tensors: list[TensorInfo], has_imatrix: bool) -> Itera
     tied = all(tensor.name != "output.weight" for tensor in tensors)
     n_attn_v = sum(role_of(tensor.name) == "attn_v" for tensor in tensors)
     seen: dict[str, int] = {}
-    for tensor in sorted(
-        tensors, key=lambda tensor: (_layer(tensor.name), tensor.name.encode("utf-8", "surrogateescape"))
-    ):
+    for tensor in sorted(tensors, key=lambda tensor: (_layer(tensor.name), tensor.name.encode("utf-8", "surrogateescape"))):
         if not is_quantized(tensor.name, tensor.shape):
             continue
         role = role_of(tensor.name)
@@ -335,15 +331,6 @@ def _head_type(mix: str, model: Model, tensor: TensorInfo) -> str:
 def _is_expert(model: Model, tensor: TensorInfo, role: str) -> bool:
     stacked = len(tensor.shape) > 2 and tensor.shape[-3] > 1
     return stacked and (model.architecture != "bailingmoe3" or role.startswith("ffn_"))
-
-
-def requires_importance(mix: str, name: str, type: GgmlType) -> bool:
-    """Whether llama.cpp refuses to quantize the tensor to ``type`` without an importance matrix."""
-    if role_of(name) in ("output", "token_embd"):
-        return False
-    return type.name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS") or (
-        mix == "Q2_K_S" and type.name == "Q2_K"
-    )
 
 
 def file_type_of(weights: Mapping[str, int], base: int | None = None) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+WARN_BELOW = 0.8  # of an adapter kept
 _BLOCK = re.compile(r"^(?:(enc|dec)\.)?blk\.(\d+)\.")
 _SUFFIX = re.compile(r"\.weight$")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 
 from lora_gguf.checks.comparison import Comparison
@@ -58,19 +56,6 @@ def as_dict(report: MergeReport) -> dict:
         "all": report.whole.as_dict(), "kinds": kinds, "merged": tensors, "copied": copied, "accounts": accounts,
         "warnings": report.plan.warnings,
     }  # fmt: skip
-
-
-def as_json(data: object, indent: int | None = 1) -> str:
-    """``data`` as JSON that any parser takes: null for NaN and infinity, ASCII only."""
-    return json.dumps(_finite(data), indent=indent, allow_nan=False)
-
-
-def _finite(data):
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def verify_table(report: VerifyReport) -> str:

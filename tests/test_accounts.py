@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_gguf.cli import _run
 from tests import tiny
 from tests.common import FIXTURES
+from tests.test_cli import run
 
 ADAPTER = tiny.TINY / "llama" / "adapter"
 TOWER = "base_model.model.model.vision_tower.layers.0.q_proj"
@@ -28,12 +28,6 @@ def adapter(tmp_path):
         factors |= {f"{module}.lora_A.weight": np.ones((4, 32), np.float32), f"{module}.lora_B.weight": np.ones((32, 4), np.float32)}
     save_file(factors, path)
     return tmp_path / "adapter"
-
-
-def run(capsys, *arguments):
-    code = _run([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 @pytest.mark.parametrize("command", ["merge", "convert"])

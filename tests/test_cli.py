@@ -1,4 +1,5 @@
 """The command line: what it prints, what it refuses, and with which exit code."""
+from __future__ import annotations
 
 import json
 import os
@@ -11,14 +12,14 @@ import time
 import pytest
 
 from lora_gguf import errors
-from lora_gguf.cli import _run
+from lora_gguf.cli import execute
 from lora_gguf.files.output import SUFFIX
 from tests.common import gemma3_path, smollm2_path
 from tests.test_merge import NAME, base_and_adapter, tensor
 
 
 def run(capsys, *arguments):
-    code = _run([str(argument) for argument in arguments])
+    code = execute([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from lora_gguf.adapters.sources import placement_of
-from lora_gguf.cli import _run
+from lora_gguf.checks.tokenizer import compare_tokenizer
+from lora_gguf.cli import execute
 from lora_gguf.commands.doctor import doctor
 from lora_gguf.commands.merge import merge
 from lora_gguf.errors import MismatchError, UnsupportedError
 from lora_gguf.files.base import Base
 from lora_gguf.plan import Policy
 from lora_gguf.requantize import ROUNDINGS
-from lora_gguf.tokenizer import compare_tokenizer
 from tests import tiny
 from tests.common import DEMO_ADAPTER, FIXTURES, gemma3_path, smollm2_path
 from tests.test_families import ADAPTERS, KINDS
@@ -75,7 +75,7 @@ def test_the_memory_is_about_that_of_the_merge(tmp_path):
     report = doctor(smollm2_path(), [(DEMO_ADAPTER, 1.0)], threads=2)
     command = ["merge", smollm2_path(), DEMO_ADAPTER, "-o", tmp_path / "merged.gguf", "-q", "-t", 2]
     # not ru_maxrss: an exec hands on that of the process before, here of all tests so far
-    code = f"import lora_gguf.cli as c; c._run({[str(word) for word in command]!r}); print(open('/proc/self/status').read())"
+    code = f"import lora_gguf.cli as c; c.execute({[str(word) for word in command]!r}); print(open('/proc/self/status').read())"
     status = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     peak = re.search(r"VmHWM:\s+(\d+) kB", status)[1]
     assert 0.7 < report.memory_bytes / (int(peak) * 1024) < 1.5
@@ -83,7 +83,7 @@ def test_the_memory_is_about_that_of_the_merge(tmp_path):
 
 
 def test_a_refusal_is_the_merge_s_with_its_exit_code(capsys):
-    assert _run(["doctor", str(gemma3_path()), str(DEMO_ADAPTER), "--json"]) == MismatchError.exit_code
+    assert execute(["doctor", str(gemma3_path()), str(DEMO_ADAPTER), "--json"]) == MismatchError.exit_code
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert not report["ok"] and report["refusal"]["exit_code"] == MismatchError.exit_code
@@ -105,7 +105,7 @@ def test_a_kind_that_cannot_be_merged(tmp_path):
 def test_what_is_wrong_is_one_line(tmp_path, capsys, monkeypatch, arguments, code):
     base_and_adapter(tmp_path, "Q4_0")
     monkeypatch.chdir(tmp_path)
-    found = _run(["doctor", *arguments])
+    found = execute(["doctor", *arguments])
     err = capsys.readouterr().err
     assert found in (code if isinstance(code, tuple) else (code,)) and err.count("\n") == 1 and "error" in err
 
@@ -114,7 +114,7 @@ def test_nothing_is_written_and_the_table_reads(tmp_path, capsys, monkeypatch):
     base_and_adapter(tmp_path, "Q4_0")
     monkeypatch.chdir(tmp_path)
     before = sorted(os.listdir(tmp_path))
-    assert _run(["doctor", "base.gguf", "adapter.gguf"]) == 0
+    assert execute(["doctor", "base.gguf", "adapter.gguf"]) == 0
     out = capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == before
     assert "ffn_up" in out and "--rounding nearest" in out and out.splitlines()[-1].startswith("merge with")

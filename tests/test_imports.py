@@ -1,4 +1,5 @@
 """The modules' order, and what each command may import."""
+from __future__ import annotations
 
 import ast
 import subprocess
@@ -73,5 +74,6 @@ def test_layers(layer):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["merge", "--help"], ["merge", "no.gguf", "./no"]])
 def test_no_numba_where_no_kernel_runs(arguments):
-    code = f"import sys; from lora_gguf.cli import _run; _run({arguments}); assert not {{'numba', 'gguf', 'torch'}} & set(sys.modules)"
+    code = f"import sys; from lora_gguf.cli import execute; execute({arguments})\n"
+    code += "assert not {'numba', 'gguf', 'torch'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=20).returncode == 0

@@ -11,14 +11,14 @@ import gguf
 import pytest
 import safetensors
 
-from lora_gguf.cli import _run
+from lora_gguf.cli import execute
 from lora_gguf.commands.convert import convert
 from lora_gguf.commands.inspect import inspect
 from lora_gguf.commands.merge import merge
 from lora_gguf.errors import FileError, HubError, MalformedError
 from lora_gguf.files.gguf_reader import GgufReader
-from lora_gguf.hub.remote import open_model
 from lora_gguf.hub.references import remote_gguf
+from lora_gguf.hub.remote import open_model
 from lora_gguf.plan import Policy
 from tests.common import DEMO_ADAPTER, FIXTURES, gemma3_path, smollm2_path
 from tests.hub import TOKEN
@@ -101,7 +101,7 @@ def test_a_merged_file_tells_how_it_was_made(tmp_path):
 
 def test_a_model_on_the_hub_costs_a_fiftieth_of_its_size(hub, capsys):
     local = inspect(smollm2_path())
-    assert _run(["inspect", f"{MODEL}:Q4_1", "--json"]) == 0
+    assert execute(["inspect", f"{MODEL}:Q4_1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {**local.as_dict(), "source": 0, "files": 0} == {**found, "source": 0, "files": 0}
     assert found["source"] == f"{MODEL}/model-Q4_1.gguf" and hub.n_sent < 0.02 * local.n_bytes
@@ -171,12 +171,12 @@ def test_a_folder_of_models_is_asked_back(tmp_path):
 
 def test_the_table_says_what_the_json_says(tmp_path, capsys):
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
-    assert _run(["inspect", str(adapter)]) == 0
+    assert execute(["inspect", str(adapter)]) == 0
     out = capsys.readouterr().out
     assert "adapter (GGUF)" in out and NAME.split(".")[2] in out
 
 
 def test_no_kernel_is_loaded():
     words = ["inspect", str(smollm2_path())]
-    code = f"import sys; from lora_gguf.cli import _run; assert _run({words}) == 0; assert 'numba' not in sys.modules"
+    code = f"import sys; from lora_gguf.cli import execute; assert execute({words}) == 0; assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20, capture_output=True)

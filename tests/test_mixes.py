@@ -25,7 +25,6 @@ from lora_gguf.mixes import (
     is_quantized,
     mix_types,
     model_of,
-    requires_importance,
 )
 from lora_gguf.quants import QUANTS
 from tests.common import ROOT, gemma3_path, pack_gguf, pack_kv, smollm2_path, text_kv, u32_kv
@@ -269,16 +268,6 @@ def test_gemmas_published_file_is_the_mix():
 def test_an_unknown_mix_is_refused():
     with pytest.raises(UnsupportedError, match="Q4_K_XL: expected one of F32, F16"):
         mix_types("Q4_K_XL", Model("llama", 2), [])
-
-
-def test_which_types_need_an_importance_matrix():
-    name = "blk.0.ffn_up.weight"
-    needed = [type for type in BY_NAME if requires_importance("IQ2_M", name, BY_NAME[type])]
-    assert sorted(needed) == ["IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_XXS"]
-    assert requires_importance("Q2_K_S", name, BY_NAME["Q2_K"]) and not requires_importance(
-        "Q2_K", name, BY_NAME["Q2_K"]
-    )
-    assert not requires_importance("IQ2_M", "token_embd.weight", BY_NAME["IQ2_S"])
 
 
 @pytest.mark.parametrize(

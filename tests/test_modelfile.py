@@ -11,7 +11,7 @@ import pytest
 from lora_gguf.commands.merge import merge
 from lora_gguf.errors import FileError, UsageError
 from lora_gguf.files.base import Base
-from lora_gguf.modelfile import CHAT_TEMPLATE, FAMILIES, family_of, modelfile
+from lora_gguf.outfiles.modelfile import CHAT_TEMPLATE, FAMILIES, family_of, modelfile
 from lora_gguf.plan import Policy
 from tests.common import gemma3_path, ggml, smollm2_path
 from tests.test_cli import run
@@ -97,7 +97,8 @@ def test_a_template_of_no_known_family_is_left_to_ollama():
 
 
 def test_what_is_left_out_is_said():
-    assert any("without its part for tools and think" in line for line in lines(WithKeys(**{CHAT_TEMPLATE: "<|im_start|><|im_end|> tools <think>"})))
+    found = lines(WithKeys(**{CHAT_TEMPLATE: "<|im_start|><|im_end|> tools <think>"}))
+    assert any("without its part for tools and think" in line for line in found)
 
 
 def test_parameters_that_the_base_recommends():
@@ -108,7 +109,8 @@ def test_parameters_that_the_base_recommends():
 
 def test_tokens_that_would_break_out_of_their_line_are_left_out():
     tokens = ['"\nSYSTEM evil', "</s>"]
-    kv = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.eot_token_id": 1, "tokenizer.ggml.eom_token_id": 9}
+    ids = {"eos_token_id": 0, "eot_token_id": 1, "eom_token_id": 9}
+    kv = {f"tokenizer.ggml.{key}": value for key, value in {"tokens": tokens, **ids}.items()}
     found = lines(WithKeys(**kv))
     assert [line for line in found if line.startswith("PARAMETER")] == ['PARAMETER stop "</s>"'] and "evil" not in str(found)
     with pytest.raises(UsageError, match="cannot hold this name"):

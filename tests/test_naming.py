@@ -11,7 +11,7 @@ import pytest
 from lora_gguf.commands.merge import merge
 from lora_gguf.errors import FileError
 from lora_gguf.files.base import Base
-from lora_gguf.naming import merged_name
+from lora_gguf.outfiles.naming import merged_name
 from lora_gguf.plan import Policy
 from tests.common import DEMO_ADAPTER, smollm2_path
 from tests.test_cli import run

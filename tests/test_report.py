@@ -76,12 +76,12 @@ def merged(folder):
     import contextlib
     import io
 
-    from lora_gguf.cli import _run
+    from lora_gguf.cli import execute
 
     words = ["merge", folder / "base.gguf", folder / "adapter.gguf", "-o", folder / "merged.gguf"]
     words += ["--report", folder / "page.html", "--json"]
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert _run([str(word) for word in words]) == 0
+        assert execute([str(word) for word in words]) == 0
     return folder / "page.html", json.loads(out.getvalue())
 
 
@@ -252,8 +252,10 @@ def test_an_existing_report_is_refused_before_the_merge(folder, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("more", "code"), [(("--report", "{}/out.gguf"), 2), (("--plot", "{}/plot.bmp"), 2), (("--report", "{}/x.svg", "--plot", "{}/x.svg"), 2),
-                       (("--report", "{}/no/page.html"), 7), (("--report", "{}"), 7)]
+    ("more", "code"), [
+        (("--report", "{}/out.gguf"), 2), (("--plot", "{}/plot.bmp"), 2), (("--report", "{}/x.svg", "--plot", "{}/x.svg"), 2),
+        (("--report", "{}/no/page.html"), 7), (("--report", "{}"), 7),
+    ]
 )  # fmt: skip
 def test_reports_that_cannot_be(folder, tmp_path, capsys, more, code):
     assert run(capsys, *merge_words(folder, tmp_path, *(word.format(tmp_path) for word in more)))[0] == code
@@ -317,7 +319,8 @@ def test_a_browser_draws_a_checkup(folder, tmp_path, capsys, browser, width):
     cells = browser.value("[...document.querySelectorAll('#map .mark-rect path[aria-roledescription]')].map(cell => cell.ariaLabel)")
     for row in data_of(tmp_path / "page.html")["report"]["tensors"]:
         assert any(row["name"] in cell and f"delta kept, nearest: {row['kept']['nearest']:.3f}" in cell for cell in cells), row
-    fills = browser.value("new Set([...document.querySelectorAll('#map .mark-rect path[aria-roledescription]')].map(c => c.getAttribute('fill'))).size")
+    cells = "[...document.querySelectorAll('#map .mark-rect path[aria-roledescription]')]"
+    fills = browser.value(f"new Set({cells}.map(c => c.getAttribute('fill'))).size")
     assert fills > 1
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
 from lora_gguf.checks import diagnosis
-from lora_gguf.cli import _run
+from lora_gguf.cli import execute
 from lora_gguf.commands.merge import merge
 from lora_gguf.commands.verify import verify
 from lora_gguf.errors import MismatchError
@@ -466,10 +466,10 @@ def test_smollm2_is_not_its_own_merge(smollm2):
 
 def test_the_command_says_so_by_its_exit_code(case, capsys):
     arguments = ["verify", str(case.merged), "--base", str(case.base), "--lora"]
-    assert _run([*arguments, str(case.adapter)]) == 0
+    assert execute([*arguments, str(case.adapter)]) == 0
     captured = capsys.readouterr()
     assert "attn_q" in captured.out and "holds" in captured.out
-    assert _run([*arguments, f"{case.adapter}:2"]) == MismatchError.exit_code
+    assert execute([*arguments, f"{case.adapter}:2"]) == MismatchError.exit_code
     captured = capsys.readouterr()
     assert len([line for line in captured.err.splitlines() if "error" in line]) == 1
     expected = (
@@ -480,7 +480,7 @@ def test_the_command_says_so_by_its_exit_code(case, capsys):
 
 def test_the_command_as_json(case, capsys):
     arguments = ["verify", str(case.base), "--base", str(case.base), "--lora", str(case.adapter), "--json"]
-    assert _run(arguments) == MismatchError.exit_code
+    assert execute(arguments) == MismatchError.exit_code
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is False and report["findings"][0]["cause"] == "not merged" and report["kept"] == 0
     assert len(report["tensors"]) == 15 and report["untouched"]["identical"] == 8

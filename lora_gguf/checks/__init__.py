@@ -1,1 +1,1 @@
-"""How a merged file is judged: what each tensor should hold, what it holds instead."""
+"""What ``verify`` and ``doctor`` find: what each tensor should hold and holds instead, what to say of an adapter and its base."""

@@ -23,7 +23,6 @@ from lora_gguf.retention import kind_of
 
 # how many tensors are read again to find out what they hold
 N_EXAMPLES = 12
-SAME_IN_A_MERGE = ("general.file_type", "general.quantization_version", "general.alignment")
 
 
 @dataclass

@@ -96,7 +96,7 @@ def main() -> None:
     _open_standard_streams()
     _on_signals(_terminate)
     try:
-        code = _run()
+        code = execute()
     finally:
         _on_signals(_leave_at_once)
         remove_live()
@@ -128,7 +128,8 @@ def _flush_or_drop_stdout() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(arguments: list[str] | None = None) -> int:
+def execute(arguments: list[str] | None = None) -> int:
+    """Run one command line (default: the process's); its exit code. Every refusal ends here."""
     try:
         words = arguments or sys.argv[1:]
         COMMAND_LINE.set(("lora-gguf", *words))

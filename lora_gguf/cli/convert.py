@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from lora_gguf.cli.options import BASE_HELP, AllowUnused, ExpertB, Force, Progress, Quiet
-from lora_gguf.cli.terms import OutType, say, warn
-from lora_gguf.errors import printable
+from lora_gguf.cli.terms import OutType, say_written, warn
+from lora_gguf.json_text import json_text
 from lora_gguf.progress import bar, download_bar
 
 
@@ -62,6 +60,6 @@ def convert(
             progress=advance,
         )
     warn(placement.warnings)
-    print(json.dumps(placement.as_dict(), indent=1) if as_json else "\n".join(placement.summary()))
+    print(json_text(placement.as_dict()) if as_json else "\n".join(placement.summary()))
     if not quiet:
-        say(f"wrote {printable(out)} ({os.path.getsize(out) / 1e6:.1f} MB): {placement}")
+        say_written(out, f": {placement}")

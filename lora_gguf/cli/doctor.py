@@ -23,12 +23,12 @@ from lora_gguf.cli.options import (
     Threads,
     TiedHead,
 )
-from lora_gguf.cli.terms import Tied, adapters_of, base_and_adapter, draw, pictures
-from lora_gguf.errors import UsageError
+from lora_gguf.cli.terms import Tied, base_and_adapter, draw, named_adapters, pictures
+from lora_gguf.json_text import json_text
 from lora_gguf.progress import bar, download_bar
 
 if TYPE_CHECKING:
-    from lora_gguf.checkup import DoctorReport, TensorOutlook
+    from lora_gguf.checks.checkup import DoctorReport, TensorOutlook
 
 MARKS = {"ok": "ok", "note": "note", "warning": "WARNING"}  # a refusal is the error with which the command ends
 
@@ -60,16 +60,13 @@ def doctor(
     from lora_gguf.inputs import local_adapters
 
     source, adapter = base_and_adapter(base, adapter, model)
-    named = ([(adapter, scale)] if adapter else []) + adapters_of(lora or [])
-    if not named:
-        raise UsageError("no adapter: name one, or several with --lora")
+    named = named_adapters(adapter, scale, lora)
     wanted = pictures(report, plot, force, [source, *(name for name, _ in named)])
     wanted.check()
     with download_bar(progress and not quiet) as files:
         adapters = local_adapters(named, files)
     from lora_gguf.commands.doctor import doctor as examine
     from lora_gguf.report.content import of_doctor
-    from lora_gguf.tables import as_json as as_json_text
 
     with bar("examining", progress and not quiet, of_bytes=False) as advance:
         found = examine(
@@ -82,7 +79,7 @@ def doctor(
             threads=threads,
             progress=advance,
         )
-    text = as_json_text(found.as_dict()) if as_json else as_text(found)
+    text = json_text(found.as_dict()) if as_json else as_text(found)
     if text:
         print(text)
     draw(wanted, lambda: of_doctor(found, source, adapters), quiet)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lora_gguf.cli.options import BASE_HELP, Force, Progress, Quiet
-from lora_gguf.cli.terms import OutType, say, warn
-from lora_gguf.errors import printable
+from lora_gguf.cli.terms import OutType, say_written, warn
+from lora_gguf.json_text import json_text
 from lora_gguf.progress import bar, download_bar
 
 
@@ -38,7 +36,7 @@ def extract(
         before, after = local_model(base, files), local_model(tuned, files)
     with bar("extracting", progress and not quiet) as advance:
         found = extract_adapter(before, after, output, rank, outtype.value, force=force, progress=advance)
-    print(json.dumps(found.as_dict(), indent=1) if as_json else tables.extraction_table(found))
+    print(json_text(found.as_dict()) if as_json else tables.extraction_table(found))
     warn(found.warnings)
     if not quiet:
-        say(f"wrote {printable(output)} ({os.path.getsize(output) / 1e6:.1f} MB)")
+        say_written(output)

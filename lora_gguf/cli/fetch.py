@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -11,6 +10,7 @@ import typer
 from lora_gguf.cli.options import Progress, Quiet
 from lora_gguf.cli.terms import say
 from lora_gguf.errors import UsageError, printable
+from lora_gguf.json_text import json_text
 from lora_gguf.progress import download_bar
 
 SHOWN = 3  # repositories in the list of bases
@@ -68,7 +68,7 @@ def fetch(
 
 def _list(model: str, names: dict, as_json: bool) -> None:
     if as_json:
-        print(json.dumps([{"reference": name, **vars(entry)} for name, entry in names.items()], indent=1))
+        print(json_text([{"reference": name, **vars(entry)} for name, entry in names.items()]))
         return
     repos = list(dict.fromkeys(entry.repo for entry in names.values()))
     for name, entry in names.items():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from lora_gguf.json_text import json_text
 
 if TYPE_CHECKING:
     from lora_gguf.inspection import AdapterInspection, Inspection, ModelInspection
@@ -22,7 +23,7 @@ def inspect(
     from lora_gguf.commands.inspect import inspect as inspect_source
 
     found = inspect_source(source)
-    print(json.dumps(found.as_dict(), indent=1) if as_json else as_text(found))
+    print(json_text(found.as_dict()) if as_json else as_text(found))
 
 
 def as_text(found: Inspection) -> str:

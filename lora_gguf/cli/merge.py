@@ -25,8 +25,9 @@ from lora_gguf.cli.options import (
     Threads,
     TiedHead,
 )
-from lora_gguf.cli.terms import Rounding, Tied, adapters_of, base_and_adapter, draw, n_bytes, pictures, say, warn
-from lora_gguf.errors import UsageError, printable
+from lora_gguf.cli.terms import Rounding, Tied, base_and_adapter, draw, n_bytes, named_adapters, pictures, say_written, warn
+from lora_gguf.errors import printable
+from lora_gguf.json_text import json_text
 from lora_gguf.progress import bar, download_bar
 
 
@@ -50,7 +51,10 @@ def merge(
     quantize: Annotated[
         Optional[str], typer.Option(metavar="MIX", help="Quantize an F16, BF16 or F32 base on the way, as llama-quantize: Q4_K_M.")
     ] = None,
-    imatrix: Annotated[Optional[Path], typer.Option(metavar="PATH", help="llama.cpp's importance matrix: which columns matter to auto, and to new grids.")] = None,
+    imatrix: Annotated[
+        Optional[Path],
+        typer.Option(metavar="PATH", help="llama.cpp's importance matrix: which columns matter to auto, and to new grids."),
+    ] = None,
     tied: TiedHead = Tied.separate,
     allow_unused: AllowUnused = None,
     base_config: BaseConfig = None,
@@ -83,9 +87,7 @@ def merge(
     from lora_gguf.inputs import local_adapters, local_model
 
     source, adapter = base_and_adapter(base, adapter, model)
-    named = ([(adapter, scale)] if adapter else []) + adapters_of(lora or [])
-    if not named:
-        raise UsageError("no adapter: name one, or several with --lora")
+    named = named_adapters(adapter, scale, lora)
     with download_bar(progress and not quiet) as files:
         model_path = local_model(source, files)
     if not (dry_run or keep_split or split_max_size or shard or os.path.isdir(output)):
@@ -125,9 +127,8 @@ def merge(
             progress=advance,
         )
     warn(merged.plan.warnings)
-    print(tables.as_json(tables.as_dict(merged)) if as_json else tables.retention_table(merged))
+    print(json_text(tables.as_dict(merged)) if as_json else tables.retention_table(merged))
     if not quiet:
         for path in merged.written:
-            size = f" ({os.path.getsize(path) / 1e6:.0f} MB)"
-            say(f"wrote {printable(path)}{f': ollama create NAME -f {printable(path)}' if path.suffix == '.Modelfile' else size}")
+            say_written(path, f": ollama create NAME -f {printable(path)}" if path.suffix == ".Modelfile" else "")
     draw(wanted, lambda: of_merge(merged, model_path, adapters, policy.rounding), quiet)

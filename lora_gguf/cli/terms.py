@@ -50,6 +50,14 @@ def base_and_adapter(first: str | None, second: str | None, model: str | None) -
     return (model, first) if model else (first, second)
 
 
+def named_adapters(adapter: str | None, scale: float, lora: Iterable[str] | None) -> list[tuple[str, float]]:
+    """ADAPTER at --scale and those of --lora; at least one."""
+    named = ([(adapter, scale)] if adapter else []) + adapters_of(lora or [])
+    if not named:
+        raise UsageError("no adapter: name one, or several with --lora")
+    return named
+
+
 def adapters_of(texts: Iterable[str]) -> list[tuple[str, float]]:
     """The adapters of --lora and their scales: ADAPTER[:SCALE], several with commas as llama.cpp takes them."""
     return [with_scale(part) for text in texts for part in ([text] if os.path.exists(text) else text.split(",")) if part]
@@ -99,6 +107,13 @@ def draw(pictures, content: Callable[[], object], quiet: bool = False) -> None:
     for path in pictures.write(content()) if pictures else ():
         if not quiet:
             say(f"wrote {printable(path)}")
+
+
+def say_written(path: str | os.PathLike, more: str = "") -> None:
+    """Tell of an output, with its size."""
+    from lora_gguf.text_table import size_text
+
+    say(f"wrote {printable(path)} ({size_text(os.path.getsize(path))}){more}")
 
 
 def warn(warnings: list[str]) -> None:

@@ -10,6 +10,7 @@ import typer
 from lora_gguf.cli.options import BASE_HELP, BaseConfig, ExpertB, ForcePictures, PlotFile, Progress, Quiet, ReportFile, Threads
 from lora_gguf.cli.terms import adapters_of, draw, pictures, say
 from lora_gguf.errors import printable
+from lora_gguf.json_text import json_text
 from lora_gguf.progress import bar, download_bar
 
 
@@ -60,7 +61,7 @@ def verify(
             threads=threads,
             progress=advance,
         )
-    print(tables.as_json(found.as_dict()) if as_json else tables.verify_table(found))
+    print(json_text(found.as_dict()) if as_json else tables.verify_table(found))
     for note in [] if quiet else found.notes:
         say(f"lora-gguf: note: {printable(note, 600)}")
     draw(wanted, lambda: of_verify(found, merged_path, base_path, adapters), quiet)

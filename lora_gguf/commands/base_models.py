@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from lora_gguf.adapters.adapter_config import read_json
@@ -14,6 +13,7 @@ from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.output import copy_file
 from lora_gguf.hub.quantizations import Quantization, choose, fetch_quantization, find_quantizations
 from lora_gguf.hub.repository import download, open_repo
+from lora_gguf.progress import FileProgress
 
 ADDRESS = "https://huggingface.co/"
 
@@ -51,12 +51,13 @@ def fetch_base(
     output: str | os.PathLike | None = None,
     *,
     force: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: FileProgress | None = None,
 ) -> Path:
     """Download a GGUF of ``model``, a Hub id as adapters state it; the path of it (of a split one of the first shard).
 
     ``quant`` is such as ``Q4_K_M``, which is also what is taken without it. The files are copied to ``output``, a folder or
-    a path that ends in ``.gguf``. Raises ``UsageError`` where there is no such quantization, ``HubError``, ``IntegrityError``, ``FileError``.
+    a path that ends in ``.gguf``. Raises ``UsageError`` where there is no such quantization, ``HubError``, ``IntegrityError``,
+    ``FileError``.
     """
     chosen = choose(find_quantizations(model), quant, printable(model, 100))
     repo = open_repo(chosen.repo)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from lora_gguf.adapters.adapter import adapter_directory
 from lora_gguf.adapters.sources import adapter_name, placement_of
-from lora_gguf.checkup import NOTE, OK, REFUSAL, WARNING, DoctorReport, Outlook, Remark, TensorOutlook, recommend
+from lora_gguf.checks.checkup import NOTE, OK, REFUSAL, WARNING, DoctorReport, Outlook, Remark, TensorOutlook, recommend
+from lora_gguf.checks.tokenizer import compare_tokenizer
 from lora_gguf.commands.inspect import inspect
 from lora_gguf.errors import LoraGgufError, printable
 from lora_gguf.expectation import STEADY_BYTES, chosen, expected, expected_seconds, scratch_bytes, step_of, thinned
@@ -25,7 +26,6 @@ from lora_gguf.plan import Plan, Policy, TensorPlan, make_plan
 from lora_gguf.progress import Progress
 from lora_gguf.retention import Retention, kind_of, layer_of, total
 from lora_gguf.text_table import size_text
-from lora_gguf.tokenizer import compare_tokenizer
 
 # name -> (options of merge, what they are to the plan)
 OPTIONS: dict[str, tuple[str, dict]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from lora_gguf.errors import FileError, HubError, UsageError, printable
@@ -13,6 +13,7 @@ from lora_gguf.files.output import copy_file
 from lora_gguf.files.weights import shard_names
 from lora_gguf.hub.references import gguf_path, names_file
 from lora_gguf.hub.repository import Repo, download, open_repo, remember
+from lora_gguf.progress import FileProgress
 
 CONFIG = "adapter_config.json"
 # the first of these that is there is taken
@@ -44,7 +45,7 @@ def fetch(
     output: str | os.PathLike | None = None,
     *,
     force: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: FileProgress | None = None,
 ) -> Path:
     """The local directory (or file) of the adapter ``source``: a path, or on the Hub ``OWNER/NAME[@REVISION]``, or
     ``hf://OWNER/NAME/FILE.gguf`` for an adapter GGUF.

@@ -17,16 +17,15 @@ from lora_gguf.files.base import SPLIT_KEYS, Base
 from lora_gguf.files.gguf_writer import GgufWriter, key_value, raw_key_values
 from lora_gguf.files.output import check_space, check_target, write_bytes
 from lora_gguf.growth import promote
-from lora_gguf.layout import OutputPart, one_shard, output_parts
 from lora_gguf.mapping.placement import Account
-from lora_gguf.modelfile import modelfile as modelfile_text
-from lora_gguf.naming import output_path
+from lora_gguf.outfiles.layout import OutputPart, one_shard, output_parts
+from lora_gguf.outfiles.modelfile import modelfile as modelfile_text
+from lora_gguf.outfiles.naming import output_path
 from lora_gguf.plan import Plan, Policy, make_plan
 from lora_gguf.progress import Progress
-from lora_gguf.retention import Retention, kind_of, total
+from lora_gguf.retention import WARN_BELOW, Retention, kind_of, total
 from lora_gguf.steps import planned_step
 
-WARN_BELOW = 0.8
 # what to do where little is kept, from the cheapest on
 REMEDIES = {"--rounding auto": {"rounding": "auto"}, "--type Q8_0": {"type": "Q8_0"}, "--type BF16": {"type": "BF16"}}
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
@@ -87,8 +86,7 @@ def merge(
     ``NumericError`` where less than ``min_retention`` of the update is kept. Then ``out`` stays what it was.
     """
     with Base(base) as model:
-        reading = (tied, allow_unused, expert_b_layout, base_config)
-        placements = [(placement_of(path, model, *reading), scale) for path, scale in adapters]
+        placements = [(placement_of(path, model, tied, allow_unused, expert_b_layout, base_config), scale) for path, scale in adapters]
         plan = make_plan(model, placements, policy)
         promote(plan, model, max_growth)
         report = MergeReport(plan, [account for placement, _ in placements for account in placement.accounts])
@@ -98,8 +96,7 @@ def merge(
         metadata = merged_key_values(model, plan, adapters, policy)
         parts = output_parts(out, model, plan, max_bytes=max_bytes, shards=shards or shard is not None)
         parts = one_shard(parts, shard) if shard else parts
-        inputs = [*model.paths, *(inputs_of(path) for path, _ in adapters)]
-        inputs += [*(policy.imatrix.paths if policy.imatrix else ()), *([base_config] if base_config else ())]
+        inputs = files_read(model, adapters, policy, base_config)
         writers = [writer_of(part, plan, metadata, model.alignment, force, inputs) for part in parts]
         check_space(writers[0].output.target, sum(writer.size for writer in writers))
         recipe = ollama_recipe(parts, model, force) if modelfile else None
@@ -109,19 +106,28 @@ def merge(
             note_steps(report, model)
             check_retention(report, model, policy, min_retention)
             model.check_unchanged()
-            for writer in writers:
-                writer.sync()
-            report.written += [commit(writer) for writer in writers]
+            report.written += committed(writers)
     if recipe:
         write_bytes(*recipe, force=force)
         report.written.append(recipe[0])
     return report
 
 
-def commit(writer: GgufWriter) -> Path:
-    """Put a finished file in place; its path."""
-    writer.commit()
-    return writer.output.path
+def files_read(
+    model: Base, adapters: Sequence[tuple[str | os.PathLike, float]], policy: Policy, base_config: str | os.PathLike | None
+) -> list[str | os.PathLike]:
+    """Every path that a merge reads, and so must not write."""
+    paths = [*model.paths, *(inputs_of(path) for path, _ in adapters)]
+    return paths + [*(policy.imatrix.paths if policy.imatrix else ()), *([base_config] if base_config else ())]
+
+
+def committed(writers: Sequence[GgufWriter]) -> list[Path]:
+    """Make all files durable, and only then put them in place; their paths."""
+    for writer in writers:
+        writer.sync()
+    for writer in writers:
+        writer.commit()
+    return [writer.output.path for writer in writers]
 
 
 def ollama_recipe(parts: list[OutputPart], model: Base, force: bool) -> tuple[Path, bytes]:
@@ -162,9 +168,7 @@ def write_part(
             progress(chunk.n_bytes, model.n_bytes, name)
 
 
-def merged_key_values(
-    model: Base, plan: Plan, adapters: Sequence[tuple[str | os.PathLike, float]], policy: Policy
-) -> list[bytes]:
+def merged_key_values(model: Base, plan: Plan, adapters: Sequence[tuple[str | os.PathLike, float]], policy: Policy) -> list[bytes]:
     """The base's key/value pairs as they are but for ``general.file_type`` and new tokens, then how this file was made."""
     ours = {
         "version": (__version__, "str"),

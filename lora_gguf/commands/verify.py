@@ -26,10 +26,9 @@ from lora_gguf.mapping.accounts import Account
 from lora_gguf.plan import HEAD, Plan, Policy, make_plan
 from lora_gguf.progress import Progress
 from lora_gguf.quants import QUANTS
-from lora_gguf.retention import kind_of
+from lora_gguf.retention import WARN_BELOW, kind_of
 from lora_gguf.steps import stored_step
 
-WARN_BELOW = 0.8
 PLAIN = Policy("dither")  # only where the updates go matters here, not how they would be rounded
 
 

@@ -205,7 +205,6 @@ class GgufReader:
             value = cursor.position
             self._skip_value(cursor, type_id, printable(key))
             self.kv[key] = KeyValue(key, type_id, start, value, cursor.position)
-        self.kv_end = cursor.position
         self.alignment = self._alignment(cursor)
 
     def _skip_value(self, cursor: _Cursor, type_id: int, key: str) -> None:
@@ -248,7 +247,6 @@ class GgufReader:
             if expected >= 1 << 63:
                 raise cursor.error(f"{info.name}: the tensors are larger than any file")
             self.tensors[info.name] = info
-        self.tensor_table_end = cursor.position
         self.data_position = padded(cursor.position, self.alignment)
         for info in self.tensors.values():
             end = self.data_position + info.offset + info.n_bytes

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_gguf.errors import MalformedError, UnsupportedError, printable
-from lora_gguf.files.input_file import impostor
+from lora_gguf.files.input_file import InputFile, impostor
 from lora_gguf.files.pickle_reader import Builder, Refusal, load, set_item
-from lora_gguf.files.input_file import InputFile
 from lora_gguf.files.tensor_file import DTYPES, MAX_DIMS, check_name, damaged
 
 ZIP_MAGIC = b"PK\x03\x04"

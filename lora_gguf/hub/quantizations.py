@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_gguf.errors import HubError, UsageError, printable
 from lora_gguf.files.base import split_name
 from lora_gguf.hub.repository import Repo, download, open_repo, remember, search, tags_of
+from lora_gguf.progress import FileProgress
 
 DEFAULT_QUANT = "Q4_K_M"
 MAX_REPOS = 8
@@ -36,7 +37,7 @@ class Quantization:
 
 
 def fetch_quantization(
-    repo: Repo, chosen: Quantization, progress: Callable[[str, int, int], None] | None = None
+    repo: Repo, chosen: Quantization, progress: FileProgress | None = None
 ) -> Path:
     """Download all files of a quantization; the path of the first."""
     paths = [download(repo, name, progress) for name in chosen.files]

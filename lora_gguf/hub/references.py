@@ -12,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from lora_gguf.errors import HubError, printable
 from lora_gguf.hub.quantizations import REPO_ID, Quantization, choose, fetch_quantization, listed, quantizations
 from lora_gguf.hub.repository import Repo, open_repo
+from lora_gguf.progress import FileProgress
 
-Progress = Callable[[str, int, int], None]
 _FILE = r"(?P<file>[^@:]+\.gguf)"
 _REFERENCES = (
     re.compile(rf"hf://{REPO_ID}(?:@(?P<revision>[^/:]+))?/{_FILE}"),
@@ -28,7 +27,7 @@ _REFERENCES = (
 )
 
 
-def gguf_path(source: str | os.PathLike, *, progress: Progress | None = None) -> Path:
+def gguf_path(source: str | os.PathLike, *, progress: FileProgress | None = None) -> Path:
     """The local path of the GGUF (of a split one the first shard) that ``source`` names, downloaded if need be.
 
     A path is returned as it is, whether it exists or not. ``progress`` is called with a file's name, its bytes so far

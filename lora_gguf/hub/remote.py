@@ -27,7 +27,7 @@ def open_model(repo: Repo, chosen: Quantization) -> Base:
 class RemoteFile(Source):
     """A file on the Hub, at the commit of ``repo``, by HTTP range requests; what was read once is kept in memory.
 
-    ``n_transferred`` counts the bytes that came. Raises ``HubError``.
+    Raises ``HubError``.
     """
 
     def __init__(self, repo: Repo, name: str):
@@ -37,7 +37,6 @@ class RemoteFile(Source):
         self.repo, self.name, self.size = repo, name, size
         self.label = printable(name.rpartition("/")[2])
         self.window = min(max(size // 1000, MIN_WINDOW), MAX_WINDOW)
-        self.n_transferred = 0
         self._parts: list[tuple[int, bytes]] = []
 
     def read_into(self, position: int, buffer, label: str = "") -> None:
@@ -51,7 +50,6 @@ class RemoteFile(Source):
                 return part[position - start : position - start + n_bytes]
         with client(self.repo, self.name):
             part = retrying(lambda: self._ask(position, n_bytes))
-        self.n_transferred += n_bytes
         self._parts.append((position, part))
         return part
 

@@ -19,6 +19,7 @@ from lora_gguf.errors import HubError, LoraGgufError, printable
 from lora_gguf.files.output import check_space
 from lora_gguf.hub.failures import explained, host
 from lora_gguf.hub.hashes import check_hashes, hexadecimal
+from lora_gguf.progress import FileProgress
 
 RETRY_WAITS = (1, 2, 4)
 MAX_RETRY_AFTER = 60
@@ -76,7 +77,7 @@ def open_repo(repo_id: str, revision: str | None = None) -> Repo:
         return Repo(repo_id, repo.revision, info.sha, {file.name: file for file in files})
 
 
-def download(repo: Repo, name: str, progress: Callable[[str, int, int], None] | None = None) -> Path:
+def download(repo: Repo, name: str, progress: FileProgress | None = None) -> Path:
     """The path in the cache of file ``name``, downloaded if need be, its hashes checked; a wrong file is removed.
 
     ``progress`` is called with the name, the bytes so far and the bytes in all (0 where unknown).
@@ -200,7 +201,7 @@ def _remove_stale(repo: Repo, file: RepoFile) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _progress_option(name: str, progress: Callable[[str, int, int], None] | None) -> dict:
+def _progress_option(name: str, progress: FileProgress | None) -> dict:
     """The argument that makes the client report to ``progress``; clients before 1.0 cannot."""
     import inspect
 

@@ -15,7 +15,6 @@ from lora_gguf.mapping.names import has_head, layer_of, pieces, tensor_name
 from lora_gguf.mapping.stacking import fused
 from lora_gguf.mapping.vocabulary import first_rows, grown, last_token
 
-
 # further tensors with an entry for each token, which no adapter trains
 BESIDES = ("output.bias", "per_layer_token_embd.weight")
 

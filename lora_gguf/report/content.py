@@ -9,10 +9,11 @@ from pathlib import Path
 
 from lora_gguf import tables
 from lora_gguf.adapters.sources import adapter_name
-from lora_gguf.checkup import WARNING, DoctorReport
-from lora_gguf.commands.merge import WARN_BELOW, MergeReport
+from lora_gguf.checks.checkup import WARNING, DoctorReport
+from lora_gguf.commands.merge import MergeReport
 from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.errors import printable
+from lora_gguf.retention import WARN_BELOW
 
 Adapters = Sequence[tuple[str | os.PathLike, float]]
 

@@ -16,9 +16,9 @@ from string import Template
 
 from lora_gguf import __version__
 from lora_gguf.files.output import write_bytes
+from lora_gguf.json_text import json_text
 from lora_gguf.report import charts
 from lora_gguf.report.content import Column, Content, file_rows
-from lora_gguf.tables import as_json
 
 LIBRARY = "window.vegaEmbed = vegaEmbed;"
 PACKAGES = ("numpy", "numba", "gguf", "safetensors")
@@ -39,7 +39,7 @@ def write_plot(path: str | os.PathLike, content: Content, *, force: bool = False
 
     rows = content.report[content.rows]
     summary = [f"{content.figure['value']} {content.figure['label']}", *content.lines]
-    figure = as_json(charts.figure(content.title, summary, rows, charts.shown(content.measures, rows)))
+    figure = json_text(charts.figure(content.title, summary, rows, charts.shown(content.measures, rows)))
     if os.fspath(path).lower().endswith(".svg"):
         image = vl_convert.vegalite_to_svg(figure).encode()
     else:
@@ -54,7 +54,7 @@ def page_of(content: Content, command: Sequence[str]) -> str:
         policy=policy((library, script)),
         title=html.escape(content.title),
         style=_part("page.css"),
-        data=as_json(page_data(content, command), indent=None).replace("<", "\\u003c").replace("&", "\\u0026"),
+        data=json_text(page_data(content, command), indent=None).replace("<", "\\u003c").replace("&", "\\u0026"),
         library=library,
         script=script,
     )

@@ -57,7 +57,9 @@ class Family:
 FAMILIES = {
     "Phi-4": Family(("<|im_start|>", "<|im_sep|>"), "<|im_start|>{role}<|im_sep|>{text}<|im_end|>"),
     "ChatML": Family(("<|im_start|>", "<|im_end|>"), "<|im_start|>{role}\n{text}<|im_end|>\n"),
-    "Llama 3": Family(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"),
+    "Llama 3": Family(
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
+    ),
     "Gemma": Family(("<start_of_turn>",), "<start_of_turn>{role}\n{text}<end_of_turn>\n", "model", system_in_user=True),
     "Granite": Family(("<|start_of_role|>",), "<|start_of_role|>{role}<|end_of_role|>{text}<|end_of_text|>\n"),
     "Phi-3": Family(("<|user|>", "<|end|>", "<|assistant|>"), "<|{role}|>\n{text}<|end|>\n"),
