@@ -152,6 +152,7 @@ def base_model_of(base: Base) -> str:
 
 
 def model(base: Base, common: dict) -> ModelInspection:
+    """The inspection of a model; ``common`` are the fields that every inspection has."""
     file_types = {number: name for name, number in FILE_TYPES.items()}
     tokenizer = [text(base.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre")]
     provenance = provenance_of(base)
@@ -192,6 +193,7 @@ def provenance_of(base: Base) -> Provenance | None:
 
 
 def adapter_gguf(base: Base, common: dict) -> AdapterInspection:
+    """The inspection of an adapter GGUF; ``common`` as for ``model``."""
     alpha = base.get("adapter.lora.alpha", 0.0)
     ranks, targets, layers = Counter(), Counter(), set()
     for name, info in base.tensors.items():

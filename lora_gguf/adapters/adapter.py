@@ -193,6 +193,7 @@ class Contents:
 
 
 def sort_tensors(tensors: dict[str, np.ndarray], config: dict) -> Contents:
+    """The tensors of an adapter file by module and factor, and those that are no module's: ignored, with the reason, or unknown."""
     kind_factors = (*KINDS[kind_of(config)][1], "trainable_tokens_delta")
     pattern = re.compile(
         rf"(?P<path>.+?)\.(?P<factor>{'|'.join(kind_factors)})(\.(?!(weight|bias)$)[^.]+)?(?P<bias>\.bias)?(\.weight)?"

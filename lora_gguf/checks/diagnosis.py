@@ -149,6 +149,7 @@ def holds_as_a_whole(adapted: Sequence[Check]) -> bool:
 
 
 def single_cause(check: Check) -> Finding:
+    """The cause of one tensor that does not hold, by its sums alone."""
     found = check.comparison
     kept = f"kept {found.kept:.2f}"
     if check.identical:

@@ -154,6 +154,7 @@ def is_other(tensors: Sequence[TensorPlan], default: Sequence[TensorPlan]) -> bo
 
 
 def outlook_of(tensor: TensorPlan, model: Base, weights: dict[str, int], found: dict[str, dict[str, Retention]]) -> TensorOutlook:
+    """What is expected of a tensor; ``found`` is by the name of the way to merge, then of the tensor."""
     name = tensor.target.name
     of = {option: parts[name] for option, parts in found.items()}
     rms = of["auto"].delta_rms

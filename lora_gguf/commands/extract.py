@@ -149,6 +149,7 @@ def extract_tensor(
 
 
 def pair_of(name: str, delta: np.ndarray, size: float, found: Extraction) -> LoraPair | None:
+    """The pair nearest to ``delta``, f32 (out, in) or (E, out, in), noted in ``found``; None where nothing changed."""
     parts = [factor(matrix, found.rank) for matrix in delta.reshape(-1, *delta.shape[-2:])]
     energy, kept = sum(part.energy for part in parts), sum(part.kept for part in parts)
     if energy == 0:

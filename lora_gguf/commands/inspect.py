@@ -41,6 +41,7 @@ def inspect(source: str | os.PathLike) -> Inspection:
 
 
 def inspect_file(path: Path) -> Inspection:
+    """Of a GGUF, by its content, or of the adapter that the file is part of."""
     with InputFile(path) as file:
         is_gguf = file.read(0, min(4, file.size)) == MAGIC
     if is_gguf or path.suffix not in (".safetensors", ".bin", ".json"):
@@ -50,6 +51,7 @@ def inspect_file(path: Path) -> Inspection:
 
 
 def inspect_folder(path: Path) -> Inspection:
+    """Of the one model in a folder, or of the adapter. Raises ``FileError`` where there are several models."""
     models = sorted(path.glob("*.gguf"))
     if models and not (path / CONFIG).is_file():
         split = split_name(models[0])

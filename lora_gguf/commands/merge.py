@@ -79,7 +79,7 @@ def merge(
     Each adapter is a PEFT directory or an adapter GGUF with the factor that multiplies its own scale; their updates are
     summed in f32 and rounded once, as ``policy`` says. ``out`` None only plans. ``tied``, ``allow_unused``, ``expert_b_layout``
     and ``base_config`` are those of ``placement_of``, ``max_growth`` that of ``growth``, ``max_bytes``, ``shards`` and
-    ``shard`` those of ``layout``. ``modelfile``: write one for Ollama beside it. ``memory``: about how many bytes the rows in work
+    ``shard`` those of ``outfiles.layout``. ``modelfile``: write one for Ollama beside it. ``memory``: about how many bytes the rows in work
     may take in all ``threads``; the bytes written do not depend on either. ``progress`` is called with (bytes of the base done since
     the last call, bytes in all, tensor name).
     Raises the subclasses of ``LoraGgufError``, before the first byte is written wherever that is possible;
