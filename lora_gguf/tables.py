@@ -13,6 +13,8 @@ from lora_gguf.mapping.accounts import summary
 from lora_gguf.retention import Retention, kind_of, layer_of, total
 from lora_gguf.text_table import text_table
 
+HEAD = ("tensors", "type", "count", "delta kept", "codes changed", "rms(delta)", "noise/delta")
+
 
 def retention_table(report: MergeReport) -> str:
     """One line per kind of tensor, one for the whole, and what became of the adapters' tensors."""
@@ -21,7 +23,8 @@ def retention_table(report: MergeReport) -> str:
         for (kind, before, after), parts in report.by_kind().items()
     ]
     rows.append(_row("all merged", "", len(report.plan.merged), report.whole))
-    table = text_table(("tensors", "type", "count", "delta kept", "codes changed", "rms(delta)", "noise/delta"), rows, left=2)
+    measured = len(HEAD) if report.retention else 3  # columns: a dry run measures nothing
+    table = text_table(HEAD[:measured], [row[:measured] for row in rows], left=2)
     return "\n".join([table, *summary(report.accounts)])
 
 
@@ -67,7 +70,7 @@ def verify_table(report: VerifyReport) -> str:
     rows.append(_verify_row("all adapted", "", report.adapted))
     rest = [check for check in report.checks if not check.touched]
     rows.append(("untouched", "", len(rest), _verdict(rest), "-", "-", "-"))
-    return text_table(("tensors", "type", "count", "verdict", "delta kept", "noise/delta", "of rounding"), rows, left=2)
+    return text_table(("tensors", "type", "count", "verdict", "delta kept", "noise/delta", "expected"), rows, left=2)
 
 
 def _verify_row(kind: str, types: str, checks: Sequence[Check]) -> tuple:

@@ -45,8 +45,9 @@ def test_json_is_json_and_nothing_else(tmp_path, capsys):
 def test_dry_run(tmp_path, capsys):
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
     before = sorted(os.listdir(tmp_path))
-    code, out, _ = run(capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--dry-run")
-    assert code == 0 and "ffn_up" in out and sorted(os.listdir(tmp_path)) == before
+    code, out, err = run(capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--dry-run")
+    assert code == 0 and "ffn_up" in out and "kept" not in out and sorted(os.listdir(tmp_path)) == before
+    assert err.startswith("nothing was written: the file would have ")
 
 
 def test_min_retention_is_an_error_before_the_rename(tmp_path, capsys):
@@ -204,6 +205,54 @@ def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch, arguments, says
     code, out, err = run(capsys, "merge", *arguments)
     assert code in (2, 7) and says in err and err.count("\n") == 1 and not out
     assert sorted(os.listdir(tmp_path)) == ["adapter.gguf", "base.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("adapter_config.json", "found an adapter's folder: name the model first"),
+        ("config.json", "found a Hugging Face model's folder: make a GGUF of it"),
+        ("one.gguf", "found a folder: name a file in it, such as one.gguf"),
+        ("model.safetensors", "found a folder: name a file\n"),
+    ],
+)
+def test_what_is_no_gguf_is_named(tmp_path, capsys, content, says):
+    _, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / content).write_bytes(b"{}")
+    code, _, err = run(capsys, "merge", folder, adapter, "-o", tmp_path / "out.gguf")
+    assert code == 7 and says in err and err.count("\n") == 1
+
+
+def test_safetensors_are_no_base(tmp_path, capsys):
+    _, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
+    (tmp_path / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    code, _, err = run(capsys, "merge", tmp_path / "model.safetensors", adapter, "-o", tmp_path / "out.gguf")
+    assert code == 3 and "found safetensors: make a GGUF of it" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--scale", "abc"], "Invalid value for '--scale': expected a valid number, found 'abc'."),
+        (["--seed", "1.5"], "Invalid value for '--seed': expected a valid integer, found '1.5'."),
+        (["-t", "0"], "Invalid value for '-t' / '--threads': expected greater than or equal to 1, found '0'."),
+        (["--lora", "adapter.gguf:abc"], "--lora adapter.gguf:abc: expected a number as its scale, found 'abc'"),
+    ],
+)
+def test_what_was_given_is_quoted(tmp_path, capsys, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    base_and_adapter(tmp_path, "Q4_0")
+    code, _, err = run(capsys, "merge", "base.gguf", "adapter.gguf", *options)
+    assert code == 2 and says in err and err.count("\n") == 1
+
+
+def test_verify_ends_with_a_verdict(tmp_path, capsys):
+    base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
+    run(capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf")
+    code, _, err = run(capsys, "verify", tmp_path / "out.gguf", "--base", base, "--lora", adapter)
+    assert code == 0 and "out.gguf is right" in err
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")

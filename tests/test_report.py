@@ -293,7 +293,7 @@ def test_a_report_that_fails_leaves_the_merged_file(folder, merged, tmp_path, ca
 def test_without_the_extra_one_line_names_it(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     code, _, err = run(capsys, *merge_words(folder, tmp_path, "--report", tmp_path / "page.html"))
-    assert code == errors.UnsupportedError.exit_code and "pip install 'lora-gguf[report]'" in err and err.count("\n") == 1
+    assert code == errors.UnsupportedError.exit_code and "pip install vl-convert-python" in err and err.count("\n") == 1
     assert not os.listdir(tmp_path)
 
 

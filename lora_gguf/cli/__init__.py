@@ -25,6 +25,13 @@ from lora_gguf.errors import LoraGgufError, printable
 from lora_gguf.files.output import remove_live
 
 _ClickUsageError = typer.BadParameter.__base__  # typer brings its own click
+# what typer's validators say -> what we say
+_WORDS = {
+    "Value error, ": "",
+    "Input should be ": "expected ",
+    ", unable to parse string as a number": "",
+    ", unable to parse string as an integer": "",
+}
 
 app = typer.Typer(
     name="lora-gguf",
@@ -152,7 +159,7 @@ def _report(error: BaseException) -> int:
         return error.exit_code
     except _ClickUsageError as error:
         command = error.ctx.command_path if error.ctx else "lora-gguf"
-        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        message = _refusal(error)
         _complain(f"{message}{'' if message.endswith('?') else '.'} See '{command} --help'.")
         return 2
     except typer.Exit as error:
@@ -174,6 +181,16 @@ def _report(error: BaseException) -> int:
             return 7
         _complain(f"internal error: {type(error).__name__}: {error}: please report it with --debug's traceback")
         return 1
+
+
+def _refusal(error: _ClickUsageError) -> str:
+    """What is wrong with the command line, with the value that was given where typer's validator, pydantic, tells it."""
+    message = error.format_message().rstrip(".")
+    for theirs, ours in _WORDS.items():
+        message = message.replace(theirs, ours)
+    with contextlib.suppress(AttributeError, LookupError):
+        return f"{message}, found {error.__cause__.errors()[0]['input']!r}"
+    return message
 
 
 def _trace() -> None:

@@ -12,6 +12,7 @@ from lora_gguf.cli.terms import say
 from lora_gguf.errors import UsageError, printable
 from lora_gguf.json_text import json_text
 from lora_gguf.progress import download_bar
+from lora_gguf.text_table import size_text
 
 SHOWN = 3  # repositories in the list of bases
 
@@ -73,7 +74,7 @@ def _list(model: str, names: dict, as_json: bool) -> None:
     repos = list(dict.fromkeys(entry.repo for entry in names.values()))
     for name, entry in names.items():
         if entry.repo in repos[:SHOWN]:
-            print(f"{entry.n_bytes / 1e9:8.2f} GB  {printable(name)}")
+            print(f"{size_text(entry.n_bytes):>10}  {printable(name)}")
     others = f", and {len(repos) - SHOWN} more repositories, which --json lists" if len(repos) > SHOWN else ""
     found = f"{len(names)} GGUFs{others}" if names else "no GGUF"
     hint = ": name one as BASE, or download it with --quant" if names else ": see its page, or convert it with llama.cpp"

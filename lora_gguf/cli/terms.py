@@ -82,6 +82,8 @@ def with_scale(text: str) -> tuple[str, float]:
     try:
         return (name, float(number)) if name else (text, 1.0)
     except ValueError:
+        if os.path.exists(name):
+            raise UsageError(f"--lora {printable(text)}: expected a number as its scale, found {printable(number)!r}") from None
         return text, 1.0
 
 

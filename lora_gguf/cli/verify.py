@@ -65,5 +65,7 @@ def verify(
     for note in [] if quiet else found.notes:
         say(f"lora-gguf: note: {printable(note, 600)}")
     draw(wanted, lambda: of_verify(found, merged_path, base_path, adapters), quiet)
+    if found.ok and not quiet:
+        say(f"{found.label} is right: it holds the base and what is expected of the adapters after rounding")
     if not found.ok:
         raise as_error(found.label, found.findings)

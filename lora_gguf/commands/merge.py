@@ -45,12 +45,13 @@ class MergeReport:
         return total(self.retention.values())
 
     def by_kind(self) -> dict[tuple[str, str, str], list[Retention]]:
-        """The merged tensors' retention by (kind, type before, type after), in the file's order of first appearance."""
+        """The merged tensors' retention by (kind, type before, type after): kinds in the file's order of first appearance."""
         groups: dict[tuple[str, str, str], list[Retention]] = {}
         for tensor in self.plan.merged:
             key = (kind_of(tensor.target.name), tensor.source.type.name, tensor.target.type.name)
             groups.setdefault(key, []).append(self.retention.get(tensor.target.name, Retention()))
-        return groups
+        kinds = list(dict.fromkeys(kind for kind, *_ in groups))
+        return {key: groups[key] for key in sorted(groups, key=lambda key: kinds.index(key[0]))}
 
 
 def merge(

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from lora_gguf.errors import MalformedError, UsageError, printable
+from lora_gguf.errors import FileError, MalformedError, UsageError, printable
 from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
 
 _SHARD = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+CONVERT = "make a GGUF of it with llama.cpp's convert_hf_to_gguf.py, or let lora-gguf fetch ADAPTER --base find one"
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
@@ -31,10 +32,11 @@ class Base:
 
     ``path`` may be any shard; ``opener`` opens a path that is not one of this machine. ``tensors``, ``kv``, ``get``,
     ``length``, ``hparam``, ``architecture``, ``alignment`` and ``label`` are those of ``GgufReader``, the metadata that of
-    the first shard. Raises ``MalformedError`` where shards do not belong together.
+    the first shard. Raises ``FileError`` for a folder, ``MalformedError`` for safetensors and where shards do not belong together.
     """
 
     def __init__(self, path: str | os.PathLike, opener: Callable[[Path], GgufReader] = GgufReader):
+        _refuse_others(Path(path))
         with ExitStack() as opened:
             first = opened.enter_context(opener(Path(path)))
             count = first.get("split.count", 0)
@@ -72,6 +74,24 @@ class Base:
     def check_unchanged(self) -> None:
         for reader in self.readers:
             reader.check_unchanged()
+
+
+def _refuse_others(path: Path) -> None:
+    """Say what was named where a model's GGUF is expected, if it is something else that users have."""
+    if path.is_dir():
+        raise FileError(f"{printable(path)}: expected a model's GGUF, found {_folder(path)}")
+    if path.suffix == ".safetensors" and path.is_file():
+        raise MalformedError(f"{printable(path)}: expected a model's GGUF, found safetensors: {CONVERT}")
+
+
+def _folder(path: Path) -> str:
+    """What kind of folder ``path`` is, and what to do."""
+    if (path / "adapter_config.json").exists():
+        return "an adapter's folder: name the model first, then the adapter"
+    if (path / "config.json").exists():
+        return f"a Hugging Face model's folder: {CONVERT}"
+    names = sorted(entry.name for entry in path.glob("*.gguf"))
+    return "a folder: name a file" + (f" in it, such as {printable(names[0])}" if names else "")
 
 
 def _shard_paths(path: Path, reader: GgufReader, count: int) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -81,10 +80,7 @@ class Placement:
         return {"accounts": accounts, "approximations": self.approximations, "warnings": self.warnings}
 
     def __str__(self) -> str:
-        counts = Counter(account.outcome for account in self.accounts)
-        n_tensors = len({update.name for update in (*self.pairs, *self.updates)})
-        outcomes = ", ".join(f"{n} {what}" for what, n in counts.items())
-        return f"{n_tensors} tensors updated; of the adapter's, {outcomes}"
+        return f"{len({update.name for update in (*self.pairs, *self.updates)})} of the base's tensors are updated"
 
 
 def base_shape(name: str, hparams: Hparams) -> tuple[int, ...] | None:

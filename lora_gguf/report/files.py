@@ -35,7 +35,7 @@ class Pictures:
             if path is None:
                 continue
             if importlib.util.find_spec(EXTRA) is None:
-                raise UnsupportedError(f"{option}: expected the package vl-convert-python, not found: pip install 'lora-gguf[report]'")
+                raise UnsupportedError(f"{option}: expected the package vl-convert-python, not found: pip install vl-convert-python")
             if option == "--plot" and path.suffix.lower() not in PLOT_TYPES:
                 raise UsageError(f"--plot {printable(path)}: expected a name that ends in {' or '.join(PLOT_TYPES)}")
             if os.path.realpath(path) in taken:
