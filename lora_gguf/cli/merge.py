@@ -25,7 +25,7 @@ from lora_gguf.cli.options import (
     Threads,
     TiedHead,
 )
-from lora_gguf.cli.terms import Rounding, Tied, base_and_adapter, draw, n_bytes, named_adapters, pictures, say_written, warn
+from lora_gguf.cli.terms import Rounding, Tied, base_and_adapter, draw, n_bytes, named_adapters, pictures, say, say_written, warn
 from lora_gguf.errors import printable
 from lora_gguf.json_text import json_text
 from lora_gguf.progress import bar, download_bar
