@@ -69,7 +69,7 @@ def test_it_takes_what_the_command_takes(name):
     parameters = set(signatures.signature(getattr(lora_gguf, name)).parameters)
     for option in signatures.signature(command).parameters:
         same = option if option in parameters else OTHER_NAMES.get(option, option)
-        assert same is None or same in parameters or name == "verify" and option == "force", option
+        assert same is None or same in parameters or name in ("verify", "doctor") and option == "force", option
 
 
 @pytest.mark.parametrize("form", ["name", "path", "pair", "list", "pairs"])
