@@ -47,7 +47,7 @@ def test_dry_run(tmp_path, capsys):
     before = sorted(os.listdir(tmp_path))
     code, out, err = run(capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--dry-run")
     assert code == 0 and "ffn_up" in out and "kept" not in out and sorted(os.listdir(tmp_path)) == before
-    assert err.startswith("nothing was written: the file would have ")
+    assert err.startswith("nothing was written: the tensors would take ")
 
 
 def test_min_retention_is_an_error_before_the_rename(tmp_path, capsys):

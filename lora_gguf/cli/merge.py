@@ -130,7 +130,7 @@ def merge(
     print(json_text(tables.as_dict(merged)) if as_json else tables.retention_table(merged))
     if dry_run and not quiet:
         tensors = sum(tensor.target.n_bytes for tensor in merged.plan.tensors)
-        say(f"nothing was written: the file would have {tensors / 1e6:.0f} MB; what would be kept of the adapter, lora-gguf doctor tells")
+        say(f"nothing was written: the tensors would take {tensors / 1e6:.0f} MB; what would be kept of the adapter, lora-gguf doctor tells")
     if not quiet:
         for path in merged.written:
             say_written(path, f": ollama create NAME -f {printable(path)}" if path.suffix == ".Modelfile" else "")
