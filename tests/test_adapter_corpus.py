@@ -179,6 +179,7 @@ def peak_of(folder) -> int:
     return peak
 
 
+@pytest.mark.campaign("safetensors and configurations")
 @pytest.mark.parametrize("name", NO_JSON)
 def test_what_is_no_configuration(tmp_path, name):
     folder = directory(tmp_path, NO_JSON[name], tensors())
@@ -186,6 +187,7 @@ def test_what_is_no_configuration(tmp_path, name):
     assert peak_of(folder) < 300e6
 
 
+@pytest.mark.campaign("safetensors and configurations")
 @pytest.mark.parametrize("name", WRONG_FIELDS)
 def test_a_field_of_a_wrong_type_or_value_is_named(tmp_path, name):
     error = refusal(directory(tmp_path, WRONG_FIELDS[name], tensors()), MalformedError)
@@ -193,12 +195,14 @@ def test_a_field_of_a_wrong_type_or_value_is_named(tmp_path, name):
     assert field in str(error) or "rank" in str(error) or "pattern" in str(error)
 
 
+@pytest.mark.campaign("safetensors and configurations")
 @pytest.mark.parametrize("name", UNSUPPORTED_FIELDS)
 def test_what_is_not_supported_is_named(tmp_path, name):
     error = refusal(directory(tmp_path, UNSUPPORTED_FIELDS[name], tensors()), UnsupportedError)
     assert name.split()[0].removesuffix("_pattern") in str(error) or "pattern" in str(error)
 
 
+@pytest.mark.campaign("safetensors and configurations")
 @pytest.mark.parametrize("name", READ)
 def test_odd_configurations_are_read_soon(tmp_path, name):
     folder = directory(tmp_path, READ[name])
@@ -209,6 +213,7 @@ def test_odd_configurations_are_read_soon(tmp_path, name):
     assert adapter.base_model.isprintable() and len(adapter.base_model) <= 100
 
 
+@pytest.mark.campaign("safetensors and configurations")
 @pytest.mark.parametrize("name", [*REFUSED, *STRICTER, *UNSUPPORTED])
 def test_weights_that_are_malformed(tmp_path, name):
     folder = directory(tmp_path, config(), {**REFUSED, **STRICTER, **UNSUPPORTED}[name])
@@ -241,6 +246,7 @@ WEIGHTS = {
 }  # fmt: skip
 
 
+@pytest.mark.campaign("adapters that do not fit")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_tensors_that_make_no_adapter(tmp_path, name):
     weights, error = WEIGHTS[name]

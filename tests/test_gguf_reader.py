@@ -22,12 +22,14 @@ def judge():
         yield judge
 
 
+@pytest.mark.campaign("GGUF cases")
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_what_libggml_accepts_is_read_the_same(tmp_path, judge, name):
     theirs = judge.describe(ACCEPTED[name])
     assert theirs is not None and agreed(read_gguf(tmp_path / "a.gguf", ACCEPTED[name]), theirs)
 
 
+@pytest.mark.campaign("GGUF cases")
 @pytest.mark.parametrize("name", [*REFUSED, *STRICTER])
 def test_what_is_malformed_is_refused_in_one_line(tmp_path, judge, name):
     content = {**REFUSED, **STRICTER}[name]

@@ -17,6 +17,7 @@ def hub(local_hub):
     return local_hub
 
 
+@pytest.mark.campaign("Hub failures")
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failure_is_one_line_and_leaves_nothing_behind(hub, tmp_path, capfd, name):
     (pattern, action, times), error, part = FAILURES[name]
@@ -38,6 +39,7 @@ def test_a_failure_is_one_line_and_leaves_nothing_behind(hub, tmp_path, capfd, n
     assert sum(hub.slept) < 60 and len(hub.log) < 30
 
 
+@pytest.mark.campaign("Hub failures")
 @pytest.mark.parametrize("name", RECOVERIES)
 def test_what_passes_is_tried_again(hub, capfd, name):
     hub.repos["someone/new-name"] = dict(FILES)

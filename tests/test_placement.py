@@ -266,6 +266,7 @@ def test_absent_experts_are_zero_and_ranks_may_differ(tmp_path, folder):
     np.testing.assert_allclose(pair.delta()[[0, 3]], wanted["blk.0.ffn_up_exps.weight"][[0, 3]], atol=1e-5)
 
 
+@pytest.mark.campaign("adapters that do not fit")
 def test_an_expert_too_many_is_refused(tmp_path, folder):
     def more(factors, config):
         changed, config = by_module(factors, config)
@@ -325,6 +326,7 @@ def test_other_towers_are_ignored_with_a_reason(folder, part):
     assert all(account.reason for account in ignored)
 
 
+@pytest.mark.campaign("adapters that do not fit")
 def test_what_does_not_fit_is_listed_whole_and_only_passes_by_name(folder):
     adapter = read_adapter(tiny.TINY / "llama" / "adapter")
     stray = [
@@ -342,6 +344,7 @@ def test_what_does_not_fit_is_listed_whole_and_only_passes_by_name(folder):
     assert sum(account.outcome == "ignored" for account in placement.accounts) == 6
 
 
+@pytest.mark.campaign("adapters that do not fit")
 def test_a_wrong_base_names_what_the_adapter_was_trained_on(folder):
     adapter = read_adapter(tiny.TINY / "gemma2" / "adapter")
     adapter.config["base_model_name_or_path"] = "google/gemma-2-2b"
@@ -443,6 +446,7 @@ def test_an_adapter_gguf_keeps_its_invocation_tokens_and_names_what_it_ignores(t
     assert placement.invocation_tokens == [4, 5] and placement.accounts[0].tensor == "blk.0.attn_q.weight.lora_a"
 
 
+@pytest.mark.campaign("adapters that do not fit")
 @pytest.mark.parametrize(("name", "base"), [("llama", "qwen2"), ("qwen2", "qwen3")])
 def test_an_adapter_gguf_of_another_model(folder, name, base):
     written(folder, name)
@@ -450,6 +454,7 @@ def test_an_adapter_gguf_of_another_model(folder, name, base):
         adapter_gguf_pairs(folder / f"{name}.lora.gguf", reader)
 
 
+@pytest.mark.campaign("adapters that do not fit")
 @pytest.mark.parametrize("by", ["base", "config"])
 def test_a_layer_too_many_is_refused(folder, by):
     adapter = read_adapter(tiny.TINY / "llama" / "adapter")

@@ -313,6 +313,7 @@ def test_the_calls_would_be_made_by_pickle_itself(tmp_path):
         assert (folder / CANARY).exists()
 
 
+@pytest.mark.campaign("hostile .bin")
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_file_is_refused_in_one_line_and_nothing_runs(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)

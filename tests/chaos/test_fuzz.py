@@ -10,19 +10,25 @@ from tests.common import gemma3_path
 from tests.ggml_judge import Judge
 
 
+@pytest.mark.campaign("GGUF mutants")
 @pytest.mark.parametrize("seed", range(100, 110))
-def test_1000_gguf_mutants(tmp_path, seed):
+def test_1000_gguf_mutants(tmp_path, record_property, seed):
+    record_property("runs", 1000)
     with Judge() as judge:
         assert 100 < check_gguf_mutants(tmp_path / "a.gguf", judge, 1000, seed) < 900
 
 
+@pytest.mark.campaign("safetensors mutants")
 @pytest.mark.parametrize("seed", range(200, 205))
-def test_1000_safetensors_mutants(tmp_path, seed):
+def test_1000_safetensors_mutants(tmp_path, record_property, seed):
+    record_property("runs", 1000)
     assert 100 < check_safetensors_mutants(tmp_path / "a.safetensors", 1000, seed) < 900
 
 
+@pytest.mark.campaign(".bin mutants")
 @pytest.mark.parametrize("seed", range(300, 305))
-def test_1000_bin_mutants(tmp_path, seed):
+def test_1000_bin_mutants(tmp_path, record_property, seed):
+    record_property("runs", 1000)
     assert 5 < check_bin_mutants(tmp_path / "a.bin", 1000, seed) < 900
 
 

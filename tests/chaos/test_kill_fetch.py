@@ -10,6 +10,7 @@ import pytest
 from tests.hub_faults import BLOB, CONFIG_FILE, FILES, REPO, cache_of, command_line, drip
 
 
+@pytest.mark.campaign("kill -9")
 @pytest.mark.parametrize("seed", range(50))
 def test_kill_9(local_hub, tmp_path, seed):
     local_hub.repos[REPO] = dict(FILES)

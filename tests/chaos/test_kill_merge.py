@@ -38,6 +38,7 @@ def whole(tmp_path_factory):
     return found
 
 
+@pytest.mark.campaign("kill -9")
 @pytest.mark.parametrize(("kind", "seed"), [*(("merge", i) for i in range(100)), *(("convert", i) for i in range(50))])
 def test_kill_9(tmp_path, whole, kind, seed):
     out, inputs = tmp_path / "out.gguf", digest(smollm2_path())
