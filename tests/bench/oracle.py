@@ -27,12 +27,10 @@ _TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
 def windows(gguf: Path, text: str, n_windows: int, length: int) -> tuple[AutoModelForCausalLM, torch.Tensor]:
-    """The model of a GGUF in f32, and ``text`` in its tokens: (n_windows, length), each after the BOS token if any."""
+    """The model of a GGUF in f32, and ``text`` in its tokens, cut into windows (n_windows, length), without BOS: none is a beginning."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    with GgufReader(gguf) as reader:
-        start = [reader.get("tokenizer.ggml.bos_token_id")] if reader.get("tokenizer.ggml.add_bos_token") else []
-    ids, n_new = tokenizer(text, add_special_tokens=False).input_ids, length - len(start)
-    rows = [start + ids[i * n_new : (i + 1) * n_new] for i in range(n_windows)]
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    rows = [ids[i * length : (i + 1) * length] for i in range(n_windows)]
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     return model.eval(), torch.tensor(rows)
 
