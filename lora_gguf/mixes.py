@@ -333,6 +333,14 @@ def _is_expert(model: Model, tensor: TensorInfo, role: str) -> bool:
     return stacked and (model.architecture != "bailingmoe3" or role.startswith("ffn_"))
 
 
+def requires_importance(mix: str, name: str, type: GgmlType) -> bool:
+    """Whether llama.cpp refuses to quantize the tensor to ``type`` without an importance matrix."""
+    if role_of(name) in ("output", "token_embd"):
+        return False
+    low_bit = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+    return type.name in low_bit or (mix == "Q2_K_S" and type.name == "Q2_K")
+
+
 def file_type_of(weights: Mapping[str, int], base: int | None = None) -> int:
     """``general.file_type`` for a file with so many weights of each type (by name).
 

@@ -17,7 +17,7 @@ from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.ggml import BY_NAME, GgmlType
 from lora_gguf.importance import weightings
 from lora_gguf.mapping.placement import Placement
-from lora_gguf.mixes import fallback_type, file_type_of, mix_types, model_of
+from lora_gguf.mixes import fallback_type, file_type_of, mix_types, model_of, requires_importance
 from lora_gguf.quants import QUANTS
 from lora_gguf.requantize import ROUNDINGS, Recipe
 from lora_gguf.rounding import tensor_key
@@ -154,7 +154,16 @@ def _mix_types(base: Base, tensors: list[TensorInfo], policy: Policy) -> dict[st
             f"{base.label}: {quantized[0]} is quantized already: --quantize wants an F16, BF16 or F32 base; "
             "use --type to change the type of the adapted tensors"
         )
-    return mix_types(policy.mix, model_of(base), tensors, has_imatrix=bool(policy.imatrix))
+    types = mix_types(policy.mix, model_of(base), tensors, has_imatrix=bool(policy.imatrix))
+    unmeasured = [
+        tensor.name
+        for tensor in tensors
+        if requires_importance(policy.mix, tensor.name, types.get(tensor.name, tensor.type))
+        and (policy.imatrix is None or policy.imatrix.of(tensor) is None)
+    ]
+    if unmeasured:
+        raise UsageError(f"--quantize {policy.mix}: too few bits without an importance matrix: name one with --imatrix", details=unmeasured)
+    return types
 
 
 def choose(tensor: TensorPlan, mix_type: GgmlType | None, policy: Policy) -> None:

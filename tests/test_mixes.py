@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from lora_gguf.errors import UnsupportedError
+from lora_gguf.commands.merge import merge
+from lora_gguf.errors import UnsupportedError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import raw_key_values
 from lora_gguf.ggml import BY_NAME, FILE_TYPES
@@ -25,9 +26,12 @@ from lora_gguf.mixes import (
     is_quantized,
     mix_types,
     model_of,
+    requires_importance,
 )
+from lora_gguf.plan import Policy
 from lora_gguf.quants import QUANTS
 from tests.common import ROOT, gemma3_path, pack_gguf, pack_kv, smollm2_path, text_kv, u32_kv
+from tests.test_verify import some_pairs, write_adapter, write_base
 
 # the package's llama.cpp is of a release that knows neither of these two
 ASKED = [(mix, False) for mix in MIXES if mix not in ("Q2_0", "NVFP4")]
@@ -270,6 +274,14 @@ def test_an_unknown_mix_is_refused():
         mix_types("Q4_K_XL", Model("llama", 2), [])
 
 
+def test_which_types_need_an_importance_matrix():
+    name = "blk.0.ffn_up.weight"
+    needed = [type for type in BY_NAME if requires_importance("IQ2_M", name, BY_NAME[type])]
+    assert sorted(needed) == ["IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_XXS"]
+    assert requires_importance("Q2_K_S", name, BY_NAME["Q2_K"]) and not requires_importance("Q2_K", name, BY_NAME["Q2_K"])
+    assert not requires_importance("IQ2_M", "token_embd.weight", BY_NAME["IQ2_S"])
+
+
 @pytest.mark.parametrize(
     ("weights", "base", "expected"),
     [
@@ -291,3 +303,12 @@ def test_file_types(weights, base, expected):
 
 if __name__ == "__main__":
     _quantize_jobs()
+
+
+@pytest.mark.parametrize("mix", ["IQ2_XXS", "IQ1_S", "Q2_K_S", "IQ3_XXS"])
+def test_a_mix_of_too_few_bits_asks_for_an_importance_matrix(tmp_path, mix):
+    write_base(tmp_path / "base.gguf", "F16")
+    adapter = write_adapter(tmp_path / "adapter.gguf", some_pairs(2e-4))
+    with pytest.raises(UsageError, match=f"--quantize {mix}.*--imatrix") as caught:
+        merge(tmp_path / "base.gguf", [(adapter, 1.0)], tmp_path / "out.gguf", Policy(mix=mix))
+    assert any(name.startswith("blk.0.") for name in caught.value.details) and not (tmp_path / "out.gguf").exists()
