@@ -15,6 +15,7 @@ from lora_gguf.rounding import beyond, round_bf16, round_codes, round_f16, round
 NO_IMPORTANCE = np.empty(0, np.float32)
 NO_LEVELS = np.empty(0, np.float32)
 NO_SHIFT = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
+FAINT = 0.3  # rms of a row's update in steps of another type below which rounding to nearest may erase it
 OUTSIDE = 0.02  # share of a block's weights beyond its range from which on it gets a new grid
 # the width of the random offset before the floor; a rounding that is not here finds a new grid
 SPREADS = {"auto": 1.0, "dither": 1.0, "nearest": 0.0}
@@ -71,7 +72,7 @@ def recode(recipe: Recipe, blocks: np.ndarray, delta: np.ndarray, first_row: int
     """
     sums = np.zeros(4)
     if not recipe.keeps_grid:
-        return _renew(recipe, blocks, delta, matrix, sums), sums
+        return _renew(recipe, blocks, delta, first_row, matrix, sums), sums
     if recipe.source.unpack is None:
         halves = blocks.view(np.uint16)
         _move_halves(recipe, halves, delta, first_row, sums)
@@ -142,7 +143,7 @@ def _renew_some(recipe: Recipe, blocks, before, delta, outside, matrix: int) -> 
     renew = outside.reshape(len(delta), n_blocks, -1).sum(axis=2) > OUTSIDE * size
     rows = np.flatnonzero(renew.any(axis=1))
     if len(rows):
-        fresh = _renew(recipe, before[rows], delta[rows], matrix, np.zeros(4))
+        fresh = _renew(recipe, before[rows], delta[rows], 0, matrix, np.zeros(4))
         of_block = (len(rows), n_blocks, -1)
         chosen = np.where(renew[rows, :, None], fresh.reshape(of_block), blocks[rows].reshape(of_block))
         blocks[rows] = chosen.reshape(len(rows), -1)
@@ -153,17 +154,42 @@ def _renew_some(recipe: Recipe, blocks, before, delta, outside, matrix: int) -> 
     return sums
 
 
-def _renew(recipe: Recipe, blocks, delta, matrix: int, sums) -> np.ndarray:
+def _renew(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums) -> np.ndarray:
     """Decode, add, and let the target type's own quantizer find a new grid."""
     before, after = np.empty_like(delta), np.empty_like(delta)
     recipe.source.decode(blocks, before)
     wanted = before + delta
     renewed = np.empty((len(delta), recipe.target.type.row_bytes(delta.shape[1])), np.uint8)
     recipe.target.encode(wanted, NO_IMPORTANCE if recipe.importance is None else recipe.importance[matrix], renewed)
+    if recipe.rounding in ("auto", "dither") and recipe.source.unpack and _bits(recipe.target) > _bits(recipe.source):
+        _dither_faint(recipe, renewed, wanted, delta, first_row)
     recipe.target.decode(renewed, after)
     tally_rows(before, after, delta, sums)
     return renewed
 
+
+
+def _bits(quant: Quant) -> float:
+    return quant.type.block_bytes / quant.type.block_size
+
+
+def _dither_faint(recipe: Recipe, renewed, wanted, delta, first_row: int) -> None:
+    """Round by chance the rows whose update the steps of a larger type are too coarse for: the old grid may lie on the new one,
+    as all of IQ4_NL's values lie on Q8_0's."""
+    quant = recipe.target
+    if quant.unpack is None or quant.levels is not None:
+        return
+    codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), delta.shape[1] // quant.group), np.float32)
+    quant.unpack(renewed, codes, steps)
+    after, limits = np.empty_like(delta), (np.float32(quant.code_min), np.float32(quant.code_max))
+    quant.decode(renewed, after)
+    step2 = np.einsum("ij,ij->i", steps, steps) / steps.shape[1]
+    faint = np.einsum("ij,ij->i", delta, delta) / delta.shape[1] < FAINT * FAINT * step2
+    for i in np.flatnonzero(faint):
+        row, left, unused = slice(i, i + 1), wanted[i : i + 1] - after[i : i + 1], (np.zeros(4), np.zeros(1, np.int64))
+        grid = codes[row], np.float32(quant.zero), steps[row], *NO_SHIFT
+        round_codes(*grid, left, *limits, np.float32(1), recipe.key, first_row + int(i), *unused)
+    quant.pack(codes, renewed)
 
 
 def broken_row(type: GgmlType, blocks: np.ndarray) -> int | None:

@@ -185,7 +185,7 @@ def test_an_error_on_the_way_leaves_the_output_as_it_was(tmp_path, monkeypatch):
 @pytest.mark.parametrize("source", ["Q4_0", "Q6_K", "BF16"])
 def test_another_type(tmp_path, source, target):
     base, adapter, delta = base_and_adapter(tmp_path, source)
-    report = merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", Policy(type=target))
+    report = merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", Policy("fresh", type=target))
     with GgufReader(tmp_path / "out.gguf") as reader:
         assert reader.tensors[NAME].type.name == target and reader.tensors[OTHER].type.name == source
         assert reader.get("general.quantization_version") == 2 and reader.get("general.file_type") is not None

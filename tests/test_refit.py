@@ -121,3 +121,18 @@ def test_blocks_of_zeros_and_of_one_value(type_name):
         delta = (np.random.default_rng(0).normal(size=(2, 512)) * 1e-3).astype(np.float32)
         new, sums = recode(Recipe(quant, quant, "auto", tensor_key(0, "t"), None, None), blocks, delta, 0)
         assert np.isfinite(sums).all() and np.isfinite(decoded(type_name, new)).all()
+
+
+@pytest.mark.parametrize(("source", "target"), [("IQ4_NL", "Q8_0"), ("Q4_1", "Q8_0"), ("Q4_K", "Q6_K")])
+def test_a_small_update_survives_a_type_on_whose_grid_the_old_one_lies(source, target):
+    recipe = Recipe(QUANTS[source], QUANTS[target], "auto", tensor_key(0, "t"))
+    blocks, before, delta = blocks_of(source, rows=128, size=0.004)
+    new, sums = recode(recipe, blocks.copy(), delta, 0)
+    moved = decoded(target, new).astype(np.float64) - before
+    fresh, _ = recode(Recipe(QUANTS[source], QUANTS[target], "fresh", tensor_key(0, "t")), blocks.copy(), delta, 0)
+    kept, erased = (((x * delta).sum() / (delta.astype(np.float64) ** 2).sum()) for x in (moved, decoded(target, fresh) - before))
+    assert abs(kept - 1) < 0.15 and np.isclose(sums[0] / sums[1], kept, atol=1e-3)
+    if source == "IQ4_NL":
+        assert erased < 0.6
+    parts = [recode(recipe, blocks[i : i + 5].copy(), delta[i : i + 5], i)[0] for i in range(0, 128, 5)]
+    assert (np.concatenate(parts) == new).all()
