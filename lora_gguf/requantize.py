@@ -161,7 +161,7 @@ def _renew(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums) -> 
     wanted = before + delta
     renewed = np.empty((len(delta), recipe.target.type.row_bytes(delta.shape[1])), np.uint8)
     recipe.target.encode(wanted, NO_IMPORTANCE if recipe.importance is None else recipe.importance[matrix], renewed)
-    if recipe.rounding in ("auto", "dither") and recipe.source.unpack and _bits(recipe.target) > _bits(recipe.source):
+    if recipe.rounding in ("auto", "dither") and recipe.source.unpack and recipe.target.type.name == "Q8_0" != recipe.source.type.name:
         _dither_faint(recipe, renewed, wanted, delta, first_row)
     recipe.target.decode(renewed, after)
     tally_rows(before, after, delta, sums)
@@ -169,16 +169,9 @@ def _renew(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums) -> 
 
 
 
-def _bits(quant: Quant) -> float:
-    return quant.type.block_bytes / quant.type.block_size
-
-
 def _dither_faint(recipe: Recipe, renewed, wanted, delta, first_row: int) -> None:
-    """Round by chance the rows whose update the steps of a larger type are too coarse for: the old grid may lie on the new one,
-    as all of IQ4_NL's values lie on Q8_0's."""
+    """Round by chance the rows whose update Q8_0's steps are too coarse for: the old grid may lie on the new one, as IQ4_NL's does."""
     quant = recipe.target
-    if quant.unpack is None or quant.levels is not None:
-        return
     codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), delta.shape[1] // quant.group), np.float32)
     quant.unpack(renewed, codes, steps)
     after, limits = np.empty_like(delta), (np.float32(quant.code_min), np.float32(quant.code_max))
