@@ -74,7 +74,7 @@ def test_an_adapter_that_waits_for_its_tokens_is_converted_and_not_merged(folder
         assert reader.get("adapter.alora.invocation_tokens") == [5, 6, 7]
     with pytest.raises(UnsupportedError, match="aLoRA.*cannot be merged"):
         merge(base, [(folder / "alora.gguf", 1.0)], folder / "no.gguf")
-    tiny.server(base, folder / "alora.gguf")  # llama.cpp loads it
+    assert tiny.generate(base, folder / "alora.gguf")  # llama.cpp loads it
 
 
 @pytest.mark.parametrize("command", ["merge", "convert"])

@@ -253,7 +253,7 @@ def base_gguf(folder: Path, name: str) -> Path:
 
 
 def server(model: Path, adapter: Path | None = None, embedding: bool = False):
-    """llama.cpp on a model, in F32 throughout."""
+    """llama.cpp on a model, in F32 throughout. Ask it something: one that goes before its loop has begun waits for it forever."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
