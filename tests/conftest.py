@@ -6,6 +6,8 @@ from collections import Counter
 import pytest
 
 from tests.contract import Corruption, Hang, Trace
+from tests.faulty import prepare
+from tests.forked import Forge
 from tests.hub import TOKEN, running_hub
 
 CAMPAIGN: Counter[str] = Counter()
@@ -43,6 +45,18 @@ def pytest_terminal_summary(terminalreporter) -> None:
         holes = [f"{CAMPAIGN[name]} {name}" for name in HOLES.values()]
         terminalreporter.write_line(f"campaign: {', '.join(classes)}")
         terminalreporter.write_line(f"          {CAMPAIGN['failed']} failed: {', '.join(holes)}")
+
+
+@pytest.fixture(scope="module")
+def forge():
+    with Forge() as forge:
+        yield forge
+
+
+@pytest.fixture(scope="module")
+def case(forge, tmp_path_factory):
+    """A merge that is known to succeed, its files in ``case.folder``."""
+    return prepare(forge, tmp_path_factory.mktemp("case"), "merge a folder")
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests.faulty import ERRORS, SIGNALS, every_call, holes, prepare
-from tests.forked import Forge
-
-
-@pytest.fixture(scope="module")
-def forge():
-    with Forge() as forge:
-        yield forge
 
 
 @pytest.fixture(scope="module")

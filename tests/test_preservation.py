@@ -17,23 +17,12 @@ from lora_gguf.files.gguf_writer import key_value, raw_key_values
 from lora_gguf.files.output import SUFFIX
 from tests.common import DEMO_ADAPTER, pack_gguf, pack_kv, pack_string, smollm2_path, text_kv, u32_kv
 from tests.contract import Corruption, check_preserved, check_refusal
-from tests.faulty import OLD, prepare
-from tests.forked import Forge, snapshot
+from tests.faulty import OLD
+from tests.forked import snapshot
 from tests.ggml_judge import Judge
 from tests.gguf_corpus import ARRAY, SCALAR_VALUES, STRING, array
 
 pytestmark = pytest.mark.campaign("preservation cases")
-
-
-@pytest.fixture(scope="module")
-def forge():
-    with Forge() as forge:
-        yield forge
-
-
-@pytest.fixture(scope="module")
-def case(forge, tmp_path_factory):
-    return prepare(forge, tmp_path_factory.mktemp("case"), "merge a folder")
 
 
 def _link(name, to):

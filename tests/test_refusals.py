@@ -10,18 +10,10 @@ from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import raw_key_values
 from tests.common import pack_gguf, pack_kv, pack_string, text_kv, u32_kv
 from tests.contract import check_refusal
-from tests.faulty import prepare
-from tests.forked import Forge
 from tests.gguf_corpus import array
 from tests.refusals import CORPORA, holes
 
 EVERY = 12
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    with Forge() as forge:
-        yield prepare(forge, tmp_path_factory.mktemp("case"), "merge a folder")
 
 
 @pytest.mark.campaign("refusals by the command line")

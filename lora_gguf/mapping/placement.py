@@ -274,14 +274,16 @@ def shape_of(update: LoraPair | Update, hparams: Hparams) -> tuple[int, int]:
     shape = update.shape[-2:]
     if update.part == "bias":
         shape = (shape[1], 0)
-    if 0 not in shape and not getattr(update, "wide", False):
+    if getattr(update, "wide", False):
+        shape = (shape[0], 0)
+    if 0 not in shape:
         return shape
     base = shape_in_base(update.name, hparams)
     if base is None:
         raise MalformedError(
             f"{update.name}: its shape depends on the base: give --base BASE.gguf, with a tensor for it"
         )
-    return (shape[0] or base[0], base[1])
+    return (shape[0] or base[0], shape[1] or base[1])
 
 
 def run_time_warnings(pairs: list[LoraPair], hparams: Hparams) -> list[str]:

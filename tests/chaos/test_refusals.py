@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faulty import prepare
-from tests.forked import Forge
 from tests.refusals import CORPORA, holes
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    with Forge() as forge:
-        yield prepare(forge, tmp_path_factory.mktemp("case"), "merge a folder")
 
 @pytest.mark.campaign("refusals by the command line")
 @pytest.mark.parametrize("corpus", CORPORA)
