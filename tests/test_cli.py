@@ -140,6 +140,7 @@ def test_a_typo_is_answered_with_the_right_word(capsys):
     assert code == 2 and "merge" in err and err.count("\n") == 1
 
 
+@pytest.mark.campaign("adapters that do not fit")
 def test_wrong_base(tmp_path, capsys):
     from tests.common import DEMO_ADAPTER
 

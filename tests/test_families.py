@@ -84,6 +84,7 @@ def test_a_changed_base_is_refused_with_the_way_out(folder, command):
         merge(base, [(KINDS / "pissa", 1.0)], out) if command == "merge" else convert(KINDS / "pissa", out, base)
 
 
+@pytest.mark.campaign("adapters that do not fit")
 @pytest.mark.parametrize("command", ["merge", "convert"])
 def test_replicated_layers_are_refused(tmp_path, command):
     shutil.copytree(tiny.TINY / "llama" / "adapter", tmp_path / "a")
@@ -94,6 +95,7 @@ def test_replicated_layers_are_refused(tmp_path, command):
         merge(base, [(tmp_path / "a", 1.0)], out) if command == "merge" else convert(tmp_path / "a", out, base)
 
 
+@pytest.mark.campaign("adapters that do not fit")
 def test_what_the_base_does_not_say_is_asked_for(folder):
     base = tiny.base_gguf(folder, "falcon-h1")
     with pytest.raises(MismatchError, match="multiplier.*--base-config.*GGUF alone"):

@@ -42,6 +42,7 @@ def test_rows_that_differ_untie(tmp_path):
         place(tmp_path, "whole", "qwen2", tied="refuse")
 
 
+@pytest.mark.campaign("adapters that do not fit")
 def test_an_architecture_that_can_have_no_head_of_its_own(tmp_path):
     adapter = read_adapter(KINDS / "embedding")
     adapter.updates = [update for update in adapter.updates if "layers" not in update.name]

@@ -157,6 +157,7 @@ def test_a_broken_base_tensor_is_refused(tmp_path, type_name, bad):
     assert sorted(os.listdir(tmp_path)) == ["adapter.gguf", "base.gguf"]
 
 
+@pytest.mark.campaign("adapters that do not fit")
 def test_an_adapter_that_does_not_fit(tmp_path):
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
     (tmp_path / "x").mkdir()

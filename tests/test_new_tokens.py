@@ -150,6 +150,7 @@ def test_a_mix_of_types_holds_new_rows(tmp_path):
         assert model.tensors["output.weight"].type.name == "Q8_0" and len(model.get("tokenizer.ggml.tokens")) == 291
 
 
+@pytest.mark.campaign("adapters that do not fit")
 def test_two_adapters_with_tokens_are_refused(tmp_path):
     base = tiny.base_gguf(tmp_path, "qwen2")
     with pytest.raises(MismatchError, match="two adapters add tokens.*merge one, then the other"):

@@ -78,11 +78,13 @@ def test_the_grown_model_runs_in_llama_cpp(tmp_path):
     assert by_text["choices"][0]["logprobs"] == by_id["choices"][0]["logprobs"]
 
 
+@pytest.mark.campaign("adapters that do not fit")
 def test_convert_refuses_new_tokens(tmp_path):
     with pytest.raises(MismatchError, match="3 new tokens.*merge"):
         convert(KINDS / "new-tokens-lora", tmp_path / "a.gguf", tiny.base_gguf(tmp_path, "qwen2"))
 
 
+@pytest.mark.campaign("adapters that do not fit")
 def test_factors_for_new_tokens_need_their_embedding(tmp_path):
     adapter = read_adapter(KINDS / "new-tokens-lora")
     adapter.originals.clear()
@@ -91,6 +93,7 @@ def test_factors_for_new_tokens_need_their_embedding(tmp_path):
             gguf_pairs(adapter, reader, updates=True, new_tokens=True)
 
 
+@pytest.mark.campaign("adapters that do not fit")
 def test_head_and_embedding_must_grow_alike(tmp_path):
     adapter = read_adapter(KINDS / "new-tokens-whole")
     adapter.updates = [update for update in adapter.updates if update.name != "lm_head"]
@@ -191,6 +194,7 @@ def test_learned_tokens_bring_their_merges(tmp_path):
         assert extended(base, {}, 3) == {}
 
 
+@pytest.mark.campaign("adapters that do not fit")
 def test_another_tokenizer_is_refused(tmp_path):
     source = tmp_path / "adapter"
     shutil.copytree(KINDS / "new-tokens-whole", source)
