@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import os
 import struct
 from functools import cache
 from pathlib import Path
@@ -37,7 +38,7 @@ def gemma3_path() -> Path:
         content = b"".join(part.read_bytes() for part in parts)
         assert hashlib.sha256(content).hexdigest() == GEMMA_SHA256
         MODELS.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}")
         partial.write_bytes(content)
         partial.rename(path)
     return path

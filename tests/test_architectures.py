@@ -413,7 +413,8 @@ def by_row_or_column(kind, path, n_out, n_in, rng):
         return Scaled(**place, row_factors=rng.uniform(1, 2, n_out).astype(np.float32))
     if kind == "columns":
         return Scaled(**place, col_factors=rng.uniform(1, 2, n_in).astype(np.float32))
-    turn = np.linalg.qr(rng.standard_normal((1, n_in, n_in)))[0].astype(np.float32)
+    normal = rng.standard_normal(n_in)
+    turn = (np.eye(n_in) - 2 * np.outer(normal, normal) / (normal @ normal)).astype(np.float32)[None]
     return Rotated(**place, stages=[(None, turn)], row_factors=rng.uniform(1, 2, n_out).astype(np.float32))
 
 

@@ -15,12 +15,13 @@ import pytest
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import key_value, raw_key_values
 from lora_gguf.files.output import SUFFIX
-from tests.common import DEMO_ADAPTER, pack_gguf, pack_kv, pack_string, smollm2_path, text_kv, u32_kv
+from tests.common import DEMO_ADAPTER, ROOT, pack_gguf, pack_kv, pack_string, smollm2_path, text_kv, u32_kv
 from tests.contract import Corruption, check_preserved, check_refusal
 from tests.faulty import OLD
-from tests.forked import snapshot
+from tests.forked import Result, snapshot
 from tests.ggml_judge import Judge
 from tests.gguf_corpus import ARRAY, SCALAR_VALUES, STRING, array
+from tests.mounts import mounted
 
 pytestmark = pytest.mark.campaign("preservation cases")
 
@@ -137,9 +138,12 @@ def test_stale_temporary_files_go_and_others_stay(case):
     assert not set(stale) & after.keys() and set(others) <= after.keys() and after["out.gguf"] == case.whole["out.gguf"]
 
 
-def _start(out, *more) -> subprocess.Popen:
-    command = [sys.executable, "-m", "lora_gguf", "merge", str(smollm2_path()), str(DEMO_ADAPTER), "-o", str(out), "-t", "1", *more]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def _command(out) -> list[str]:
+    return [sys.executable, "-m", "lora_gguf", "merge", str(smollm2_path()), str(DEMO_ADAPTER), "-o", str(out), "-t", "1"]
+
+
+def _start(out) -> subprocess.Popen:
+    return subprocess.Popen(_command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def test_two_writers_of_one_output(tmp_path):
@@ -188,6 +192,46 @@ def _wait_for_temporary(folder, process) -> None:
     deadline = time.monotonic() + 120
     while not any(name.endswith(SUFFIX) for name in os.listdir(folder)) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.002)
+
+
+ON_MOUNTS = {
+    "the base in a folder that is bound": ('mount --bind "$1" "$2"', "mnt/llama.gguf", "is also an input"),
+    "the base as a file that is bound": ('touch "$2/o"; mount --bind "$1/llama.gguf" "$2/o"', "mnt/o", "is also an input"),
+    "a folder bound to be read only": ('mount --bind "$2" "$2"; mount -o remount,ro,bind "$2"', "mnt/o", "not writable"),
+    "a disk that is full": ('mount -t tmpfs -o size=64k none "$2"', "mnt/o", "make room"),
+    "a disk with no room for one more file": ('mount -t tmpfs -o nr_inodes=1 none "$2"', "mnt/o", "No space left"),
+}
+
+
+@pytest.mark.parametrize("name", ON_MOUNTS)
+def test_outputs_on_file_systems_of_their_own(case, name):
+    script, out, expected = ON_MOUNTS[name]
+    case.reset()
+    (case.folder / "mnt").mkdir()
+    with mounted(script, case.folder, case.folder / "mnt") as mounts:
+        before, on_mount = snapshot(case.folder), snapshot(mounts.seen(case.folder / "mnt"))
+        base, adapter, out = (case.folder / path for path in ("llama.gguf", "peft", out))
+        command = mounts.command(sys.executable, "-m", "lora_gguf", "merge", base, adapter, "-o", out, "--force")
+        run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        check_refusal(Result(run.returncode, run.stdout, run.stderr, 0, 0), {7})
+        assert expected in run.stderr
+        check_preserved(case.folder, before)
+        check_preserved(mounts.seen(case.folder / "mnt"), on_mount)
+
+
+def test_a_disk_that_others_fill_during_the_merge(tmp_path):
+    with mounted('mount -t tmpfs -o size=150m none "$1"', tmp_path) as mounts:
+        disk, command = mounts.seen(tmp_path), mounts.command(*_command(tmp_path / "out.gguf"))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        _wait_for_temporary(disk, process)
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(OSError, match="No space left"), open(disk / "others", "wb", buffering=0) as others:
+            while others.write(bytes(1 << 20)):
+                pass
+        process.send_signal(signal.SIGCONT)
+        _, error = process.communicate(timeout=300)
+        check_refusal(Result(process.returncode, "", error, 0, 0), {7})
+        assert "No space left" in error and os.listdir(disk) == ["others"]
 
 
 def test_two_signals_at_once(tmp_path):
