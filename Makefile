@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 SMOLLM2 := models/smollm2-135m-instruct-q4_1.gguf
 
@@ -17,13 +18,13 @@ demo: $(VENV)/demo $(SMOLLM2)
 	$(BIN)/python fixtures/demo.py $(SMOLLM2) fixtures/demo-adapter merged
 
 test: $(VENV)/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 readme: $(VENV)/base
 	$(BIN)/python -m lora_gguf.cli.reference README.md
 
 chaos: $(VENV)/test
-	$(BIN)/python -m pytest tests/chaos
+	$(PYTEST) tests/chaos
 
 bench-speed: $(VENV)/test
 	$(BIN)/python -m tests.bench.speed

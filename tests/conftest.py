@@ -8,7 +8,7 @@ import pytest
 from tests.contract import Corruption, Hang, Trace
 from tests.faulty import prepare
 from tests.forked import Forge
-from tests.hub import TOKEN, running_hub
+from tests.hub import GGUF_FILES, GGUF_REPO, TOKEN, running_hub
 
 CAMPAIGN: Counter[str] = Counter()
 HOLES = {Corruption: "silent corruptions", Hang: "hangs", Trace: "tracebacks"}
@@ -89,3 +89,10 @@ def local_hub(hub_server, monkeypatch, tmp_path):
     monkeypatch.setattr(time, "sleep", hub_server.slept.append)
     yield hub_server
     hub_server.released.set()
+
+
+@pytest.fixture
+def gguf_hub(local_hub):
+    """The Hub with one repository of GGUFs, quantized in several ways."""
+    local_hub.repos[GGUF_REPO] = dict(GGUF_FILES)
+    return local_hub

@@ -14,6 +14,17 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_CanaryNeverToBeSeen"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+GGUF_REPO = "maker/Tiny-1B-GGUF"
+GGUF_FILES = {
+    "Tiny-1B-Q4_K_M.gguf": b"GGUF" + b"4" * 400,
+    "Tiny-1B-Q8_0.gguf": b"GGUF" + b"8" * 800,
+    "BF16/Tiny-1B-BF16-00001-of-00002.gguf": b"GGUF" + b"1" * 900,
+    "BF16/Tiny-1B-BF16-00002-of-00002.gguf": b"GGUF" + b"2" * 900,
+    "F16/Tiny-1B-F16-00001-of-00002.gguf": b"GGUF" + b"a part is missing",
+    "mmproj-Tiny-F16.gguf": b"GGUFm",
+    "imatrix.gguf": b"GGUFi",
+    "README.md": b"",
+}
 Fault = Callable[["Handler"], bool]
 
 

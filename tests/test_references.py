@@ -13,47 +13,30 @@ from lora_gguf.commands.fetch import fetch
 from lora_gguf.errors import HubError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.hub.references import gguf_path, remote_gguf
-from tests.hub import TOKEN
+from tests.hub import GGUF_FILES, GGUF_REPO, TOKEN
 from tests.test_cli import run
 from tests.test_merge import base_and_adapter
 
-REPO = "maker/Tiny-1B-GGUF"
-FILES = {
-    "Tiny-1B-Q4_K_M.gguf": b"GGUF" + b"4" * 400,
-    "Tiny-1B-Q8_0.gguf": b"GGUF" + b"8" * 800,
-    "BF16/Tiny-1B-BF16-00001-of-00002.gguf": b"GGUF" + b"1" * 900,
-    "BF16/Tiny-1B-BF16-00002-of-00002.gguf": b"GGUF" + b"2" * 900,
-    "F16/Tiny-1B-F16-00001-of-00002.gguf": b"GGUF" + b"a part is missing",
-    "mmproj-Tiny-F16.gguf": b"GGUFm",
-    "imatrix.gguf": b"GGUFi",
-    "README.md": b"",
-}
-
-
-@pytest.fixture
-def hub(local_hub):
-    local_hub.repos[REPO] = dict(FILES)
-    return local_hub
 
 
 @pytest.mark.parametrize(
     ("reference", "name"),
     [
-        (REPO, "Tiny-1B-Q4_K_M.gguf"),
-        (f"{REPO}:q8_0", "Tiny-1B-Q8_0.gguf"),
-        (f"hf://{REPO}:Q8_0", "Tiny-1B-Q8_0.gguf"),
-        (f"{REPO}@v1:Q8_0", "Tiny-1B-Q8_0.gguf"),
-        (f"hf://{REPO}/Tiny-1B-Q8_0.gguf", "Tiny-1B-Q8_0.gguf"),
-        (f"hf://{REPO}@v1/mmproj-Tiny-F16.gguf", "mmproj-Tiny-F16.gguf"),
-        (f"https://huggingface.co/{REPO}/blob/main/Tiny-1B-Q8_0.gguf", "Tiny-1B-Q8_0.gguf"),
-        (f"https://huggingface.co/{REPO}/resolve/main/Tiny-1B-Q8_0.gguf?download=true", "Tiny-1B-Q8_0.gguf"),
-        (f"{REPO}:bf16", "BF16/Tiny-1B-BF16-00001-of-00002.gguf"),
-        (f"hf://{REPO}/BF16/Tiny-1B-BF16-00002-of-00002.gguf", "BF16/Tiny-1B-BF16-00001-of-00002.gguf"),
+        (GGUF_REPO, "Tiny-1B-Q4_K_M.gguf"),
+        (f"{GGUF_REPO}:q8_0", "Tiny-1B-Q8_0.gguf"),
+        (f"hf://{GGUF_REPO}:Q8_0", "Tiny-1B-Q8_0.gguf"),
+        (f"{GGUF_REPO}@v1:Q8_0", "Tiny-1B-Q8_0.gguf"),
+        (f"hf://{GGUF_REPO}/Tiny-1B-Q8_0.gguf", "Tiny-1B-Q8_0.gguf"),
+        (f"hf://{GGUF_REPO}@v1/mmproj-Tiny-F16.gguf", "mmproj-Tiny-F16.gguf"),
+        (f"https://huggingface.co/{GGUF_REPO}/blob/main/Tiny-1B-Q8_0.gguf", "Tiny-1B-Q8_0.gguf"),
+        (f"https://huggingface.co/{GGUF_REPO}/resolve/main/Tiny-1B-Q8_0.gguf?download=true", "Tiny-1B-Q8_0.gguf"),
+        (f"{GGUF_REPO}:bf16", "BF16/Tiny-1B-BF16-00001-of-00002.gguf"),
+        (f"hf://{GGUF_REPO}/BF16/Tiny-1B-BF16-00002-of-00002.gguf", "BF16/Tiny-1B-BF16-00001-of-00002.gguf"),
     ],
 )
-def test_a_reference_names_a_file(hub, reference, name):
+def test_a_reference_names_a_file(gguf_hub, reference, name):
     path = gguf_path(reference)
-    assert path.read_bytes() == FILES[name] and path.as_posix().endswith(name)
+    assert path.read_bytes() == GGUF_FILES[name] and path.as_posix().endswith(name)
     if "BF16" in name:
         assert sorted(os.listdir(path.parent)) == [
             "Tiny-1B-BF16-00001-of-00002.gguf",
@@ -61,16 +44,16 @@ def test_a_reference_names_a_file(hub, reference, name):
         ]
 
 
-def test_paths_stay_paths(hub, tmp_path, monkeypatch):
+def test_paths_stay_paths(gguf_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / REPO).mkdir(parents=True)
+    (tmp_path / GGUF_REPO).mkdir(parents=True)
     for path in (
         "model.gguf",
         "models/model.gguf",
         "./maker/x",
         "/a/b",
         "../a/b",
-        REPO,
+        GGUF_REPO,
         "C:/x/y",
         "C:\\x.gguf",
         "a/b/c",
@@ -78,40 +61,40 @@ def test_paths_stay_paths(hub, tmp_path, monkeypatch):
         "",
     ):
         assert gguf_path(path) == Path(path)
-    assert gguf_path(Path("maker/other")) == Path("maker/other") and not hub.log
+    assert gguf_path(Path("maker/other")) == Path("maker/other") and not gguf_hub.log
 
 
 @pytest.mark.parametrize(
     ("reference", "error", "part"),
     [
-        (f"{REPO}:Q3_K_S", UsageError, "choose one of Q4_K_M, Q8_0, BF16"),
-        (f"hf://{REPO}/none.gguf", HubError, "no file none.gguf: it has Q4_K_M, Q8_0, BF16"),
-        (f"hf://{REPO}/../../x.gguf", HubError, "no file"),
+        (f"{GGUF_REPO}:Q3_K_S", UsageError, "choose one of Q4_K_M, Q8_0, BF16"),
+        (f"hf://{GGUF_REPO}/none.gguf", HubError, "no file none.gguf: it has Q4_K_M, Q8_0, BF16"),
+        (f"hf://{GGUF_REPO}/../../x.gguf", HubError, "no file"),
         ("maker/none", HubError, "no such repository"),
         ("maker/empty", HubError, "no GGUF model found"),
         ("maker/two", UsageError, "no Q4_K_M among its quantizations: choose one of Q2_K, Q3_K_M"),
     ],
 )
-def test_references_to_nothing(hub, reference, error, part):
-    hub.repos["maker/empty"] = {"README.md": b""}
-    hub.repos["maker/two"] = {"a-Q2_K.gguf": b"GGUF", "a-Q3_K_M.gguf": b"GGUF1"}
+def test_references_to_nothing(gguf_hub, reference, error, part):
+    gguf_hub.repos["maker/empty"] = {"README.md": b""}
+    gguf_hub.repos["maker/two"] = {"a-Q2_K.gguf": b"GGUF", "a-Q3_K_M.gguf": b"GGUF1"}
     with pytest.raises(error, match=part) as caught:
         gguf_path(reference)
     assert str(caught.value).isprintable() and TOKEN not in str(caught.value)
 
 
-def test_the_only_model_needs_no_choice(hub):
-    hub.repos["maker/one"] = {"one.gguf": b"GGUF1", "one-mmproj.gguf": b"GGUF"}
+def test_the_only_model_needs_no_choice(gguf_hub):
+    gguf_hub.repos["maker/one"] = {"one.gguf": b"GGUF1", "one-mmproj.gguf": b"GGUF"}
     assert gguf_path("maker/one").name == "one.gguf"
 
 
-def test_what_a_reference_names_is_known_before_anything_is_downloaded(hub):
-    repo, found = remote_gguf(f"{REPO}:Q8_0")
-    assert (repo.id, found.files, found.n_bytes) == (REPO, ("Tiny-1B-Q8_0.gguf",), 804) and remote_gguf("x.gguf") is None
-    assert not hub.requests("/resolve/") and not hub.requests("/cdn/")
+def test_what_a_reference_names_is_known_before_anything_is_downloaded(gguf_hub):
+    repo, found = remote_gguf(f"{GGUF_REPO}:Q8_0")
+    assert (repo.id, found.files, found.n_bytes) == (GGUF_REPO, ("Tiny-1B-Q8_0.gguf",), 804) and remote_gguf("x.gguf") is None
+    assert not gguf_hub.requests("/resolve/") and not gguf_hub.requests("/cdn/")
 
 
-def test_what_is_neither_here_nor_there(hub):
+def test_what_is_neither_here_nor_there(gguf_hub):
     with pytest.raises(HubError, match="no such repository.*nor is there a file models/base.gguff here"):
         gguf_path("models/base.gguff")
     with pytest.raises(HubError) as caught:
