@@ -1,8 +1,8 @@
 """The one decorator of all Numba kernels, and where their machine code is cached.
 
 Kernels compile on first use and are cached in ``$XDG_CACHE_HOME/lora-gguf/kernels-<digest>`` (``LORA_GGUF_CACHE`` names
-another folder). Numba notices an edit of a kernel's own file; the digest covers ``quants/half.py``, the one file whose
-functions other files' kernels call. Without a writable folder kernels compile anew in each process.
+another folder). Numba notices an edit of a kernel's own file; the digest covers the files whose functions other files'
+kernels call. Without a writable folder kernels compile anew in each process.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numba
 
-PACKAGE = Path(__file__).parent
+CALLED_BY_OTHERS = [Path(__file__).parent / name for name in ("quants/half.py", "refit.py")]
 
 
 def _digest() -> str:
     digest = hashlib.sha256(numba.__version__.encode())
-    digest.update((PACKAGE / "quants" / "half.py").read_bytes())
+    for path in CALLED_BY_OTHERS:
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -3,7 +3,7 @@
 A block's weights are ``d * s - m * o``: d and m are two f16 numbers (m is 0 in the types without a minimum), s and o what
 the codes and the small integer scales make. Two free numbers for 32 or 256 weights absorb little of an update, but they
 can absorb it where it counts: in large language models a few input columns carry most of the activations' energy, and
-what rounding adds there is most of the damage. ``refit`` finds the d and m whose change fits the update best, column j
+what rounding adds there is most of the damage. ``refit_row`` finds the d and m whose change fits the update best, column j
 weighted by ``importance`` E[x_j²]; what is left is dithered, so that the whole stays unbiased.
 """
 
@@ -69,45 +69,17 @@ def _block_sums(x, sums):
 
 
 @kernel
-def _expand(values, group, out):
-    for g in range(len(values)):
-        out[g * group : (g + 1) * group] = values[g]
+def _dots(p, q, x, sums):
+    """Each block's Σ p·q into ``sums`` (blocks,); ``p``, ``q`` and ``x``, for work, are (cols,)."""
+    for j in range(len(x)):
+        x[j] = p[j] * q[j]
+    _block_sums(x, sums)
 
 
 @kernel
-def _moments(unit, steps, lows, delta, importance, has_m, moments):
-    """Each block's Σ h·s², Σ h·s·o, Σ h·o², Σ h·s·delta, Σ h·o·delta and Σ h, with s = step * unit and o = low.
-
-    ``unit``, ``delta`` and ``importance`` are (cols,), ``steps`` and ``lows`` (groups,), ``moments`` (6, blocks).
-    """
-    n_cols = len(unit)
-    group = n_cols // len(steps)
-    s, hs, x = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
-    _expand(steps, group, s)
-    for j in range(n_cols):
-        s[j] *= unit[j]
-    for j in range(n_cols):
-        hs[j] = importance[j] * s[j]
-    for j in range(n_cols):
-        x[j] = hs[j] * delta[j]
-    _block_sums(x, moments[3])
-    for j in range(n_cols):
-        x[j] = hs[j] * s[j]
-    _block_sums(x, moments[0])
-    if has_m:
-        o = s
-        _expand(lows, group, o)
-        for j in range(n_cols):
-            hs[j] *= o[j]
-        _block_sums(hs, moments[1])
-        for j in range(n_cols):
-            x[j] = importance[j] * o[j]
-        for j in range(n_cols):
-            hs[j] = x[j] * delta[j]
-        _block_sums(hs, moments[4])
-        for j in range(n_cols):
-            x[j] *= o[j]
-        _block_sums(x, moments[2])
+def _expand(values, group, out):
+    for g in range(len(values)):
+        out[g * group : (g + 1) * group] = values[g]
 
 
 @kernel
@@ -143,35 +115,75 @@ def _best(ss, so, oo, sd, od, d, m, ridge):
 
 
 @kernel
-def refit(blocks, codes, zero, levels, code_min, steps, lows, delta, importance, n_blocks, d_at, m_at, slopes, drops):
-    """Move the grids of ``blocks`` uint8 (rows, row_bytes), in place, towards ``delta`` f32 (rows, cols).
+def _block_heights(lows, heights, n_blocks, oo, h):
+    """Each block's Σ h·o² and Σ h, from its groups' ``lows`` and ``heights``, their Σ h."""
+    per_block = len(lows) // n_blocks
+    for b in range(n_blocks):
+        oo[b] = h[b] = np.float32(0.0)
+        for g in range(b * per_block, (b + 1) * per_block):
+            oo[b] += heights[g] * lows[g] * lows[g]
+            h[b] += heights[g]
 
-    ``codes`` int8 (rows, cols), ``steps`` and ``lows`` f32 (rows, cols // group) are what the blocks hold, ``levels`` (0,)
-    where it is not a codebook. ``importance`` is f32 (cols,). A row has ``n_blocks``; ``d_at`` and ``m_at`` are the f16 fields' offsets
-    in a block, ``m_at`` -1 where there is no minimum. On return ``steps`` are those of the new grid; a weight has moved by
-    slope * (code - zero) - drop, or by slope * level: ``slopes`` and ``drops`` are shaped as ``steps``.
+
+@kernel
+def _moments(s, o, delta, importance, has_m, hs, x, moments):
+    """Each block's Σ h·s², Σ h·s·o, Σ h·s·delta and Σ h·o·delta: (4, blocks). ``hs`` and ``x`` (cols,) are for work."""
+    for j in range(len(s)):
+        hs[j] = importance[j] * s[j]
+    _dots(hs, s, x, moments[0])
+    _dots(hs, delta, x, moments[2])
+    if has_m:
+        _dots(hs, o, x, moments[1])
+        for j in range(len(s)):
+            hs[j] = importance[j] * o[j]
+        _dots(hs, delta, x, moments[3])
+
+
+@kernel
+def _take(delta, x, s, left):
+    for j in range(len(delta)):
+        left[j] = delta[j] - x[j] * s[j]
+
+
+@kernel
+def _give(left, y, o):
+    for j in range(len(left)):
+        left[j] += y[j] * o[j]
+
+
+@kernel
+def refit_row(grid, row, unit, steps, delta, left, work, moments):
+    """Move the grid of a row towards its update ``delta`` f32 (cols,); ``left`` (cols,) gets what the codes have still to move by.
+
+    ``grid`` is (blocks, lows, importance, heights, d_at, m_at): uint8 (rows, blocks, block_bytes), changed in place; f32 (rows,
+    groups); (cols,) and its sums over the groups, (groups,); the offsets of d and m in a block, m's -1 where there is none.
+    ``work`` (4, cols) and ``moments`` (8, blocks) hold what comes between.
+    A weight is step * unit - low: ``unit`` (cols,) is what the codes count, ``steps`` (groups,) become those of the new grid.
     """
-    n_rows, n_cols = codes.shape
-    per_block, block_bytes, has_m = steps.shape[1] // n_blocks, blocks.shape[1] // n_blocks, m_at >= 0
-    unit, moments = np.empty(n_cols, np.float32), np.zeros((6, n_blocks), np.float32)
-    _block_sums(importance.copy(), moments[5])
-    for i in range(n_rows):
-        if len(levels):
-            for j in range(n_cols):
-                unit[j] = levels[codes[i, j] - code_min]
-        else:
-            for j in range(n_cols):
-                unit[j] = np.float32(codes[i, j]) - zero
-        _moments(unit, steps[i], lows[i], delta[i], importance, has_m, moments)
-        for b in range(n_blocks):
-            block, first = blocks[i, b * block_bytes : (b + 1) * block_bytes], b * per_block
-            d, m = _field(block, d_at), _field(block, m_at) if has_m else np.float32(0.0)
-            ridge = _RIDGE * steps[i, first] * steps[i, first] * moments[5, b]
-            ss, so, oo, sd, od = moments[0, b], moments[1, b], moments[2, b], moments[3, b], moments[4, b]
-            new_d, new_m, x, y = _best(ss, so, oo, sd, od, d, m, ridge)
-            _store(new_d, block, d_at)
-            if has_m:
-                _store(new_m, block, m_at)
-            for g in range(first, first + per_block):
-                slopes[i, g], drops[i, g] = x * steps[i, g], y * lows[i, g]
-                steps[i, g] *= np.float32(1.0) + x
+    blocks, lows, importance, heights, d_at, m_at = grid
+    n_blocks, n_cols, has_m = blocks.shape[1], len(unit), m_at >= 0
+    per_block, group, size = len(steps) // n_blocks, n_cols // len(steps), n_cols // n_blocks
+    s, o, moved_d, moved_m = work[0], work[1], moments[6], moments[7]
+    _expand(steps, group, s)
+    for j in range(n_cols):
+        s[j] *= unit[j]
+    if has_m:
+        _expand(lows[row], group, o)
+    _moments(s, o, delta, importance, has_m, work[2], work[3], moments)
+    _block_heights(lows[row], heights, n_blocks, moments[4], moments[5])
+    for b in range(n_blocks):
+        block, first = blocks[row, b], b * per_block
+        d, m = _field(block, d_at), _field(block, m_at) if has_m else np.float32(0.0)
+        ridge = _RIDGE * steps[first] * steps[first] * moments[5, b]
+        ss, so, oo, sd, od = moments[0, b], moments[1, b], moments[4, b], moments[2, b], moments[3, b]
+        new_d, new_m, moved_d[b], moved_m[b] = _best(ss, so, oo, sd, od, d, m, ridge)
+        _store(new_d, block, d_at)
+        if has_m:
+            _store(new_m, block, m_at)
+        for g in range(first, first + per_block):
+            steps[g] *= np.float32(1.0) + moved_d[b]
+    _expand(moved_d, size, work[2])
+    _take(delta, work[2], s, left)
+    if has_m:
+        _expand(moved_m, size, work[3])
+        _give(left, work[3], o)

@@ -9,12 +9,10 @@ import numpy as np
 
 from lora_gguf.ggml import GgmlType
 from lora_gguf.quants import Quant
-from lora_gguf.refit import refit
-from lora_gguf.rounding import beyond, round_bf16, round_codes, round_f16, round_levels, tally_rows
+from lora_gguf.rounding import round_bf16, round_codes, round_f16, round_levels, tally_rows
 
 NO_IMPORTANCE = np.empty(0, np.float32)
-NO_LEVELS = np.empty(0, np.float32)
-NO_SHIFT = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
+NO_GRID = np.empty((0, 0, 0), np.uint8), np.empty((0, 0), np.float32), NO_IMPORTANCE, NO_IMPORTANCE, 0, -1
 FAINT = 0.3  # rms of a row's update in steps of another type below which rounding to nearest may erase it
 OUTSIDE = 0.02  # share of a block's weights beyond its range from which on it gets a new grid
 # the width of the random offset before the floor; a rounding that is not here finds a new grid
@@ -95,58 +93,43 @@ def _move_halves(recipe: Recipe, halves, delta, first_row: int, sums) -> None:
 
 def _move_codes(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums) -> None:
     quant, spread = recipe.source, np.float32(SPREADS[recipe.rounding])
-    shape = delta.shape[0], delta.shape[1] // quant.group
-    codes, steps = scratch("codes", delta.shape, np.int8), scratch("steps", shape)
+    codes, steps = scratch("codes", delta.shape, np.int8), scratch("steps", (len(delta), delta.shape[1] // quant.group))
     quant.unpack(blocks, codes, steps)
-    before, shift = None, NO_SHIFT
-    if recipe.rounding == "auto" and quant.type.name in F16_FIELDS:
-        before = blocks.copy()
-        shift = _refit(recipe, blocks, codes, steps, delta, matrix)
+    refits = recipe.rounding == "auto" and quant.type.name in F16_FIELDS
+    grid = grid_of(recipe, blocks, steps, matrix) if refits else NO_GRID
     if quant.levels is not None:
-        round_levels(codes, steps, shift[0], delta, quant.levels, quant.code_min, spread, recipe.key, first_row, sums)
+        round_levels(codes, steps, delta, quant.levels, quant.code_min, spread, recipe.key, first_row, sums, grid)
         quant.pack(codes, blocks)
         return
-    outside, grid = np.zeros(len(delta), np.int64), (steps, *shift)
+    before, outside = (blocks.copy(), np.zeros(grid[0].shape[:2], np.float32)) if refits else (None, NO_GRID[1])
     limits = np.float32(quant.code_min), np.float32(quant.code_max)
-    round_codes(codes, np.float32(quant.zero), *grid, delta, *limits, spread, recipe.key, first_row, sums, outside)
+    round_codes(codes, np.float32(quant.zero), steps, delta, *limits, spread, recipe.key, first_row, sums, grid, outside)
     quant.pack(codes, blocks)
-    least = OUTSIDE * quant.type.block_size
-    if outside.max(initial=0) > least:
-        quant.unpack(before, codes, scratch("old_steps", shape))
-        counts = beyond(codes, np.float32(quant.zero), *grid, delta, *limits, outside, least)
-        sums[:3] = _renew_some(recipe, blocks, before, delta, counts, matrix)[:3]
+    renew = outside > OUTSIDE * quant.type.block_size
+    if renew.any():
+        sums[:3] = _renew_some(recipe, blocks, before, delta, renew, matrix)[:3]
 
 
-def _refit(recipe: Recipe, blocks, codes, steps, delta, matrix: int) -> tuple[np.ndarray, np.ndarray]:
-    """Move the grid; returns slopes and drops, what it moved by."""
-    quant = recipe.source
-    lows, slopes, drops = scratch("lows", steps.shape), scratch("slopes", steps.shape), scratch("drops", steps.shape)
+def grid_of(recipe: Recipe, blocks, steps, matrix: int) -> tuple:
+    """The ``grid`` of ``refit_row``."""
+    quant, n_cols = recipe.source, len(steps[0]) * recipe.source.group
+    lows = scratch("lows", steps.shape)
     lows[...] = 0
     if quant.lows:
         quant.lows(blocks, lows)
-    weighting = np.ones((1, delta.shape[1]), np.float32) if recipe.weighting is None else recipe.weighting
-    levels = NO_LEVELS if quant.levels is None else quant.levels
-    d_at, m_at = (*F16_FIELDS[quant.type.name], -1)[:2]
-    n_blocks = delta.shape[1] // quant.type.block_size
-    grid = codes, np.float32(quant.zero), levels, quant.code_min, steps, lows
-    refit(blocks, *grid, delta, weighting[matrix], n_blocks, d_at, m_at, slopes, drops)
-    return slopes, drops
+    weighting = np.ones(n_cols, np.float32) if recipe.weighting is None else recipe.weighting[matrix]
+    heights = weighting.reshape(steps.shape[1], -1).sum(axis=1)
+    of_block = blocks.reshape(len(blocks), -1, quant.type.block_bytes)
+    return of_block, lows, weighting, heights, *(*F16_FIELDS[quant.type.name], -1)[:2]
 
 
-def _renew_some(recipe: Recipe, blocks, before, delta, outside, matrix: int) -> np.ndarray:
-    """Give the blocks with many weights ``outside`` their range the grid that the type's own quantizer finds. Returns the sums.
-
-    ``outside`` uint8 (rows, groups of a row): how many of a group's weights leave the range by more than half a step.
-    """
-    sums, size = np.zeros(4), recipe.source.type.block_size
-    n_blocks = delta.shape[1] // size
-    renew = outside.reshape(len(delta), n_blocks, -1).sum(axis=2) > OUTSIDE * size
-    rows = np.flatnonzero(renew.any(axis=1))
-    if len(rows):
-        fresh = _renew(recipe, before[rows], delta[rows], 0, matrix, np.zeros(4))
-        of_block = (len(rows), n_blocks, -1)
-        chosen = np.where(renew[rows, :, None], fresh.reshape(of_block), blocks[rows].reshape(of_block))
-        blocks[rows] = chosen.reshape(len(rows), -1)
+def _renew_some(recipe: Recipe, blocks, before, delta, renew, matrix: int) -> np.ndarray:
+    """Give the blocks ``renew`` bool (rows, blocks) the grid that the type's own quantizer finds. Returns the sums of all rows."""
+    sums, rows = np.zeros(4), np.flatnonzero(renew.any(axis=1))
+    fresh = _renew(recipe, before[rows], delta[rows], 0, matrix, np.zeros(4))
+    of_block = (*renew[rows].shape, -1)
+    chosen = np.where(renew[rows, :, None], fresh.reshape(of_block), blocks[rows].reshape(of_block))
+    blocks[rows] = chosen.reshape(len(rows), -1)
     old, new = np.empty_like(delta), np.empty_like(delta)
     recipe.source.decode(before, old)
     recipe.source.decode(blocks, new)
@@ -161,12 +144,12 @@ def _renew(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums) -> 
     wanted = before + delta
     renewed = np.empty((len(delta), recipe.target.type.row_bytes(delta.shape[1])), np.uint8)
     recipe.target.encode(wanted, NO_IMPORTANCE if recipe.importance is None else recipe.importance[matrix], renewed)
-    if recipe.rounding in ("auto", "dither") and recipe.source.unpack and recipe.target.type.name == "Q8_0" != recipe.source.type.name:
+    promoted = recipe.source.unpack and recipe.source is not recipe.target
+    if promoted and recipe.target.type.name == "Q8_0" and recipe.rounding in ("auto", "dither"):
         _dither_faint(recipe, renewed, wanted, delta, first_row)
     recipe.target.decode(renewed, after)
     tally_rows(before, after, delta, sums)
     return renewed
-
 
 
 def _dither_faint(recipe: Recipe, renewed, wanted, delta, first_row: int) -> None:
@@ -174,14 +157,15 @@ def _dither_faint(recipe: Recipe, renewed, wanted, delta, first_row: int) -> Non
     quant = recipe.target
     codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), delta.shape[1] // quant.group), np.float32)
     quant.unpack(renewed, codes, steps)
-    after, limits = np.empty_like(delta), (np.float32(quant.code_min), np.float32(quant.code_max))
-    quant.decode(renewed, after)
     step2 = np.einsum("ij,ij->i", steps, steps) / steps.shape[1]
     faint = np.einsum("ij,ij->i", delta, delta) / delta.shape[1] < FAINT * FAINT * step2
-    for i in np.flatnonzero(faint):
-        row, left, unused = slice(i, i + 1), wanted[i : i + 1] - after[i : i + 1], (np.zeros(4), np.zeros(1, np.int64))
-        grid = codes[row], np.float32(quant.zero), steps[row], *NO_SHIFT
-        round_codes(*grid, left, *limits, np.float32(1), recipe.key, first_row + int(i), *unused)
+    if not faint.any():
+        return
+    left, limits = np.empty_like(delta), (np.float32(quant.code_min), np.float32(quant.code_max))
+    quant.decode(renewed, left)
+    np.subtract(wanted, left, out=left)
+    left[~faint] = 0
+    round_codes(codes, np.float32(quant.zero), steps, left, *limits, np.float32(1), recipe.key, first_row, np.zeros(4), NO_GRID, NO_GRID[1])
     quant.pack(codes, renewed)
 
 

@@ -6,7 +6,7 @@ is added before the floor:
     nearest     0.5: moves only where the update exceeds half a step, and so erases most adapters
     dither      uniform in [0, 1): moves by one step with probability |delta| / step, unbiased (stochastic rounding)
 
-``refit`` comes before either: it moves the grid itself so that the columns that matter most need no rounding.
+``refit_row`` comes before either: it moves the grid itself so that the columns that matter most need no rounding.
 
 The random numbers are a hash of (seed, tensor name, row, column): the bytes depend on neither threads nor chunks.
 """
@@ -19,6 +19,7 @@ import numpy as np
 
 from lora_gguf.kernel import kernel, report_kernel
 from lora_gguf.quants.half import f32_from_f16
+from lora_gguf.refit import refit_row
 
 _GOLDEN = np.uint32(0x9E3779B9)
 _UNIT = np.float32(2.0**-24)
@@ -39,13 +40,51 @@ def _row_key(key, row):
 
 
 @kernel
-def _uniform(row_key, column):
-    """A number in [0, 1), a multiple of 2**-24: a 32-bit mixing of the row's key and the column (two rounds)."""
+def _bits(row_key, column):
+    """A whole number in [0, 2**24) as f32: a 32-bit mixing of the row's key and the column (two rounds)."""
     x = np.uint32(row_key + np.uint32(column) * _GOLDEN)
     x = np.uint32((x ^ np.uint32(x >> 16)) * np.uint32(0x21F0AAAD))
     x = np.uint32((x ^ np.uint32(x >> 15)) * np.uint32(0x735A2D97))
     x = np.uint32(x ^ np.uint32(x >> 15))
-    return np.float32(np.int32(x >> 8)) * _UNIT
+    return np.float32(np.int32(x >> 8))
+
+
+@kernel
+def _uniform(row_key, column):
+    """A number in [0, 1), a multiple of 2**-24."""
+    return _bits(row_key, column) * _UNIT
+
+
+@kernel
+def _eight(row, k):
+    return row[k], row[k + 1], row[k + 2], row[k + 3], row[k + 4], row[k + 5], row[k + 6], row[k + 7]
+
+
+@kernel
+def _plus(y, b, x):
+    """y + Σ b·x over eight factors, one after the other."""
+    half = (((y + b[0] * x[0]) + b[1] * x[1]) + b[2] * x[2]) + b[3] * x[3]
+    return (((half + b[4] * x[4]) + b[5] * x[5]) + b[6] * x[6]) + b[7] * x[7]
+
+
+@kernel
+def _plus_eight(b, a, k, delta):
+    """Add the product of the factors k to k + 8 to four rows of ``delta`` at once: each of ``a`` is loaded once for all four."""
+    d0, d1, d2, d3 = delta[0], delta[1], delta[2], delta[3]
+    b0, b1, b2, b3 = _eight(b[0], k), _eight(b[1], k), _eight(b[2], k), _eight(b[3], k)
+    a0, a1, a2, a3, a4, a5, a6, a7 = a[k], a[k + 1], a[k + 2], a[k + 3], a[k + 4], a[k + 5], a[k + 6], a[k + 7]
+    for j in range(a.shape[1]):
+        x = a0[j], a1[j], a2[j], a3[j], a4[j], a5[j], a6[j], a7[j]
+        d0[j] = _plus(d0[j], b0, x)
+        d1[j] = _plus(d1[j], b1, x)
+        d2[j] = _plus(d2[j], b2, x)
+        d3[j] = _plus(d3[j], b3, x)
+
+
+@kernel
+def _plus_one(factor, row, out):
+    for j in range(len(row)):
+        out[j] += factor * row[j]
 
 
 @kernel
@@ -53,21 +92,14 @@ def low_rank(b, a, delta):
     """delta = b @ a in f32: b (rows, r), a (r, cols), delta (rows, cols). The sum over r runs in one order for every
     element, whatever the chunk: BLAS does not promise that."""
     n_rows, rank = b.shape
-    whole = rank // 8 * 8
+    by_four, by_eight = n_rows // 4 * 4, rank // 8 * 8
+    delta[:] = np.float32(0.0)
+    for i in range(0, by_four, 4):
+        for k in range(0, by_eight, 8):
+            _plus_eight(b[i : i + 4], a, k, delta[i : i + 4])
     for i in range(n_rows):
-        row = delta[i]
-        row[:] = np.float32(0.0)
-        for k in range(0, whole, 8):
-            b0, b1, b2, b3 = b[i, k], b[i, k + 1], b[i, k + 2], b[i, k + 3]
-            b4, b5, b6, b7 = b[i, k + 4], b[i, k + 5], b[i, k + 6], b[i, k + 7]
-            a0, a1, a2, a3, a4, a5, a6, a7 = a[k], a[k + 1], a[k + 2], a[k + 3], a[k + 4], a[k + 5], a[k + 6], a[k + 7]
-            for j in range(len(row)):
-                half = (((row[j] + b0 * a0[j]) + b1 * a1[j]) + b2 * a2[j]) + b3 * a3[j]
-                row[j] = (((half + b4 * a4[j]) + b5 * a5[j]) + b6 * a6[j]) + b7 * a7[j]
-        for k in range(whole, rank):
-            b0, a0 = b[i, k], a[k]
-            for j in range(len(row)):
-                row[j] += b0 * a0[j]
+        for k in range(by_eight if i < by_four else 0, rank):
+            _plus_one(b[i, k], a[k], delta[i])
 
 
 @report_kernel
@@ -84,6 +116,22 @@ def _tally(delta, moved, changed, sums):
     sums[3] += changed
 
 
+@report_kernel
+def _tally_codes(delta, left, codes_moved, step, sums):
+    """As ``_tally``, for a row whose grid has moved by delta - left and whose codes have by ``codes_moved``."""
+    both = wanted = got = changed = np.float32(0.0)
+    for j in range(len(delta)):
+        moved = codes_moved[j] * step[j] + (delta[j] - left[j])
+        both += delta[j] * moved
+        wanted += delta[j] * delta[j]
+        got += moved * moved
+        changed += np.float32(0.0) if codes_moved[j] == 0 else np.float32(1.0)
+    sums[0] += both
+    sums[1] += wanted
+    sums[2] += got
+    sums[3] += changed
+
+
 @kernel
 def _expand(values, group, out):
     for g in range(len(values)):
@@ -91,115 +139,78 @@ def _expand(values, group, out):
 
 
 @kernel
-def _shift(slope, drop, codes, zero):
-    """What the grid moved a row by, slope * (code - zero) - drop, into ``slope``."""
-    for j in range(len(codes)):
-        slope[j] = slope[j] * (np.float32(codes[j]) - zero) - drop[j]
+def _expand_inverse(values, group, out):
+    for g in range(len(values)):
+        out[g * group : (g + 1) * group] = np.float32(0.0) if values[g] == 0 else np.float32(1.0) / values[g]
 
 
 @kernel
-def _in_steps(delta, step, ratio):
-    for j in range(len(delta)):
-        ratio[j] = np.float32(0.0) if step[j] == 0 else delta[j] / step[j]
-
-
-@kernel
-def _left_in_steps(delta, shift, step, ratio):
-    for j in range(len(delta)):
-        ratio[j] = np.float32(0.0) if step[j] == 0 else (delta[j] - shift[j]) / step[j]
-
-
-@report_kernel
-def _n_outside(codes, ratio, least, most):
-    n = np.float32(0.0)
-    for j in range(len(codes)):
-        wanted = np.float32(codes[j]) + ratio[j]
-        n += np.float32(1.0) if wanted < least or wanted > most else np.float32(0.0)
+def _in_steps(left, inverse, ratio):
+    """ratio = left * inverse; returns how many of the ratios exceed half a step."""
+    n = np.int32(0)
+    for j in range(len(ratio)):
+        ratio[j] = left[j] * inverse[j]
+        n += np.int32(abs(ratio[j]) > np.float32(0.5))
     return n
+
+
+@kernel
+def _count_outside(codes, ratio, least, most, outside):
+    """How many codes of each block leave the range when they move by ``ratio``, into ``outside`` f32 (blocks,)."""
+    size = len(codes) // len(outside)
+    for b in range(len(outside)):
+        n = np.int32(0)
+        for j in range(b * size, (b + 1) * size):
+            wanted = np.float32(codes[j]) + ratio[j]
+            n += np.int32((wanted < least) | (wanted > most))
+        outside[b] = n
 
 
 @kernel
 def _move(codes, ratio, low, high, spread, row_key):
     """Round one row's ``ratio``, the update in steps, and apply it to ``codes``; ``ratio`` becomes what the codes moved by."""
-    base = np.float32(0.5) - np.float32(0.5) * spread
+    base, unit = np.float32(0.5) - np.float32(0.5) * spread, spread * _UNIT
     for j in range(len(ratio)):
-        ratio[j] = np.floor(ratio[j] + (base + spread * _uniform(row_key, j)))
+        ratio[j] = np.floor(ratio[j] + (base + unit * _bits(row_key, j)))
     for j in range(len(codes)):
         old = np.float32(codes[j])
-        ratio[j] = min(max(ratio[j], low - old), high - old)
+        new = min(max(old + ratio[j], low), high)
+        ratio[j] = new - old
+        codes[j] = np.int8(np.int32(new))
+
+
+@kernel
+def _count(codes, zero, unit):
     for j in range(len(codes)):
-        codes[j] = np.int8(codes[j] + np.int8(np.int32(ratio[j])))
-
-
-@report_kernel
-def _n_changed(moved):
-    n = np.float32(0.0)
-    for j in range(len(moved)):
-        n += np.float32(0.0) if moved[j] == 0 else np.float32(1.0)
-    return n
+        unit[j] = np.float32(codes[j]) - zero
 
 
 @kernel
-def _times(moved, step):
-    for j in range(len(moved)):
-        moved[j] *= step[j]
-
-
-@kernel
-def _plus(shift, moved):
-    for j in range(len(moved)):
-        moved[j] += shift[j]
-
-
-@kernel
-def round_codes(codes, zero, steps, slopes, drops, delta, low, high, spread, key, first_row, sums, outside):
+def round_codes(codes, zero, steps, delta, low, high, spread, key, first_row, sums, grid, outside):
     """Move int8 ``codes`` (rows, cols), in place, by ``delta`` (rows, cols) on a grid of ``steps`` (rows, cols // group).
 
-    What the grid has moved already is ``slopes`` * (code - ``zero``) - ``drops``, both shaped as ``steps``, or (0, 0) where it
-    has not. ``low`` and ``high`` are the least and the largest code. ``spread`` is the width of the random offset: 1 dithers,
-    0 rounds to nearest. ``sums`` (4,) f64 gains Σ wanted·achieved, Σ wanted², Σ achieved², and the number of codes that changed;
-    where the grid moved, ``outside`` int64 (rows,) gets the number of weights that leave its range by more than half a step.
+    ``low`` and ``high`` are the least and the largest code. ``spread`` is the width of the random offset: 1 dithers, 0 rounds
+    to nearest. ``sums`` (4,) f64 gains Σ wanted·achieved, Σ wanted², Σ achieved², and the number of codes that changed.
+    ``grid`` is what ``refit_row`` moves first, where it has blocks; then ``outside`` f32 (rows, blocks) gets the number of
+    weights that leave the new range by more than half a step.
     """
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]
-    step, ratio = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
-    shift, drop = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
+    refits, moments, work = len(grid[0]) > 0, np.zeros((8, grid[0].shape[1]), np.float32), np.empty((8, n_cols), np.float32)
+    step, ratio, unit, rest = work[4], work[5], work[6], work[7]
     for i in range(n_rows):
-        _expand(steps[i], group, step)
-        if len(slopes):
-            _expand(slopes[i], group, shift)
-            _expand(drops[i], group, drop)
-            _shift(shift, drop, codes[i], zero)
-            _left_in_steps(delta[i], shift, step, ratio)
-            outside[i] = _n_outside(codes[i], ratio, low - np.float32(0.5), high + np.float32(0.5))
-        else:
-            _in_steps(delta[i], step, ratio)
+        left = delta[i]
+        if refits:
+            _count(codes[i], zero, unit)
+            refit_row(grid, i, unit, steps[i], delta[i], rest, work, moments)
+            left = rest
+        _expand_inverse(steps[i], group, step)
+        n_large = _in_steps(left, step, ratio)
+        if refits and n_large:
+            _count_outside(codes[i], ratio, low - np.float32(0.5), high + np.float32(0.5), outside[i])
         _move(codes[i], ratio, low, high, spread, _row_key(key, first_row + i))
-        changed = _n_changed(ratio)
-        _times(ratio, step)
-        if len(slopes):
-            _plus(shift, ratio)
-        _tally(delta[i], ratio, changed, sums)
-
-
-@kernel
-def beyond(codes, zero, steps, slopes, drops, delta, low, high, outside, least):
-    """How many weights of each group leave the grid's range by more than half a step: uint8 (rows, groups).
-
-    Rows with at most ``least`` weights ``outside`` are not looked into. Arguments as for ``round_codes``.
-    """
-    n_rows, n_cols = codes.shape
-    group = n_cols // steps.shape[1]
-    counts = np.zeros(steps.shape, np.uint8)
-    for i in range(n_rows):
-        for g in range(steps.shape[1] if outside[i] > least else 0):
-            inverse = np.float32(0.0) if steps[i, g] == 0 else np.float32(1.0) / steps[i, g]
-            for j in range(g * group, (g + 1) * group):
-                code = np.float32(codes[i, j])
-                wanted = code + (delta[i, j] - (slopes[i, g] * (code - zero) - drops[i, g])) * inverse
-                if counts[i, g] < 255 and (wanted < low - np.float32(0.5) or wanted > high + np.float32(0.5)):
-                    counts[i, g] += 1
-    return counts
+        _expand(steps[i], group, step)
+        _tally_codes(delta[i], left, ratio, step, sums)
 
 
 @kernel
@@ -217,32 +228,39 @@ def _bracket(wanted, levels, below, low, high):
 
 
 @kernel
-def round_levels(codes, steps, slopes, delta, levels, code_min, spread, key, first_row, sums):
+def _look_up(codes, levels, code_min, unit):
+    for j in range(len(codes)):
+        unit[j] = levels[codes[j] - code_min]
+
+
+@kernel
+def round_levels(codes, steps, delta, levels, code_min, spread, key, first_row, sums, grid):
     """As ``round_codes``, on a codebook: code c stands for ``levels[c - code_min] * step``, levels ascending, f32."""
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]
-    wanted, low = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
-    high, moved = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
+    refits, moments, work = len(grid[0]) > 0, np.zeros((8, grid[0].shape[1]), np.float32), np.empty((11, n_cols), np.float32)
+    unit, step, rest, wanted, low, high, moved = work[4], work[5], work[6], work[7], work[8], work[9], work[10]
     below = np.empty(n_cols, np.int32)
     base = np.float32(0.5) - np.float32(0.5) * spread
     for i in range(n_rows):
-        row_key = _row_key(key, first_row + i)
-        for g in range(steps.shape[1]):
-            inverse = np.float32(0.0) if steps[i, g] == 0 else np.float32(1.0) / steps[i, g]
-            slope = slopes[i, g] if len(slopes) else np.float32(0.0)
-            for j in range(g * group, (g + 1) * group):
-                level = levels[codes[i, j] - code_min]
-                moved[j] = slope * level
-                wanted[j] = level + (delta[i, j] - moved[j]) * inverse
+        left, row_key = delta[i], _row_key(key, first_row + i)
+        _look_up(codes[i], levels, code_min, unit)
+        if refits:
+            refit_row(grid, i, unit, steps[i], delta[i], rest, work, moments)
+            left = rest
+        _expand_inverse(steps[i], group, step)
+        for j in range(n_cols):
+            wanted[j] = unit[j] + left[j] * step[j]
         _bracket(wanted, levels, below, low, high)
+        _expand(steps[i], group, step)
         changed = 0
         for j in range(n_cols):
             fraction = min(max((wanted[j] - low[j]) / (high[j] - low[j]), np.float32(0.0)), np.float32(1.0))
             up = np.floor(fraction + (base + spread * _uniform(row_key, j)))
             old = np.int32(codes[i, j]) - code_min
-            new = old if delta[i, j] == moved[j] or steps[i, j // group] == 0 else below[j] + np.int32(up)
+            new = old if left[j] == 0 or step[j] == 0 else below[j] + np.int32(up)
             codes[i, j] = np.int8(new + code_min)
-            moved[j] += (levels[new] - levels[old]) * steps[i, j // group]
+            moved[j] = delta[i, j] - left[j] + (levels[new] - unit[j]) * step[j]
             changed += new != old
         _tally(delta[i], moved, changed, sums)
 

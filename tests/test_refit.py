@@ -6,10 +6,11 @@ from libgguf import dequantize_rows, quantize_rows
 
 from lora_gguf.ggml import BY_NAME
 from lora_gguf.quants import QUANTS
-from lora_gguf.refit import refit
-from lora_gguf.requantize import F16_FIELDS, NO_LEVELS, Recipe, recode
+from lora_gguf.refit import refit_row
+from lora_gguf.requantize import Recipe, grid_of, recode
 from lora_gguf.rounding import tensor_key
 
+KEY = tensor_key(0, "t")
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
 
 
@@ -30,19 +31,15 @@ def refitted(type_name, importance, seed=0):
     """The blocks after, the weights before, the update, what is left of it, what the grid moved by, the new steps."""
     quant = QUANTS[type_name]
     blocks, before, delta = blocks_of(type_name, seed=seed)
-    codes = np.empty(delta.shape, np.int8)
-    steps, lows, slopes, drops = (np.zeros((len(delta), 512 // quant.group), np.float32) for _ in range(4))
+    codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), 512 // quant.group), np.float32)
     quant.unpack(blocks, codes, steps)
-    if quant.lows:
-        quant.lows(blocks, lows)
-    levels = NO_LEVELS if quant.levels is None else quant.levels
+    grid = grid_of(Recipe(quant, quant, "auto", KEY, weighting=importance[None]), blocks, steps, 0)
     unit = codes.astype(np.float32) - quant.zero if quant.levels is None else quant.levels[codes.astype(int) - quant.code_min]
-    assert np.allclose(np.repeat(steps, quant.group, 1) * unit - np.repeat(lows, quant.group, 1), before, atol=1e-7)
-    fields = (*F16_FIELDS[type_name], -1)[:2]
-    grid = codes, np.float32(quant.zero), levels, quant.code_min, steps, lows
-    refit(blocks, *grid, delta, importance, 512 // quant.type.block_size, *fields, slopes, drops)
-    shift = np.repeat(slopes, quant.group, 1) * unit - np.repeat(drops, quant.group, 1)
-    return blocks, before, delta, delta - shift, shift, steps
+    assert np.allclose(np.repeat(steps, quant.group, 1) * unit - np.repeat(grid[1], quant.group, 1), before, atol=1e-7)
+    left, work, moments = np.empty_like(delta), np.empty((4, 512), np.float32), np.zeros((8, grid[0].shape[1]), np.float32)
+    for i in range(len(delta)):
+        refit_row(grid, i, unit[i], steps[i], delta[i], left[i], work, moments)
+    return blocks, before, delta, left, delta - left, steps
 
 
 @pytest.mark.parametrize("type_name", TYPES)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from lora_gguf.requantize import NO_SHIFT
-from lora_gguf.rounding import beyond, low_rank, round_bf16, round_codes, round_f16, round_levels, tally_rows, tensor_key
+from lora_gguf.quants import QUANTS
+from lora_gguf.requantize import NO_GRID, Recipe, grid_of
+from lora_gguf.rounding import low_rank, round_bf16, round_codes, round_f16, round_levels, tally_rows, tensor_key
 
 KEY = tensor_key(0, "blk.0.attn_q.weight")
 LEVELS = np.array([-12, -8, -6, -4, -3, -2, -1, -0.0, 0, 1, 2, 3, 4, 6, 8, 12], np.float32)
@@ -22,7 +23,7 @@ def grid(rows=40, cols=512, group=32, seed=0, size=0.1):
 def rounded(codes, steps, delta, spread=1.0, key=KEY, first_row=0):
     codes, sums = codes.copy(), np.zeros(4)
     limits = np.float32(0), np.float32(15)
-    round_codes(codes, np.float32(0), steps, *NO_SHIFT, delta, *limits, np.float32(spread), key, first_row, sums, np.empty(0, np.int64))
+    round_codes(codes, np.float32(0), steps, delta, *limits, np.float32(spread), key, first_row, sums, NO_GRID, NO_GRID[1])
     return codes, sums
 
 
@@ -49,23 +50,31 @@ def test_nearest_is_the_nearest_code(group, size):
     assert np.allclose(sums, [(moved * delta).sum(), (delta.astype(np.float64) ** 2).sum(), (moved**2).sum(), (got != codes).sum()], rtol=1e-4)
 
 
-@pytest.mark.parametrize("group", [16, 32, 128])
-def test_codes_round_what_the_grid_has_left(group):
-    codes, steps, delta = grid(group=group, size=2.0)
-    rng = np.random.default_rng(4)
-    slopes, drops = ((steps * rng.normal(size=steps.shape) * 0.05).astype(np.float32) for _ in range(2))
-    got, sums, outside = codes.copy(), np.zeros(4), np.zeros(len(codes), np.int64)
-    limits = np.float32(0), np.float32(15)
-    round_codes(got, np.float32(8), steps, slopes, drops, delta, *limits, np.float32(0), KEY, 0, sums, outside)
-    step, slope, drop = (np.repeat(x.astype(np.float64), group, 1) for x in (steps, slopes, drops))
-    shift = slope * (codes - 8.0) - drop
-    ideal = codes + (delta - shift) / step
-    assert (got == np.clip(np.floor(ideal + 0.5), 0, 15)).mean() > 0.9999
-    assert np.allclose(sums[:3], [((x := shift + (got - codes.astype(float)) * step) * delta).sum(), (delta**2.0).sum(), (x**2).sum()], rtol=1e-4)
-    gone = (ideal < -0.5) | (ideal > 15.5)
-    assert np.abs(outside - gone.sum(1)).max() <= 1 and gone.sum() > 100
-    counts = beyond(codes, np.float32(8), steps, slopes, drops, delta, *limits, outside, 0.0)
-    assert np.abs(counts - gone.reshape(len(codes), -1, group).sum(2)).max() <= 1
+@pytest.mark.parametrize("type_name", ["Q4_1", "Q5_0", "Q4_K", "Q6_K"])
+def test_codes_round_what_the_grid_has_left(type_name):
+    rng, quant = np.random.default_rng(4), QUANTS[type_name]
+    weights = rng.normal(size=(24, 512)).astype(np.float32)
+    delta = (rng.normal(size=weights.shape) * 0.2).astype(np.float32)
+    blocks = np.empty((24, quant.type.row_bytes(512)), np.uint8)
+    quant.encode(weights, np.empty(0, np.float32), blocks)
+    before, codes, steps = np.empty_like(weights), np.empty(weights.shape, np.int8), np.empty((24, 512 // quant.group), np.float32)
+    quant.decode(blocks, before)
+    quant.unpack(blocks, codes, steps)
+    grid = grid_of(Recipe(quant, quant, "auto", KEY), blocks, steps, 0)
+    old, sums, outside = codes.copy(), np.zeros(4), np.zeros(grid[0].shape[:2], np.float32)
+    limits = np.float32(quant.code_min), np.float32(quant.code_max)
+    round_codes(codes, np.float32(quant.zero), steps, delta, *limits, np.float32(0), KEY, 0, sums, grid, outside)
+    moved_grid, after, step = np.empty_like(weights), np.empty_like(weights), np.repeat(steps.astype(np.float64), quant.group, 1)
+    quant.decode(blocks, moved_grid)
+    ideal = old + (before + delta - moved_grid.astype(np.float64)) / step
+    assert (codes == np.clip(np.floor(ideal + 0.5), *limits)).mean() > 0.999
+    gone = (ideal < limits[0] - 0.5) | (ideal > limits[1] + 0.5)
+    assert np.abs(outside - gone.reshape(24, -1, quant.type.block_size).sum(2)).max() <= 1 and gone.sum() > 20
+    quant.pack(codes, blocks)
+    quant.decode(blocks, after)
+    achieved = after.astype(np.float64) - before
+    assert np.allclose(sums[:3], [(achieved * delta).sum(), (delta**2.0).sum(), (achieved**2).sum()], rtol=1e-4)
+    assert sums[3] == (codes != old).sum()
 
 
 def test_dither_is_unbiased():
@@ -126,18 +135,18 @@ def test_a_codebook_rounds_between_uneven_levels():
     codes, steps, delta = grid(group=32, size=1.0)
     old = LEVELS[codes] * np.repeat(steps, 32, 1)
     got, sums = codes.copy(), np.zeros(4)
-    round_levels(got, steps, NO_SHIFT[0], delta, LEVELS, 0, np.float32(0), KEY, 0, sums)
+    round_levels(got, steps, delta, LEVELS, 0, np.float32(0), KEY, 0, sums, NO_GRID)
     wanted = np.clip((old + delta) / np.repeat(steps, 32, 1), -12, 12)
     best = np.abs(LEVELS[None, None] - wanted[..., None]).min(-1)
     assert np.allclose(np.abs(LEVELS[got] - wanted), best, atol=1e-4)
     mean = np.zeros(codes.shape)
     for seed in range(400):
         got = codes.copy()
-        round_levels(got, steps, NO_SHIFT[0], delta, LEVELS, 0, np.float32(1), tensor_key(seed, "t"), 0, np.zeros(4))
+        round_levels(got, steps, delta, LEVELS, 0, np.float32(1), tensor_key(seed, "t"), 0, np.zeros(4), NO_GRID)
         mean += LEVELS[got] / 400
     assert abs((mean - wanted).mean()) < 0.01 and np.abs(mean - wanted).max() < 1.0
     still = codes.copy()
-    round_levels(still, steps, NO_SHIFT[0], delta * 0, LEVELS, 0, np.float32(1), KEY, 0, np.zeros(4))
+    round_levels(still, steps, delta * 0, LEVELS, 0, np.float32(1), KEY, 0, np.zeros(4), NO_GRID)
     assert (still == codes).all()
 
 
