@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from lora_gguf.chunks import CHUNK_WEIGHTS, COPY_BYTES, WORKING_BYTES, Chunk, carry_out, cut, in_threads, n_cores, stack
-from lora_gguf.files.base import Base
+from lora_gguf.files.base import Base, evenly
 from lora_gguf.plan import Policy, TensorPlan, choose
 from lora_gguf.retention import Retention, kind_of
 from lora_gguf.steps import has_steps, step_rms
@@ -52,7 +52,7 @@ def thinned(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
     groups: dict[tuple[str, str], list[TensorPlan]] = {}
     for tensor in tensors:
         groups.setdefault((kind_of(tensor.target.name), tensor.source.type.name), []).append(tensor)
-    return [group[i] for group in groups.values() for i in np.unique(np.linspace(0, len(group) - 1, N_FAR).astype(int))]
+    return [group[i] for group in groups.values() for i in evenly(len(group), N_FAR)]
 
 
 def expected(

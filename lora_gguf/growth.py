@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_gguf.chunks import Chunk, stack, update_of
 from lora_gguf.errors import UsageError, printable
-from lora_gguf.files.base import Base
+from lora_gguf.files.base import Base, evenly
 from lora_gguf.ggml import BY_NAME
 from lora_gguf.plan import Plan, TensorPlan
 from lora_gguf.quants import QUANTS
@@ -56,7 +56,7 @@ def disturbance(tensor: TensorPlan, base: Base) -> float:
     n_out, n_cols = info.shape[-2:]
     a, b = stack(tensor.pairs, info.n_rows // n_out, n_out, n_cols)
     noise = energy = 0.0
-    for row in np.unique(np.linspace(0, info.n_rows - 1, SAMPLE_ROWS).astype(int)):
+    for row in evenly(info.n_rows, SAMPLE_ROWS):
         matrix, i = divmod(int(row), n_out)
         blocks = base.reader_of(info.name).read(info, int(row), 1)
         delta = update_of(Chunk(tensor, int(row), 1, matrix, a[matrix], b[matrix, i : i + 1]), blocks)

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lora_gguf.files.base import Base
+from lora_gguf.files.base import Base, evenly
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.quants import QUANTS
@@ -73,20 +73,16 @@ def super_columns(base: Base, name: str, energies: dict[str, np.ndarray]) -> np.
     match = _NAME.fullmatch(name)
     if not match or match[2] not in _WRITES:
         return 1.0
-    info, reader = base.tensors[name], base.reader_of(name)
+    info = base.tensors[name]
     readers = (f"blk.{layer}.{kind}.weight" for layer in (int(match[1]) + 1, int(match[1])) for kind in _RESIDUAL)
     next_reader = next((n for n in readers if n in base.tensors and _readable(base.tensors[n], info.shape[-2])), None)
     if next_reader is None:
         return 1.0
     heavy = np.argsort(-guessed(base, next_reader, energies), kind="stable")[:HEAVIEST]
-    found, weights = np.empty((info.n_rows // info.shape[-2], info.n_cols)), np.empty((1, info.n_cols), np.float32)
+    found = np.empty((info.n_rows // info.shape[-2], info.n_cols))
     for matrix, factors in enumerate(found):
-        squares = []
-        for row in heavy:
-            QUANTS[info.type.name].decode(reader.read(info, matrix * info.shape[-2] + int(row), 1), weights)
-            square = np.square(weights[0], dtype=np.float64)
-            squares.append(square / max(square.mean(), 1e-30))
-        largest = np.maximum.reduce(squares)
+        squares = np.square(decoded_rows(base, info, matrix * info.shape[-2] + heavy), dtype=np.float64)
+        largest = (squares / np.maximum(squares.mean(axis=1, keepdims=True), 1e-30)).max(axis=0)
         factors[:] = np.square(np.maximum(largest / max(np.median(largest), 1e-30), 1.0))
     return found
 
@@ -101,10 +97,13 @@ def _readable(info: TensorInfo, n_cols: int) -> bool:
 
 def column_energy(base: Base, info: TensorInfo) -> np.ndarray:
     """The mean square of each column, (cols,), from some rows, relative to their median."""
-    reader, weights = base.reader_of(info.name), np.empty((1, info.n_cols), np.float32)
-    energy = np.zeros(info.n_cols)
-    for row in np.unique(np.linspace(0, info.n_rows - 1, SAMPLE_ROWS).astype(int)):
-        QUANTS[info.type.name].decode(reader.read(info, int(row), 1), weights)
-        energy += np.square(weights[0], dtype=np.float64)
+    energy = np.square(decoded_rows(base, info, evenly(info.n_rows, SAMPLE_ROWS)), dtype=np.float64).sum(axis=0)
     median = np.median(energy)
     return np.maximum(energy / median, FLOOR) if np.isfinite(median) and median > 0 else np.ones(info.n_cols)
+
+
+def decoded_rows(base: Base, info: TensorInfo, rows: np.ndarray) -> np.ndarray:
+    """Some rows of a tensor, f32 (rows, cols)."""
+    weights = np.empty((len(rows), info.n_cols), np.float32)
+    QUANTS[info.type.name].decode(base.rows(info, rows), weights)
+    return weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.files.base import Base
+from lora_gguf.files.base import Base, evenly
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.plan import TensorPlan
 from lora_gguf.quants import QUANTS, Quant
@@ -39,9 +39,7 @@ def step_rms(quant: Quant, blocks: np.ndarray) -> float:
 
 def sample(base: Base, info: TensorInfo, n_rows: int = SAMPLE_ROWS) -> np.ndarray:
     """Up to ``n_rows`` rows, evenly spaced, as stored: uint8 (rows, row_bytes)."""
-    reader = base.reader_of(info.name)
-    rows = np.unique(np.linspace(0, info.n_rows - 1, n_rows).astype(int))
-    return np.concatenate([reader.read(info, int(row), 1) for row in rows])
+    return base.rows(info, evenly(info.n_rows, n_rows))
 
 
 def steps_of(quant: Quant, blocks: np.ndarray) -> np.ndarray:

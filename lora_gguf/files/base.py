@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
+
+import numpy as np
 
 from lora_gguf.errors import FileError, MalformedError, UsageError, printable
 from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
@@ -25,6 +27,11 @@ def split_name(path: str | os.PathLike) -> tuple[str, int, int] | None:
     """(prefix, number from 0, count) of a shard's path; None for another path."""
     match = _SHARD.fullmatch(os.fspath(path))
     return match and (match["prefix"], int(match["number"]) - 1, int(match["count"]))
+
+
+def evenly(n: int, most: int) -> np.ndarray:
+    """Up to ``most`` of the numbers from 0 to ``n`` - 1, evenly spaced, ascending."""
+    return np.unique(np.linspace(0, n - 1, most).astype(int))
 
 
 class Base:
@@ -61,6 +68,11 @@ class Base:
     def reader_of(self, name: str) -> GgufReader:
         """The file that holds the tensor ``name``."""
         return self._reader_of[name]
+
+    def rows(self, info: TensorInfo, rows: Iterable[int]) -> np.ndarray:
+        """The rows of a tensor with these numbers, as stored: uint8 (rows, row_bytes)."""
+        reader = self.reader_of(info.name)
+        return np.concatenate([reader.read(info, int(row), 1) for row in rows])
 
     @property
     def paths(self) -> list[Path]:

@@ -11,7 +11,9 @@ import contextlib
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from lora_gguf.errors import FileError, IntegrityError, printable
@@ -25,6 +27,7 @@ except ImportError:  # Windows: no advisory locks, so stale files stay
 
 SUFFIX = ".lora-gguf-tmp"
 _COPY_CHUNK = 8 << 20
+_SYNC_BYTES = 64 << 20  # after so many the disk is told to begin, and the end need not wait for all of them
 _LIVE: set[Path] = set()  # temporary files of this process
 
 
@@ -79,6 +82,9 @@ class OutputFile:
         self.label = printable(path)
         self.target = check_target(path, force=force, inputs=inputs)
         self.fd, self.temporary, self.synced = -1, None, False
+        self._disk, self._lock = ThreadPoolExecutor(1), threading.Lock()
+        self._unsynced, self._ahead = 0, Future()
+        self._ahead.set_result(None)
         _remove_stale(self.target)
 
     def __enter__(self) -> OutputFile:
@@ -96,6 +102,7 @@ class OutputFile:
         return self
 
     def __exit__(self, *_exc) -> None:
+        self._disk.shutdown()
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             with contextlib.suppress(OSError):
@@ -130,6 +137,7 @@ class OutputFile:
             if n_bytes == 0:
                 raise FileError(f"{self.label}: cannot write: the system took no bytes: write elsewhere")
             done += n_bytes
+        self._wrote(done)
 
     def copy_at(self, position: int, source_fd: int, source_position: int, n_bytes: int) -> None:
         """Copy ``n_bytes`` from another open file, inside the kernel where the system can."""
@@ -144,6 +152,7 @@ class OutputFile:
         if hasattr(os, "copy_file_range"):
             with contextlib.suppress(OSError):
                 if n_copied := os.copy_file_range(source_fd, self.fd, n_bytes, source_position, position):
+                    self._wrote(n_copied)
                     return n_copied
         chunk = memoryview(bytearray(n_bytes))
         try:
@@ -153,9 +162,17 @@ class OutputFile:
         self.write_at(position, chunk[:n_read])
         return n_read
 
+    def _wrote(self, n_bytes: int) -> None:
+        """Let the disk work while the next bytes are made."""
+        with self._lock:
+            self._unsynced += n_bytes
+            if self._unsynced >= _SYNC_BYTES and self._ahead.done() and not self._ahead.exception():
+                self._unsynced, self._ahead = 0, self._disk.submit(os.fsync, self.fd)
+
     def sync(self) -> None:
         """Make the bytes durable: whatever a disk has to complain of, it says here."""
         try:
+            self._ahead.result()
             os.fsync(self.fd)
         except OSError as error:
             raise self._failed("finish", error) from error
