@@ -55,6 +55,8 @@ def decoded(reader: GgufReader, info) -> np.ndarray:
     raw = reader.read(info)
     if info.type.name == "F32":
         return raw.view(np.float32).reshape(info.shape)
+    if info.type.name == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(info.shape)
     return np.asarray(dequantize_rows(raw, info.type.id, n_per_row=info.n_cols), np.float32).reshape(info.shape)
 
 
