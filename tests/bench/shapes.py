@@ -83,8 +83,9 @@ def metadata(shape: Shape) -> list[bytes]:
     ]
 
 
-def write_base(path: Path, shape: Shape, type_of=mixed_type, seed: int = 0) -> None:
-    """A GGUF of ``shape``: each tensor repeats some rows that ggml quantized from a normal distribution."""
+def write_base(path: Path, shape: Shape, type_of=mixed_type, seed: int = 0, *, sparse: bool = False) -> None:
+    """A GGUF of ``shape``: each tensor repeats some rows that ggml quantized from a normal distribution, or has them once
+    and then holes, blocks of zeros that take no room on the disk."""
     from libgguf import quantize_rows
 
     rng = np.random.default_rng(seed)
@@ -97,7 +98,7 @@ def write_base(path: Path, shape: Shape, type_of=mixed_type, seed: int = 0) -> N
                 raw = rows if tensor.type.name == "F32" else quantize_rows(rows, tensor.type.id)
                 tiles[key] = np.frombuffer(bytes(raw), np.uint8).reshape(len(rows), -1)
             tile = tiles[key]
-            for row in range(0, tensor.n_rows, len(tile)):
+            for row in range(0, len(tile) if sparse else tensor.n_rows, len(tile)):
                 writer.write(tensor, row * tensor.row_bytes, np.ascontiguousarray(tile[: tensor.n_rows - row]))
         writer.commit()
 
