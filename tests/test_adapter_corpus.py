@@ -158,10 +158,10 @@ def directory(path, raw_config: bytes, weights: bytes | dict | None = None):
 def refusal(folder, error) -> LoraGgufError:
     """The error of ``read_adapter``, its form, time, memory and the folder's content checked."""
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(error) as caught:
         read_adapter(folder)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     for line in (str(caught.value), *caught.value.details):
         assert line.isprintable() and 10 < len(line) < 600
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
@@ -206,9 +206,9 @@ def test_what_is_not_supported_is_named(tmp_path, name):
 @pytest.mark.parametrize("name", READ)
 def test_odd_configurations_are_read_soon(tmp_path, name):
     folder = directory(tmp_path, READ[name])
-    started = time.perf_counter()
+    started = time.process_time()
     adapter = read_adapter(folder)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert len(adapter.updates) == len(MODULES) and {pair.scale for pair in adapter.updates} == {2.0}
     assert adapter.base_model.isprintable() and len(adapter.base_model) <= 100
 

@@ -43,9 +43,9 @@ def test_matches_as_peft_does_on_random_keys():
     ["(.*)*(.*)*x", "([a-z_.0-9]+)+!", "(a|a)*b", "((a*)*)*b", "(aa|a)" * 100 + "b", "a?" * 99 + "b", "a*" * 50 + "b"],
 )
 def test_is_immune_to_backtracking(key):
-    start = time.perf_counter()
+    start = time.process_time()
     assert not matcher(key)("a" * 200)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_tens_of_thousands_of_plain_names_cost_little():
     keys = {
         f"model.layers.{i}.mlp.experts.{j}.{p}_proj": 8 for i in range(60) for j in range(256) for p in ("up", "down")
     }
-    start = time.perf_counter()
+    start = time.process_time()
     assert all(first_match(keys, key) == key for key in list(keys)[::10])
     assert first_match(keys, "xmodel.layers.3.mlp.experts.0.up_proj") is None
     assert first_match(keys, "x.model_layers.3.mlp.experts.0.up_proj") == "model.layers.3.mlp.experts.0.up_proj"
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

@@ -320,10 +320,10 @@ def test_a_hostile_file_is_refused_in_one_line_and_nothing_runs(tmp_path, monkey
     path = tmp_path / "adapter_model.bin"
     path.write_bytes(HOSTILE[case])
     modules = set(sys.modules)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises((MalformedError, UnsupportedError)) as caught:
         read_weights(path)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     message = str(caught.value)
     assert message.startswith("adapter_model.bin: ") and message.isprintable() and len(message) < 500
     assert os.listdir(tmp_path) == ["adapter_model.bin"] and path.read_bytes() == HOSTILE[case]
