@@ -2,16 +2,19 @@
 
 Kernels compile on first use and are cached in ``$XDG_CACHE_HOME/lora-gguf/kernels-<digest>`` (``LORA_GGUF_CACHE`` names
 another folder). Numba notices an edit of a kernel's own file; the digest covers the files whose functions other files'
-kernels call. Without a writable folder kernels compile anew in each process.
+kernels call. Without a writable folder kernels compile anew in each process, and so does a kernel whose files there are
+damaged; it replaces them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 
 import numba
+from numba.core.caching import FunctionCache
 
 CALLED_BY_OTHERS = [Path(__file__).parent / name for name in ("quants/half.py", "refit.py")]
 
@@ -42,11 +45,33 @@ if CACHE:
     numba.config.CACHE_DIR = str(CACHE)
 
 
+class _Cache(FunctionCache):
+    """Numba's cache of a function, but for what it raises where its files are damaged: anything that ``pickle`` does."""
+
+    def load_overload(self, sig, target_context):
+        with contextlib.suppress(Exception):
+            return super().load_overload(sig, target_context)
+        with contextlib.suppress(Exception):
+            self.flush()
+        return None
+
+    def save_overload(self, sig, data):
+        with contextlib.suppress(Exception):
+            super().save_overload(sig, data)
+
+
+def _compiled(function, **options):
+    dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
+    if CACHE:
+        dispatcher._cache = _Cache(function)
+    return dispatcher
+
+
 def kernel(function):
     """Compile ``function`` on first use: no GIL, no Python errors, C's rules for division, cached on disk."""
-    return numba.njit(cache=CACHE is not None, nogil=True, error_model="numpy")(function)
+    return _compiled(function)
 
 
 def report_kernel(function):
     """As ``kernel``, but sums may be taken in any order: for figures in reports, never for bytes that are written."""
-    return numba.njit(cache=CACHE is not None, nogil=True, error_model="numpy", fastmath={"reassoc"})(function)
+    return _compiled(function, fastmath={"reassoc"})
