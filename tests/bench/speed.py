@@ -32,6 +32,7 @@ FRESH = (
 )  # fmt: skip
 KEPT = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
 WAYS = (("auto", 1), ("auto", 2), ("dither", 1), ("dither", 2))
+FEWER = {"7B": {"repeat": 1}, "70B": {"repeat": 1, "ways": [("auto", 2)]}}  # minutes each
 
 
 def timed(function, repeat: int = 3) -> float:
@@ -122,11 +123,9 @@ def merges(folder: Path, shapes: list[str]) -> list[dict]:
         rows += merge_rows(folder, name, path, adapter, n_weights, own)
     for label in shapes:
         shape, base, adapter = SHAPES[label], folder / f"{label}.gguf", folder / "adapter.gguf"
-        huge = shape is LLAMA_70B
-        write_base(base, shape, sparse=huge)
+        write_base(base, shape, sparse=label == "70B")
         write_adapter(adapter, shape)
-        once = {"ways": [("auto", 2)], "repeat": 1} if huge else {}
-        rows += merge_rows(folder, f"{label} Q4_K_M", base, adapter, shape.n_linear_weights, own, **once)
+        rows += merge_rows(folder, f"{label} Q4_K_M", base, adapter, shape.n_linear_weights, own, **FEWER.get(label, {}))
         if label == "1B":
             rate = straightforward(base, adapter, n_layers=3)
             for row in rows[-len(WAYS) :]:
