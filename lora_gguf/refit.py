@@ -12,21 +12,18 @@ from __future__ import annotations
 import numpy as np
 
 from lora_gguf.kernel import kernel
-from lora_gguf.quants.half import f16_from_f32, f32_from_f16
+from lora_gguf.quants.half import f32_from_f16
 
 _RIDGE = np.float32(1e-3)
 _LARGEST = np.float32(0.5)
 
+@kernel
+def _pattern(block, offset):
+    return np.uint32(block[offset]) | np.uint32(block[offset + 1]) << 8
+
 
 @kernel
-def _field(block, offset):
-    return f32_from_f16(np.uint32(block[offset]) | np.uint32(block[offset + 1]) << 8)
-
-
-@kernel
-def _store(value, block, offset):
-    """Write ``value``, which f16 holds exactly."""
-    half = f16_from_f32(value)
+def _store(half, block, offset):
     block[offset], block[offset + 1] = half & 255, half >> 8
 
 
@@ -69,6 +66,45 @@ def _block_sums(x, sums):
 
 
 @kernel
+def _expand(values, group, out):
+    for g in range(len(values)):
+        out[g * group : (g + 1) * group] = values[g]
+
+
+@kernel
+def _best(ss, so, oo, sd, od, half_d, half_m, ridge):
+    """The f16 patterns of the d and m whose change (1 + x, 1 + y) comes nearest to the update, and their x and y.
+
+    The error is Σ h (delta - x s + y o)²; of the real optimum's neighbours among f16 numbers the best pair is taken.
+    """
+    d, m = f32_from_f16(half_d), f32_from_f16(half_m)
+    best, best_d, best_m = np.float32(0.0), half_d, half_m
+    best_x, best_y = np.float32(0.0), np.float32(0.0)
+    inverse = np.float32(1.0) / oo if oo > 0 else np.float32(0.0)
+    det = (ss + ridge) - so * so * inverse
+    x = (sd - so * od * inverse) / det if det > 0 else np.float32(0.0)
+    moves_d = d != 0 and abs(x) < _LARGEST
+    below_d = _half_below(d * (np.float32(1.0) + x)) if moves_d else half_d
+    for i in range(2 if moves_d else 1):
+        new_d = below_d + np.uint32(i)
+        x = f32_from_f16(new_d) / d - np.float32(1.0) if moves_d else np.float32(0.0)
+        error = ss * x * x - 2 * x * sd
+        if m == 0:
+            if error < best:
+                best, best_d, best_x = error, new_d, x
+            continue
+        y = (so * x - od) * inverse
+        below_m = _half_below(m * (np.float32(1.0) + y) if abs(y) < _LARGEST else m)
+        for k in range(2):
+            new_m = below_m + np.uint32(k)
+            y = f32_from_f16(new_m) / m - np.float32(1.0)
+            both = error - 2 * so * x * y + oo * y * y + 2 * y * od
+            if both < best:
+                best, best_d, best_m, best_x, best_y = both, new_d, new_m, x, y
+    return best_d, best_m, best_x, best_y
+
+
+@kernel
 def _dots(p, q, x, sums):
     """Each block's Σ p·q into ``sums`` (blocks,); ``p``, ``q`` and ``x``, for work, are (cols,)."""
     for j in range(len(x)):
@@ -77,78 +113,17 @@ def _dots(p, q, x, sums):
 
 
 @kernel
-def _expand(values, group, out):
-    for g in range(len(values)):
-        out[g * group : (g + 1) * group] = values[g]
-
-
-@kernel
-def _best(ss, so, oo, sd, od, d, m, ridge):
-    """The f16 values of d and m whose change (1 + x, 1 + y) comes nearest to the update, and their x and y.
-
-    The error is Σ h (delta - x s + y o)²; of the real optimum's neighbours among f16 numbers the best pair is taken.
-    """
-    best, best_d, best_m = np.float32(0.0), d, m
-    best_x, best_y = np.float32(0.0), np.float32(0.0)
-    inverse = np.float32(1.0) / oo if oo > 0 else np.float32(0.0)
-    det = (ss + ridge) - so * so * inverse
-    x = (sd - so * od * inverse) / det if det > 0 else np.float32(0.0)
-    moves_d = d != 0 and abs(x) < _LARGEST
-    below_d = _half_below(d * (np.float32(1.0) + x))
-    for i in range(2 if moves_d else 1):
-        new_d = f32_from_f16(below_d + np.uint32(i)) if moves_d else d
-        x = new_d / d - np.float32(1.0) if moves_d else np.float32(0.0)
-        error = ss * x * x - 2 * x * sd
-        if m == 0:
-            if error < best:
-                best, best_d, best_x = error, new_d, x
-            continue
-        y = (so * x - od) * inverse
-        below_m = _half_below(m * (np.float32(1.0) + y)) if abs(y) < _LARGEST else _half_below(m)
-        for k in range(2):
-            new_m = f32_from_f16(below_m + np.uint32(k))
-            y = new_m / m - np.float32(1.0)
-            both = error - 2 * so * x * y + oo * y * y + 2 * y * od
-            if both < best:
-                best, best_d, best_m, best_x, best_y = both, new_d, new_m, x, y
-    return best_d, best_m, best_x, best_y
-
-
-@kernel
-def _block_heights(lows, heights, n_blocks, oo, h):
-    """Each block's Σ h·o² and Σ h, from its groups' ``lows`` and ``heights``, their Σ h."""
-    per_block = len(lows) // n_blocks
-    for b in range(n_blocks):
-        oo[b] = h[b] = np.float32(0.0)
-        for g in range(b * per_block, (b + 1) * per_block):
-            oo[b] += heights[g] * lows[g] * lows[g]
-            h[b] += heights[g]
-
-
-@kernel
 def _moments(s, o, delta, importance, has_m, hs, x, moments):
-    """Each block's Σ h·s², Σ h·s·o, Σ h·s·delta and Σ h·o·delta: (4, blocks). ``hs`` and ``x`` (cols,) are for work."""
+    """Each block's Σ h·s², Σ h·s·delta, Σ h·s·o and Σ h·o·delta: (4, blocks). ``hs`` and ``x`` (cols,) are for work."""
     for j in range(len(s)):
         hs[j] = importance[j] * s[j]
     _dots(hs, s, x, moments[0])
-    _dots(hs, delta, x, moments[2])
+    _dots(hs, delta, x, moments[1])
     if has_m:
-        _dots(hs, o, x, moments[1])
+        _dots(hs, o, x, moments[2])
         for j in range(len(s)):
             hs[j] = importance[j] * o[j]
         _dots(hs, delta, x, moments[3])
-
-
-@kernel
-def _take(delta, x, s, left):
-    for j in range(len(delta)):
-        left[j] = delta[j] - x[j] * s[j]
-
-
-@kernel
-def _give(left, y, o):
-    for j in range(len(left)):
-        left[j] += y[j] * o[j]
 
 
 @kernel
@@ -156,34 +131,34 @@ def refit_row(grid, row, unit, steps, delta, left, work, moments):
     """Move the grid of a row towards its update ``delta`` f32 (cols,); ``left`` (cols,) gets what the codes have still to move by.
 
     ``grid`` is (blocks, lows, importance, heights, d_at, m_at): uint8 (rows, blocks, block_bytes), changed in place; f32 (rows,
-    groups); (cols,) and its sums over the groups, (groups,); the offsets of d and m in a block, m's -1 where there is none.
-    ``work`` (4, cols) and ``moments`` (8, blocks) hold what comes between.
+    groups); h (cols,) and its sums over the groups, (groups,); the offsets of d and m in a block, m's -1 where there is none.
     A weight is step * unit - low: ``unit`` (cols,) is what the codes count, ``steps`` (groups,) become those of the new grid.
+    ``work`` (4, cols) and ``moments`` (6, blocks) hold what comes between.
     """
     blocks, lows, importance, heights, d_at, m_at = grid
     n_blocks, n_cols, has_m = blocks.shape[1], len(unit), m_at >= 0
-    per_block, group, size = len(steps) // n_blocks, n_cols // len(steps), n_cols // n_blocks
-    s, o, moved_d, moved_m = work[0], work[1], moments[6], moments[7]
+    per_block, group = len(steps) // n_blocks, n_cols // len(steps)
+    s, o, x, y, moved_d, moved_m = work[0], work[1], work[2], work[3], moments[4], moments[5]
+    _expand(lows[row], group, o)
     _expand(steps, group, s)
     for j in range(n_cols):
         s[j] *= unit[j]
-    if has_m:
-        _expand(lows[row], group, o)
-    _moments(s, o, delta, importance, has_m, work[2], work[3], moments)
-    _block_heights(lows[row], heights, n_blocks, moments[4], moments[5])
+    _moments(s, o, delta, importance, has_m, x, y, moments)
     for b in range(n_blocks):
-        block, first = blocks[row, b], b * per_block
-        d, m = _field(block, d_at), _field(block, m_at) if has_m else np.float32(0.0)
-        ridge = _RIDGE * steps[first] * steps[first] * moments[5, b]
-        ss, so, oo, sd, od = moments[0, b], moments[1, b], moments[4, b], moments[2, b], moments[3, b]
-        new_d, new_m, moved_d[b], moved_m[b] = _best(ss, so, oo, sd, od, d, m, ridge)
+        block, first, oo, height = blocks[row, b], b * per_block, np.float32(0.0), np.float32(0.0)
+        for g in range(first, first + per_block):
+            oo += heights[g] * lows[row, g] * lows[row, g]
+            height += heights[g]
+        ridge = _RIDGE * steps[first] * steps[first] * height
+        half_d, half_m = _pattern(block, d_at), _pattern(block, m_at) if has_m else np.uint32(0)
+        ss, sd, so, od = moments[0, b], moments[1, b], moments[2, b], moments[3, b]
+        new_d, new_m, moved_d[b], moved_m[b] = _best(ss, so, oo, sd, od, half_d, half_m, ridge)
         _store(new_d, block, d_at)
         if has_m:
             _store(new_m, block, m_at)
         for g in range(first, first + per_block):
             steps[g] *= np.float32(1.0) + moved_d[b]
-    _expand(moved_d, size, work[2])
-    _take(delta, work[2], s, left)
-    if has_m:
-        _expand(moved_m, size, work[3])
-        _give(left, work[3], o)
+    _expand(moved_d, n_cols // n_blocks, x)
+    _expand(moved_m, n_cols // n_blocks, y)
+    for j in range(n_cols):
+        left[j] = delta[j] - (x[j] * s[j] - y[j] * o[j])

@@ -112,14 +112,14 @@ def _move_codes(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums
 
 def grid_of(recipe: Recipe, blocks, steps, matrix: int) -> tuple:
     """The ``grid`` of ``refit_row``."""
-    quant, n_cols = recipe.source, len(steps[0]) * recipe.source.group
+    quant, n_cols = recipe.source, steps.shape[1] * recipe.source.group
+    of_block = blocks.reshape(len(blocks), -1, quant.type.block_bytes)
     lows = scratch("lows", steps.shape)
     lows[...] = 0
     if quant.lows:
         quant.lows(blocks, lows)
     weighting = np.ones(n_cols, np.float32) if recipe.weighting is None else recipe.weighting[matrix]
     heights = weighting.reshape(steps.shape[1], -1).sum(axis=1)
-    of_block = blocks.reshape(len(blocks), -1, quant.type.block_bytes)
     return of_block, lows, weighting, heights, *(*F16_FIELDS[quant.type.name], -1)[:2]
 
 

@@ -196,7 +196,7 @@ def round_codes(codes, zero, steps, delta, low, high, spread, key, first_row, su
     """
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]
-    refits, moments, work = len(grid[0]) > 0, np.zeros((8, grid[0].shape[1]), np.float32), np.empty((8, n_cols), np.float32)
+    refits, moments, work = len(grid[0]) > 0, np.zeros((6, grid[0].shape[1]), np.float32), np.empty((8, n_cols), np.float32)
     step, ratio, unit, rest = work[4], work[5], work[6], work[7]
     for i in range(n_rows):
         left = delta[i]
@@ -238,7 +238,7 @@ def round_levels(codes, steps, delta, levels, code_min, spread, key, first_row, 
     """As ``round_codes``, on a codebook: code c stands for ``levels[c - code_min] * step``, levels ascending, f32."""
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]
-    refits, moments, work = len(grid[0]) > 0, np.zeros((8, grid[0].shape[1]), np.float32), np.empty((11, n_cols), np.float32)
+    refits, moments, work = len(grid[0]) > 0, np.zeros((6, grid[0].shape[1]), np.float32), np.empty((11, n_cols), np.float32)
     unit, step, rest, wanted, low, high, moved = work[4], work[5], work[6], work[7], work[8], work[9], work[10]
     below = np.empty(n_cols, np.int32)
     base = np.float32(0.5) - np.float32(0.5) * spread

@@ -36,7 +36,7 @@ def refitted(type_name, importance, seed=0):
     grid = grid_of(Recipe(quant, quant, "auto", KEY, weighting=importance[None]), blocks, steps, 0)
     unit = codes.astype(np.float32) - quant.zero if quant.levels is None else quant.levels[codes.astype(int) - quant.code_min]
     assert np.allclose(np.repeat(steps, quant.group, 1) * unit - np.repeat(grid[1], quant.group, 1), before, atol=1e-7)
-    left, work, moments = np.empty_like(delta), np.empty((4, 512), np.float32), np.zeros((8, grid[0].shape[1]), np.float32)
+    left, work, moments = np.empty_like(delta), np.empty((4, 512), np.float32), np.zeros((6, grid[0].shape[1]), np.float32)
     for i in range(len(delta)):
         refit_row(grid, i, unit[i], steps[i], delta[i], left[i], work, moments)
     return blocks, before, delta, left, delta - left, steps
