@@ -45,24 +45,31 @@ def timed(function, repeat: int = 3) -> float:
     return best
 
 
-def run_cli(*arguments: object, env: dict | None = None) -> tuple[float, float, float]:
-    """Wall time in s, CPU time in s and peak RSS in MB of ``lora-gguf`` with ``arguments``, in a process of its own."""
+def measured(*command: object, env: dict | None = None) -> tuple[float, float, float]:
+    """Wall time in s, CPU time in s and peak RSS in MB of a Python with the arguments ``command``.
+
+    A small process starts it: a child counts the memory that its parent had.
+    """
     code = (
         "import resource, subprocess, sys, time; start = time.perf_counter();"
         "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL);"
         "used = resource.getrusage(resource.RUSAGE_CHILDREN);"
         "print(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)"
     )
-    command = [sys.executable, "-c", code, sys.executable, "-m", "lora_gguf", *map(str, arguments)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **(env or {})}).stdout
+    words = [sys.executable, "-c", code, sys.executable, *map(str, command)]
+    out = subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ, **(env or {})}).stdout
     wall, used, rss = map(float, out.split())
     return wall, used, rss
 
 
+def run_cli(*arguments: object, env: dict | None = None) -> tuple[float, float, float]:
+    """``measured`` of ``lora-gguf`` with ``arguments``."""
+    return measured("-m", "lora_gguf", *arguments, env=env)
+
+
 def interpreter_rss() -> float:
     """Peak RSS in MB of a Python that has imported what a merge imports and done nothing."""
-    code = "import resource, numba, numpy; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    return measured("-c", "import numba, numpy")[2]
 
 
 def copy_and_sync(source: Path, target: Path) -> float:
