@@ -39,8 +39,8 @@ class Piece:
 class LoraPair:
     """The update ``W += scale * b @ a`` of the GGUF tensor ``name``.
 
-    ``a`` is (r, in) and ``b`` (out, r), f32 and contiguous, in the layout that the GGUF tensor has; for stacked experts
-    both have a leading axis E: (E, r, in) and (E, out, r). ``scale`` is PEFT's: alpha / r, or alpha / sqrt(r).
+    ``a`` is (r, in) and ``b`` (out, r), f32, or f16 as stored, contiguous, in the layout that the GGUF tensor has; for stacked
+    experts both have a leading axis E: (E, r, in) and (E, out, r). ``scale`` is PEFT's: alpha / r, or alpha / sqrt(r).
     ``sources`` are the adapter's tensors that it comes from. In ``adapter.py``, before names and layouts are those of
     GGUF, ``name`` is the path of the Hugging Face module, and ``wide`` says that only the first columns of ``a``, as
     many as the module has, count.
@@ -194,7 +194,7 @@ def read_adapter_gguf(path: str | os.PathLike) -> tuple[list[LoraPair], str]:
         halves = _halves(reader)
         pairs, broken = [], []
         for name, half in halves.items():
-            a, b = decode(reader, half["lora_a"]), decode(reader, half["lora_b"])
+            a, b = _factor(reader, half["lora_a"]), _factor(reader, half["lora_b"])
             broken += [
                 found
                 for key, array in (("lora_a", a), ("lora_b", b))
@@ -206,6 +206,11 @@ def read_adapter_gguf(path: str | os.PathLike) -> tuple[list[LoraPair], str]:
         if not pairs:
             raise MalformedError(f"{reader.label}: expected lora_a and lora_b tensors, found none: not a LoRA adapter")
         return pairs, reader.architecture
+
+
+def _factor(reader: GgufReader, info: TensorInfo) -> np.ndarray:
+    """F16 as it is, which halves what an adapter takes; other types as f32."""
+    return reader.read(info).view("<f2").reshape(info.shape) if info.type.name == "F16" else decode(reader, info)
 
 
 def _adapter_alpha(reader: GgufReader) -> float:

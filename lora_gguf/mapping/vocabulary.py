@@ -167,7 +167,7 @@ def _grown_pair(pair: LoraPair, n_rows: int, original: np.ndarray | None) -> tup
         raise MismatchError(
             f"{pair.name}: {n_new} new tokens, whose own embedding is not in the adapter: save it with save_embedding_layers=True"
         )
-    rows = original[n_rows : len(pair.b)] + np.float32(pair.scale) * (pair.b[n_rows:] @ pair.a)
+    rows = original[n_rows : len(pair.b)] + replace(pair, b=pair.b[n_rows:]).delta()
     return LoraPair(pair.name, pair.a, np.ascontiguousarray(pair.b[:n_rows]), pair.scale, pair.sources), rows
 
 
