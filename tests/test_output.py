@@ -118,6 +118,25 @@ def test_a_failing_disk_leaves_nothing(tmp_path, monkeypatch, call):
     assert not (tmp_path / "a").exists() and not leftovers(tmp_path)
 
 
+def test_what_the_disk_says_while_the_rest_is_made_is_heard(tmp_path, monkeypatch):
+    """The system tells a failed write-back once: the next fsync would succeed."""
+    answers = iter([OSError(5, "Input/output error")])
+    calls = []
+
+    def fsync(fd):
+        calls.append(fd)
+        if error := next(answers, None):
+            raise error
+
+    monkeypatch.setattr(output, "_SYNC_BYTES", 4)
+    monkeypatch.setattr(output.os, "fsync", fsync)
+    with pytest.raises(FileError, match="a: cannot finish: Input/output error"), OutputFile(tmp_path / "a") as out:
+        for position in range(0, 12, 3):
+            out.write_at(position, b"xyz")
+        out.commit()
+    assert len(calls) == 1 and not (tmp_path / "a").exists() and not leftovers(tmp_path)
+
+
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     real = os.pwrite
     monkeypatch.setattr(output.os, "pwrite", lambda fd, data, position: real(fd, bytes(data)[:3], position))
