@@ -5,7 +5,7 @@
 The reference is base + scale·B@A in f32, unrounded, as llama.cpp computes it with the adapter at run time. ``share`` is
 KL(reference ‖ merged) / KL(reference ‖ base): 0 is perfect, 1 means that nothing of the adapter acts. Logits come from
 transformers in f32 with the merged file's weights (``oracle.py``); the last line has llama.cpp itself judge one file.
-Some 8 GB of memory and an hour and a half on two cores; minutes with one base and ``--scales 1``.
+Some 8 GB of memory and three quarters of an hour on two cores; minutes with one base and ``--scales 1``.
 """
 
 from __future__ import annotations
