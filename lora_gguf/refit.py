@@ -17,6 +17,7 @@ from lora_gguf.quants.half import f32_from_f16
 _RIDGE = np.float32(1e-3)
 _LARGEST = np.float32(0.5)
 
+
 @kernel
 def _pattern(block, offset):
     return np.uint32(block[offset]) | np.uint32(block[offset + 1]) << 8
@@ -66,7 +67,8 @@ def _block_sums(x, sums):
 
 
 @kernel
-def _expand(values, group, out):
+def expand(values, group, out):
+    """Each of ``values`` (groups,) ``group`` times, into ``out`` (cols,)."""
     for g in range(len(values)):
         out[g * group : (g + 1) * group] = values[g]
 
@@ -139,8 +141,8 @@ def refit_row(grid, row, unit, steps, delta, left, work, moments):
     n_blocks, n_cols, has_m = blocks.shape[1], len(unit), m_at >= 0
     per_block, group = len(steps) // n_blocks, n_cols // len(steps)
     s, o, x, y, moved_d, moved_m = work[0], work[1], work[2], work[3], moments[4], moments[5]
-    _expand(lows[row], group, o)
-    _expand(steps, group, s)
+    expand(lows[row], group, o)
+    expand(steps, group, s)
     for j in range(n_cols):
         s[j] *= unit[j]
     _moments(s, o, delta, importance, has_m, x, y, moments)
@@ -158,7 +160,7 @@ def refit_row(grid, row, unit, steps, delta, left, work, moments):
             _store(new_m, block, m_at)
         for g in range(first, first + per_block):
             steps[g] *= np.float32(1.0) + moved_d[b]
-    _expand(moved_d, n_cols // n_blocks, x)
-    _expand(moved_m, n_cols // n_blocks, y)
+    expand(moved_d, n_cols // n_blocks, x)
+    expand(moved_m, n_cols // n_blocks, y)
     for j in range(n_cols):
         left[j] = delta[j] - (x[j] * s[j] - y[j] * o[j])

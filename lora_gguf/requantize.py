@@ -115,9 +115,10 @@ def grid_of(recipe: Recipe, blocks, steps, matrix: int) -> tuple:
     quant, n_cols = recipe.source, steps.shape[1] * recipe.source.group
     of_block = blocks.reshape(len(blocks), -1, quant.type.block_bytes)
     lows = scratch("lows", steps.shape)
-    lows[...] = 0
     if quant.lows:
         quant.lows(blocks, lows)
+    else:
+        lows[...] = 0
     weighting = np.ones(n_cols, np.float32) if recipe.weighting is None else recipe.weighting[matrix]
     heights = weighting.reshape(steps.shape[1], -1).sum(axis=1)
     return of_block, lows, weighting, heights, *(*F16_FIELDS[quant.type.name], -1)[:2]

@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_gguf.kernel import kernel, report_kernel
 from lora_gguf.quants.half import f32_from_f16
-from lora_gguf.refit import refit_row
+from lora_gguf.refit import expand, refit_row
 
 _GOLDEN = np.uint32(0x9E3779B9)
 _UNIT = np.float32(2.0**-24)
@@ -133,12 +133,6 @@ def _tally_codes(delta, left, codes_moved, step, sums):
 
 
 @kernel
-def _expand(values, group, out):
-    for g in range(len(values)):
-        out[g * group : (g + 1) * group] = values[g]
-
-
-@kernel
 def _expand_inverse(values, group, out):
     for g in range(len(values)):
         out[g * group : (g + 1) * group] = np.float32(0.0) if values[g] == 0 else np.float32(1.0) / values[g]
@@ -146,10 +140,15 @@ def _expand_inverse(values, group, out):
 
 @kernel
 def _in_steps(left, inverse, ratio):
-    """ratio = left * inverse; returns how many of the ratios exceed half a step."""
-    n = np.int32(0)
     for j in range(len(ratio)):
         ratio[j] = left[j] * inverse[j]
+
+
+@kernel
+def _n_large(ratio):
+    """How many of the ratios exceed half a step."""
+    n = np.int32(0)
+    for j in range(len(ratio)):
         n += np.int32(abs(ratio[j]) > np.float32(0.5))
     return n
 
@@ -205,11 +204,11 @@ def round_codes(codes, zero, steps, delta, low, high, spread, key, first_row, su
             refit_row(grid, i, unit, steps[i], delta[i], rest, work, moments)
             left = rest
         _expand_inverse(steps[i], group, step)
-        n_large = _in_steps(left, step, ratio)
-        if refits and n_large:
+        _in_steps(left, step, ratio)
+        if refits and _n_large(ratio):
             _count_outside(codes[i], ratio, low - np.float32(0.5), high + np.float32(0.5), outside[i])
         _move(codes[i], ratio, low, high, spread, _row_key(key, first_row + i))
-        _expand(steps[i], group, step)
+        expand(steps[i], group, step)
         _tally_codes(delta[i], left, ratio, step, sums)
 
 
@@ -252,7 +251,7 @@ def round_levels(codes, steps, delta, levels, code_min, spread, key, first_row, 
         for j in range(n_cols):
             wanted[j] = unit[j] + left[j] * step[j]
         _bracket(wanted, levels, below, low, high)
-        _expand(steps[i], group, step)
+        expand(steps[i], group, step)
         changed = 0
         for j in range(n_cols):
             fraction = min(max((wanted[j] - low[j]) / (high[j] - low[j]), np.float32(0.0)), np.float32(1.0))

@@ -301,10 +301,6 @@ def test_file_types(weights, base, expected):
     assert file_type_of(weights, base) == expected
 
 
-if __name__ == "__main__":
-    _quantize_jobs()
-
-
 @pytest.mark.parametrize("mix", ["IQ2_XXS", "IQ1_S", "Q2_K_S", "IQ3_XXS"])
 def test_a_mix_of_too_few_bits_asks_for_an_importance_matrix(tmp_path, mix):
     write_base(tmp_path / "base.gguf", "F16")
@@ -312,3 +308,7 @@ def test_a_mix_of_too_few_bits_asks_for_an_importance_matrix(tmp_path, mix):
     with pytest.raises(UsageError, match=f"--quantize {mix}.*--imatrix") as caught:
         merge(tmp_path / "base.gguf", [(adapter, 1.0)], tmp_path / "out.gguf", Policy(mix=mix))
     assert any(name.startswith("blk.0.") for name in caught.value.details) and not (tmp_path / "out.gguf").exists()
+
+
+if __name__ == "__main__":
+    _quantize_jobs()

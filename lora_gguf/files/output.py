@@ -13,7 +13,6 @@ import shutil
 import stat
 import threading
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from lora_gguf.errors import FileError, IntegrityError, printable
@@ -82,9 +81,8 @@ class OutputFile:
         self.label = printable(path)
         self.target = check_target(path, force=force, inputs=inputs)
         self.fd, self.temporary, self.synced = -1, None, False
-        self._disk, self._lock = ThreadPoolExecutor(1), threading.Lock()
-        self._unsynced, self._ahead = 0, Future()
-        self._ahead.set_result(None)
+        self._lock, self._unsynced = threading.Lock(), 0
+        self._disk = self._ahead = None  # the thread that syncs while more is written, and what it does
         _remove_stale(self.target)
 
     def __enter__(self) -> OutputFile:
@@ -102,7 +100,8 @@ class OutputFile:
         return self
 
     def __exit__(self, *_exc) -> None:
-        self._disk.shutdown()
+        if self._disk:
+            self._disk.shutdown()
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             with contextlib.suppress(OSError):
@@ -166,13 +165,18 @@ class OutputFile:
         """Let the disk work while the next bytes are made."""
         with self._lock:
             self._unsynced += n_bytes
-            if self._unsynced >= _SYNC_BYTES and self._ahead.done() and not self._ahead.exception():
+            idle = self._ahead is None or (self._ahead.done() and not self._ahead.exception())
+            if self._unsynced >= _SYNC_BYTES and idle:
+                from concurrent.futures import ThreadPoolExecutor
+
+                self._disk = self._disk or ThreadPoolExecutor(1)
                 self._unsynced, self._ahead = 0, self._disk.submit(os.fsync, self.fd)
 
     def sync(self) -> None:
         """Make the bytes durable: whatever a disk has to complain of, it says here."""
         try:
-            self._ahead.result()
+            if self._ahead:
+                self._ahead.result()
             os.fsync(self.fd)
         except OSError as error:
             raise self._failed("finish", error) from error
