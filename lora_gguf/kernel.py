@@ -16,7 +16,7 @@ from pathlib import Path
 import numba
 from numba.core.caching import FunctionCache
 
-CALLED_BY_OTHERS = [Path(__file__).parent / name for name in ("quants/half.py", "refit.py")]
+CALLED_BY_OTHERS = [Path(__file__).parent / name for name in ("lanes.py", "quants/half.py", "refit.py")]
 
 
 def _digest() -> str:
@@ -70,6 +70,11 @@ def _compiled(function, **options):
 def kernel(function):
     """Compile ``function`` on first use: no GIL, no Python errors, C's rules for division, cached on disk."""
     return _compiled(function)
+
+
+def part(function):
+    """As ``kernel``, for what other kernels call often: it becomes a part of their code."""
+    return _compiled(function, forceinline=True)
 
 
 def report_kernel(function):

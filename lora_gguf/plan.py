@@ -19,7 +19,7 @@ from lora_gguf.importance import weightings
 from lora_gguf.mapping.placement import Placement
 from lora_gguf.mixes import fallback_type, file_type_of, mix_types, model_of, requires_importance
 from lora_gguf.quants import QUANTS
-from lora_gguf.requantize import ROUNDINGS, Recipe
+from lora_gguf.requantize import ROUNDINGS, Recipe, weighting_of
 from lora_gguf.rounding import tensor_key
 
 HEAD = "output.weight"
@@ -116,10 +116,11 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
     for name, tensor in plans.items():
         choose(tensor, types.get(name), policy)
     if policy.rounding == "auto":
-        moved = [tensor for tensor in plans.values() if tensor.recipe and tensor.recipe.keeps_grid and tensor.changes]
-        weighting = weightings(base, {tensor.source.name for tensor in moved}, policy.imatrix)
+        moved = [tensor for tensor in plans.values() if tensor.recipe and tensor.recipe.moves_grid and tensor.changes]
+        importances = weightings(base, {tensor.source.name for tensor in moved}, policy.imatrix)
         for tensor in moved:
-            tensor.recipe = replace(tensor.recipe, weighting=weighting[tensor.source.name])
+            weighted = [weighting_of(tensor.recipe.source, importance) for importance in importances[tensor.source.name]]
+            tensor.recipe = replace(tensor.recipe, weighting=weighted)
     warnings = [warning for placement, _ in placements for warning in placement.warnings]
     if any(placement.untied for placement, _ in placements):
         head = plans[HEAD].target

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lora_gguf.ggml import GgmlType
 from lora_gguf.quants import Quant
+from lora_gguf.refit import Weighting, weighting
 from lora_gguf.rounding import round_bf16, round_codes, round_f16, round_levels, tally_rows
 
 NO_IMPORTANCE = np.empty(0, np.float32)
-NO_GRID = np.empty((0, 0, 0), np.uint8), np.empty((0, 0), np.float32), NO_IMPORTANCE, NO_IMPORTANCE, 0, -1
+NO_GRID = np.empty((0, 0), np.uint8), np.empty((0, 0), np.float32), NO_IMPORTANCE, NO_IMPORTANCE, np.empty(0, np.int64), 0, 0, -1
 FAINT = 0.3  # rms of a row's update in steps of another type below which rounding to nearest may erase it
 OUTSIDE = 0.02  # share of a block's weights beyond its range from which on it gets a new grid
 # the width of the random offset before the floor; a rounding that is not here finds a new grid
@@ -46,7 +48,7 @@ class Recipe:
     """How the rows of a tensor are rewritten: from which type to which, and by which rounding.
 
     ``importance`` is f32 (matrices, cols), E[x²] of each column of the input as an imatrix has it, or None: the quantizers
-    use it. ``weighting`` likewise, measured or estimated: ``auto`` uses it where it moves a grid.
+    use it. ``weighting`` has as many, of an importance measured or guessed: ``auto`` uses it where it moves a grid.
     """
 
     source: Quant
@@ -54,12 +56,16 @@ class Recipe:
     rounding: str
     key: np.uint64
     importance: np.ndarray | None = None
-    weighting: np.ndarray | None = None
+    weighting: Sequence[Weighting] = ()
 
     @property
     def keeps_grid(self) -> bool:
         gridded = self.source.unpack is not None or self.source.type.name in _HALVES
         return self.rounding in SPREADS and self.source is self.target and gridded
+
+    @property
+    def moves_grid(self) -> bool:
+        return self.rounding == "auto" and self.keeps_grid and self.source.type.name in F16_FIELDS
 
 
 def recode(recipe: Recipe, blocks: np.ndarray, delta: np.ndarray, first_row: int, matrix: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -95,13 +101,13 @@ def _move_codes(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums
     quant, spread = recipe.source, np.float32(SPREADS[recipe.rounding])
     codes, steps = scratch("codes", delta.shape, np.int8), scratch("steps", (len(delta), delta.shape[1] // quant.group))
     quant.unpack(blocks, codes, steps)
-    refits = recipe.rounding == "auto" and quant.type.name in F16_FIELDS
+    refits = recipe.moves_grid
     grid = grid_of(recipe, blocks, steps, matrix) if refits else NO_GRID
     if quant.levels is not None:
         round_levels(codes, steps, delta, quant.levels, quant.code_min, spread, recipe.key, first_row, sums, grid)
         quant.pack(codes, blocks)
         return
-    before, outside = (blocks.copy(), np.zeros(grid[0].shape[:2], np.float32)) if refits else (None, NO_GRID[1])
+    before, outside = (blocks.copy(), np.zeros((len(delta), delta.shape[1] // quant.type.block_size), np.float32)) if refits else (None, NO_GRID[1])
     limits = np.float32(quant.code_min), np.float32(quant.code_max)
     round_codes(codes, np.float32(quant.zero), steps, delta, *limits, spread, recipe.key, first_row, sums, grid, outside)
     quant.pack(codes, blocks)
@@ -113,15 +119,19 @@ def _move_codes(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums
 def grid_of(recipe: Recipe, blocks, steps, matrix: int) -> tuple:
     """The ``grid`` of ``refit_row``."""
     quant, n_cols = recipe.source, steps.shape[1] * recipe.source.group
-    of_block = blocks.reshape(len(blocks), -1, quant.type.block_bytes)
     lows = scratch("lows", steps.shape)
     if quant.lows:
         quant.lows(blocks, lows)
     else:
         lows[...] = 0
-    weighting = np.ones(n_cols, np.float32) if recipe.weighting is None else recipe.weighting[matrix]
-    heights = weighting.reshape(steps.shape[1], -1).sum(axis=1)
-    return of_block, lows, weighting, heights, *(*F16_FIELDS[quant.type.name], -1)[:2]
+    weighed = recipe.weighting[matrix] if recipe.weighting else weighting_of(quant, np.ones(n_cols, np.float32))
+    place = quant.type.block_bytes, *(*F16_FIELDS[quant.type.name], -1)[:2]
+    return blocks, lows, weighed.importance, weighed.heights, weighed.blocks, *place
+
+
+def weighting_of(quant: Quant, importance: np.ndarray) -> Weighting:
+    """The weighting of columns of ``importance`` f32 (cols,) on the grid of a type."""
+    return weighting(importance, quant.type.block_size, quant.group, len(F16_FIELDS[quant.type.name]))
 
 
 def _renew_some(recipe: Recipe, blocks, before, delta, renew, matrix: int) -> np.ndarray:

@@ -17,9 +17,12 @@ import hashlib
 
 import numpy as np
 
-from lora_gguf.kernel import kernel, report_kernel
+from lora_gguf.kernel import kernel, part, report_kernel
+from lora_gguf.lanes import (
+    N, copy, floor, fma, greatest, iota, least, load, magnitude, most, nonzero, splat, store, to_f32, total,
+)  # fmt: skip
 from lora_gguf.quants.half import f32_from_f16
-from lora_gguf.refit import expand, refit_row
+from lora_gguf.refit import refit_row
 
 _GOLDEN = np.uint32(0x9E3779B9)
 _UNIT = np.float32(2.0**-24)
@@ -55,51 +58,44 @@ def _uniform(row_key, column):
     return _bits(row_key, column) * _UNIT
 
 
-@kernel
-def _eight(row, k):
-    return row[k], row[k + 1], row[k + 2], row[k + 3], row[k + 4], row[k + 5], row[k + 6], row[k + 7]
-
-
-@kernel
-def _plus(y, b, x):
-    """y + Σ b·x over eight factors, one after the other."""
-    half = (((y + b[0] * x[0]) + b[1] * x[1]) + b[2] * x[2]) + b[3] * x[3]
-    return (((half + b[4] * x[4]) + b[5] * x[5]) + b[6] * x[6]) + b[7] * x[7]
-
-
-@kernel
-def _plus_eight(b, a, k, delta):
-    """Add the product of the factors k to k + 8 to four rows of ``delta`` at once: each of ``a`` is loaded once for all four."""
-    d0, d1, d2, d3 = delta[0], delta[1], delta[2], delta[3]
-    b0, b1, b2, b3 = _eight(b[0], k), _eight(b[1], k), _eight(b[2], k), _eight(b[3], k)
-    a0, a1, a2, a3, a4, a5, a6, a7 = a[k], a[k + 1], a[k + 2], a[k + 3], a[k + 4], a[k + 5], a[k + 6], a[k + 7]
-    for j in range(a.shape[1]):
-        x = a0[j], a1[j], a2[j], a3[j], a4[j], a5[j], a6[j], a7[j]
-        d0[j] = _plus(d0[j], b0, x)
-        d1[j] = _plus(d1[j], b1, x)
-        d2[j] = _plus(d2[j], b2, x)
-        d3[j] = _plus(d3[j], b3, x)
-
-
-@kernel
-def _plus_one(factor, row, out):
-    for j in range(len(row)):
-        out[j] += factor * row[j]
+@part
+def _three_rows(b, tile, i, j, delta):
+    """The columns ``j`` to ``j`` + 32 of the three rows of the product from ``i`` on; ``tile`` (r, 32) are those of the right factor."""
+    b0, b1, b2 = b[i], b[i + 1], b[i + 2]
+    y0 = y1 = y2 = z0 = z1 = z2 = splat(np.float32(0.0))
+    for k in range(len(tile)):
+        left, right = load(tile, (k, 0)), load(tile, (k, N))
+        y0, z0 = fma(splat(b0[k]), left, y0), fma(splat(b0[k]), right, z0)
+        y1, z1 = fma(splat(b1[k]), left, y1), fma(splat(b1[k]), right, z1)
+        y2, z2 = fma(splat(b2[k]), left, y2), fma(splat(b2[k]), right, z2)
+    store(y0, delta, (i, j))
+    store(y1, delta, (i + 1, j))
+    store(y2, delta, (i + 2, j))
+    store(z0, delta, (i, j + N))
+    store(z1, delta, (i + 1, j + N))
+    store(z2, delta, (i + 2, j + N))
 
 
 @kernel
 def low_rank(b, a, delta):
     """delta = b @ a in f32: b (rows, r), a (r, cols), delta (rows, cols). The sum over r runs in one order for every
-    element, whatever the chunk: BLAS does not promise that."""
-    n_rows, rank = b.shape
-    by_four, by_eight = n_rows // 4 * 4, rank // 8 * 8
-    delta[:] = np.float32(0.0)
-    for i in range(0, by_four, 4):
-        for k in range(0, by_eight, 8):
-            _plus_eight(b[i : i + 4], a, k, delta[i : i + 4])
-    for i in range(n_rows):
-        for k in range(by_eight if i < by_four else 0, rank):
-            _plus_one(b[i, k], a[k], delta[i])
+    element, each step rounded once, whatever the chunk and the machine: BLAS does not promise that."""
+    n_rows, n_cols = delta.shape
+    if n_rows < 3 or n_cols < 2 * N:
+        delta[:] = np.float32(0.0)
+        for i in range(n_rows):
+            for k in range(len(a)):
+                for j in range(n_cols):
+                    delta[i, j] = fma(b[i, k], a[k, j], delta[i, j])
+        return
+    tile = np.empty((len(a), 2 * N), np.float32)
+    for column in range(0, n_cols, 2 * N):
+        j = min(column, n_cols - 2 * N)  # the last tile may overlap the one before
+        for k in range(len(a)):
+            store(load(a, (k, j)), tile, (k, 0))
+            store(load(a, (k, j + N)), tile, (k, N))
+        for i in range(0, n_rows, 3):
+            _three_rows(b, tile, min(i, n_rows - 3), j, delta)
 
 
 @report_kernel
@@ -116,72 +112,52 @@ def _tally(delta, moved, changed, sums):
     sums[3] += changed
 
 
-@report_kernel
-def _tally_codes(delta, left, codes_moved, step, sums):
-    """As ``_tally``, for a row whose grid has moved by delta - left and whose codes have by ``codes_moved``."""
-    both = wanted = got = changed = np.float32(0.0)
-    for j in range(len(delta)):
-        moved = codes_moved[j] * step[j] + (delta[j] - left[j])
-        both += delta[j] * moved
-        wanted += delta[j] * delta[j]
-        got += moved * moved
-        changed += np.float32(0.0) if codes_moved[j] == 0 else np.float32(1.0)
-    sums[0] += both
-    sums[1] += wanted
-    sums[2] += got
-    sums[3] += changed
+@kernel
+def _offsets(column, base, unit):
+    """The random offsets of sixteen columns; ``column`` holds row_key + column * _GOLDEN. See ``_bits``."""
+    x = (column ^ (column >> splat(np.uint32(16)))) * splat(np.uint32(0x21F0AAAD))
+    x = (x ^ (x >> splat(np.uint32(15)))) * splat(np.uint32(0x735A2D97))
+    x = x ^ (x >> splat(np.uint32(15)))
+    return base + unit * to_f32(x >> splat(np.uint32(8)))
+
+
+@part
+def _move(codes, steps, delta, left, low, high, spread, row_key, ratio, sums):
+    """Move a row's int8 ``codes`` by ``left`` f32 (cols,), rounded; ``sums`` as in ``round_codes``. Returns the largest move in
+    steps, before it is rounded; ``ratio`` (cols,) gets all of them."""
+    group, lowest, highest = len(codes) // len(steps), splat(low), splat(high)
+    base, unit = splat(np.float32(0.5) - np.float32(0.5) * spread), splat(spread * _UNIT)
+    column, sixteen = splat(row_key) + iota() * splat(_GOLDEN), splat(np.uint32(N * 0x9E3779B9 & 0xFFFFFFFF))
+    both = wanted = got = changed = largest = splat(np.float32(0.0))
+    for g in range(len(steps)):
+        step, inverse = splat(steps[g]), splat(np.float32(0.0) if steps[g] == 0 else np.float32(1.0) / steps[g])
+        for j in range(g * group, (g + 1) * group, N):
+            whole, rest, old = load(delta, j), load(left, j), load(codes, j)
+            steps_moved = rest * inverse
+            new = least(most(old + floor(steps_moved + _offsets(column, base, unit)), lowest), highest)
+            store(new, codes, j)
+            store(steps_moved, ratio, j)
+            moved = fma(new - old, step, whole - rest)
+            both, wanted, got = fma(whole, moved, both), fma(whole, whole, wanted), fma(moved, moved, got)
+            changed, largest = changed + nonzero(new - old), most(magnitude(steps_moved), largest)
+            column = column + sixteen
+    sums[0] += total(both)
+    sums[1] += total(wanted)
+    sums[2] += total(got)
+    sums[3] += total(changed)
+    return greatest(largest)
 
 
 @kernel
-def _expand_inverse(values, group, out):
-    for g in range(len(values)):
-        out[g * group : (g + 1) * group] = np.float32(0.0) if values[g] == 0 else np.float32(1.0) / values[g]
-
-
-@kernel
-def _in_steps(left, inverse, ratio):
-    for j in range(len(ratio)):
-        ratio[j] = left[j] * inverse[j]
-
-
-@kernel
-def _n_large(ratio):
-    """How many of the ratios exceed half a step."""
-    n = np.int32(0)
-    for j in range(len(ratio)):
-        n += np.int32(abs(ratio[j]) > np.float32(0.5))
-    return n
-
-
-@kernel
-def _count_outside(codes, ratio, least, most, outside):
+def _count_outside(codes, ratio, low, high, outside):
     """How many codes of each block leave the range when they move by ``ratio``, into ``outside`` f32 (blocks,)."""
-    size = len(codes) // len(outside)
+    size, lowest, highest = len(codes) // len(outside), splat(low), splat(high)
     for b in range(len(outside)):
-        n = np.int32(0)
-        for j in range(b * size, (b + 1) * size):
-            wanted = np.float32(codes[j]) + ratio[j]
-            n += np.int32((wanted < least) | (wanted > most))
-        outside[b] = n
-
-
-@kernel
-def _move(codes, ratio, low, high, spread, row_key):
-    """Round one row's ``ratio``, the update in steps, and apply it to ``codes``; ``ratio`` becomes what the codes moved by."""
-    base, unit = np.float32(0.5) - np.float32(0.5) * spread, spread * _UNIT
-    for j in range(len(ratio)):
-        ratio[j] = np.floor(ratio[j] + (base + unit * _bits(row_key, j)))
-    for j in range(len(codes)):
-        old = np.float32(codes[j])
-        new = min(max(old + ratio[j], low), high)
-        ratio[j] = new - old
-        codes[j] = np.int8(np.int32(new))
-
-
-@kernel
-def _count(codes, zero, unit):
-    for j in range(len(codes)):
-        unit[j] = np.float32(codes[j]) - zero
+        n = splat(np.float32(0.0))
+        for j in range(b * size, (b + 1) * size, N):
+            wanted = load(codes, j) + load(ratio, j)
+            n = n + nonzero(wanted - least(most(wanted, lowest), highest))
+        outside[b] = total(n)
 
 
 @kernel
@@ -194,22 +170,28 @@ def round_codes(codes, zero, steps, delta, low, high, spread, key, first_row, su
     weights that leave the new range by more than half a step.
     """
     n_rows, n_cols = codes.shape
-    group = n_cols // steps.shape[1]
-    refits, moments, work = len(grid[0]) > 0, np.zeros((6, grid[0].shape[1]), np.float32), np.empty((8, n_cols), np.float32)
-    step, ratio, unit, rest = work[4], work[5], work[6], work[7]
+    refits, rest, ratio, before = len(grid[0]) > 0, np.empty(n_cols, np.float32), np.empty(n_cols, np.float32), np.empty(n_cols, np.int8)
     for i in range(n_rows):
         left = delta[i]
         if refits:
-            _count(codes[i], zero, unit)
-            refit_row(grid, i, unit, steps[i], delta[i], rest, work, moments)
+            refit_row(grid, i, codes[i], zero, steps[i], delta[i], rest)
+            copy(codes[i], before)
             left = rest
-        _expand_inverse(steps[i], group, step)
-        _in_steps(left, step, ratio)
-        if refits and _n_large(ratio):
-            _count_outside(codes[i], ratio, low - np.float32(0.5), high + np.float32(0.5), outside[i])
-        _move(codes[i], ratio, low, high, spread, _row_key(key, first_row + i))
-        expand(steps[i], group, step)
-        _tally_codes(delta[i], left, ratio, step, sums)
+        largest = _move(codes[i], steps[i], delta[i], left, low, high, spread, _row_key(key, first_row + i), ratio, sums)
+        if refits and largest > np.float32(0.5):
+            _count_outside(before, ratio, low - np.float32(0.5), high + np.float32(0.5), outside[i])
+
+
+@kernel
+def _expand(values, group, out):
+    for g in range(len(values)):
+        out[g * group : (g + 1) * group] = values[g]
+
+
+@kernel
+def _expand_inverse(values, group, out):
+    for g in range(len(values)):
+        out[g * group : (g + 1) * group] = np.float32(0.0) if values[g] == 0 else np.float32(1.0) / values[g]
 
 
 @kernel
@@ -237,21 +219,21 @@ def round_levels(codes, steps, delta, levels, code_min, spread, key, first_row, 
     """As ``round_codes``, on a codebook: code c stands for ``levels[c - code_min] * step``, levels ascending, f32."""
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]
-    refits, moments, work = len(grid[0]) > 0, np.zeros((6, grid[0].shape[1]), np.float32), np.empty((11, n_cols), np.float32)
-    unit, step, rest, wanted, low, high, moved = work[4], work[5], work[6], work[7], work[8], work[9], work[10]
+    refits, work = len(grid[0]) > 0, np.empty((7, n_cols), np.float32)
+    unit, step, rest, wanted, low, high, moved = work[0], work[1], work[2], work[3], work[4], work[5], work[6]
     below = np.empty(n_cols, np.int32)
     base = np.float32(0.5) - np.float32(0.5) * spread
     for i in range(n_rows):
         left, row_key = delta[i], _row_key(key, first_row + i)
         _look_up(codes[i], levels, code_min, unit)
         if refits:
-            refit_row(grid, i, unit, steps[i], delta[i], rest, work, moments)
+            refit_row(grid, i, unit, np.float32(0.0), steps[i], delta[i], rest)
             left = rest
         _expand_inverse(steps[i], group, step)
         for j in range(n_cols):
             wanted[j] = unit[j] + left[j] * step[j]
         _bracket(wanted, levels, below, low, high)
-        expand(steps[i], group, step)
+        _expand(steps[i], group, step)
         changed = 0
         for j in range(n_cols):
             fraction = min(max((wanted[j] - low[j]) / (high[j] - low[j]), np.float32(0.0)), np.float32(1.0))

@@ -7,7 +7,7 @@ from libgguf import dequantize_rows, quantize_rows
 from lora_gguf.ggml import BY_NAME
 from lora_gguf.quants import QUANTS
 from lora_gguf.refit import refit_row
-from lora_gguf.requantize import Recipe, grid_of, recode
+from lora_gguf.requantize import Recipe, grid_of, recode, weighting_of
 from lora_gguf.rounding import tensor_key
 
 KEY = tensor_key(0, "t")
@@ -33,12 +33,12 @@ def refitted(type_name, importance, seed=0):
     blocks, before, delta = blocks_of(type_name, seed=seed)
     codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), 512 // quant.group), np.float32)
     quant.unpack(blocks, codes, steps)
-    grid = grid_of(Recipe(quant, quant, "auto", KEY, weighting=importance[None]), blocks, steps, 0)
+    grid = grid_of(Recipe(quant, quant, "auto", KEY, weighting=[weighting_of(quant, importance)]), blocks, steps, 0)
     unit = codes.astype(np.float32) - quant.zero if quant.levels is None else quant.levels[codes.astype(int) - quant.code_min]
     assert np.allclose(np.repeat(steps, quant.group, 1) * unit - np.repeat(grid[1], quant.group, 1), before, atol=1e-7)
-    left, work, moments = np.empty_like(delta), np.empty((4, 512), np.float32), np.zeros((6, grid[0].shape[1]), np.float32)
+    left = np.empty_like(delta)
     for i in range(len(delta)):
-        refit_row(grid, i, unit[i], steps[i], delta[i], left[i], work, moments)
+        refit_row(grid, i, unit[i], np.float32(0), steps[i], delta[i], left[i])
     return blocks, before, delta, left, delta - left, steps
 
 
@@ -79,7 +79,7 @@ def test_auto_is_unbiased(type_name):
     total, tries = 0.0, 60
     for seed in range(tries):
         blocks, before, delta = blocks_of(type_name, rows=16)
-        recipe = Recipe(quant, quant, "auto", tensor_key(seed, "t"), None, importance)
+        recipe = Recipe(quant, quant, "auto", tensor_key(seed, "t"), weighting=[weighting_of(quant, importance[0])])
         new, sums = recode(recipe, blocks, delta.copy(), 0)
         moved = decoded(type_name, new) - before
         assert np.isclose(sums[0], (moved.astype(np.float64) * delta).sum(), rtol=2e-2)

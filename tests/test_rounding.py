@@ -61,7 +61,7 @@ def test_codes_round_what_the_grid_has_left(type_name):
     quant.decode(blocks, before)
     quant.unpack(blocks, codes, steps)
     grid = grid_of(Recipe(quant, quant, "auto", KEY), blocks, steps, 0)
-    old, sums, outside = codes.copy(), np.zeros(4), np.zeros(grid[0].shape[:2], np.float32)
+    old, sums, outside = codes.copy(), np.zeros(4), np.zeros((24, 512 // quant.type.block_size), np.float32)
     limits = np.float32(quant.code_min), np.float32(quant.code_max)
     round_codes(codes, np.float32(quant.zero), steps, delta, *limits, np.float32(0), KEY, 0, sums, grid, outside)
     moved_grid, after, step = np.empty_like(weights), np.empty_like(weights), np.repeat(steps.astype(np.float64), quant.group, 1)

@@ -6,19 +6,20 @@ import numpy as np
 
 from lora_gguf.kernel import kernel
 
-_TWO_112 = np.float32(2.0**112)
+_UNIT = np.float32(2.0**-24)  # of f16 denormals
 
 
 @kernel
 def f32_from_f16(h):
     """The f32 value of the f16 bit pattern ``h`` (an integer), exact; a NaN comes out quiet, as from ggml."""
     h = np.uint32(h)
-    bits = np.uint32((h & 0x7FFF) << 13)
-    value = bits.view(np.float32) * _TWO_112  # rebias the exponent; denormals come out right
-    if h & 0x7C00 == 0x7C00:  # infinity, NaN
-        quiet = 0x400000 if h & 0x3FF else 0
-        value = np.uint32(bits | 0x7F800000 | quiet).view(np.float32)
-    return -value if h & 0x8000 else value
+    magnitude = h & 0x7FFF
+    bits = np.uint32((magnitude << 13) + 0x38000000)  # rebias the exponent
+    if magnitude < 0x400:  # denormal in f16, and never in f32: arithmetic on denormals is slow
+        bits = np.float32(np.float32(magnitude) * _UNIT).view(np.uint32)
+    if magnitude >= 0x7C00:  # infinity, NaN
+        bits = np.uint32((magnitude << 13) | 0x7F800000 | (0x400000 if magnitude > 0x7C00 else 0))
+    return np.uint32(bits | (h & 0x8000) << 16).view(np.float32)
 
 
 @kernel

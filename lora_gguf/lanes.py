@@ -1,0 +1,214 @@
+"""Sixteen numbers side by side inside kernels: ``F32`` (f32) and ``U32`` (uint32) lanes, as vector registers hold them.
+
+LLVM turns loops into vector code by rules of its own, and leaves short loops scalar; code on lanes is vector code on every
+machine, two or four registers wide where there are no sixteen lanes, with the same results bit for bit: ``fma`` rounds once
+everywhere. ``+``, ``-``, ``*``, ``^`` and ``>>`` work lane by lane.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, models, register_model
+
+from lora_gguf.kernel import kernel
+
+N = 16
+_SCALARS = {"F32": ir.FloatType(), "U32": ir.IntType(32)}
+
+
+class Lanes(types.Type):
+    """The numba type of sixteen numbers."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        super().__init__(name=f"Lanes({kind})")
+
+
+F32, U32 = Lanes("F32"), Lanes("U32")
+
+
+def _vector(scalar) -> ir.VectorType:
+    return ir.VectorType(scalar, N)
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, lanes):
+        super().__init__(manager, lanes, _vector(_SCALARS[lanes.kind]))
+
+
+def _operator(op, lanes: Lanes, emit: str) -> None:
+    """Let ``op`` of two ``lanes`` be the LLVM instruction ``emit``."""
+
+    @infer_global(op)
+    class _Template(AbstractTemplate):
+        def generic(self, args, _):
+            return signature(lanes, *args) if args == (lanes, lanes) else None
+
+    lower_builtin(op, lanes, lanes)(lambda context, builder, sig, args: getattr(builder, emit)(*args))
+
+
+for _op, _lanes, _emit in (
+    (operator.add, F32, "fadd"),
+    (operator.sub, F32, "fsub"),
+    (operator.mul, F32, "fmul"),
+    (operator.add, U32, "add"),
+    (operator.mul, U32, "mul"),
+    (operator.xor, U32, "xor"),
+    (operator.rshift, U32, "lshr"),
+):
+    _operator(_op, _lanes, _emit)
+
+
+def _llvm(name: str):
+    """What calls LLVM's function ``name`` on f32 lanes, or on f32."""
+
+    def emit(_context, builder, sig, args):
+        function = ir.FunctionType(args[0].type, [arg.type for arg in args])
+        suffix = f"v{N}f32" if sig.return_type == F32 else "f32"
+        return builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.{name}.{suffix}"), args)
+
+    return emit
+
+
+def _select(comparison: str):
+    """What takes the first of two lanes where the comparison holds, and the second elsewhere: one instruction, unlike minnum."""
+    return lambda context, builder, sig, args: builder.select(builder.fcmp_ordered(comparison, *args), *args)
+
+
+@intrinsic
+def floor(typing, x):
+    return x(x), _llvm("floor")
+
+
+@intrinsic
+def magnitude(typing, x):
+    return x(x), _llvm("fabs")
+
+
+@intrinsic
+def fma(typing, x, y, z):
+    """x * y + z, rounded once; also of three f32."""
+    return x(x, y, z), _llvm("fma")
+
+
+@intrinsic
+def least(typing, x, y):
+    """The smaller of each two; ``y`` where ``x`` is NaN."""
+    return x(x, y), _select("<")
+
+
+@intrinsic
+def most(typing, x, y):
+    """The larger of each two; ``y`` where ``x`` is NaN."""
+    return x(x, y), _select(">")
+
+
+def _splat(builder, scalar):
+    vector = ir.Constant(_vector(scalar.type), ir.Undefined)
+    first = builder.insert_element(vector, scalar, ir.IntType(32)(0))
+    return builder.shuffle_vector(first, vector, ir.Constant(_vector(ir.IntType(32)), [0] * N))
+
+
+@intrinsic
+def splat(typing, value):
+    """All lanes the one f32 or uint32 ``value``."""
+    lanes = {types.float32: F32, types.uint32: U32}[value]
+    return lanes(value), lambda context, builder, sig, args: _splat(builder, args[0])
+
+
+@intrinsic
+def iota(typing):
+    """0 to 15, uint32."""
+    return U32(), lambda *_: ir.Constant(_vector(ir.IntType(32)), list(range(N)))
+
+
+@intrinsic
+def to_f32(typing, lanes):
+    """Whole numbers below 2**31 as f32."""
+    return F32(U32), lambda context, builder, sig, args: builder.sitofp(args[0], _vector(ir.FloatType()))
+
+
+@intrinsic
+def nonzero(typing, lanes):
+    """1 where a lane is not 0 (or NaN), else 0."""
+
+    def emit(_context, builder, _sig, args):
+        zero = ir.Constant(args[0].type, [0.0] * N)
+        return builder.uitofp(builder.fcmp_unordered("!=", args[0], zero), args[0].type)
+
+    return F32(F32), emit
+
+
+def _halved(combine):
+    """What makes one number of all lanes, by halves, the upper on the lower: in one order on every machine."""
+
+    def emit(context, builder, sig, args):
+        lanes = args[0]
+        for half in (8, 4, 2, 1):
+            upper = ir.Constant(_vector(ir.IntType(32)), [(k + half) % N for k in range(N)])
+            lanes = combine(context, builder, sig, (lanes, builder.shuffle_vector(lanes, lanes, upper)))
+        return builder.extract_element(lanes, ir.IntType(32)(0))
+
+    return emit
+
+
+@intrinsic
+def total(typing, lanes):
+    """The sum of all lanes."""
+    return types.float32(F32), _halved(lambda context, builder, sig, args: builder.fadd(*args))
+
+
+@intrinsic
+def greatest(typing, lanes):
+    """The largest of all lanes."""
+    return types.float32(F32), _halved(_select(">"))
+
+
+def _pointer(context, builder, array_type, array, at, scalar):
+    """Where lanes of ``scalar`` begin in a C-contiguous array: at a flat index, or at (row, column)."""
+    struct = context.make_array(array_type)(context, builder, value=array)
+    if isinstance(at.type, ir.ArrayType):
+        row, column = cgutils.unpack_tuple(builder, at, 2)
+        at = builder.add(builder.mul(row, builder.extract_value(struct.shape, 1)), column)
+    return builder.bitcast(builder.gep(struct.data, [at]), _vector(scalar).as_pointer())
+
+
+@intrinsic
+def load(typing, array, at):
+    """Sixteen of ``array`` from ``at`` on, f32, or int8 as f32. There must be as many: nothing checks it."""
+    is_f32 = array.dtype == types.float32
+
+    def emit(context, builder, sig, args):
+        scalar = ir.FloatType() if is_f32 else ir.IntType(8)
+        lanes = builder.load(_pointer(context, builder, array, *args, scalar), align=4 if is_f32 else 1)
+        return lanes if is_f32 else builder.sitofp(builder.sext(lanes, _vector(ir.IntType(32))), _vector(ir.FloatType()))
+
+    return F32(array, at), emit
+
+
+@intrinsic
+def store(typing, lanes, array, at):
+    """Put ``lanes`` into ``array`` from ``at`` on: f32, or whole numbers as int8. There must be room: nothing checks it."""
+    is_f32 = array.dtype == types.float32
+
+    def emit(context, builder, sig, args):
+        scalar, lanes = (ir.FloatType() if is_f32 else ir.IntType(8)), args[0]
+        if not is_f32:
+            lanes = builder.trunc(builder.fptosi(lanes, _vector(ir.IntType(32))), _vector(scalar))
+        builder.store(lanes, _pointer(context, builder, array, *args[1:], scalar), align=4 if is_f32 else 1)
+        return context.get_dummy_value()
+
+    return types.void(lanes, array, at), emit
+
+
+@kernel
+def copy(source, target):
+    """The f32 or int8 row ``source`` into ``target``, a multiple of sixteen long: ``target[:] = source`` takes five times as long."""
+    for j in range(0, len(source), N):
+        store(load(source, j), target, j)
