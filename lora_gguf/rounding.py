@@ -26,6 +26,7 @@ from lora_gguf.refit import refit_row
 
 _GOLDEN = np.uint32(0x9E3779B9)
 _UNIT = np.float32(2.0**-24)
+_ROWS = 24  # of a product in work at once: more of them, a power of two of bytes apart, throw each other out of the cache
 
 
 def tensor_key(seed: int, name: str) -> np.uint64:
@@ -89,13 +90,14 @@ def low_rank(b, a, delta):
                     delta[i, j] = fma(b[i, k], a[k, j], delta[i, j])
         return
     tile = np.empty((len(a), 2 * N), np.float32)
-    for column in range(0, n_cols, 2 * N):
-        j = min(column, n_cols - 2 * N)  # the last tile may overlap the one before
-        for k in range(len(a)):
-            store(load(a, (k, j)), tile, (k, 0))
-            store(load(a, (k, j + N)), tile, (k, N))
-        for i in range(0, n_rows, 3):
-            _three_rows(b, tile, min(i, n_rows - 3), j, delta)
+    for top in range(0, n_rows, _ROWS):
+        for column in range(0, n_cols, 2 * N):
+            j = min(column, n_cols - 2 * N)  # the last tile may overlap the one before, and so may the last three rows
+            for k in range(len(a)):
+                store(load(a, (k, j)), tile, (k, 0))
+                store(load(a, (k, j + N)), tile, (k, N))
+            for i in range(top, min(top + _ROWS, n_rows), 3):
+                _three_rows(b, tile, min(i, n_rows - 3), j, delta)
 
 
 @report_kernel

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
+from lora_gguf.kernel import kernel, part
 
 _UNIT = np.float32(2.0**-24)  # of f16 denormals
 
 
-@kernel
+@part
 def f32_from_f16(h):
     """The f32 value of the f16 bit pattern ``h`` (an integer), exact; a NaN comes out quiet, as from ggml."""
     h = np.uint32(h)

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
+from lora_gguf.kernel import kernel, part
 from lora_gguf.quants.by_block import F32, I8, U8, by_block
 from lora_gguf.quants.half import f32_from_f16
 
 
-@kernel
+@part
 def _f16(block, at):
     return f32_from_f16(np.uint32(block[at]) | np.uint32(block[at + 1]) << 8)
 
@@ -120,7 +120,7 @@ def pack_q3_k(codes, blocks):
 # bits of scales[0:8].
 
 
-@kernel
+@part
 def _steps_and_lows(block, steps, lows):
     d, dmin, s = _f16(block, 0), _f16(block, 2), block[4:16]
     for k in range(4):
