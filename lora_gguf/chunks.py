@@ -104,7 +104,8 @@ def carry_out(chunk: Chunk, reader: GgufReader, writer: GgufWriter) -> tuple[int
     if chunk.tensor.recipe is None:
         writer.copy(target, reader, info, chunk.first * info.row_bytes, chunk.n_bytes)
         return None
-    blocks = reader.read(info, chunk.first, chunk.n_rows)
+    blocks = scratch("blocks", (chunk.n_rows, info.row_bytes), np.uint8)
+    reader.read_into(info, chunk.first * info.row_bytes, blocks)
     if (row := broken_row(info.type, blocks)) is not None:
         raise NumericError(f"{reader.label}: {info.name}: row {chunk.first + row}: a scale is NaN or infinity: the base is damaged")
     delta = update_of(chunk, blocks)

@@ -43,6 +43,13 @@ def scratch(name: str, shape: tuple[int, ...], dtype=np.float32) -> np.ndarray:
     return buffer[:n_bytes].view(dtype).reshape(shape)
 
 
+def copied(array: np.ndarray) -> np.ndarray:
+    """A copy of an array in memory that this thread uses for one such copy at a time."""
+    copy = scratch("copy", array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How the rows of a tensor are rewritten: from which type to which, and by which rounding.
@@ -107,7 +114,7 @@ def _move_codes(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums
         round_levels(codes, steps, delta, quant.levels, quant.code_min, spread, recipe.key, first_row, sums, grid)
         quant.pack(codes, blocks)
         return
-    before, outside = (blocks.copy(), np.zeros((len(delta), delta.shape[1] // quant.type.block_size), np.float32)) if refits else (None, NO_GRID[1])
+    before, outside = (copied(blocks), np.zeros((len(delta), delta.shape[1] // quant.type.block_size), np.float32)) if refits else (None, NO_GRID[1])
     limits = np.float32(quant.code_min), np.float32(quant.code_max)
     round_codes(codes, np.float32(quant.zero), steps, delta, *limits, spread, recipe.key, first_row, sums, grid, outside)
     quant.pack(codes, blocks)

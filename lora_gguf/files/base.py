@@ -29,9 +29,10 @@ def split_name(path: str | os.PathLike) -> tuple[str, int, int] | None:
     return match and (match["prefix"], int(match["number"]) - 1, int(match["count"]))
 
 
-def evenly(n: int, most: int) -> np.ndarray:
-    """Up to ``most`` of the numbers from 0 to ``n`` - 1, evenly spaced, ascending."""
-    return np.unique(np.linspace(0, n - 1, most).astype(int))
+def evenly(n: int, most: int, run: int = 1) -> np.ndarray:
+    """Up to ``most`` of the numbers from 0 to ``n`` - 1, ascending: evenly spaced runs of ``run`` that follow one another."""
+    starts = np.linspace(0, max(n - run, 0), max(most // run, 1)).astype(int)
+    return np.unique(np.minimum(starts[:, None] + np.arange(run), n - 1))
 
 
 class Base:
@@ -71,8 +72,12 @@ class Base:
 
     def rows(self, info: TensorInfo, rows: Iterable[int]) -> np.ndarray:
         """The rows of a tensor with these numbers, as stored: uint8 (rows, row_bytes)."""
-        reader = self.reader_of(info.name)
-        return np.concatenate([reader.read(info, int(row), 1) for row in rows])
+        reader, rows = self.reader_of(info.name), np.asarray(rows)
+        stored = np.empty((len(rows), info.row_bytes), np.uint8)
+        starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]  # of rows that follow one another
+        for start, end in zip(starts, starts[1:]):
+            reader.read_into(info, int(rows[start]) * info.row_bytes, stored[start:end])
+        return stored
 
     @property
     def paths(self) -> list[Path]:

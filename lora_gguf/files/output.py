@@ -26,7 +26,7 @@ except ImportError:  # Windows: no advisory locks, so stale files stay
 
 SUFFIX = ".lora-gguf-tmp"
 _COPY_CHUNK = 8 << 20
-_SYNC_BYTES = 64 << 20  # after so many the disk is told to begin, and the end need not wait for all of them
+_SYNC_BYTES = 32 << 20  # after so many the disk is told to begin, and the end need not wait for all of them
 _LIVE: set[Path] = set()  # temporary files of this process
 
 
