@@ -17,7 +17,7 @@ import numba
 from numba.core.caching import FunctionCache
 from numba.core.runtime import rtsys
 
-CALLED_BY_OTHERS = [Path(__file__).parent / name for name in ("lanes.py", "quants/half.py", "refit.py")]
+CALLED_BY_OTHERS = [Path(__file__).parent / name for name in ("kernel.py", "lanes.py", "quants/half.py", "refit.py")]
 
 
 def _digest() -> str:
@@ -63,7 +63,7 @@ class _Cache(FunctionCache):
 
 
 def _compiled(function, **options):
-    dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
+    dispatcher = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True, **options)(function)
     if CACHE:
         dispatcher._cache = _Cache(function)
     return dispatcher
@@ -76,7 +76,7 @@ def kernel(function):
 
 def part(function):
     """As ``kernel``, for what other kernels call often: it becomes a part of their code."""
-    return _compiled(function, forceinline=True)
+    return _compiled(function, forceinline=True, no_cpython_wrapper=True)
 
 
 def report_kernel(function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ _local = threading.local()
 
 def scratch(name: str, shape: tuple[int, ...], dtype=np.float32) -> np.ndarray:
     """An array that this thread uses again and again under ``name``, with whatever it held: fresh pages cost as much as a pass."""
-    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = getattr(_local, name, None)
     if buffer is None or len(buffer) < n_bytes:
         buffer = np.empty(n_bytes, np.uint8)
