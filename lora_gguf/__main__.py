@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import signal
+import sys
 
 
 def main() -> None:
@@ -12,7 +15,12 @@ def main() -> None:
     gc.set_threshold(100_000)  # imports make much that lasts: to look through it again and again takes a tenth of a second
     from lora_gguf.cli import main
 
-    main()
+    try:
+        main()
+    except SystemExit as end:  # all is written and closed: to take Numba down piece by piece would last as long as a small merge
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os._exit(end.code)
 
 
 if __name__ == "__main__":

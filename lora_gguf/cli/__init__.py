@@ -108,9 +108,7 @@ def main() -> None:
         _on_signals(_leave_at_once)
         remove_live()
     _flush_or_drop_stdout()
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
-    os._exit(code)  # all is written and closed: to take Numba down piece by piece would last as long as a small merge
+    sys.exit(code)
 
 
 def _open_standard_streams() -> None:
