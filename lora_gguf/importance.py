@@ -22,7 +22,7 @@ from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.quants import QUANTS
 
 POWER = -1.5
-SAMPLE_ROWS, RUN = 64, 8  # rows of a tensor, so many at one place: a read costs more than a row
+SAMPLE_ROWS = 64
 FLOOR = 1e-3  # of the median: columns of zeros say nothing
 # who reads the residual stream in a layer, and which of these tell its large columns best
 _RESIDUAL = (
@@ -97,7 +97,7 @@ def _readable(info: TensorInfo, n_cols: int) -> bool:
 
 def column_energy(base: Base, info: TensorInfo) -> np.ndarray:
     """The mean square of each column, (cols,), from some rows, relative to their median."""
-    energy = np.square(decoded_rows(base, info, evenly(info.n_rows, SAMPLE_ROWS, RUN)), dtype=np.float64).sum(axis=0)
+    energy = np.square(decoded_rows(base, info, evenly(info.n_rows, SAMPLE_ROWS)), dtype=np.float64).sum(axis=0)
     median = np.median(energy)
     return np.maximum(energy / median, FLOOR) if np.isfinite(median) and median > 0 else np.ones(info.n_cols)
 

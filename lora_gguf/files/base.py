@@ -29,10 +29,9 @@ def split_name(path: str | os.PathLike) -> tuple[str, int, int] | None:
     return match and (match["prefix"], int(match["number"]) - 1, int(match["count"]))
 
 
-def evenly(n: int, most: int, run: int = 1) -> np.ndarray:
-    """Up to ``most`` of the numbers from 0 to ``n`` - 1, ascending: evenly spaced runs of ``run`` that follow one another."""
-    starts = np.linspace(0, max(n - run, 0), max(most // run, 1)).astype(int)
-    return np.unique(np.minimum(starts[:, None] + np.arange(run), n - 1))
+def evenly(n: int, most: int) -> np.ndarray:
+    """Up to ``most`` of the numbers from 0 to ``n`` - 1, evenly spaced, ascending."""
+    return np.unique(np.linspace(0, n - 1, most).astype(int))
 
 
 class Base:
