@@ -2,7 +2,7 @@
 
 LLVM turns loops into vector code by rules of its own, and leaves short loops scalar; code on lanes is vector code on every
 machine, two or four registers wide where there are no sixteen lanes, with the same results bit for bit: ``fma`` rounds once
-everywhere. ``+``, ``-``, ``*``, ``^`` and ``>>`` work lane by lane.
+everywhere. Python's operators work lane by lane.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ for _op, _lanes, _emit in (
     (operator.add, F32, "fadd"),
     (operator.sub, F32, "fsub"),
     (operator.mul, F32, "fmul"),
+    (operator.truediv, F32, "fdiv"),
     (operator.add, U32, "add"),
     (operator.mul, U32, "mul"),
+    (operator.and_, U32, "and_"),
     (operator.xor, U32, "xor"),
     (operator.rshift, U32, "lshr"),
 ):
@@ -132,6 +134,23 @@ def iota(typing):
 def to_f32(typing, lanes):
     """Whole numbers below 2**31 as f32."""
     return F32(U32), lambda context, builder, sig, args: builder.sitofp(args[0], _vector(ir.FloatType()))
+
+
+@intrinsic
+def where_less(typing, x, y, one, other):
+    """``one`` where x < y, and ``other`` elsewhere."""
+
+    def emit(_context, builder, _sig, args):
+        return builder.select(builder.fcmp_ordered("<", *args[:2]), *args[2:])
+
+    return one(x, y, one, other), emit
+
+
+@intrinsic
+def bits(typing, lanes):
+    """The bit patterns of f32 lanes, as U32, or the f32 that U32 lanes are the patterns of."""
+    other = U32 if lanes == F32 else F32
+    return other(lanes), lambda context, builder, sig, args: builder.bitcast(args[0], _vector(_SCALARS[other.kind]))
 
 
 @intrinsic

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_gguf.kernel import kernel, part
-from lora_gguf.lanes import N, copy, fma, load, splat, store, total
+from lora_gguf.lanes import N, bits, copy, floor, fma, least, load, magnitude, splat, store, total, where_less
 from lora_gguf.quants.half import f32_from_f16
 
 UNTOUCHED = 0.02  # share of all importance that the heaviest columns of the blocks left out may have
 _RIDGE = np.float32(1e-3)
 _LARGEST = np.float32(0.5)
+_NORMAL, _UNIT, _PER_UNIT, _MOST = np.float32(2.0**-14), np.float32(2.0**-24), np.float32(2.0**24), np.float32(65472)  # of f16
 
 
 @dataclass(frozen=True)
@@ -47,45 +48,71 @@ def _pattern(row, at):
 
 @kernel
 def _put(half, row, at):
-    row[at], row[at + 1] = half & 255, half >> 8
-
-
-@kernel
-def _half(value, up):
-    """The finite f16 pattern next to ``value`` towards zero, after 2**-13 ``up`` of its unit was added: 0x1000 rounds to nearest."""
-    bits = np.float32(value).view(np.uint32)
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    half = np.uint32((magnitude - 0x38000000 + up) >> 13)
-    if magnitude < 0x38800000:  # denormal in f16, whose unit is 2**-24
-        half = np.uint32(magnitude.view(np.float32) * np.float32(2.0**24) + np.float32(up) * np.float32(2.0**-13))
-    return np.uint32(min(half, np.uint32(0x7BFE)) | ((bits >> 16) & 0x8000))
+    """Store an f16 number's magnitude; its sign stays."""
+    row[at], row[at + 1] = half & 255, half >> 8 | np.uint32(row[at + 1]) & 0x80
 
 
 @part
-def _best(ss, so, oo, sd, od, half_d, half_m, ridge):
-    """The f16 patterns of the d and m whose change (1 + x, 1 + y) comes nearest to the update, and their x and y.
+def _half(value):
+    """The pattern of an f32 >= 0 that is an f16 number."""
+    if value < _NORMAL:
+        return np.uint32(value * _PER_UNIT)
+    half = np.uint32((np.float32(value).view(np.uint32) - 0x38000000) >> 13)
+    return half
 
-    The error is Σ h (delta - x s + y o)². Both neighbours of the best d are tried, each with the m that goes with it best.
-    No branch depends on the numbers: where the processor guesses wrong, it costs more than all of this.
+
+@part
+def _f16_below(x, up):
+    """The f16 numbers next to lanes ``x`` > 0 towards zero, after 2**-13 ``up`` of their unit was added: 0x1000 rounds to nearest."""
+    normal = bits((bits(x) + splat(np.uint32(up))) & splat(np.uint32(0xFFFFE000)))
+    denormal = floor(fma(x, splat(_PER_UNIT), splat(np.float32(up) * np.float32(2.0**-13)))) * splat(_UNIT)
+    return least(where_less(x, splat(_NORMAL), denormal, normal), splat(_MOST))
+
+
+@part
+def _f16_above(x):
+    """The f16 numbers after the f16 numbers ``x`` >= 0."""
+    return where_less(x, splat(_NORMAL), x + splat(_UNIT), bits(bits(x) + splat(np.uint32(0x2000))))
+
+
+@part
+def _small(x):
+    """``x``, or 0 where it is too large a change of a grid to be meant."""
+    return where_less(magnitude(x), splat(_LARGEST), x, splat(np.float32(0.0)))
+
+
+@part
+def _solve(work):
+    """The changes of d and m that come nearest to the update, for many blocks side by side.
+
+    ``work`` is f32 (8, blocks, to a multiple of sixteen). Its rows are Σ h·s², Σ h·s·delta, Σ h·s·o, Σ h·o·delta, Σ h·o², the
+    ridge of the first, |d| and |m|; the first four become the new |d| and |m|, both f16 numbers, and the changes x and y, as
+    parts of d and m. The error is Σ h (delta - x s + y o)². Both neighbours of the best d are tried, each with the m that goes
+    with it best.
     """
-    zero, one, two = np.float32(0.0), np.float32(1.0), np.float32(2.0)
-    d, m = f32_from_f16(half_d), f32_from_f16(half_m)
-    per_d, per_m, per_oo = one / d if d != 0 else zero, one / m if m != 0 else zero, one / oo if oo > 0 else zero
-    det = (ss + ridge) - so * so * per_oo
-    x = (sd - so * od * per_oo) / det if det > 0 else zero
-    below = _half(d * (one + (x if abs(x) < _LARGEST else zero)), np.uint32(0))
-    best, best_d, best_m, best_x, best_y = zero, half_d, half_m, zero, zero
-    for new_d in (below, np.uint32(below + 1)):
-        x = f32_from_f16(new_d) * per_d - one if d != 0 else zero
-        y = (so * x - od) * per_oo
-        new_m = _half(m * (one + (y if abs(y) < _LARGEST else zero)), np.uint32(0x1000))
-        y = f32_from_f16(new_m) * per_m - one if m != 0 else zero
-        error = x * (ss * x - two * sd) + y * (oo * y + two * (od - so * x))
-        better = error < best
-        best = error if better else best
-        best_d, best_x = new_d if better else best_d, x if better else best_x
-        best_m, best_y = new_m if better else best_m, y if better else best_y
-    return best_d if d != 0 else half_d, best_m if m != 0 else half_m, best_x, best_y
+    zero, one, two = splat(np.float32(0.0)), splat(np.float32(1.0)), splat(np.float32(2.0))
+    for b in range(0, work.shape[1], N):
+        ss, sd, so, od = load(work, (0, b)), load(work, (1, b)), load(work, (2, b)), load(work, (3, b))
+        oo, ridge, d, m = load(work, (4, b)), load(work, (5, b)), load(work, (6, b)), load(work, (7, b))
+        per_oo, per_d, per_m = where_less(zero, oo, one / oo, zero), where_less(zero, d, one / d, zero), where_less(zero, m, one / m, zero)
+        det = ss + ridge - so * so * per_oo
+        x = _small(where_less(zero, det, (sd - so * od * per_oo) / det, zero))
+        new_d = _f16_below(d * (one + x), 0)
+        best, best_d, best_m, best_x, best_y = zero, d, m, zero, zero
+        for _ in range(2):
+            x = where_less(zero, d, new_d * per_d - one, zero)
+            y = _small((so * x - od) * per_oo)
+            new_m = _f16_below(m * (one + y), 0x1000)
+            y = where_less(zero, m, new_m * per_m - one, zero)
+            error = x * (ss * x - two * sd) + y * (oo * y + two * (od - so * x))
+            best_d, best_m = where_less(error, best, new_d, best_d), where_less(error, best, new_m, best_m)
+            best_x, best_y = where_less(error, best, x, best_x), where_less(error, best, y, best_y)
+            best = least(error, best)
+            new_d = _f16_above(new_d)
+        store(best_d, work, (0, b))
+        store(best_m, work, (1, b))
+        store(best_x, work, (2, b))
+        store(best_y, work, (3, b))
 
 
 @part
@@ -122,30 +149,40 @@ def _leave(unit, zero, delta, first, end, steps, lows, x, y, left):
 
 
 @kernel
-def refit_row(grid, row, unit, zero, steps, delta, left):
+def refit_work(grid):
+    """The ``work`` of ``refit_row``."""
+    return np.zeros((8, (len(grid[4]) + N - 1) // N * N), np.float32)
+
+
+@kernel
+def refit_row(grid, row, unit, zero, steps, delta, left, work):
     """Move the grid of a row towards its update ``delta`` f32 (cols,); ``left`` (cols,) gets what the codes have still to move by.
 
     ``grid`` is (blocks, lows, importance, heights, moving, block_bytes, d_at, m_at): uint8 (rows, row_bytes), changed in place;
     f32 (rows, groups); those of ``Weighting``; how long a block is; where d and m are in it, m's -1 if there is none.
     A weight is step * (unit - zero) - low: ``unit`` (cols,), int8 or f32, is what the codes count, ``steps`` (groups,) become
-    those of the new grid.
+    those of the new grid. ``work`` is ``refit_work``.
     """
     blocks, all_lows, importance, heights, moving, block_bytes, d_at, m_at = grid
     stored, lows, has_m = blocks[row], all_lows[row], m_at >= 0
     per_block = len(steps) // (len(stored) // block_bytes)
     copy(delta, left)
-    for b in moving:
-        at, first, end, oo, height = np.uint64(b * block_bytes), b * per_block, (b + 1) * per_block, np.float32(0.0), np.float32(0.0)
+    for k in range(len(moving)):
+        first = moving[k] * per_block
+        end, at, oo, height = first + per_block, np.uint64(moving[k] * block_bytes), np.float32(0.0), np.float32(0.0)
         for g in range(first, end):
             oo += heights[g] * lows[g] * lows[g]
             height += heights[g]
-        ridge = _RIDGE * steps[first] * steps[first] * height
-        half_d, half_m = _pattern(stored, at + np.uint64(d_at)), _pattern(stored, at + np.uint64(m_at)) if has_m else np.uint32(0)
-        ss, sd, so, od = _moments(unit, zero, importance, delta, first, end, steps, lows, has_m)
-        new_d, new_m, x, y = _best(ss, so, oo, sd, od, half_d, half_m, ridge)
-        _put(new_d, stored, at + np.uint64(d_at))
+        work[0, k], work[1, k], work[2, k], work[3, k] = _moments(unit, zero, importance, delta, first, end, steps, lows, has_m)
+        work[4, k], work[5, k] = oo, _RIDGE * steps[first] * steps[first] * height
+        work[6, k] = abs(f32_from_f16(_pattern(stored, at + np.uint64(d_at))))
+        work[7, k] = abs(f32_from_f16(_pattern(stored, at + np.uint64(m_at)))) if has_m else np.float32(0.0)
+    _solve(work)
+    for k in range(len(moving)):
+        first, at, x, y = moving[k] * per_block, np.uint64(moving[k] * block_bytes), work[2, k], work[3, k]
+        _put(_half(work[0, k]), stored, at + np.uint64(d_at))
         if has_m:
-            _put(new_m, stored, at + np.uint64(m_at))
-        _leave(unit, zero, delta, first, end, steps, lows, x, y, left)
-        for g in range(first, end):
+            _put(_half(work[1, k]), stored, at + np.uint64(m_at))
+        _leave(unit, zero, delta, first, first + per_block, steps, lows, x, y, left)
+        for g in range(first, first + per_block):
             steps[g] *= np.float32(1.0) + x

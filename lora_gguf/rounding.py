@@ -22,7 +22,7 @@ from lora_gguf.lanes import (
     N, copy, floor, fma, greatest, iota, least, load, magnitude, most, nonzero, splat, store, to_f32, total,
 )  # fmt: skip
 from lora_gguf.quants.half import f32_from_f16
-from lora_gguf.refit import refit_row
+from lora_gguf.refit import refit_row, refit_work
 
 _GOLDEN = np.uint32(0x9E3779B9)
 _UNIT = np.float32(2.0**-24)
@@ -172,11 +172,12 @@ def round_codes(codes, zero, steps, delta, low, high, spread, key, first_row, su
     weights that leave the new range by more than half a step.
     """
     n_rows, n_cols = codes.shape
-    refits, rest, ratio, before = len(grid[0]) > 0, np.empty(n_cols, np.float32), np.empty(n_cols, np.float32), np.empty(n_cols, np.int8)
+    refits, work = len(grid[0]) > 0, refit_work(grid)
+    rest, ratio, before = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32), np.empty(n_cols, np.int8)
     for i in range(n_rows):
         left = delta[i]
         if refits:
-            refit_row(grid, i, codes[i], zero, steps[i], delta[i], rest)
+            refit_row(grid, i, codes[i], zero, steps[i], delta[i], rest, work)
             copy(codes[i], before)
             left = rest
         largest = _move(codes[i], steps[i], delta[i], left, low, high, spread, _row_key(key, first_row + i), ratio, sums)
@@ -221,15 +222,15 @@ def round_levels(codes, steps, delta, levels, code_min, spread, key, first_row, 
     """As ``round_codes``, on a codebook: code c stands for ``levels[c - code_min] * step``, levels ascending, f32."""
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]
-    refits, work = len(grid[0]) > 0, np.empty((7, n_cols), np.float32)
-    unit, step, rest, wanted, low, high, moved = work[0], work[1], work[2], work[3], work[4], work[5], work[6]
+    refits, work, of_row = len(grid[0]) > 0, refit_work(grid), np.empty((7, n_cols), np.float32)
+    unit, step, rest, wanted, low, high, moved = of_row[0], of_row[1], of_row[2], of_row[3], of_row[4], of_row[5], of_row[6]
     below = np.empty(n_cols, np.int32)
     base = np.float32(0.5) - np.float32(0.5) * spread
     for i in range(n_rows):
         left, row_key = delta[i], _row_key(key, first_row + i)
         _look_up(codes[i], levels, code_min, unit)
         if refits:
-            refit_row(grid, i, unit, np.float32(0.0), steps[i], delta[i], rest)
+            refit_row(grid, i, unit, np.float32(0.0), steps[i], delta[i], rest, work)
             left = rest
         _expand_inverse(steps[i], group, step)
         for j in range(n_cols):

@@ -6,7 +6,7 @@ from libgguf import dequantize_rows, quantize_rows
 
 from lora_gguf.ggml import BY_NAME
 from lora_gguf.quants import QUANTS
-from lora_gguf.refit import refit_row
+from lora_gguf.refit import refit_row, refit_work
 from lora_gguf.requantize import Recipe, grid_of, recode, weighting_of
 from lora_gguf.rounding import tensor_key
 
@@ -38,7 +38,7 @@ def refitted(type_name, importance, seed=0):
     assert np.allclose(np.repeat(steps, quant.group, 1) * unit - np.repeat(grid[1], quant.group, 1), before, atol=1e-7)
     left = np.empty_like(delta)
     for i in range(len(delta)):
-        refit_row(grid, i, unit[i], np.float32(0), steps[i], delta[i], left[i])
+        refit_row(grid, i, unit[i], np.float32(0), steps[i], delta[i], left[i], refit_work(grid))
     return blocks, before, delta, left, delta - left, steps
 
 
