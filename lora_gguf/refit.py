@@ -5,7 +5,7 @@ the codes and the small integer scales make. Two free numbers for 32 or 256 weig
 can absorb it where it counts: in large language models a few input columns carry most of the activations' energy, and
 what rounding adds there is most of the damage. ``refit_row`` finds the d and m whose change fits the update best, column j
 weighted by ``importance`` E[x_j²]; what is left is dithered, so that the whole stays unbiased. Two free numbers can free two
-columns of a block from rounding, so it is done only in the blocks whose heaviest two are worth it: a third of them in real models.
+columns of a block from rounding, so it is done only in the blocks whose heaviest two are worth it: half of them in real models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lora_gguf.kernel import kernel, part
 from lora_gguf.lanes import N, bits, copy, floor, fma, least, load, magnitude, splat, store, total, where_less
 from lora_gguf.quants.half import f32_from_f16
 
-UNTOUCHED = 0.02  # share of all importance that the heaviest columns of the blocks left out may have
+UNTOUCHED = 0.005  # share of all importance that the heaviest columns of the blocks left out may have
 _RIDGE = np.float32(1e-3)
 _LARGEST = np.float32(0.5)
 _NORMAL, _UNIT, _PER_UNIT, _MOST = np.float32(2.0**-14), np.float32(2.0**-24), np.float32(2.0**24), np.float32(65472)  # of f16
