@@ -49,7 +49,6 @@ def _bits(row_key, column):
     x = np.uint32(row_key + np.uint32(column) * _GOLDEN)
     x = np.uint32((x ^ np.uint32(x >> 16)) * np.uint32(0x21F0AAAD))
     x = np.uint32((x ^ np.uint32(x >> 15)) * np.uint32(0x735A2D97))
-    x = np.uint32(x ^ np.uint32(x >> 15))
     return np.float32(np.int32(x >> 8))
 
 
@@ -119,8 +118,7 @@ def _offsets(column, base, unit):
     """The random offsets of sixteen columns; ``column`` holds row_key + column * _GOLDEN. See ``_bits``."""
     x = (column ^ (column >> splat(np.uint32(16)))) * splat(np.uint32(0x21F0AAAD))
     x = (x ^ (x >> splat(np.uint32(15)))) * splat(np.uint32(0x735A2D97))
-    x = x ^ (x >> splat(np.uint32(15)))
-    return base + unit * to_f32(x >> splat(np.uint32(8)))
+    return fma(unit, to_f32(x >> splat(np.uint32(8))), base)
 
 
 @part
