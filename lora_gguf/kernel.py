@@ -9,6 +9,7 @@ damaged; it replaces them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -46,20 +47,31 @@ if CACHE:
     numba.config.CACHE_DIR = str(CACHE)
 
 
-class _Cache(FunctionCache):
-    """Numba's cache of a function, but for what it raises where its files are damaged: anything that ``pickle`` does."""
+class _Cache:
+    """Numba's cache of a function, but made when it is asked for, and without what it raises where its files are damaged:
+    anything that ``pickle`` does."""
+
+    def __init__(self, function):
+        self._function = function
+
+    @functools.cached_property
+    def _files(self) -> FunctionCache:
+        return FunctionCache(self._function)
+
+    def __getattr__(self, name):
+        return getattr(self._files, name)
 
     def load_overload(self, sig, target_context):
         with contextlib.suppress(Exception):
             rtsys.initialize(target_context)  # all that is needed here of what Numba's own does, in a tenth of the time
-            return self._load_overload(sig, target_context)
+            return self._files._load_overload(sig, target_context)
         with contextlib.suppress(Exception):
-            self.flush()
+            self._files.flush()
         return None
 
     def save_overload(self, sig, data):
         with contextlib.suppress(Exception):
-            super().save_overload(sig, data)
+            self._files.save_overload(sig, data)
 
 
 def _compiled(function, **options):
