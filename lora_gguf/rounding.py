@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_gguf.kernel import kernel, part, report_kernel
 from lora_gguf.lanes import (
-    N, copy, floor, fma, greatest, iota, least, load, magnitude, most, nonzero, splat, store, to_f32, total,
+    N, copy, floor, fma, greatest, iota, least, load, magnitude, most, nonzero, splat, store, to_f32, total, where_less,
 )  # fmt: skip
 from lora_gguf.quants.half import f32_from_f16
 from lora_gguf.refit import refit_row, refit_work
@@ -183,68 +183,67 @@ def round_codes(codes, zero, steps, delta, low, high, spread, key, first_row, su
             _count_outside(before, ratio, low - np.float32(0.5), high + np.float32(0.5), outside[i])
 
 
-@kernel
-def _expand(values, group, out):
-    for g in range(len(values)):
-        out[g * group : (g + 1) * group] = values[g]
+@part
+def _units(codes, levels, code_min, unit):
+    """What a row's int8 ``codes`` stand for, into ``unit`` f32 (cols,)."""
+    for j in range(0, len(codes), N):
+        number, level = load(codes, j) - splat(np.float32(code_min)), splat(levels[0])
+        for c in range(1, len(levels)):
+            level = where_less(number, splat(np.float32(c)), level, splat(levels[c]))
+        store(level, unit, j)
 
 
-@kernel
-def _expand_inverse(values, group, out):
-    for g in range(len(values)):
-        out[g * group : (g + 1) * group] = np.float32(0.0) if values[g] == 0 else np.float32(1.0) / values[g]
-
-
-@kernel
-def _bracket(wanted, levels, below, low, high):
-    """For each of ``wanted`` (cols,): the number, the value and the successor of the last level that is not above it."""
-    below[:] = np.int32(0)
-    low[:] = levels[0]
-    high[:] = levels[1]
+@part
+def _bracket(wanted, levels):
+    """The number of the last level that is not above ``wanted``, that level and the next: the first two or the last two beyond them."""
+    number, low, high = splat(np.float32(0.0)), splat(levels[0]), splat(levels[1])
     for c in range(1, len(levels) - 1):
-        level, following = levels[c], levels[c + 1]
-        for j in range(len(wanted)):
-            below[j] += np.int32(wanted[j] >= level)
-            low[j] = level if wanted[j] >= level else low[j]
-            high[j] = following if wanted[j] >= level else high[j]
+        level = splat(levels[c])
+        number = where_less(wanted, level, number, splat(np.float32(c)))
+        low, high = where_less(wanted, level, low, level), where_less(wanted, level, high, splat(levels[c + 1]))
+    return number, low, high
 
 
-@kernel
-def _look_up(codes, levels, code_min, unit):
-    for j in range(len(codes)):
-        unit[j] = levels[codes[j] - code_min]
+@part
+def _move_levels(codes, unit, levels, code_min, steps, delta, left, spread, row_key, sums):
+    """As ``_move``, on a codebook; ``unit`` (cols,) is what the codes stand for."""
+    group, zero, one, least_code = len(codes) // len(steps), splat(np.float32(0.0)), splat(np.float32(1.0)), splat(np.float32(code_min))
+    base, width = splat(np.float32(0.5) - np.float32(0.5) * spread), splat(spread * _UNIT)
+    column, sixteen = splat(row_key) + iota() * splat(_GOLDEN), splat(np.uint32(N * 0x9E3779B9 & 0xFFFFFFFF))
+    both = wanted = got = changed = zero
+    for g in range(len(steps)):
+        step, inverse = splat(steps[g]), splat(np.float32(0.0) if steps[g] == 0 else np.float32(1.0) / steps[g])
+        for j in range(g * group, (g + 1) * group, N):
+            whole, rest, old, value = load(delta, j), load(left, j), load(codes, j) - least_code, load(unit, j)
+            goal = value + rest * inverse
+            number, low, high = _bracket(goal, levels)
+            up = floor(most(least((goal - low) / (high - low), one), zero) + _offsets(column, base, width))
+            touched = magnitude(rest * inverse)
+            new = where_less(zero, touched, number + up, old)
+            new_value = where_less(zero, touched, where_less(zero, up, high, low), value)
+            store(new + least_code, codes, j)
+            moved = fma(new_value - value, step, whole - rest)
+            both, wanted, got = fma(whole, moved, both), fma(whole, whole, wanted), fma(moved, moved, got)
+            changed, column = changed + nonzero(new - old), column + sixteen
+    sums[0] += total(both)
+    sums[1] += total(wanted)
+    sums[2] += total(got)
+    sums[3] += total(changed)
 
 
 @kernel
 def round_levels(codes, steps, delta, levels, code_min, spread, key, first_row, sums, grid):
     """As ``round_codes``, on a codebook: code c stands for ``levels[c - code_min] * step``, levels ascending, f32."""
     n_rows, n_cols = codes.shape
-    group = n_cols // steps.shape[1]
-    refits, work, of_row = len(grid[0]) > 0, refit_work(grid), np.empty((7, n_cols), np.float32)
-    unit, step, rest, wanted, low, high, moved = of_row[0], of_row[1], of_row[2], of_row[3], of_row[4], of_row[5], of_row[6]
-    below = np.empty(n_cols, np.int32)
-    base = np.float32(0.5) - np.float32(0.5) * spread
+    refits, work = len(grid[0]) > 0, refit_work(grid)
+    unit, rest = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
     for i in range(n_rows):
-        left, row_key = delta[i], _row_key(key, first_row + i)
-        _look_up(codes[i], levels, code_min, unit)
+        left = delta[i]
+        _units(codes[i], levels, code_min, unit)
         if refits:
             refit_row(grid, i, unit, np.float32(0.0), steps[i], delta[i], rest, work)
             left = rest
-        _expand_inverse(steps[i], group, step)
-        for j in range(n_cols):
-            wanted[j] = unit[j] + left[j] * step[j]
-        _bracket(wanted, levels, below, low, high)
-        _expand(steps[i], group, step)
-        changed = 0
-        for j in range(n_cols):
-            fraction = min(max((wanted[j] - low[j]) / (high[j] - low[j]), np.float32(0.0)), np.float32(1.0))
-            up = np.floor(fraction + (base + spread * _uniform(row_key, j)))
-            old = np.int32(codes[i, j]) - code_min
-            new = old if left[j] == 0 or step[j] == 0 else below[j] + np.int32(up)
-            codes[i, j] = np.int8(new + code_min)
-            moved[j] = delta[i, j] - left[j] + (levels[new] - unit[j]) * step[j]
-            changed += new != old
-        _tally(delta[i], moved, changed, sums)
+        _move_levels(codes[i], unit, levels, code_min, steps[i], delta[i], left, spread, _row_key(key, first_row + i), sums)
 
 
 @kernel

@@ -81,6 +81,14 @@ def copy_and_sync(source: Path, target: Path) -> float:
     return elapsed
 
 
+def forget(path: Path) -> None:
+    """Drop what memory holds of a file, so that it is read from the disk again."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
 def straightforward(base: Path, adapter: Path, n_layers: int) -> float:
     """Weights a second of CPU time of libgguf dequantize, numpy B@A, libgguf quantize, in two threads, on the first layers."""
     from libgguf import dequantize_rows, quantize_rows
@@ -102,19 +110,35 @@ def straightforward(base: Path, adapter: Path, n_layers: int) -> float:
         return n_weights / (time.process_time() - start)
 
 
-def merge_rows(folder: Path, name: str, base: Path, adapter: Path, n_weights: int, own: float, ways=WAYS, repeat: int = 2) -> list[dict]:
-    """Merges by each of ``ways``, (rounding, threads): the fastest of ``repeat`` runs."""
+def merge_rows(folder: Path, name: str, base: Path, adapter: Path, n_weights: int, own: float, ways=WAYS, repeat: int = 3) -> list[dict]:
+    """Merges by each of ``ways``, (rounding, threads), and copies of the base between them: the fastest of ``repeat`` runs each,
+    with the base in memory; then one of each that reads it from the disk."""
+    runs: dict[object, list[tuple[float, float, float]]] = {}
+    for from_disk in [False] * repeat + [True]:
+        for way in (None, *ways):
+            if from_disk:
+                forget(base)
+            run = (copy_and_sync(base, folder / "out.gguf"), 0.0, 0.0) if way is None else merged(folder, base, adapter, *way)
+            runs.setdefault((from_disk, way), []).append(run)
+    fastest = {key: min(found) for key, found in runs.items()}
+    copied, copied_cold = fastest[False, None][0], fastest[True, None][0]
     rows = []
-    copied = min(copy_and_sync(base, folder / "copy.gguf") for _ in range(repeat))
     for rounding, n in ways:
-        command = ("merge", base, adapter, "-o", folder / "out.gguf", "--force", "-t", n, "--rounding", rounding)
-        wall, used, rss = min(run_cli(*command) for _ in range(repeat))
+        (wall, used, rss), (wall_cold, *_) = fastest[False, (rounding, n)], fastest[True, (rounding, n)]
         rows.append({
             "base": name, "rounding": rounding, "threads": n, "seconds": wall, "cp_fsync_seconds": copied, "times_cp": wall / copied,
+            "from_disk_seconds": wall_cold, "from_disk_cp_fsync_seconds": copied_cold, "from_disk_times_cp": wall_cold / copied_cold,
             "mw_s_core": n_weights / wall / n / 1e6, "mw_cpu_s": n_weights / used / 1e6, "rss_above_interpreter_mb": rss - own,
         })  # fmt: skip
-    (folder / "out.gguf").unlink()
     return rows
+
+
+def merged(folder: Path, base: Path, adapter: Path, rounding: str, n_threads: int) -> tuple[float, float, float]:
+    """``measured`` of a merge, whose output is removed again."""
+    out = folder / "out.gguf"
+    figures = run_cli("merge", base, adapter, "-o", out, "-t", n_threads, "--rounding", rounding)
+    out.unlink()
+    return figures
 
 
 def merges(folder: Path, shapes: list[str]) -> list[dict]:
