@@ -4,6 +4,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from lora_gguf.files.output import SUFFIX
 from lora_gguf.ggml import BY_NAME
 from lora_gguf.plan import Policy
 from lora_gguf.rounding import low_rank
-from tests.common import FIXTURES, pack_gguf, smollm2_path, text_kv, u32_kv, valid_rows
+from tests.common import FIXTURES, ROOT, pack_gguf, smollm2_path, text_kv, u32_kv, valid_rows
 
 KEPT_GRID = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 NAME = "blk.0.ffn_up.weight"
@@ -104,6 +106,16 @@ def test_the_bytes_depend_on_neither_threads_nor_chunks(tmp_path, monkeypatch):
     assert len(digests) == 1
     merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", Policy(seed=1), force=True)
     assert hashlib.sha256((tmp_path / "out.gguf").read_bytes()).hexdigest() not in digests
+
+
+@pytest.mark.parametrize("type_name", ["Q4_K", "Q4_1", "IQ4_NL"])
+def test_the_bytes_do_not_depend_on_the_processor(tmp_path, type_name):
+    base, adapter, _ = base_and_adapter(tmp_path, type_name)
+    merge(base, [(adapter, 1.0)], tmp_path / "here.gguf")
+    oldest = {"NUMBA_CPU_NAME": "generic", "LORA_GGUF_CACHE": str(tmp_path / "kernels")}  # no AVX, no FMA
+    command = [sys.executable, "-m", "lora_gguf", "merge", base, adapter, "-o", tmp_path / "oldest.gguf"]
+    subprocess.run(command, env={**os.environ, **oldest, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    assert (tmp_path / "here.gguf").read_bytes() == (tmp_path / "oldest.gguf").read_bytes()
 
 
 def test_metadata_is_the_bases_and_then_ours(tmp_path):
