@@ -32,7 +32,7 @@ FRESH = (
 )  # fmt: skip
 KEPT = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
 WAYS = (("auto", 1), ("auto", 2), ("dither", 1), ("dither", 2))
-FEWER = {"7B": {"repeat": 1}, "70B": {"repeat": 1, "ways": [("auto", 2)]}}  # minutes each
+FEWER = {"7B": {"repeat": 2}, "70B": {"repeat": 1, "ways": [("auto", 2)]}}  # minutes each
 
 
 def timed(function, repeat: int = 3) -> float:

@@ -1,0 +1,84 @@
+"""Sixteen numbers at a time, against numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lora_gguf import lanes
+from lora_gguf.kernel import kernel
+
+X = np.array([-3.5, -0.5, 0.0, 0.49, 0.5, 2.0, 7.25, 126.9, 1e-40, -1e30, np.inf, -np.inf, np.nan, 1.5, -1.5, 3e38], np.float32)
+Y = np.array([2.0, -0.5, 1.0, np.nan, -7.0, 2.0, 0.25, 1e-3, 1e-40, 1e30, 1.0, 5.0, 1.0, -1.5, -1.5, 3e38], np.float32)
+Z = np.linspace(-1, 1, 16, dtype=np.float32)
+
+
+def over(function):
+    """``function`` of three lanes as one of three arrays."""
+    inner = kernel(function)
+
+    @kernel
+    def run(x, y, z, out):
+        lanes.store(inner(lanes.load(x, 0), lanes.load(y, 0), lanes.load(z, 0)), out, 0)
+
+    def call(x, y, z):
+        out = np.empty(16, np.float32)
+        run(x, y, z, out)
+        return out
+
+    return call
+
+
+LIKE_NUMPY = {
+    "+": (lambda x, y, z: x + y - z, lambda x, y, z: x + y - z),
+    "*": (lambda x, y, z: x * y / z, lambda x, y, z: x * y / z),
+    "floor": (lambda x, y, z: lanes.floor(x), lambda x, y, z: np.floor(x)),
+    "magnitude": (lambda x, y, z: lanes.magnitude(x), lambda x, y, z: np.abs(x)),
+    "least": (lambda x, y, z: lanes.least(x, y), lambda x, y, z: np.where(x < y, x, y)),
+    "most": (lambda x, y, z: lanes.most(x, y), lambda x, y, z: np.where(x > y, x, y)),
+    "where_less": (lambda x, y, z: lanes.where_less(x, y, z, x), lambda x, y, z: np.where(x < y, z, x)),
+    "nonzero": (lambda x, y, z: lanes.nonzero(x), lambda x, y, z: (x != 0).astype(np.float32)),
+    "splat": (lambda x, y, z: lanes.splat(np.float32(2.5)), lambda x, y, z: np.full(16, 2.5, np.float32)),
+    "bits": (
+        lambda x, y, z: lanes.bits(lanes.bits(x) & lanes.splat(np.uint32(0xFFFF0000))),
+        lambda x, y, z: (x.view(np.uint32) & 0xFFFF0000).view(np.float32),
+    ),
+    "uint32": (
+        lambda x, y, z: lanes.to_f32((lanes.iota() * lanes.splat(np.uint32(0x9E3779B9)) ^ lanes.bits(x)) >> lanes.splat(np.uint32(8))),
+        lambda x, y, z: ((np.arange(16, dtype=np.uint32) * np.uint32(0x9E3779B9) ^ x.view(np.uint32)) >> 8).astype(np.float32),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIKE_NUMPY)
+@np.errstate(all="ignore")
+def test_lane_by_lane(name):
+    ours, theirs = LIKE_NUMPY[name]
+    assert np.array_equal(over(ours)(X, Y, Z), theirs(X, Y, Z), equal_nan=True)
+
+
+def test_fma_rounds_once():
+    x = np.full(16, 1 + 2.0**-12, np.float32)
+    z = np.full(16, -1 - 2.0**-11, np.float32)
+    assert (over(lambda x, y, z: lanes.fma(x, y, z))(x, x, z) == np.float32(2.0**-24)).all()
+
+
+def test_sums_run_by_halves():
+    x = np.random.default_rng(0).normal(size=16).astype(np.float32)
+    sums = x
+    while len(sums) > 1:
+        sums = sums[: len(sums) // 2] + sums[len(sums) // 2 :]
+    assert (over(lambda x, y, z: lanes.splat(lanes.total(x)))(x, x, x) == sums[0]).all()
+    assert (over(lambda x, y, z: lanes.splat(lanes.greatest(x)))(x, x, x) == x.max()).all()
+
+
+def test_rows_columns_and_codes():
+    @kernel
+    def moved(source, codes, target, taken):
+        lanes.store(lanes.load(source, (1, 3)), target, (0, 2))
+        lanes.store(lanes.load(codes, 1) + lanes.splat(np.float32(1.0)), taken, 0)
+
+    source, codes = np.arange(64, dtype=np.float32).reshape(2, 32), np.arange(-9, 8).astype(np.int8)
+    target, taken = np.zeros((1, 20), np.float32), np.zeros(17, np.int8)
+    moved(source, codes, target, taken)
+    assert np.array_equal(target[0], [0, 0, *range(35, 51), 0, 0]) and np.array_equal(taken, [*range(-7, 9), 0])
