@@ -57,8 +57,7 @@ def _half(value):
     """The pattern of an f32 >= 0 that is an f16 number."""
     if value < _NORMAL:
         return np.uint32(value * _PER_UNIT)
-    half = np.uint32((np.float32(value).view(np.uint32) - 0x38000000) >> 13)
-    return half
+    return np.uint32((np.float32(value).view(np.uint32) - 0x38000000) >> 13)
 
 
 @part

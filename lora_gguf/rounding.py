@@ -25,6 +25,7 @@ from lora_gguf.quants.half import f32_from_f16
 from lora_gguf.refit import refit_row, refit_work
 
 _GOLDEN = np.uint32(0x9E3779B9)
+_SIXTEEN = np.uint32(N * 0x9E3779B9 & 0xFFFFFFFF)  # columns further
 _UNIT = np.float32(2.0**-24)
 _ROWS = 24  # of a product in work at once: more of them, a power of two of bytes apart, throw each other out of the cache
 
@@ -122,12 +123,21 @@ def _offsets(column, base, unit):
 
 
 @part
+def _add(both, wanted, got, changed, sums):
+    """Add the totals of a row to ``sums`` (4,), as ``_tally``."""
+    sums[0] += total(both)
+    sums[1] += total(wanted)
+    sums[2] += total(got)
+    sums[3] += total(changed)
+
+
+@part
 def _move(codes, steps, delta, left, low, high, spread, row_key, ratio, sums):
     """Move a row's int8 ``codes`` by ``left`` f32 (cols,), rounded; ``sums`` as in ``round_codes``. Returns the largest move in
     steps, before it is rounded; ``ratio`` (cols,) gets all of them."""
     group, lowest, highest = len(codes) // len(steps), splat(low), splat(high)
     base, unit = splat(np.float32(0.5) - np.float32(0.5) * spread), splat(spread * _UNIT)
-    column, sixteen = splat(row_key) + iota() * splat(_GOLDEN), splat(np.uint32(N * 0x9E3779B9 & 0xFFFFFFFF))
+    column, sixteen = splat(row_key) + iota() * splat(_GOLDEN), splat(_SIXTEEN)
     both = wanted = got = changed = largest = splat(np.float32(0.0))
     for g in range(len(steps)):
         step, inverse = splat(steps[g]), splat(np.float32(0.0) if steps[g] == 0 else np.float32(1.0) / steps[g])
@@ -141,10 +151,7 @@ def _move(codes, steps, delta, left, low, high, spread, row_key, ratio, sums):
             both, wanted, got = fma(whole, moved, both), fma(whole, whole, wanted), fma(moved, moved, got)
             changed, largest = changed + nonzero(new - old), most(magnitude(steps_moved), largest)
             column = column + sixteen
-    sums[0] += total(both)
-    sums[1] += total(wanted)
-    sums[2] += total(got)
-    sums[3] += total(changed)
+    _add(both, wanted, got, changed, sums)
     return greatest(largest)
 
 
@@ -209,7 +216,7 @@ def _move_levels(codes, unit, levels, code_min, steps, delta, left, spread, row_
     """As ``_move``, on a codebook; ``unit`` (cols,) is what the codes stand for."""
     group, zero, one, least_code = len(codes) // len(steps), splat(np.float32(0.0)), splat(np.float32(1.0)), splat(np.float32(code_min))
     base, width = splat(np.float32(0.5) - np.float32(0.5) * spread), splat(spread * _UNIT)
-    column, sixteen = splat(row_key) + iota() * splat(_GOLDEN), splat(np.uint32(N * 0x9E3779B9 & 0xFFFFFFFF))
+    column, sixteen = splat(row_key) + iota() * splat(_GOLDEN), splat(_SIXTEEN)
     both = wanted = got = changed = zero
     for g in range(len(steps)):
         step, inverse = splat(steps[g]), splat(np.float32(0.0) if steps[g] == 0 else np.float32(1.0) / steps[g])
@@ -225,10 +232,7 @@ def _move_levels(codes, unit, levels, code_min, steps, delta, left, spread, row_
             moved = fma(new_value - value, step, whole - rest)
             both, wanted, got = fma(whole, moved, both), fma(whole, whole, wanted), fma(moved, moved, got)
             changed, column = changed + nonzero(new - old), column + sixteen
-    sums[0] += total(both)
-    sums[1] += total(wanted)
-    sums[2] += total(got)
-    sums[3] += total(changed)
+    _add(both, wanted, got, changed, sums)
 
 
 @kernel
