@@ -12,7 +12,6 @@ huge weights ("super weights", Yu et al. 2024, arXiv 2411.07191). The weights th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -35,22 +34,17 @@ HEAVIEST = 8  # columns of the residual stream
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
-def weightings(base: Base, names: Iterable[str], imatrix: Imatrix | None) -> dict[str, np.ndarray]:
-    """The importance of the columns of each of the tensors ``names``: f32 (matrices, cols), mean 1."""
-    energies: dict[str, np.ndarray] = {}
-    found = {}
-    for name in names:
-        info = base.tensors[name]
-        measured = imatrix.of(info) if imatrix else None
-        shape = (info.n_rows // (1, *info.shape)[-2], info.n_cols)
-        guess = guessed(base, name, energies) * super_columns(base, name, energies) if measured is None else measured.astype(np.float64)
-        scaled = guess / np.maximum(guess.mean(axis=-1, keepdims=True), 1e-30)
-        found[name] = np.ascontiguousarray(np.broadcast_to(scaled, shape), np.float32)
-    return found
+def importance_of(base: Base, name: str, imatrix: Imatrix | None, energies: dict[str, np.ndarray]) -> np.ndarray:
+    """The importance of the columns of a tensor: f32 (matrices, cols), mean 1. ``energies`` keeps what was sampled."""
+    info = base.tensors[name]
+    measured = imatrix.of(info) if imatrix else None
+    guess = guessed(base, name, energies) * super_columns(base, name, energies) if measured is None else measured.astype(np.float64)
+    scaled = guess / np.maximum(guess.mean(axis=-1, keepdims=True), 1e-30)
+    return np.ascontiguousarray(np.broadcast_to(scaled, (info.n_rows // (1, *info.shape)[-2], info.n_cols)), np.float32)
 
 
 def guessed(base: Base, name: str, energies: dict[str, np.ndarray]) -> np.ndarray:
-    """The guess for one tensor, (cols,). ``energies`` keeps what was sampled."""
+    """The guess for one tensor, (cols,)."""
     match = _NAME.fullmatch(name)
     telling = [name]
     if match and match[2] in _RESIDUAL:

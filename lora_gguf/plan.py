@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -15,11 +16,12 @@ from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.ggml import BY_NAME, GgmlType
-from lora_gguf.importance import weightings
+from lora_gguf.importance import importance_of
 from lora_gguf.mapping.placement import Placement
 from lora_gguf.mixes import fallback_type, file_type_of, mix_types, model_of, requires_importance
 from lora_gguf.quants import QUANTS
-from lora_gguf.requantize import ROUNDINGS, Recipe, weighting_of
+from lora_gguf.refit import Weighting
+from lora_gguf.requantize import ROUNDINGS, Later, Recipe, weighting_of
 from lora_gguf.rounding import tensor_key
 
 HEAD = "output.weight"
@@ -116,17 +118,21 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
     for name, tensor in plans.items():
         choose(tensor, types.get(name), policy)
     if policy.rounding == "auto":
-        moved = [tensor for tensor in plans.values() if tensor.recipe and tensor.recipe.moves_grid and tensor.changes]
-        importances = weightings(base, {tensor.source.name for tensor in moved}, policy.imatrix)
-        for tensor in moved:
-            weighted = [weighting_of(tensor.recipe.source, importance) for importance in importances[tensor.source.name]]
-            tensor.recipe = replace(tensor.recipe, weighting=weighted)
+        energies: dict[str, np.ndarray] = {}
+        for tensor in plans.values():
+            if tensor.recipe and tensor.recipe.moves_grid and tensor.changes:
+                tensor.recipe = replace(tensor.recipe, weighting=Later(partial(_weighted, base, tensor, policy.imatrix, energies)))
     warnings = [warning for placement, _ in placements for warning in placement.warnings]
     if any(placement.untied for placement, _ in placements):
         head = plans[HEAD].target
         size = f"{head.n_bytes / 1e6:.1f} MB, {head.type}"
         warnings.append(f"{HEAD}: the adapter's head is no longer the embedding: it becomes a tensor of its own ({size}); see --tied")
     return Plan(list(plans.values()), warnings, _vocabulary(placements, base.label))
+
+
+def _weighted(base: Base, tensor: TensorPlan, imatrix: Imatrix | None, energies: dict[str, np.ndarray]) -> list[Weighting]:
+    """By what the grids of each matrix of a tensor are moved."""
+    return [weighting_of(tensor.recipe.source, importance) for importance in importance_of(base, tensor.source.name, imatrix, energies)]
 
 
 def _targets(name: str, placement: Placement, has_head: bool) -> tuple[str, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,25 @@ def copied(array: np.ndarray) -> np.ndarray:
     copy = scratch("copy", array.shape, array.dtype)
     copy[...] = array
     return copy
+
+
+class Later(Sequence):
+    """A sequence that ``make`` makes when it is first looked into, once, whichever thread does."""
+
+    def __init__(self, make: Callable[[], Sequence]):
+        self._make, self._lock = make, threading.Lock()
+
+    @functools.cached_property
+    def _made(self) -> Sequence:
+        return self._make()
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._made)
+
+    def __getitem__(self, i):
+        with self._lock:
+            return self._made[i]
 
 
 @dataclass(frozen=True)
@@ -115,7 +135,9 @@ def _move_codes(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums
         round_levels(codes, steps, delta, quant.levels, quant.code_min, spread, recipe.key, first_row, sums, grid)
         quant.pack(codes, blocks)
         return
-    before, outside = (copied(blocks), np.zeros((len(delta), delta.shape[1] // quant.type.block_size), np.float32)) if refits else (None, NO_GRID[1])
+    before, outside = None, NO_GRID[1]
+    if refits:
+        before, outside = copied(blocks), np.zeros((len(delta), delta.shape[1] // quant.type.block_size), np.float32)
     limits = np.float32(quant.code_min), np.float32(quant.code_max)
     round_codes(codes, np.float32(quant.zero), steps, delta, *limits, spread, recipe.key, first_row, sums, grid, outside)
     quant.pack(codes, blocks)

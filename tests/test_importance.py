@@ -5,7 +5,7 @@ import pytest
 from libgguf import dequantize_rows
 
 from lora_gguf.files.base import Base
-from lora_gguf.importance import weightings
+from lora_gguf.importance import importance_of
 from tests.common import pack_gguf, smollm2_path, text_kv
 
 WIDTH, HIDDEN, HEAVY, SUPER = 512, 128, 5, 17
@@ -29,12 +29,17 @@ def planted(n_experts: int = 0) -> bytes:
     return pack_gguf([text_kv("general.architecture", "llama")], tensors)
 
 
+def importances(base, names):
+    energies = {}
+    return {name: importance_of(base, name, None, energies) for name in names}
+
+
 @pytest.mark.parametrize("n_experts", [0, 3])
 def test_planted_columns_are_found(tmp_path, n_experts):
     path, down = tmp_path / "base.gguf", f"blk.0.ffn_down{'_exps' if n_experts else ''}.weight"
     path.write_bytes(planted(n_experts))
     with Base(path) as base:
-        found = weightings(base, base.tensors, None)
+        found = importances(base, base.tensors)
     for name, weights in found.items():
         assert weights.shape == (n_experts if "exps" in name else 1, base.tensors[name].n_cols)
         assert np.isfinite(weights).all() and np.allclose(weights.mean(axis=1), 1, rtol=1e-4)
@@ -48,7 +53,7 @@ def test_super_weights_of_a_real_model():
     """The column of ffn_down with the largest kurtosis over all its rows is one of the first seven of 1536, in most layers."""
     with Base(smollm2_path()) as base:
         names = [f"blk.{layer}.ffn_down.weight" for layer in range(30)]
-        found, ranks = weightings(base, names, None), []
+        found, ranks = importances(base, names), []
         for name in names:
             info = base.tensors[name]
             weights = dequantize_rows(base.reader_of(name).read(info), info.type.id, n_per_row=info.n_cols)
