@@ -110,7 +110,16 @@ def straightforward(base: Path, adapter: Path, n_layers: int) -> float:
         return n_weights / (time.process_time() - start)
 
 
-def merge_rows(folder: Path, name: str, base: Path, adapter: Path, n_weights: int, own: float, ways=WAYS, repeat: int = 3) -> list[dict]:
+def start_seconds(folder: Path) -> float:
+    """The CPU time of a merge of next to nothing: what every merge spends on Python's and Numba's start."""
+    write_base(folder / "tiny.gguf", TINY)
+    write_adapter(folder / "tiny-lora.gguf", TINY)
+    return min(merged(folder, folder / "tiny.gguf", folder / "tiny-lora.gguf", "auto", 1)[1] for _ in range(3))
+
+
+def merge_rows(
+    folder: Path, name: str, base: Path, adapter: Path, n_weights: int, own: float, start: float, ways=WAYS, repeat: int = 3
+) -> list[dict]:
     """Merges by each of ``ways``, (rounding, threads), and copies of the base between them: the fastest of ``repeat`` runs each,
     with the base in memory; then one of each that reads it from the disk."""
     runs: dict[object, list[tuple[float, float, float]]] = {}
@@ -128,7 +137,8 @@ def merge_rows(folder: Path, name: str, base: Path, adapter: Path, n_weights: in
         rows.append({
             "base": name, "rounding": rounding, "threads": n, "seconds": wall, "cp_fsync_seconds": copied, "times_cp": wall / copied,
             "from_disk_seconds": wall_cold, "from_disk_cp_fsync_seconds": copied_cold, "from_disk_times_cp": wall_cold / copied_cold,
-            "mw_s_core": n_weights / wall / n / 1e6, "mw_cpu_s": n_weights / used / 1e6, "rss_above_interpreter_mb": rss - own,
+            "mw_s_core": n_weights / wall / n / 1e6, "mw_cpu_s": n_weights / used / 1e6,
+            "mw_cpu_s_after_start": n_weights / (used - start) / 1e6, "rss_above_interpreter_mb": rss - own,
         })  # fmt: skip
     return rows
 
@@ -143,7 +153,7 @@ def merged(folder: Path, base: Path, adapter: Path, rounding: str, n_threads: in
 
 def merges(folder: Path, shapes: list[str]) -> list[dict]:
     """Kept-grid merges: real files and generated shapes."""
-    own, rows = interpreter_rss(), []
+    own, start, rows = interpreter_rss(), start_seconds(folder), []
     for name, path, shape in (
         ("SmolLM2 135M Q4_1", smollm2_path(), Shape(30, 576, 1536, 9, 3, 49152)),
         ("Gemma 3 270M Q4_K_M", gemma3_path(), None),
@@ -151,12 +161,12 @@ def merges(folder: Path, shapes: list[str]) -> list[dict]:
         adapter = folder / "adapter.gguf"
         _adapter_for(path, adapter)
         n_weights = shape.n_linear_weights if shape else _linear_weights(path)
-        rows += merge_rows(folder, name, path, adapter, n_weights, own)
+        rows += merge_rows(folder, name, path, adapter, n_weights, own, start)
     for label in shapes:
         shape, base, adapter = SHAPES[label], folder / f"{label}.gguf", folder / "adapter.gguf"
         write_base(base, shape, sparse=label == "70B")
         write_adapter(adapter, shape)
-        rows += merge_rows(folder, f"{label} Q4_K_M", base, adapter, shape.n_linear_weights, own, **FEWER.get(label, {}))
+        rows += merge_rows(folder, f"{label} Q4_K_M", base, adapter, shape.n_linear_weights, own, start, **FEWER.get(label, {}))
         if label == "1B":
             rate = straightforward(base, adapter, n_layers=3)
             for row in rows[-len(WAYS) :]:
