@@ -2,7 +2,7 @@
 
 Kernels compile on first use and are cached in ``$XDG_CACHE_HOME/lora-gguf/kernels-<digest>`` (``LORA_GGUF_CACHE`` names
 another folder). Numba notices an edit of a kernel's own file; the digest covers the files whose functions other files'
-kernels call. Without a writable folder kernels compile anew in each process, and so does a kernel whose files there are
+kernels call, and this one, for its options. Without a writable folder kernels compile anew in each process, and so does a kernel whose files there are
 damaged; it replaces them.
 """
 
@@ -18,12 +18,12 @@ import numba
 from numba.core.caching import FunctionCache
 from numba.core.runtime import rtsys
 
-CALLED_BY_OTHERS = [Path(__file__).parent / name for name in ("kernel.py", "lanes.py", "quants/half.py", "refit.py")]
+COVERED = [Path(__file__).parent / name for name in ("kernel.py", "lanes.py", "quants/half.py", "refit.py")]
 
 
 def _digest() -> str:
     digest = hashlib.sha256(numba.__version__.encode())
-    for path in CALLED_BY_OTHERS:
+    for path in COVERED:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_gguf.kernel import kernel, part
 from lora_gguf.lanes import N, bits, copy, floor, fma, least, load, magnitude, splat, store, total, where_less
-from lora_gguf.quants.half import f32_from_f16
+from lora_gguf.quants.half import f16_from_f32, f32_at
 
 UNTOUCHED = 0.005  # share of all importance that the heaviest columns of the blocks left out may have
 _RIDGE = np.float32(1e-3)
@@ -42,22 +42,9 @@ def weighting(importance: np.ndarray, block_size: int, group: int, n_free: int) 
 
 
 @kernel
-def _pattern(row, at):
-    return np.uint32(row[at]) | np.uint32(row[at + 1]) << 8
-
-
-@kernel
 def _put(half, row, at):
     """Store an f16 number's magnitude; its sign stays."""
     row[at], row[at + 1] = half & 255, half >> 8 | np.uint32(row[at + 1]) & 0x80
-
-
-@part
-def _half(value):
-    """The pattern of an f32 >= 0 that is an f16 number."""
-    if value < _NORMAL:
-        return np.uint32(value * _PER_UNIT)
-    return np.uint32((np.float32(value).view(np.uint32) - 0x38000000) >> 13)
 
 
 @part
@@ -174,14 +161,14 @@ def refit_row(grid, row, unit, zero, steps, delta, left, work):
             height += heights[g]
         work[0, k], work[1, k], work[2, k], work[3, k] = _moments(unit, zero, importance, delta, first, end, steps, lows, has_m)
         work[4, k], work[5, k] = oo, _RIDGE * steps[first] * steps[first] * height
-        work[6, k] = abs(f32_from_f16(_pattern(stored, at + np.uint64(d_at))))
-        work[7, k] = abs(f32_from_f16(_pattern(stored, at + np.uint64(m_at)))) if has_m else np.float32(0.0)
+        work[6, k] = abs(f32_at(stored, at + np.uint64(d_at)))
+        work[7, k] = abs(f32_at(stored, at + np.uint64(m_at))) if has_m else np.float32(0.0)
     _solve(work)
     for k in range(len(moving)):
         first, at, x, y = moving[k] * per_block, np.uint64(moving[k] * block_bytes), work[2, k], work[3, k]
-        _put(_half(work[0, k]), stored, at + np.uint64(d_at))
+        _put(f16_from_f32(work[0, k]), stored, at + np.uint64(d_at))
         if has_m:
-            _put(_half(work[1, k]), stored, at + np.uint64(m_at))
+            _put(f16_from_f32(work[1, k]), stored, at + np.uint64(m_at))
         _leave(unit, zero, delta, first, first + per_block, steps, lows, x, y, left)
         for g in range(first, first + per_block):
             steps[g] *= np.float32(1.0) + x

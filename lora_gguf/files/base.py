@@ -73,9 +73,8 @@ class Base:
         """The rows of a tensor with these numbers, as stored: uint8 (rows, row_bytes)."""
         reader, rows = self.reader_of(info.name), np.asarray(rows)
         stored = np.empty((len(rows), info.row_bytes), np.uint8)
-        starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]  # of rows that follow one another
-        for start, end in zip(starts, starts[1:]):
-            reader.read_into(info, int(rows[start]) * info.row_bytes, stored[start:end])
+        for row, place in zip(rows, stored):
+            reader.read_into(info, int(row) * info.row_bytes, place)
         return stored
 
     @property

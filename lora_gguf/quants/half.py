@@ -22,6 +22,12 @@ def f32_from_f16(h):
     return np.uint32(bits | (h & 0x8000) << 16).view(np.float32)
 
 
+@part
+def f32_at(block, at):
+    """The f32 value of the f16 number at byte ``at`` of ``block`` uint8."""
+    return f32_from_f16(np.uint32(block[at]) | np.uint32(block[at + 1]) << 8)
+
+
 @kernel
 def f16_from_f32(x):
     """The f16 bit pattern (uint16) nearest to the f32 ``x``, ties to even; overflow gives infinity, NaN a quiet NaN."""

@@ -7,12 +7,7 @@ import numpy as np
 
 from lora_gguf.kernel import kernel, part
 from lora_gguf.quants.by_block import F32, I8, U8, by_block
-from lora_gguf.quants.half import f32_from_f16
-
-
-@part
-def _f16(block, at):
-    return f32_from_f16(np.uint32(block[at]) | np.uint32(block[at + 1]) << 8)
+from lora_gguf.quants.half import f32_at
 
 
 # Q2_K is scales:16 qs:64 d:2 dmin:2, weight = d * (scale & 15) * code - dmin * (scale >> 4), 16 weights a scale.
@@ -23,7 +18,7 @@ def _f16(block, at):
 def decode_q2_k(blocks, out):
     for i in range(len(blocks)):
         block = blocks[i]
-        d, dmin = _f16(block, 80), _f16(block, 82)
+        d, dmin = f32_at(block, 80), f32_at(block, 82)
         for g in range(16):
             step, low = d * np.float32(block[g] & 15), dmin * np.float32(block[g] >> 4)
             qs, y = block[16 + 32 * (g // 8) + 16 * (g % 2) :], out[i, g]
@@ -35,7 +30,7 @@ def decode_q2_k(blocks, out):
 @by_block((U8, 84), (I8, 8, 32), (F32, 16))
 def unpack_q2_k(blocks, codes, steps):
     for i in range(len(blocks)):
-        d = _f16(blocks[i], 80)
+        d = f32_at(blocks[i], 80)
         for g in range(16):
             steps[i, g] = d * np.float32(blocks[i, g] & 15)
         for k in range(8):
@@ -47,7 +42,7 @@ def unpack_q2_k(blocks, codes, steps):
 @by_block((U8, 84), (F32, 16))
 def lows_q2_k(blocks, lows):
     for i in range(len(blocks)):
-        dmin = _f16(blocks[i], 82)
+        dmin = f32_at(blocks[i], 82)
         for g in range(16):
             lows[i, g] = dmin * np.float32(blocks[i, g] >> 4)
 
@@ -78,7 +73,7 @@ def _scale_q3_k(scales, g):
 def decode_q3_k(blocks, out):
     for i in range(len(blocks)):
         block = blocks[i]
-        d = _f16(block, 108)
+        d = f32_at(block, 108)
         for g in range(16):
             step = d * _scale_q3_k(block[96:], g)
             hmask, qs, y = block[16 * (g % 2) :], block[32 + 32 * (g // 8) + 16 * (g % 2) :], out[i, g]
@@ -90,7 +85,7 @@ def decode_q3_k(blocks, out):
 @by_block((U8, 110), (I8, 8, 32), (F32, 16))
 def unpack_q3_k(blocks, codes, steps):
     for i in range(len(blocks)):
-        d, scales, hmask = _f16(blocks[i], 108), blocks[i, 96:], blocks[i]
+        d, scales, hmask = f32_at(blocks[i], 108), blocks[i, 96:], blocks[i]
         for g in range(16):
             steps[i, g] = d * _scale_q3_k(scales, g)
         for k in range(8):
@@ -122,7 +117,7 @@ def pack_q3_k(codes, blocks):
 
 @part
 def _steps_and_lows(block, steps, lows):
-    d, dmin, s = _f16(block, 0), _f16(block, 2), block[4:16]
+    d, dmin, s = f32_at(block, 0), f32_at(block, 2), block[4:16]
     for k in range(4):
         steps[k] = d * np.float32(s[k] & 63)
         lows[k] = dmin * np.float32(s[k + 4] & 63)
@@ -236,7 +231,7 @@ def pack_q5_k(codes, blocks):
 def decode_q6_k(blocks, out):
     for i in range(len(blocks)):
         block = blocks[i]
-        d = _f16(block, 208)
+        d = f32_at(block, 208)
         for g in range(16):
             half, quarter, odd = g // 8, g % 8 // 2, 16 * (g % 2)
             ql, qh = block[64 * half + 32 * (quarter % 2) + odd :], block[128 + 32 * half + odd :]
@@ -250,7 +245,7 @@ def decode_q6_k(blocks, out):
 def unpack_q6_k(blocks, codes, steps):
     for i in range(len(blocks)):
         block = blocks[i]
-        d = _f16(block, 208)
+        d = f32_at(block, 208)
         for g in range(16):
             steps[i, g] = d * np.float32(np.int8(block[192 + g]))
         for k in range(8):

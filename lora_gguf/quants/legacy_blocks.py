@@ -9,12 +9,7 @@ import numpy as np
 
 from lora_gguf.kernel import kernel
 from lora_gguf.quants.by_block import F32, U8, U16, U64, by_block
-from lora_gguf.quants.half import f32_from_f16
-
-
-@kernel
-def _f16(block, at):
-    return f32_from_f16(np.uint32(block[at]) | np.uint32(block[at + 1]) << 8)
+from lora_gguf.quants.half import f32_at, f32_from_f16
 
 
 @kernel
@@ -45,7 +40,7 @@ def _pack_nibbles(codes, qs):
 @by_block((U8, 18), (F32, 2, 16))
 def decode_q4_0(blocks, out):
     for i in range(len(blocks)):
-        d, qs, low, high = _f16(blocks[i], 0), blocks[i, 2:], out[i, 0], out[i, 1]
+        d, qs, low, high = f32_at(blocks[i], 0), blocks[i, 2:], out[i, 0], out[i, 1]
         for j in range(low.size):
             low[j] = np.float32(np.int32(qs[j] & 15) - 8) * d
             high[j] = np.float32(np.int32(qs[j] >> 4) - 8) * d
@@ -70,7 +65,7 @@ def pack_q4_0(codes, words):
 @by_block((U8, 20), (F32, 2, 16))
 def decode_q4_1(blocks, out):
     for i in range(len(blocks)):
-        d, m = _f16(blocks[i], 0), _f16(blocks[i], 2)
+        d, m = f32_at(blocks[i], 0), f32_at(blocks[i], 2)
         qs, low, high = blocks[i, 4:], out[i, 0], out[i, 1]
         for j in range(low.size):
             low[j] = np.float32(qs[j] & 15) * d + m
@@ -164,7 +159,7 @@ def _fifth_bit(qh, j):
 @by_block((U8, 22), (F32, 2, 16))
 def decode_q5_0(blocks, out):
     for i in range(len(blocks)):
-        d, qh = _f16(blocks[i], 0), _u32(blocks[i], 2)
+        d, qh = f32_at(blocks[i], 0), _u32(blocks[i], 2)
         qs, low, high = blocks[i, 6:], out[i, 0], out[i, 1]
         for j in range(low.size):
             low[j] = np.float32(np.int32(qs[j] & 15 | _fifth_bit(qh, j)) - 16) * d
@@ -190,7 +185,7 @@ def pack_q5_0(codes, words):
 @by_block((U8, 24), (F32, 2, 16))
 def decode_q5_1(blocks, out):
     for i in range(len(blocks)):
-        d, m, qh = _f16(blocks[i], 0), _f16(blocks[i], 2), _u32(blocks[i], 4)
+        d, m, qh = f32_at(blocks[i], 0), f32_at(blocks[i], 2), _u32(blocks[i], 4)
         qs, low, high = blocks[i, 8:], out[i, 0], out[i, 1]
         for j in range(low.size):
             low[j] = np.float32(np.int32(qs[j] & 15 | _fifth_bit(qh, j))) * d + m
@@ -222,7 +217,7 @@ def pack_q5_1(codes, words):
 @by_block((U8, 34), (F32, 32))
 def decode_q8_0(blocks, out):
     for i in range(len(blocks)):
-        d, qs, y = _f16(blocks[i], 0), blocks[i, 2:], out[i]
+        d, qs, y = f32_at(blocks[i], 0), blocks[i, 2:], out[i]
         for j in range(y.size):
             y[j] = np.float32(np.int8(qs[j])) * d
 

@@ -25,7 +25,7 @@ from lora_gguf.kernel import kernel
 from lora_gguf.quants import quant
 from lora_gguf.quants.by_block import F32, I8, U8, by_block
 from lora_gguf.quants.direct import store_f16
-from lora_gguf.quants.half import f32_from_f16
+from lora_gguf.quants.half import f32_at
 
 POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)
 # TQ1_0's runs of bytes: first byte, bytes, trits a byte, first weight
@@ -45,11 +45,6 @@ CANONICAL = np.stack([_canonical_trits(5), _canonical_trits(4)])
 
 
 @kernel
-def _f16(block, at):
-    return f32_from_f16(np.uint32(block[at]) | np.uint32(block[at + 1]) << 8)
-
-
-@kernel
 def _trit(byte, n):
     """The n-th trit of a byte, 0 to 2."""
     return (np.uint16(np.uint8(byte * POWERS_OF_3[n])) * np.uint16(3)) >> 8
@@ -58,7 +53,7 @@ def _trit(byte, n):
 @by_block((U8, 54), (F32, 256))
 def decode_tq1_0(blocks, out):
     for i in range(len(blocks)):
-        block, y, d = blocks[i], out[i], _f16(blocks[i], 52)
+        block, y, d = blocks[i], out[i], f32_at(blocks[i], 52)
         for start, n_bytes, n_trits, first in RUNS:
             for n in range(n_trits):
                 for m in range(n_bytes):
@@ -69,7 +64,7 @@ def decode_tq1_0(blocks, out):
 def unpack_tq1_0(blocks, codes, steps):
     for i in range(len(blocks)):
         block, y = blocks[i], codes[i]
-        steps[i] = _f16(block, 52)
+        steps[i] = f32_at(block, 52)
         for start, n_bytes, n_trits, first in RUNS:
             for n in range(n_trits):
                 for m in range(n_bytes):
@@ -94,7 +89,7 @@ def pack_tq1_0(codes, blocks):
 @by_block((U8, 66), (F32, 2, 4, 32))
 def decode_tq2_0(blocks, out):
     for i in range(len(blocks)):
-        d = _f16(blocks[i], 64)
+        d = f32_at(blocks[i], 64)
         for h in range(2):
             for n in range(4):
                 for m in range(32):
@@ -104,7 +99,7 @@ def decode_tq2_0(blocks, out):
 @by_block((U8, 66), (I8, 2, 4, 32), (F32,))
 def unpack_tq2_0(blocks, codes, steps):
     for i in range(len(blocks)):
-        steps[i] = _f16(blocks[i], 64)
+        steps[i] = f32_at(blocks[i], 64)
         for h in range(2):
             for n in range(4):
                 for m in range(32):
@@ -125,7 +120,7 @@ def pack_tq2_0(codes, blocks):
 @by_block((U8, 18), (F32, 16, 8))
 def decode_q1_0(blocks, out):
     for i in range(len(blocks)):
-        d = _f16(blocks[i], 0)
+        d = f32_at(blocks[i], 0)
         for k in range(16):
             for b in range(8):
                 out[i, k, b] = d if blocks[i, 2 + k] & (1 << b) else -d
@@ -134,7 +129,7 @@ def decode_q1_0(blocks, out):
 @by_block((U8, 18), (I8, 16, 8), (F32,))
 def unpack_q1_0(blocks, codes, steps):
     for i in range(len(blocks)):
-        steps[i] = _f16(blocks[i], 0)
+        steps[i] = f32_at(blocks[i], 0)
         for k in range(16):
             for b in range(8):
                 codes[i, k, b] = blocks[i, 2 + k] >> b & 1
@@ -153,7 +148,7 @@ def pack_q1_0(codes, blocks):
 @by_block((U8, 18), (F32, 16, 4))
 def decode_q2_0(blocks, out):
     for i in range(len(blocks)):
-        d = _f16(blocks[i], 0)
+        d = f32_at(blocks[i], 0)
         for k in range(16):
             for n in range(4):
                 out[i, k, n] = np.float32(np.int32(blocks[i, 2 + k] >> (2 * n) & 3) - 1) * d
@@ -162,7 +157,7 @@ def decode_q2_0(blocks, out):
 @by_block((U8, 18), (I8, 16, 4), (F32,))
 def unpack_q2_0(blocks, codes, steps):
     for i in range(len(blocks)):
-        steps[i] = _f16(blocks[i], 0)
+        steps[i] = f32_at(blocks[i], 0)
         for k in range(16):
             for n in range(4):
                 codes[i, k, n] = (blocks[i, 2 + k] >> (2 * n) & 3) - 1

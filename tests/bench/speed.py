@@ -110,11 +110,17 @@ def straightforward(base: Path, adapter: Path, n_layers: int) -> float:
         return n_weights / (time.process_time() - start)
 
 
+def tiny(folder: Path) -> tuple[Path, Path]:
+    """A base and an adapter of next to nothing."""
+    base, adapter = folder / "tiny.gguf", folder / "tiny-lora.gguf"
+    write_base(base, TINY)
+    write_adapter(adapter, TINY)
+    return base, adapter
+
+
 def start_seconds(folder: Path) -> float:
     """The CPU time of a merge of next to nothing: what every merge spends on Python's and Numba's start."""
-    write_base(folder / "tiny.gguf", TINY)
-    write_adapter(folder / "tiny-lora.gguf", TINY)
-    return min(merged(folder, folder / "tiny.gguf", folder / "tiny-lora.gguf", "auto", 1)[1] for _ in range(3))
+    return min(merged(folder, *tiny(folder), "auto", 1)[1] for _ in range(3))
 
 
 def merge_rows(
@@ -261,9 +267,7 @@ def kept_rates() -> list[dict]:
 
 def starts(folder: Path) -> dict:
     """Start-up times in s, and the header of a 262k-token file."""
-    write_base(folder / "tiny.gguf", TINY)
-    write_adapter(folder / "tiny-lora.gguf", TINY)
-    command = ("merge", folder / "tiny.gguf", folder / "tiny-lora.gguf", "-o", folder / "o.gguf", "--force")
+    command = ("merge", *tiny(folder), "-o", folder / "o.gguf", "--force")
     conversion = ("convert", DEMO_ADAPTER, "--base", smollm2_path(), "-o", folder / "a.gguf", "--force")
     run_cli(*command)
     warm = min(run_cli(*command)[0] for _ in range(3))
