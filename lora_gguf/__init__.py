@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lora_gguf.api import convert, doctor, extract, fetch, inspect, merge, verify
     from lora_gguf.checks.checkup import DoctorReport
+    from lora_gguf.checks.inspection import AdapterInspection, Inspection, ModelInspection
     from lora_gguf.commands.extract import Extraction
     from lora_gguf.commands.merge import MergeReport
     from lora_gguf.commands.verify import VerifyReport
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
-    from lora_gguf.inspection import AdapterInspection, Inspection, ModelInspection
     from lora_gguf.mapping.accounts import Placement
-    from lora_gguf.plan import Policy
+    from lora_gguf.merging.plan import Policy
 
 __version__ = "0.1.0"
 
@@ -40,9 +40,9 @@ _HOMES = {
         "FileError", "HubError", "IntegrityError", "LoraGgufError", "MalformedError", "MismatchError", "NumericError",
         "UnsupportedError", "UsageError",
     ),
-    "lora_gguf.inspection": ("AdapterInspection", "Inspection", "ModelInspection"),
+    "lora_gguf.checks.inspection": ("AdapterInspection", "Inspection", "ModelInspection"),
     "lora_gguf.mapping.accounts": ("Placement",),
-    "lora_gguf.plan": ("Policy",),
+    "lora_gguf.merging.plan": ("Policy",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604

@@ -1,7 +1,7 @@
 """Progress bars on stderr: how much is done, how fast, how long yet, and at what the program works. Only on a terminal.
 
-What works tells of its progress by ``Progress``: (done since the last call, in all, what is being done), in bytes but where
-it says otherwise. Downloads tell by ``FileProgress``: (file, bytes so far, bytes in all).
+What works tells of its progress by ``Progress``: (done since the last call, in all, what is being done), in bytes but
+where it says otherwise. Downloads tell by ``FileProgress``: (file, bytes so far, bytes in all).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ WIDTH = 32  # of the words
 
 @contextlib.contextmanager
 def bar(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[Progress | None]:
-    """Yields a ``Progress`` that shows and moves a bar, or None where none is due: it isn't wanted, or stderr is no terminal.
+    """Yields a ``Progress`` that shows and moves a bar, or None where none is due: it isn't wanted, or stderr is no
+    terminal.
 
     ``NO_COLOR`` is obeyed, and a terminal that cannot move its cursor (``TERM=dumb``) gets none.
     """
@@ -30,7 +31,9 @@ def bar(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[Pr
 
     def advance(n: int, n_all: int, what: str) -> None:
         display.start()
-        display.update(task, advance=n, total=n_all or None, description=f"{verb} {shortened(what, WIDTH - len(verb) - 1)}")
+        display.update(
+            task, advance=n, total=n_all or None, description=f"{verb} {shortened(what, WIDTH - len(verb) - 1)}"
+        )
 
     try:
         yield advance
@@ -41,7 +44,14 @@ def bar(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[Pr
 def _display(of_bytes: bool):
     """Rich's bar, which shows itself when it is started and goes when it is stopped."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Display
 
     amounts = (DownloadColumn(), TransferSpeedColumn()) if of_bytes else (MofNCompleteColumn(),)

@@ -1,4 +1,6 @@
-"""A real browser, Chromium, driven through its DevTools pipe: what a page asks of the network, complains of, and looks like."""
+"""A real browser, Chromium, driven through its DevTools pipe: what a page asks of the network, complains of, and looks
+like.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ FLAGS = (
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe",
 )  # fmt: skip
 # the browser reads commands from descriptor 3 and answers on 4
-LAUNCH = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+LAUNCH = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+)
 
 
 class Browser:
@@ -57,7 +61,9 @@ class Browser:
     def __call__(self, method: str, **parameters) -> dict:
         """Send a DevTools command and wait for its answer."""
         self._n += 1
-        message = {"id": self._n, "method": method, "params": parameters} | ({"sessionId": self._session} if self._session else {})
+        message = {"id": self._n, "method": method, "params": parameters} | (
+            {"sessionId": self._session} if self._session else {}
+        )
         os.write(self._in, json.dumps(message).encode() + b"\0")
         while True:
             found = self._receive()
@@ -78,7 +84,10 @@ class Browser:
     def open(self, page: Path | str, width: int = 1400, height: int = 900, dark: bool = False) -> None:
         """Show ``page``, a file or an address, and wait until it says that it is drawn (``body[data-drawn]``)."""
         self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
         self("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         deadline = time.monotonic() + 60
         while self.value("document.body?.dataset.drawn") != "yes":
@@ -107,5 +116,9 @@ class Browser:
     def complaints(self) -> list[dict]:
         """What it logged as errors or warnings, and exceptions."""
         logged = [found["entry"] for method, found in self.events if method == "Log.entryAdded"]
-        console = [found for method, found in self.events if method == "Runtime.consoleAPICalled" and found["type"] in ("error", "warning")]
+        console = [
+            found
+            for method, found in self.events
+            if method == "Runtime.consoleAPICalled" and found["type"] in ("error", "warning")
+        ]
         return logged + console + [found for method, found in self.events if method == "Runtime.exceptionThrown"]

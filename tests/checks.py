@@ -29,7 +29,9 @@ def read_gguf(path, content: bytes | None = None) -> dict:
 
 
 def agreed(ours: dict, theirs: dict) -> bool:
-    """Equal in everything; where there are no tensors, libggml does not align the place where their data would start."""
+    """Equal in everything; where there are no tensors, libggml does not align the place where their data would
+    start.
+    """
     return {**ours, "data": 0} == {**theirs, "data": 0} and (ours["data"] == theirs["data"] or not ours["tensors"])
 
 

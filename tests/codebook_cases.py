@@ -1,4 +1,6 @@
-"""What the tests of the codebook, ternary and grid types share: the grid against ``decode``, and llama.cpp as a judge."""
+"""What the tests of the codebook, ternary and grid types share: the grid against ``decode``, and llama.cpp as a
+judge.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import ctypes
 
 import numpy as np
 
-from lora_gguf.quants import QUANTS
+from lora_gguf.quants.table import QUANTS
 from tests import quant_cases as cases
 from tests.common import ggml
 

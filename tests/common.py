@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_gguf.ggml import BY_NAME
+from lora_gguf.quants.ggml import BY_NAME
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "fixtures"
@@ -91,7 +91,9 @@ def ggml() -> ctypes.CDLL:
 def valid_rows(type_name: str, raw: np.ndarray) -> bool:
     """ggml's own judgement of quantized data."""
     raw = np.ascontiguousarray(raw)
-    return ggml().ggml_validate_row_data(BY_NAME[type_name].id, raw.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(raw.nbytes))
+    return ggml().ggml_validate_row_data(
+        BY_NAME[type_name].id, raw.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(raw.nbytes)
+    )
 
 
 def llama_server(model: Path, adapter: Path | None = None, scale: float = 1.0):

@@ -25,7 +25,11 @@ def pytest_runtest_makereport(call):
     report = yield
     if call.excinfo:
         text = str(call.excinfo.value)
-        kinds = [name for kind, name in HOLES.items() if isinstance(call.excinfo.value, kind) or f"'{kind.__name__}: " in text]
+        kinds = [
+            name
+            for kind, name in HOLES.items()
+            if isinstance(call.excinfo.value, kind) or f"'{kind.__name__}: " in text
+        ]
         report.user_properties += [("hole", name) for name in kinds]
     return report
 
@@ -67,7 +71,9 @@ def hub_server():
 
 @pytest.fixture
 def local_hub(hub_server, monkeypatch, tmp_path):
-    """An empty Hub on 127.0.0.1 that huggingface_hub talks to; its cache is ``tmp_path / "cache"``, and it never sleeps."""
+    """An empty Hub on 127.0.0.1 that huggingface_hub talks to; its cache is ``tmp_path / "cache"``, and it never
+    sleeps.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 

@@ -1,4 +1,6 @@
-"""What every refusal must look like, and what no run may ever do; ``Hole`` is a breach of it, and its subclasses are counted."""
+"""What every refusal must look like, and what no run may ever do; ``Hole`` is a breach of it, and its subclasses are
+counted.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,18 @@ def check_line(result: Result) -> None:
     """One sanitised error line, with its offenders below it, and no traceback."""
     lines = result.err.split("\n")
     errors = [line for line in lines if line.startswith("lora-gguf: error: ")]
-    others = [line for line in lines if not line.startswith(("lora-gguf: error: ", "lora-gguf: warning: ", "  ")) and line]
+    others = [
+        line for line in lines if not line.startswith(("lora-gguf: error: ", "lora-gguf: warning: ", "  ")) and line
+    ]
     if result.code is None:
         raise Hang(f"killed after {result.seconds:.1f} s: {result.err[-300:]}")
-    if "Traceback" in result.err or "internal error" in result.err or len(errors) != 1 or others or not errors[0].isprintable():
+    if (
+        "Traceback" in result.err
+        or "internal error" in result.err
+        or len(errors) != 1
+        or others
+        or not errors[0].isprintable()
+    ):
         raise Trace(f"exit code {result.code}: {result.err[-2000:]}")
 
 

@@ -101,21 +101,27 @@ class Case:
             self.preserved({**self.inputs, **self.whole})
             if "Traceback" in result.err:
                 raise Trace(result.err[-2000:])
-            return
+            return None
         if what.startswith("SIG") and result.code == -getattr(signal, what) and not result.err:
-            return  # it came before the command line listened
+            return None  # it came before the command line listened
         check_line(result)
         expected = {128 + getattr(signal, what)} if what.startswith("SIG") else self.codes
         if result.code not in expected:
             raise Trace(f"exit code {result.code}, expected {expected}: {result.err}")
 
     def preserved(self, expected: dict, allowed: dict | None = None) -> None:
-        own = {name: content for name, content in snapshot(self.folder).items() if self.scratch and name.startswith(self.scratch + "/")}
+        own = {
+            name: content
+            for name, content in snapshot(self.folder).items()
+            if self.scratch and name.startswith(self.scratch + "/")
+        }
         kept = {name: content for name, content in own.items() if not name.endswith((SUFFIX, ".incomplete"))}
         check_preserved(self.folder, {**expected, **kept}, allowed)
 
     def check_killed(self, allowed: dict, number: int) -> None:
-        left = {name: content for name, content in snapshot(self.folder).items() if name.endswith((SUFFIX, ".incomplete"))}
+        left = {
+            name: content for name, content in snapshot(self.folder).items() if name.endswith((SUFFIX, ".incomplete"))
+        }
         self.preserved({**self.before, **left}, allowed)
         if number % 5 == 0:
             for name in self.outputs if not self.replaces else ():

@@ -1,7 +1,8 @@
 """The command line in a process of its own, soon: forked from one that has everything imported and compiled.
 
-``python -m tests.forked`` reads requests from stdin, a line of JSON each, and answers each with a line. A request may ask
-for a fault: the Nth call of the system, counted over all of ``CALLS``, fails, is cut short, or is met by a signal.
+``python -m tests.forked`` reads requests from stdin, a line of JSON each, and answers each with a line. A request may
+ask for a fault: the Nth call of the system, counted over all of ``CALLS``, fails, is cut short, or is met by a
+signal.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ CALLS = (
     "open", "close", "pread", "preadv", "read", "pwrite", "write", "fsync", "ftruncate", "copy_file_range", "link", "replace", "rename",
     "unlink", "mkdir", "stat", "lstat", "fstat", "statvfs", "scandir", "listdir", "access", "readlink",
 )  # fmt: skip
-SHORTENED = {"pread": 1, "preadv": 1, "read": 1, "pwrite": 1, "write": 1, "copy_file_range": 2}  # call -> its argument with the bytes
+SHORTENED = {
+    "pread": 1,
+    "preadv": 1,
+    "read": 1,
+    "pwrite": 1,
+    "write": 1,
+    "copy_file_range": 2,
+}  # call -> its argument with the bytes
 LIMITS = {"files": resource.RLIMIT_NOFILE, "size": resource.RLIMIT_FSIZE, "memory": resource.RLIMIT_AS}
 
 
@@ -78,11 +86,18 @@ class Forge:
         assert result.code == 0, arguments
 
     def run(self, *arguments, fault=None, limits=None, timeout: float = 20.0, cwd=None, env=None, stdio=None) -> Result:
-        """``fault`` is (N, what): an error's name, "short", or a signal's name; ``stdio`` maps 1 or 2 to a path, or None to close it.
+        """``fault`` is (N, what): an error's name, "short", or a signal's name; ``stdio`` maps 1 or 2 to a path, or
+        None to close it.
 
         ``limits``: open "files", bytes of "size" of a file, megabytes of "memory" more than there are at the start.
         """
-        request = {"fault": fault, "limits": limits or {}, "timeout": timeout, "cwd": str(cwd) if cwd else None, "env": env or {}}
+        request = {
+            "fault": fault,
+            "limits": limits or {},
+            "timeout": timeout,
+            "cwd": str(cwd) if cwd else None,
+            "env": env or {},
+        }
         return Result(**self._ask(arguments=list(map(str, arguments)), stdio=stdio or {}, **request))
 
 

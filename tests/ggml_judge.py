@@ -1,7 +1,7 @@
 """libggml's own reader as a judge of GGUF files, in a process of its own because some files abort it.
 
-``python -m tests.ggml_judge`` reads files (a length as u64, then the bytes) from stdin and answers each with a line of JSON:
-what it read, or null where it refuses.
+``python -m tests.ggml_judge`` reads files (a length as u64, then the bytes) from stdin and answers each with a line of
+JSON: what it read, or null where it refuses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def _library() -> ctypes.CDLL:
 
 
 def describe(library: ctypes.CDLL, content: bytes, with_data: bool = False) -> dict | None:
-    """What libggml reads from ``content``; None where it, or llama.cpp's check that the data lies in the file, refuses it."""
+    """What libggml reads from ``content``; None where it, or llama.cpp's check that the data lies in the file, refuses
+    it.
+    """
     data = ctypes.c_void_p()
     params = InitParams(not with_data, ctypes.pointer(data) if with_data else None)
     gguf = library.gguf_init_from_buffer(content, len(content), params)

@@ -1,4 +1,6 @@
-"""A small Hub on 127.0.0.1 for the real client: listing, resolve with HEAD and GET, a CDN at another origin, and faults."""
+"""A small Hub on 127.0.0.1 for the real client: listing, resolve with HEAD and GET, a CDN at another origin, and
+faults.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Server(ThreadingHTTPServer):
 
 
 class Hub:
-    """Repositories by id and files by name; ``faults`` are (pattern of ``METHOD path``, times left, what to do instead)."""
+    """Repositories by id and files by name; ``faults`` are (pattern of ``METHOD path``, times left, what to do
+    instead).
+    """
 
     def __init__(self):
         self.repos: dict[str, dict[str, bytes]] = {}
@@ -64,7 +68,9 @@ class Hub:
         return f"http://localhost:{self.servers[1].server_port}"
 
     def fault(self, pattern: str, action: Fault, times: int = 1 << 30) -> None:
-        """Let ``action`` answer the first ``times`` requests whose ``METHOD path`` matches ``pattern``; it may decline with False."""
+        """Let ``action`` answer the first ``times`` requests whose ``METHOD path`` matches ``pattern``; it may decline
+        with False.
+        """
         self.faults.append([re.compile(pattern), times, action])
 
     def reset(self) -> None:
@@ -192,7 +198,9 @@ class Handler(BaseHTTPRequestHandler):
     def send_content(
         self, content: bytes, headers: dict | None = None, status: int = 200, length: int | None = None
     ) -> None:
-        """Answer with ``content`` (of it the range asked for), announcing ``length`` bytes where that is to be a lie."""
+        """Answer with ``content`` (of it the range asked for), announcing ``length`` bytes where that is to be a
+        lie.
+        """
         headers = dict(headers or {})
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and status == 200:

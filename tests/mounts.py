@@ -17,7 +17,16 @@ class Mounts:
         self.process = process
 
     def command(self, *arguments) -> list[str]:
-        return ["nsenter", "-U", "-m", "--preserve-credentials", "-t", str(self.process.pid), "--", *map(str, arguments)]
+        return [
+            "nsenter",
+            "-U",
+            "-m",
+            "--preserve-credentials",
+            "-t",
+            str(self.process.pid),
+            "--",
+            *map(str, arguments),
+        ]
 
     def seen(self, path: Path) -> Path:
         return Path(f"/proc/{self.process.pid}/root{path.resolve()}")
@@ -29,7 +38,9 @@ def mounted(script: str, *arguments):
     if not (shutil.which("unshare") and shutil.which("nsenter")):
         pytest.skip("no unshare, no nsenter")
     command = ["unshare", "-Urm", "sh", "-c", f"set -e; {script}; echo mounted; cat", "sh", *map(str, arguments)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             if process.stdout.readline() != "mounted\n":
                 pytest.skip(f"no mounts here: {process.communicate()[1].strip()}")

@@ -144,7 +144,9 @@ def _safetensors(n_tensors: int) -> bytes:
 
 
 def bin_mutants(count: int, seed: int) -> Iterator[bytes]:
-    """``count`` mutants: half of whole PyTorch files, half of their pickles, so that the archive around them stays right."""
+    """``count`` mutants: half of whole PyTorch files, half of their pickles, so that the archive around them stays
+    right.
+    """
     rng = random.Random(seed)
     half = tensor((3, 2), (2, 1), where=storage("1", name("torch", "HalfStorage")))
     pickle = weights(x=tensor(), y=tensor((2, 2), (3, 1), 1), z=half)

@@ -6,7 +6,7 @@ import libgguf
 import numpy as np
 
 from lora_gguf.files.gguf_reader import GgufReader
-from lora_gguf.quants import QUANTS
+from lora_gguf.quants.table import QUANTS
 
 NO_IMPORTANCE = np.empty(0, np.float32)
 _TINY_DECADES = (-40, -38, -30, -25, -20, -16, -15, -14, -12, -9, -8, -7, -3)

@@ -66,7 +66,9 @@ def _base_config(folder: Path, content: bytes) -> tuple:
 
 
 def _tensors(folder: Path, content: tuple) -> tuple:
-    return _weights(folder, safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in content[0].items()}))
+    return _weights(
+        folder, safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in content[0].items()})
+    )
 
 
 GGUF = {**gguf_corpus.REFUSED, **gguf_corpus.STRICTER, **gguf_corpus.ACCEPTED}

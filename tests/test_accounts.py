@@ -25,7 +25,10 @@ def adapter(tmp_path):
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     factors = load_file(path)
     for module in (TOWER, STRANGE):
-        factors |= {f"{module}.lora_A.weight": np.ones((4, 32), np.float32), f"{module}.lora_B.weight": np.ones((32, 4), np.float32)}
+        factors |= {
+            f"{module}.lora_A.weight": np.ones((4, 32), np.float32),
+            f"{module}.lora_B.weight": np.ones((32, 4), np.float32),
+        }
     save_file(factors, path)
     return tmp_path / "adapter"
 
@@ -33,7 +36,12 @@ def adapter(tmp_path):
 @pytest.mark.parametrize("command", ["merge", "convert"])
 def test_a_leftover_is_an_error_and_allow_unused_the_only_way_past_it(tmp_path, capsys, adapter, command):
     base = tiny.base_gguf(tmp_path, "llama")
-    arguments = [command, *([base, adapter] if command == "merge" else [adapter, "--base", base]), "-o", tmp_path / "out.gguf"]
+    arguments = [
+        command,
+        *([base, adapter] if command == "merge" else [adapter, "--base", base]),
+        "-o",
+        tmp_path / "out.gguf",
+    ]
     code, out, err = run(capsys, *arguments)
     assert code == 5 and "z_proj" in err and not out and not (tmp_path / "out.gguf").exists()
     code, out, err = run(capsys, *arguments, "--allow-unused", "y_proj")
@@ -48,7 +56,12 @@ def test_a_leftover_is_an_error_and_allow_unused_the_only_way_past_it(tmp_path, 
 @pytest.mark.parametrize("command", ["merge", "convert"])
 def test_json_names_every_tensor(tmp_path, capsys, adapter, command):
     base = tiny.base_gguf(tmp_path, "llama")
-    arguments = [command, *([base, adapter] if command == "merge" else [adapter, "--base", base]), "-o", tmp_path / "out.gguf"]
+    arguments = [
+        command,
+        *([base, adapter] if command == "merge" else [adapter, "--base", base]),
+        "-o",
+        tmp_path / "out.gguf",
+    ]
     code, out, _ = run(capsys, *arguments, "--allow-unused", "z_proj", "--json")
     accounts = {account["tensor"]: account for account in json.loads(out)["accounts"]}
     assert code == 0 and accounts.keys() == load_file(adapter / "adapter_model.safetensors").keys()

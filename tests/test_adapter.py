@@ -140,7 +140,7 @@ def test_reports_all_offenders_at_once(tmp_path):
         tensors() | tensors("model.layers.1.self_attn.q_proj") | {"base_model.model.what.ever": np.ones(3, np.float32)}
     )
     del weights["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
-    weights |= {name: array for name, array in tensors("model.layers.2.self_attn.q_proj", r=8).items()}
+    weights |= dict(tensors("model.layers.2.self_attn.q_proj", r=8).items())
     with pytest.raises(MalformedError) as error:
         read_adapter(directory(tmp_path, weights))
     assert len(error.value.details) == 3

@@ -1,7 +1,10 @@
-"""Hostile and damaged adapter directories: every one ends in one line, soon, in little memory, with the input untouched."""
+"""Hostile and damaged adapter directories: every one ends in one line, soon, in little memory, with the input
+untouched.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -170,10 +173,8 @@ def refusal(folder, error) -> LoraGgufError:
 
 def peak_of(folder) -> int:
     tracemalloc.start()
-    try:
+    with contextlib.suppress(LoraGgufError):
         read_adapter(folder)
-    except LoraGgufError:
-        pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak

@@ -65,11 +65,13 @@ OTHER_NAMES = {
 
 @pytest.mark.parametrize("name", ["merge", "verify", "doctor", "convert", "extract"])
 def test_it_takes_what_the_command_takes(name):
-    command = next(entry.callback for entry in app.registered_commands if (entry.name or entry.callback.__name__) == name)
+    command = next(
+        entry.callback for entry in app.registered_commands if (entry.name or entry.callback.__name__) == name
+    )
     parameters = set(signatures.signature(getattr(lora_gguf, name)).parameters)
     for option in signatures.signature(command).parameters:
         same = option if option in parameters else OTHER_NAMES.get(option, option)
-        assert same is None or same in parameters or name in ("verify", "doctor") and option == "force", option
+        assert same is None or same in parameters or (name in ("verify", "doctor") and option == "force"), option
 
 
 @pytest.mark.parametrize("form", ["name", "path", "pair", "list", "pairs"])
@@ -83,7 +85,9 @@ def test_the_forms_of_adapters(files, tmp_path, form):
     assert lora_gguf.verify(tmp_path / "out.gguf", base, adapter).ok
 
 
-@pytest.mark.parametrize(("adapters", "error"), [([], "UsageError"), ([3], "UsageError"), ("./no", "FileError"), (Path("no"), "FileError")])
+@pytest.mark.parametrize(
+    ("adapters", "error"), [([], "UsageError"), ([3], "UsageError"), ("./no", "FileError"), (Path("no"), "FileError")]
+)
 def test_what_is_wrong_is_raised(files, tmp_path, adapters, error):
     with pytest.raises(getattr(lora_gguf, error)):
         lora_gguf.merge(files[0], adapters, tmp_path / "out.gguf")
@@ -111,7 +115,9 @@ def test_from_the_hub(files, tmp_path, local_hub, capfd):
     local_hub.repos["someone/adapter"] = {"adapter.gguf": adapter.read_bytes()}
     calls: list[tuple[int, int, str]] = []
     adapters = [("hf://someone/adapter/adapter.gguf", 0.5)]
-    report = lora_gguf.merge("someone/base:Q4_0", adapters, tmp_path / "out.gguf", progress=lambda *call: calls.append(call))
+    report = lora_gguf.merge(
+        "someone/base:Q4_0", adapters, tmp_path / "out.gguf", progress=lambda *call: calls.append(call)
+    )
     assert report.written and {"base-Q4_0.gguf", "adapter.gguf"} <= {call[2] for call in calls}
     downloaded = sum(call[0] for call in calls if call[2].endswith(".gguf"))
     assert downloaded == base.stat().st_size + adapter.stat().st_size

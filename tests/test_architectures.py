@@ -223,9 +223,8 @@ FALCON_H1 = [
 ]
 # architecture -> modules: (path, shape of the weight, the tensors that it becomes)
 LAYOUTS = {
-    **{
-        name: ROTARY
-        for name in (
+    **dict.fromkeys(
+        (
             "llama",
             "llama-embed",
             "mistral3",
@@ -240,8 +239,9 @@ LAYOUTS = {
             "granite",
             "granitemoe",
             "granitehybrid",
-        )
-    },
+        ),
+        ROTARY,
+    ),
     "nemotron_h": [("model.layers.3.mixer.q_proj", Q[1], Q[2]), ("backbone.layers.3.mixer.k_proj", K[1], K[2])],
     "nemotron_h_moe": [("backbone.layers.3.mixer.q_proj", Q[1], Q[2]), ("model.layers.3.mixer.k_proj", K[1], K[2])],
     "llada": [("model.transformer.blocks.3.q_proj", Q[1], Q[2]), ("model.transformer.blocks.3.k_proj", K[1], K[2])],
@@ -471,7 +471,11 @@ def test_all_other_modules_stay_as_they_are(architecture):
     assert n or architecture in LAYOUTS
 
 
-MOE = [name for name in ARCHITECTURES if any(path.endswith("experts.gate_up_proj") for p in MODULES.get(name, {}).values() for path in p)]
+MOE = [
+    name
+    for name in ARCHITECTURES
+    if any(path.endswith("experts.gate_up_proj") for p in MODULES.get(name, {}).values() for path in p)
+]
 
 
 @pytest.mark.parametrize("architecture", MOE)

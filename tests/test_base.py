@@ -1,4 +1,5 @@
 """Split bases: in, out, shard by shard, and the ways in which shards do not belong together."""
+
 from __future__ import annotations
 
 import struct
@@ -22,7 +23,11 @@ def u16_kv(key, value):
 
 
 def split_kv(number, count, total=6):
-    return [u16_kv("split.no", number), u16_kv("split.count", count), pack_kv("split.tensors.count", 5, struct.pack("<i", total))]
+    return [
+        u16_kv("split.no", number),
+        u16_kv("split.count", count),
+        pack_kv("split.tensors.count", 5, struct.pack("<i", total)),
+    ]
 
 
 def tensors(names, seed=0):
@@ -33,13 +38,17 @@ def tensors(names, seed=0):
 def write_split(folder, groups=(NAMES[:2], NAMES[2:5], NAMES[5:]), prefix="model"):
     for i, names in enumerate(groups):
         head = [ARCHITECTURE, u32_kv("llama.block_count", 6)] if i == 0 else []
-        shard_path(folder / prefix, i, len(groups)).write_bytes(pack_gguf([*head, *split_kv(i, len(groups))], tensors(names)))
+        shard_path(folder / prefix, i, len(groups)).write_bytes(
+            pack_gguf([*head, *split_kv(i, len(groups))], tensors(names))
+        )
     return shard_path(folder / prefix, 0, len(groups))
 
 
 def write_adapter(folder, names=NAMES):
     rng = np.random.default_rng(9)
-    pairs = [LoraPair(n, rng.normal(size=(2, 32)).astype("f4"), rng.normal(size=(8, 2)).astype("f4"), 1.0) for n in names]
+    pairs = [
+        LoraPair(n, rng.normal(size=(2, 32)).astype("f4"), rng.normal(size=(8, 2)).astype("f4"), 1.0) for n in names
+    ]
     write_adapter_gguf(folder / "adapter.gguf", pairs, "llama", force=True)
     return [(folder / "adapter.gguf", 1.0)], {pair.name: pair.delta() for pair in pairs}
 
@@ -152,7 +161,10 @@ BROKEN = {
     "an empty file": lambda folder: shard_path(folder / "model", 1, 3).write_bytes(b""),
     "truncated": _truncate,
     "not a GGUF": lambda folder: shard_path(folder / "model", 1, 3).write_bytes(b"<html>"),
-    "a directory": lambda folder: (shard_path(folder / "model", 1, 3).unlink(), shard_path(folder / "model", 1, 3).mkdir()),
+    "a directory": lambda folder: (
+        shard_path(folder / "model", 1, 3).unlink(),
+        shard_path(folder / "model", 1, 3).mkdir(),
+    ),
     "big-endian": lambda folder: shard_path(folder / "model", 1, 3).write_bytes(b"GGUF\0\0\0\3" + bytes(64)),
     "total count wrong": _replace(0, key_values=[ARCHITECTURE, *split_kv(0, 3, total=7)], names=NAMES[:2]),
 }
@@ -168,7 +180,9 @@ def test_shards_that_do_not_belong_together(tmp_path, case):
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("name", ["renamed.gguf", "model-00002-of-00003.gguf", "model-00001-of-00004.gguf", "model-1-of-3.gguf"])
+@pytest.mark.parametrize(
+    "name", ["renamed.gguf", "model-00002-of-00003.gguf", "model-00001-of-00004.gguf", "model-1-of-3.gguf"]
+)
 def test_a_shard_under_another_name(tmp_path, name):
     first = write_split(tmp_path)
     raw = first.read_bytes()

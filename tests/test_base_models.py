@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_gguf.commands.base_models import base_model_of
 from lora_gguf.commands.convert import convert
 from lora_gguf.errors import FileError, HubError, MalformedError, UsageError
+from lora_gguf.hub.base_models import base_model_of
 from lora_gguf.hub.references import remote_gguf
 from tests.common import DEMO_ADAPTER, smollm2_path
 from tests.test_cli import run
@@ -27,8 +27,17 @@ def config(base: object) -> bytes:
 @pytest.fixture
 def hub(local_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    local_hub.repos |= {BASE: {"config.json": b"{}"}, ADAPTER: {"adapter_config.json": config(BASE), "adapter_model.safetensors": b"x"}}
-    quantized(local_hub, "many/Tiny-GGUF", BASE, 1000, ("t-Q2_K.gguf", "t-Q4_K_M.gguf", "UD/t-UD-Q4_K_M.gguf", "other-Q2_K.gguf"))
+    local_hub.repos |= {
+        BASE: {"config.json": b"{}"},
+        ADAPTER: {"adapter_config.json": config(BASE), "adapter_model.safetensors": b"x"},
+    }
+    quantized(
+        local_hub,
+        "many/Tiny-GGUF",
+        BASE,
+        1000,
+        ("t-Q2_K.gguf", "t-Q4_K_M.gguf", "UD/t-UD-Q4_K_M.gguf", "other-Q2_K.gguf"),
+    )
     quantized(local_hub, "few/Tiny-GGUF", BASE, 10, ("t-Q4_K_M.gguf", *SHARDS))
     return local_hub
 
@@ -38,7 +47,12 @@ def test_the_list_names_what_merge_takes(hub, capsys):
     lines = [line.split() for line in out.splitlines()]
     names = [line[-1] for line in lines]
     assert code == 0 and f"{BASE}: 6 GGUFs" in err
-    assert names[-2:] == ["few/Tiny-GGUF:Q4_K_M", "few/Tiny-GGUF:Q8_0"] and {line[1] for line in lines} <= {"bytes", "kB", "MB", "GB"}
+    assert names[-2:] == ["few/Tiny-GGUF:Q4_K_M", "few/Tiny-GGUF:Q8_0"] and {line[1] for line in lines} <= {
+        "bytes",
+        "kB",
+        "MB",
+        "GB",
+    }
     code, out, _ = run(capsys, "fetch", ADAPTER, "--base", "--json")
     found = json.loads(out)
     assert [entry["reference"] for entry in found] == names
@@ -78,7 +92,9 @@ def test_one_file_under_a_name_of_one_s_own(hub, capsys, tmp_path):
     code, out, _ = run(capsys, "fetch", ADAPTER, "--quant", "Q4_K_M", "-o", tmp_path / "base.gguf")
     assert code == 0 and out.strip() == str(tmp_path / "base.gguf") and b"many" in (tmp_path / "base.gguf").read_bytes()
     code, _, err = run(capsys, "fetch", ADAPTER, "--quant", "Q8_0", "-o", tmp_path / "other.gguf")
-    assert code == UsageError.exit_code and "has 2 shards: name a folder" in err and not (tmp_path / "other.gguf").exists()
+    assert (
+        code == UsageError.exit_code and "has 2 shards: name a folder" in err and not (tmp_path / "other.gguf").exists()
+    )
 
 
 def test_no_such_quantization(hub, capsys):
@@ -98,7 +114,8 @@ def test_what_differs_is_replaced_with_force_only(hub, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stated", "error"), [("/content/model", HubError), ("", MalformedError), (None, MalformedError), (5, MalformedError)]
+    ("stated", "error"),
+    [("/content/model", HubError), ("", MalformedError), (None, MalformedError), (5, MalformedError)],
 )
 def test_an_adapter_that_names_no_model(hub, capsys, stated, error):
     hub.repos[ADAPTER]["adapter_config.json"] = config(stated)

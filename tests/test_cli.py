@@ -1,4 +1,5 @@
 """The command line: what it prints, what it refuses, and with which exit code."""
+
 from __future__ import annotations
 
 import json
@@ -54,7 +55,17 @@ def test_min_retention_is_an_error_before_the_rename(tmp_path, capsys):
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_0", size=2e-5)
     (tmp_path / "out.gguf").write_bytes(b"old")
     code, _, err = run(
-        capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--rounding", "nearest", "--min-retention", "0.5", "--force"
+        capsys,
+        "merge",
+        base,
+        adapter,
+        "-o",
+        tmp_path / "out.gguf",
+        "--rounding",
+        "nearest",
+        "--min-retention",
+        "0.5",
+        "--force",
     )
     assert code == errors.NumericError.exit_code and "--type Q8_0 would keep about 1.0" in err
     assert (tmp_path / "out.gguf").read_bytes() == b"old" and not leftovers(tmp_path)
@@ -145,7 +156,9 @@ def test_wrong_base(tmp_path, capsys):
     from tests.common import DEMO_ADAPTER
 
     code, out, err = run(capsys, "merge", gemma3_path(), DEMO_ADAPTER, "-o", tmp_path / "out.gguf")
-    assert code == errors.MismatchError.exit_code and "base" in err and err.count("\n") == 1 and not os.listdir(tmp_path)
+    assert (
+        code == errors.MismatchError.exit_code and "base" in err and err.count("\n") == 1 and not os.listdir(tmp_path)
+    )
 
 
 def test_control_characters_never_reach_the_terminal(tmp_path, capsys):
@@ -157,7 +170,18 @@ def test_control_characters_never_reach_the_terminal(tmp_path, capsys):
 def test_signals_leave_nothing(tmp_path, number, code):
     from tests.common import DEMO_ADAPTER
 
-    command = [sys.executable, "-m", "lora_gguf", "merge", smollm2_path(), DEMO_ADAPTER, "-o", tmp_path / "out.gguf", "--type", "Q4_K"]
+    command = [
+        sys.executable,
+        "-m",
+        "lora_gguf",
+        "merge",
+        smollm2_path(),
+        DEMO_ADAPTER,
+        "-o",
+        tmp_path / "out.gguf",
+        "--type",
+        "Q4_K",
+    ]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
     while not leftovers(tmp_path) and time.time() < deadline and process.poll() is None:
@@ -267,7 +291,11 @@ def test_completion_in_bash(tmp_path):
         try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _lora_gguf_completion lora-gguf; echo "${COMPREPLY[*]}"; }
         try lora-gguf me; try lora-gguf merge --rounding n
     """
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }
     done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout.split("\n") == ["merge", "nearest", ""], done.stderr
 
@@ -286,7 +314,9 @@ def test_the_file_that_was_meant(tmp_path, capsys):
 @pytest.mark.parametrize("growth", ["5", "x", "-1%", "2000%", "nan"])
 def test_a_growth_that_could_be_misread_is_refused(tmp_path, capsys, growth):
     base_and_adapter(tmp_path, "Q4_0")
-    code, _, err = run(capsys, "merge", tmp_path / "base.gguf", tmp_path / "adapter.gguf", "-o", tmp_path / "o", "--max-growth", growth)
+    code, _, err = run(
+        capsys, "merge", tmp_path / "base.gguf", tmp_path / "adapter.gguf", "-o", tmp_path / "o", "--max-growth", growth
+    )
     assert code == errors.UsageError.exit_code and "such as 10%" in err and not (tmp_path / "o").exists()
 
 

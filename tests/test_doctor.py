@@ -11,15 +11,15 @@ import sys
 import numpy as np
 import pytest
 
-from lora_gguf.adapters.sources import placement_of
 from lora_gguf.checks.tokenizer import compare_tokenizer
 from lora_gguf.cli import execute
 from lora_gguf.commands.doctor import doctor
 from lora_gguf.commands.merge import merge
 from lora_gguf.errors import MismatchError, UnsupportedError
 from lora_gguf.files.base import Base
-from lora_gguf.plan import Policy
-from lora_gguf.requantize import ROUNDINGS
+from lora_gguf.mapping.sources import placement_of
+from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.requantize import ROUNDINGS
 from tests import tiny
 from tests.common import DEMO_ADAPTER, FIXTURES, gemma3_path, smollm2_path
 from tests.test_families import ADAPTERS, KINDS
@@ -100,7 +100,13 @@ def test_a_kind_that_cannot_be_merged(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["no.gguf", "./no"], 7), (["base.gguf", "./no"], 7), (["adapter.gguf", "base.gguf"], (3, 5)), (["base.gguf"], 2), ([], 2)],
+    [
+        (["no.gguf", "./no"], 7),
+        (["base.gguf", "./no"], 7),
+        (["adapter.gguf", "base.gguf"], (3, 5)),
+        (["base.gguf"], 2),
+        ([], 2),
+    ],
 )
 def test_what_is_wrong_is_one_line(tmp_path, capsys, monkeypatch, arguments, code):
     base_and_adapter(tmp_path, "Q4_0")
@@ -176,7 +182,11 @@ def folder(tmp_path_factory):
 def test_every_architecture_and_kind_is_foretold(folder, name):
     family = (KINDS / name / "base").read_text() if name in ADAPTERS else name
     adapter = KINDS / name if name in ADAPTERS else tiny.TINY / name / "adapter"
-    report = doctor(tiny.base_gguf(folder, family), [(adapter, 1.0)], base_config=tiny.TINY / family if family == "falcon-h1" else None)
+    report = doctor(
+        tiny.base_gguf(folder, family),
+        [(adapter, 1.0)],
+        base_config=tiny.TINY / family if family == "falcon-h1" else None,
+    )
     assert report.ok and report.tensors
     assert abs(report.outlook("auto").kept - 1) < 1e-3 and len(report.outlooks) <= 3  # roundings do not matter to F32
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["ok"]

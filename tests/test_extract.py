@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from libgguf import quantize_rows
 
+from lora_gguf.adapters.factoring import factor
 from lora_gguf.adapters.lora import decode, read_adapter_gguf
 from lora_gguf.commands.extract import extract
 from lora_gguf.errors import LoraGgufError, MismatchError, UsageError
-from lora_gguf.factoring import factor
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec
-from lora_gguf.ggml import BY_NAME
 from lora_gguf.mapping.hparams import from_config
+from lora_gguf.quants.ggml import BY_NAME
 from tests import tiny
 from tests.test_convert import TOLERANCE, assert_top
 
@@ -97,7 +97,9 @@ def test_quantized_models(tmp_path, type_name, noisy):
 def quantized(path, weights, type_name):
     """The model with the matrices of whole blocks in a type."""
     fits = {name for name, array in weights.items() if array.ndim == 2 and array.shape[1] % 32 == 0}
-    specs = [TensorSpec(name, BY_NAME[type_name if name in fits else "F32"], array.shape) for name, array in weights.items()]
+    specs = [
+        TensorSpec(name, BY_NAME[type_name if name in fits else "F32"], array.shape) for name, array in weights.items()
+    ]
     with GgufWriter(path, tiny.key_values("llama", from_config(tiny.config_of("llama"))), specs) as writer:
         for name, array in weights.items():
             raw = np.frombuffer(bytes(quantize_rows(array, BY_NAME[type_name].id)), np.uint8) if name in fits else array

@@ -1,4 +1,6 @@
-"""``merge`` on F32 models of many architectures, and with every kind of adapter: PEFT's merged weights, and llama.cpp's word."""
+"""``merge`` on F32 models of many architectures, and with every kind of adapter: PEFT's merged weights, and llama.cpp's
+word.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def test_the_forms_of_packed_experts_are_pefts_own(folder):
     for version in ("0.18.0", "0.19.0", "0.19.1"):
         for name in ("experts", "experts-gpt-oss"):
             factors = load_file(KINDS / f"{name}-{version}" / "adapter_model.safetensors")
-            shapes[name, version] = factors["base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"].shape
+            shapes[name, version] = factors[
+                "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"
+            ].shape
     assert shapes["experts", "0.18.0"] != shapes["experts", "0.19.1"]
     assert shapes["experts-gpt-oss", "0.19.0"] != shapes["experts-gpt-oss", "0.19.1"]
 

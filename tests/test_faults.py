@@ -1,4 +1,6 @@
-"""Every call of the system that a merge and a conversion make fails once; the limits of the system; closed and full streams."""
+"""Every call of the system that a merge and a conversion make fails once; the limits of the system; closed and full
+streams.
+"""
 
 from __future__ import annotations
 

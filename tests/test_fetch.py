@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_gguf.commands.fetch import fetch, parse_reference
 from lora_gguf.errors import FileError, HubError, MalformedError, UsageError
+from lora_gguf.hub.adapters import fetch, parse_reference
 from tests.hub import TOKEN
 from tests.hub_faults import (
     BLOB,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import gguf
 
-from lora_gguf.ggml import BY_NAME, FILE_TYPES, TYPES
+from lora_gguf.quants.ggml import BY_NAME, FILE_TYPES, TYPES
 from tests.common import ggml
 
 
@@ -18,7 +18,10 @@ def test_the_table_is_that_of_ggml():
     library = ggml()
     library.ggml_blck_size.restype = library.ggml_type_size.restype = __import__("ctypes").c_int64
     for entry in TYPES.values():
-        assert (library.ggml_blck_size(entry.id), library.ggml_type_size(entry.id)) == (entry.block_size, entry.block_bytes)
+        assert (library.ggml_blck_size(entry.id), library.ggml_type_size(entry.id)) == (
+            entry.block_size,
+            entry.block_bytes,
+        )
 
 
 def test_file_types():

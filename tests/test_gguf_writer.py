@@ -8,14 +8,15 @@ import pytest
 from lora_gguf.errors import UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, key_value, raw_key_values
-from lora_gguf.ggml import BY_NAME
+from lora_gguf.quants.ggml import BY_NAME
 from tests.common import gemma3_path, pack_gguf, pack_kv, pack_string, smollm2_path, text_kv, u32_kv
 
 
 def copy_of(source, target):
-    with GgufReader(source) as reader, GgufWriter(
-        target, raw_key_values(reader), reader.tensors.values(), alignment=reader.alignment
-    ) as writer:
+    with (
+        GgufReader(source) as reader,
+        GgufWriter(target, raw_key_values(reader), reader.tensors.values(), alignment=reader.alignment) as writer,
+    ):
         for name, info in reader.tensors.items():
             writer.copy(writer.tensors[name], reader, info)
         writer.commit()
@@ -35,7 +36,10 @@ ODD_VALUES = [
     pack_kv("d.empty", 9, struct.pack("<IQ", 8, 0)),
     pack_kv("e.strings", 9, struct.pack("<IQ", 8, 2) + pack_string("x") + pack_string("")),
     pack_kv(b"f.\xff", 0, b"\x07"),
-    *(pack_kv(f"g.{i}", i, bytes(range(1, 1 + n))) for i, n in ((0, 1), (1, 1), (2, 2), (3, 2), (4, 4), (5, 4), (6, 4), (10, 8), (11, 8))),
+    *(
+        pack_kv(f"g.{i}", i, bytes(range(1, 1 + n)))
+        for i, n in ((0, 1), (1, 1), (2, 2), (3, 2), (4, 4), (5, 4), (6, 4), (10, 8), (11, 8))
+    ),
 ]
 
 

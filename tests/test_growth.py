@@ -1,4 +1,5 @@
 """Promotion within a size budget."""
+
 from __future__ import annotations
 
 import os
@@ -7,7 +8,7 @@ import pytest
 
 from lora_gguf.commands.merge import merge
 from lora_gguf.errors import UsageError
-from lora_gguf.growth import parse_growth
+from lora_gguf.merging.growth import parse_growth
 from tests.common import DEMO_ADAPTER, smollm2_path
 
 
@@ -16,7 +17,9 @@ def test_budget_is_kept_and_the_small_tensors_that_carry_most_go_first(tmp_path)
     size, before = os.path.getsize(tmp_path / "out.gguf"), os.path.getsize(smollm2_path())
     assert 0.02 * before < size - before < 0.031 * before
     promoted = [tensor.target.name for tensor in report.plan.merged if tensor.target.type.name == "Q8_0"]
-    assert len([name for name in promoted if "attn_v" in name]) == 30 and not [name for name in promoted if "ffn" in name]
+    assert len([name for name in promoted if "attn_v" in name]) == 30 and not [
+        name for name in promoted if "ffn" in name
+    ]
     assert all(report.retention[name].kept > 0.97 for name in promoted)
 
 

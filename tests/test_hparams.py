@@ -13,7 +13,13 @@ from tests.test_adapter import directory, tensors
 
 
 def config(architecture, **fields):
-    return {"architectures": [architecture], "num_attention_heads": 8, "hidden_size": 32, "num_hidden_layers": 2, **fields}
+    return {
+        "architectures": [architecture],
+        "num_attention_heads": 8,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        **fields,
+    }
 
 
 def block(size):

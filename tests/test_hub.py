@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from lora_gguf.commands.fetch import fetch
 from lora_gguf.errors import HubError, IntegrityError
+from lora_gguf.hub.adapters import fetch
 from tests.hub import COMMIT, TOKEN
 from tests.hub_faults import BLOB, CONFIG, FAILURES, FILES, RECOVERIES, REPO, WEIGHTS, cache_of, cut, wrong
 
@@ -25,7 +25,7 @@ def test_a_failure_is_one_line_and_leaves_nothing_behind(hub, tmp_path, capfd, n
     with pytest.raises(error) as caught:
         fetch(REPO)
     message = str(caught.value)
-    assert part in message and message.startswith(REPO) or "127.0.0.1" in message and part in message
+    assert (part in message and message.startswith(REPO)) or ("127.0.0.1" in message and part in message)
     assert message.isprintable() and len(message) < 500 and TOKEN not in message + repr(caught.value)
     assert caught.value.__cause__ is None and not caught.value.details
     assert capfd.readouterr() == ("", "")

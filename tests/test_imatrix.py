@@ -12,7 +12,7 @@ from libgguf import load_imatrix
 from lora_gguf.errors import FileError, LoraGgufError, MalformedError, MismatchError, NumericError
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.files.imatrix import read_imatrix
-from lora_gguf.ggml import BY_NAME
+from lora_gguf.quants.ggml import BY_NAME
 from tests.common import pack_gguf, pack_kv, pack_string, text_kv, u32_kv
 
 RNG = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import pytest
 from libgguf import dequantize_rows
 
 from lora_gguf.files.base import Base
-from lora_gguf.importance import importance_of
+from lora_gguf.merging.importance import importance_of
 from tests.common import pack_gguf, smollm2_path, text_kv
 
 WIDTH, HIDDEN, HEAVY, SUPER = 512, 128, 5, 17
@@ -50,7 +50,9 @@ def test_planted_columns_are_found(tmp_path, n_experts):
 
 
 def test_super_weights_of_a_real_model():
-    """The column of ffn_down with the largest kurtosis over all its rows is one of the first seven of 1536, in most layers."""
+    """The column of ffn_down with the largest kurtosis over all its rows is one of the first seven of 1536, in most
+    layers.
+    """
     with Base(smollm2_path()) as base:
         names = [f"blk.{layer}.ffn_down.weight" for layer in range(30)]
         found, ranks = importances(base, names), []

@@ -1,4 +1,5 @@
 """The modules' order, and what each command may import."""
+
 from __future__ import annotations
 
 import ast
@@ -12,34 +13,41 @@ import pytest
 from tests.common import ROOT
 
 PACKAGE = ROOT / "lora_gguf"
-# nothing here may know of what comes after it: files, kernels, adapters, the plan, the merge, what judges it, the command line
-LAYERS = (
+# the rooms from the ground up: a module imports from its own room and from those before it
+ROOMS = [
     "errors",
-    "files.gguf_reader",
-    "files.gguf_writer",
+    "progress",
+    "text",
+    "kernels",
     "quants",
-    "rounding",
-    "adapters.lora",
-    "adapters.adapter",
-    "mapping.names",
-    "mapping.placement",
-    "plan",
-    "commands.merge",
-    "commands.verify",
+    "files",
+    "adapters",
+    "hub",
+    "mapping",
+    "merging",
+    "checks",
+    "commands",
+    "api",
+    "report",
     "cli",
-)
+    "__init__",
+    "__main__",
+]
 
 
 def _modules() -> dict[str, Path]:
-    """Every module by its dotted name below the package; the packages themselves too."""
-    paths = (path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    """Every module by its dotted name below the package; the rooms themselves too."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
 
 
-def _imports(source: Path, modules) -> set[str]:
-    """The package's modules that are imported when ``source`` is."""
+def _imports(source: Path, modules, *, inside: bool) -> set[str]:
+    """The package's modules that ``source`` imports: when it is imported itself, and those ``inside`` its functions too."""
+    tree = ast.parse(source.read_text())
     found = set()
-    for node in ast.parse(source.read_text()).body:
+    for node in ast.walk(tree) if inside else tree.body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_gguf"):
             parent = node.module.removeprefix("lora_gguf").removeprefix(".")
             named = {f"{parent}.{alias.name}".removeprefix(".") for alias in node.names}
@@ -47,29 +55,30 @@ def _imports(source: Path, modules) -> set[str]:
     return found - {""}
 
 
-def _graph() -> dict[str, set[str]]:
-    """Who imports whom. ``quants`` is one node: its families fill the dict of the package that they import."""
+def _room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_room_has_its_place():
+    assert {_room(name) for name in _modules()} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_module_imports_only_from_rooms_below_it(room):
+    modules, below = _modules(), ROOMS[: ROOMS.index(room) + 1]
+    wrong = {
+        f"{name} imports {other}"
+        for name, path in modules.items()
+        if _room(name) == room
+        for other in _imports(path, modules, inside=True)
+        if _room(other) not in below
+    }
+    assert not wrong
+
+
+def test_no_circles_within_a_room():
     modules = _modules()
-    graph = {name: _imports(path, modules) for name, path in modules.items()}
-    family = {name for name in graph if name.startswith("quants.")}
-    graph["quants"] = set().union(*(graph.pop(name) for name in family), graph["quants"]) - family - {"quants"}
-    return {name: {"quants" if other in family else other for other in others} for name, others in graph.items()}
-
-
-def test_a_module_imports_only_from_rows_above_it():
-    graph = _graph()
-    order = list(TopologicalSorter(graph).static_order())  # raises CycleError where there is no order
-    assert set(order) == set(graph)
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_layers(layer):
-    graph = _graph()
-    reached, ahead = set(), {layer}
-    while ahead:
-        reached |= ahead
-        ahead = set().union(*(graph[name] for name in ahead)) - reached
-    assert not reached & set(LAYERS[LAYERS.index(layer) + 1 :])
+    TopologicalSorter({name: _imports(path, modules, inside=False) for name, path in modules.items()}).prepare()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["merge", "--help"], ["merge", "no.gguf", "./no"]])

@@ -19,7 +19,7 @@ from lora_gguf.errors import FileError, HubError, MalformedError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.hub.references import remote_gguf
 from lora_gguf.hub.remote import open_model
-from lora_gguf.plan import Policy
+from lora_gguf.merging.plan import Policy
 from tests.common import DEMO_ADAPTER, FIXTURES, gemma3_path, smollm2_path
 from tests.hub import TOKEN
 from tests.test_merge import NAME, base_and_adapter
@@ -48,14 +48,16 @@ def test_a_model_is_as_the_gguf_package_reads_it():
     assert found.vocabulary_size == 262144 and not found.chat_template and found.provenance is None
     assert found.n_bytes == gemma3_path().stat().st_size
     sizes = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] for name in found.types}
-    assert all(share.n_bytes == share.n_parameters // sizes[name][0] * sizes[name][1] for name, share in found.types.items())
+    assert all(
+        share.n_bytes == share.n_parameters // sizes[name][0] * sizes[name][1] for name, share in found.types.items()
+    )
     assert sum(share.n_parameters for share in found.types.values()) == found.n_parameters
 
 
 def test_a_peft_adapter_is_as_safetensors_reads_it():
     found = inspect(DEMO_ADAPTER)
     with safetensors.safe_open(DEMO_ADAPTER / "adapter_model.safetensors", "np") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert found.kind == "adapter (PEFT)" and found.method == "LoRA" and found.n_layers == 30
     assert found.n_parameters == sum(array.size for array in tensors.values())
     assert found.types["F16"].n_tensors == len(tensors) == 2 * sum(found.targets.values())
@@ -65,14 +67,18 @@ def test_a_peft_adapter_is_as_safetensors_reads_it():
 
 def test_patterns_give_each_module_its_rank_and_scale():
     found = inspect(FIXTURES / "scales-adapter")
-    assert found.method == "rsLoRA" and sum(group.n_modules for group in found.ranks) == sum(found.targets.values()) == 120
+    assert (
+        found.method == "rsLoRA" and sum(group.n_modules for group in found.ranks) == sum(found.targets.values()) == 120
+    )
     assert {(group.rank, round(group.scale, 3)) for group in found.ranks} >= {(2, 4.243), (8, 3.889), (6, 8.165)}
 
 
-@pytest.mark.parametrize("folder", sorted((FIXTURES / "kinds").iterdir()) + sorted((FIXTURES / "tiny").glob("*/adapter")), ids=str)
+@pytest.mark.parametrize(
+    "folder", sorted((FIXTURES / "kinds").iterdir()) + sorted((FIXTURES / "tiny").glob("*/adapter")), ids=str
+)
 def test_every_kind_is_told(folder):
     found = inspect(folder)
-    assert found.method and found.targets or found.whole
+    assert (found.method and found.targets) or found.whole
     assert not found.notes and found.n_parameters
 
 
@@ -86,7 +92,11 @@ def test_what_cannot_be_used_says_so(tmp_path):
 def test_an_adapter_gguf(tmp_path):
     convert(DEMO_ADAPTER, tmp_path / "adapter.gguf", smollm2_path())
     found = inspect(tmp_path / "adapter.gguf")
-    assert (found.kind, found.architecture, found.base_model) == ("adapter (GGUF)", "llama", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert (found.kind, found.architecture, found.base_model) == (
+        "adapter (GGUF)",
+        "llama",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
     assert [(group.rank, group.scale, group.n_modules) for group in found.ranks] == [(8, 2.0, 210)]
     assert found.alpha == 16 and found.targets["attn_q"] == 30 and found.n_layers == 30
 
@@ -105,7 +115,7 @@ def test_a_model_on_the_hub_costs_a_fiftieth_of_its_size(hub, capsys):
     found = json.loads(capsys.readouterr().out)
     assert {**local.as_dict(), "source": 0, "files": 0} == {**found, "source": 0, "files": 0}
     assert found["source"] == f"{MODEL}/model-Q4_1.gguf" and hub.n_sent < 0.02 * local.n_bytes
-    assert not hub.requests("^GET /cdn") == [] and all("range" in headers for headers in hub.requests("^GET /cdn"))
+    assert hub.requests("^GET /cdn") != [] and all("range" in headers for headers in hub.requests("^GET /cdn"))
     assert TOKEN not in str(hub.requests("^GET /cdn"))
 
 

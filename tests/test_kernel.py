@@ -1,4 +1,6 @@
-"""``kernel``: a cache of compiled kernels that is damaged, or cannot be written, costs a compilation and nothing else."""
+"""``kernel``: a cache of compiled kernels that is damaged, or cannot be written, costs a compilation and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import pytest
 from tests.common import ROOT
 
 SOURCE = """
-from lora_gguf.kernel import kernel
+from lora_gguf.kernels.decorators import kernel
 
 @kernel
 def doubled(n):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_gguf import lanes
-from lora_gguf.kernel import kernel
+from lora_gguf.kernels import lanes
+from lora_gguf.kernels.decorators import kernel
 
-X = np.array([-3.5, -0.5, 0.0, 0.49, 0.5, 2.0, 7.25, 126.9, 1e-40, -1e30, np.inf, -np.inf, np.nan, 1.5, -1.5, 3e38], np.float32)
+X = np.array(
+    [-3.5, -0.5, 0.0, 0.49, 0.5, 2.0, 7.25, 126.9, 1e-40, -1e30, np.inf, -np.inf, np.nan, 1.5, -1.5, 3e38], np.float32
+)
 Y = np.array([2.0, -0.5, 1.0, np.nan, -7.0, 2.0, 0.25, 1e-3, 1e-40, 1e30, 1.0, 5.0, 1.0, -1.5, -1.5, 3e38], np.float32)
 Z = np.linspace(-1, 1, 16, dtype=np.float32)
 
@@ -44,8 +46,12 @@ LIKE_NUMPY = {
         lambda x, y, z: (x.view(np.uint32) & 0xFFFF0000).view(np.float32),
     ),
     "uint32": (
-        lambda x, y, z: lanes.to_f32((lanes.iota() * lanes.splat(np.uint32(0x9E3779B9)) ^ lanes.bits(x)) >> lanes.splat(np.uint32(8))),
-        lambda x, y, z: ((np.arange(16, dtype=np.uint32) * np.uint32(0x9E3779B9) ^ x.view(np.uint32)) >> 8).astype(np.float32),
+        lambda x, y, z: lanes.to_f32(
+            (lanes.iota() * lanes.splat(np.uint32(0x9E3779B9)) ^ lanes.bits(x)) >> lanes.splat(np.uint32(8))
+        ),
+        lambda x, y, z: ((np.arange(16, dtype=np.uint32) * np.uint32(0x9E3779B9) ^ x.view(np.uint32)) >> 8).astype(
+            np.float32
+        ),
     ),
 }
 

@@ -1,4 +1,5 @@
 """Real parts end to end: a real adapter, a real model, and what llama.cpp says with them."""
+
 from __future__ import annotations
 
 import hashlib
@@ -9,14 +10,13 @@ import numpy as np
 import pytest
 from libgguf import dequantize_rows
 
-from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
 from lora_gguf.commands.convert import convert
 from lora_gguf.commands.merge import merge
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values
-from lora_gguf.ggml import BY_NAME
-from lora_gguf.plan import Policy
-from lora_gguf.quants import QUANTS
+from lora_gguf.merging.plan import Policy
+from lora_gguf.quants.ggml import BY_NAME
+from lora_gguf.quants.table import QUANTS
 from tests.common import DEMO_ADAPTER, FIXTURES, complete, gemma3_path, llama_server, smollm2_path
 
 PROMPT = "<|im_start|>user\nHow do I make tea?<|im_end|>\n<|im_start|>assistant\n"
@@ -29,7 +29,10 @@ def text(model, adapter=None, prompt=PROMPT, n_predict=64):
 def as_type(source, target, type_name):
     """A copy of a model with all its quantized tensors in F32 or F16."""
     with GgufReader(source) as reader:
-        specs = [TensorSpec(i.name, i.type if i.type.name == "F32" else BY_NAME[type_name], i.shape) for i in reader.tensors.values()]
+        specs = [
+            TensorSpec(i.name, i.type if i.type.name == "F32" else BY_NAME[type_name], i.shape)
+            for i in reader.tensors.values()
+        ]
         with GgufWriter(target, raw_key_values(reader), specs) as writer:
             for info in reader.tensors.values():
                 raw = reader.read(info)
@@ -84,7 +87,9 @@ def test_size_is_the_bases_plus_metadata(merged):
     assert 0 < os.path.getsize(merged[0]) - os.path.getsize(smollm2_path()) < 4096
 
 
-@pytest.mark.parametrize(("rounding", "low", "high"), [("auto", 0.9, 1.1), ("dither", 0.9, 1.1), ("nearest", -0.01, 0.05)])
+@pytest.mark.parametrize(
+    ("rounding", "low", "high"), [("auto", 0.9, 1.1), ("dither", 0.9, 1.1), ("nearest", -0.01, 0.05)]
+)
 def test_how_much_of_a_real_adapter_is_kept(tmp_path, rounding, low, high):
     report = merge(smollm2_path(), [(DEMO_ADAPTER, 1.0)], tmp_path / "merged.gguf", Policy(rounding))
     assert low < report.whole.kept < high
@@ -116,7 +121,9 @@ def next_logprobs(server, token_ids) -> dict[int, float]:
 
 @pytest.mark.parametrize("name", ["demo-adapter", "scales-adapter"])
 def test_the_converted_adapter_changes_the_logits_as_peft_does(tmp_path, f32_base, name):
-    """Reference: transformers + PEFT in f32, see fixtures/make_reference_logprobs.py; llama.cpp on an f32 copy of the base."""
+    """Reference: transformers + PEFT in f32, see fixtures/make_reference_logprobs.py; llama.cpp on an f32 copy of the
+    base.
+    """
     convert(FIXTURES / name, tmp_path / "adapter.gguf", smollm2_path())
     cases = json.loads((FIXTURES / "reference-logprobs.json").read_text())["cases"]
     server = llama_server(f32_base, tmp_path / "adapter.gguf")
@@ -127,12 +134,18 @@ def test_the_converted_adapter_changes_the_logits_as_peft_does(tmp_path, f32_bas
             differences += [abs(found[token] - logprob) for token, logprob in top[:5]]
     assert len(differences) >= 5 * 20
     assert np.mean(differences) < 0.02 and max(differences) < 0.15
-    far = [abs(a[1] - b[1]) for case, plain in zip(cases[name], cases["base"]) for a, b in zip(case["top"][0][:3], plain["top"][0][:3])]
+    far = [
+        abs(a[1] - b[1])
+        for case, plain in zip(cases[name], cases["base"])
+        for a, b in zip(case["top"][0][:3], plain["top"][0][:3])
+    ]
     assert max(far) > 0.3  # the adapter does change what is said, so the closeness above is no accident
 
 
 def test_a_k_quant_model_merged_talks_like_its_adapter_at_run_time(tmp_path):
-    """Gemma 3 270M Q4_K_M (Q4_K, Q5_0, Q6_K, Q8_0) and an adapter on all its linear layers, at the ends of some texts on Perl."""
+    """Gemma 3 270M Q4_K_M (Q4_K, Q5_0, Q6_K, Q8_0) and an adapter on all its linear layers, at the ends of some texts
+    on Perl.
+    """
     adapter = FIXTURES / "gemma-perl-adapter"
     convert(adapter, tmp_path / "adapter.gguf", gemma3_path())
     report = merge(gemma3_path(), [(adapter, 1.0)], tmp_path / "merged.gguf")

@@ -9,7 +9,7 @@ from lora_gguf.adapters.lora import LoraPair, read_adapter_gguf, write_adapter_g
 from lora_gguf.errors import MalformedError, NumericError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, key_value
-from lora_gguf.ggml import BY_NAME
+from lora_gguf.quants.ggml import BY_NAME
 
 
 def pair(name="blk.0.attn_q.weight", r=32, n_in=64, n_out=96, scale=2.0, experts=()):

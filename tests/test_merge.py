@@ -1,4 +1,5 @@
 """The merge of small files of every type, judged by libgguf's decoding."""
+
 from __future__ import annotations
 
 import hashlib
@@ -11,15 +12,15 @@ import numpy as np
 import pytest
 from libgguf import dequantize_rows, quantize_rows
 
-from lora_gguf import chunks
 from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
 from lora_gguf.commands.merge import merge
 from lora_gguf.errors import FileError, MismatchError, NumericError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.output import SUFFIX
-from lora_gguf.ggml import BY_NAME
-from lora_gguf.plan import Policy
-from lora_gguf.rounding import low_rank
+from lora_gguf.kernels.low_rank import low_rank
+from lora_gguf.merging import work
+from lora_gguf.merging.plan import Policy
+from lora_gguf.quants.ggml import BY_NAME
 from tests.common import FIXTURES, ROOT, pack_gguf, smollm2_path, text_kv, u32_kv, valid_rows
 
 KEPT_GRID = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
@@ -52,7 +53,11 @@ def base_and_adapter(folder, type_name, rows=64, cols=512, size=0.002, rank=4, s
     rng = np.random.default_rng(seed)
     weights = (rng.normal(size=(rows, cols)) * 0.02).astype(np.float32)
     raw = stored(weights, type_name).tobytes()
-    key_values = [text_kv("general.architecture", "llama"), u32_kv("llama.block_count", 1), u32_kv("llama.attention.head_count", 2)]
+    key_values = [
+        text_kv("general.architecture", "llama"),
+        u32_kv("llama.block_count", 1),
+        u32_kv("llama.attention.head_count", 2),
+    ]
     (folder / "base.gguf").write_bytes(
         pack_gguf(key_values, [(NAME, type_name, (rows, cols), raw), (OTHER, type_name, (rows, cols), raw)])
     )
@@ -100,7 +105,7 @@ def test_the_bytes_depend_on_neither_threads_nor_chunks(tmp_path, monkeypatch):
     digests = set()
     ways = (1, 1 << 18, None), (2, 1 << 18, None), (2, 512, None), (3, 5000, None), (2, 1 << 18, 100_000), (1, 9, 1)
     for threads, chunk, memory in ways:
-        monkeypatch.setattr(chunks, "CHUNK_WEIGHTS", chunk)
+        monkeypatch.setattr(work, "CHUNK_WEIGHTS", chunk)
         merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", threads=threads, memory=memory, force=True)
         digests.add(hashlib.sha256((tmp_path / "out.gguf").read_bytes()).hexdigest())
     assert len(digests) == 1
@@ -125,7 +130,9 @@ def test_metadata_is_the_bases_and_then_ours(tmp_path):
     with GgufReader(base) as before, GgufReader(tmp_path / "two.gguf") as after:
         keys = list(after.kv)
         assert keys[: len(before.kv)] == list(before.kv)
-        assert keys[len(before.kv) :] == [f"lora_gguf.{key}" for key in ("version", "adapter.names", "adapter.scales", "rounding", "seed")]
+        assert keys[len(before.kv) :] == [
+            f"lora_gguf.{key}" for key in ("version", "adapter.names", "adapter.scales", "rounding", "seed")
+        ]
         assert after.get("lora_gguf.adapter.scales") == [-0.5] and after.get("lora_gguf.seed") == 7
 
 
@@ -142,10 +149,14 @@ def test_experts_are_merged_one_by_one(tmp_path):
     name = "blk.0.ffn_up_exps.weight"
     key_values = [text_kv("general.architecture", "llama"), u32_kv("llama.block_count", 1)]
     (tmp_path / "base.gguf").write_bytes(pack_gguf(key_values, [(name, "F32", (3, 8, 64), weights.tobytes())]))
-    pair = LoraPair(name, rng.normal(size=(3, 2, 64)).astype(np.float32), rng.normal(size=(3, 8, 2)).astype(np.float32), 1.0)
+    pair = LoraPair(
+        name, rng.normal(size=(3, 2, 64)).astype(np.float32), rng.normal(size=(3, 8, 2)).astype(np.float32), 1.0
+    )
     write_adapter_gguf(tmp_path / "adapter.gguf", [pair], "llama", "f32")
     merge(tmp_path / "base.gguf", [(tmp_path / "adapter.gguf", 1.0)], tmp_path / "out.gguf")
-    assert np.allclose(tensor(tmp_path / "out.gguf", name).view(np.float32).reshape(3, 8, 64), weights + pair.delta(), atol=1e-5)
+    assert np.allclose(
+        tensor(tmp_path / "out.gguf", name).view(np.float32).reshape(3, 8, 64), weights + pair.delta(), atol=1e-5
+    )
 
 
 def test_dry_run_writes_nothing(tmp_path):
@@ -162,7 +173,9 @@ def test_a_broken_base_tensor_is_refused(tmp_path, type_name, bad):
     raw = bytearray(base.read_bytes())
     with GgufReader(base) as reader:
         at = reader.data_position + reader.tensors[NAME].offset + {"Q6_K": 208, "Q4_K": 2}.get(type_name, 0)
-    raw[at : at + 4] = np.float32(bad).tobytes() if type_name == "F32" else np.float16(bad).tobytes() + bytes(raw[at + 2 : at + 4])
+    raw[at : at + 4] = (
+        np.float32(bad).tobytes() if type_name == "F32" else np.float16(bad).tobytes() + bytes(raw[at + 2 : at + 4])
+    )
     base.write_bytes(raw)
     with pytest.raises(NumericError, match=NAME):
         merge(base, [(adapter, 1.0)], tmp_path / "out.gguf")
@@ -187,7 +200,7 @@ def test_an_error_on_the_way_leaves_the_output_as_it_was(tmp_path, monkeypatch):
     def fail(*_):
         raise FileError("disk")
 
-    monkeypatch.setattr(chunks, "recode", fail)
+    monkeypatch.setattr(work, "recode", fail)
     with pytest.raises(FileError, match="disk"):
         merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", force=True)
     assert (tmp_path / "out.gguf").read_bytes() == b"old"

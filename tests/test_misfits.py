@@ -26,18 +26,26 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def peft(folder: Path, of: str, change: Callable[[Tensors], Tensors] = dict, **config) -> None:
-    """The adapter ``of`` a tiny model or of a kind as ``adapter`` in ``folder``, its tensors and configuration changed."""
+    """The adapter ``of`` a tiny model or of a kind as ``adapter`` in ``folder``, its tensors and configuration
+    changed.
+    """
     source = TINY / of / "adapter" if (TINY / of).is_dir() else FIXTURES / "kinds" / of
     (folder / "adapter").mkdir()
     tensors = change(load_file(source / "adapter_model.safetensors"))
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "adapter" / "adapter_model.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in tensors.items()},
+        folder / "adapter" / "adapter_model.safetensors",
+    )
     settings = json.loads((source / "adapter_config.json").read_text()) | config
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
 
 
 def gguf(folder: Path, architecture: str, **shapes: tuple[tuple, tuple]) -> None:
     """An adapter GGUF as ``adapter.gguf`` in ``folder``: tensors of block 0 by the shapes of A and B."""
-    pairs = [LoraPair(f"blk.0.{name}.weight", np.ones(a, np.float32), np.ones(b, np.float32), 1.0) for name, (a, b) in shapes.items()]
+    pairs = [
+        LoraPair(f"blk.0.{name}.weight", np.ones(a, np.float32), np.ones(b, np.float32), 1.0)
+        for name, (a, b) in shapes.items()
+    ]
     write_adapter_gguf(folder / "adapter.gguf", pairs, architecture)
 
 
@@ -70,7 +78,9 @@ def swapped(tensors: Tensors) -> Tensors:
 
 
 def repacked(folder: Path, name: str, drop: str = "nothing", **key_values: int) -> None:
-    """The tiny model ``name`` as ``base.gguf`` without the tensors that ``drop`` finds, and with other numbers in its header."""
+    """The tiny model ``name`` as ``base.gguf`` without the tensors that ``drop`` finds, and with other numbers in its
+    header.
+    """
     with GgufReader(base_gguf(folder, name)) as reader:
         pairs = dict(zip(reader.kv, raw_key_values(reader)))
         pairs |= {f"{name}.{key}": u32_kv(f"{name}.{key}", number) for key, number in key_values.items()}
@@ -121,7 +131,11 @@ def more_experts(tensors: Tensors) -> Tensors:
 
 # likewise, for kinds of adapters that only a merge takes
 OF_OTHER_KINDS = {
-    "DoRA's magnitudes": ("qwen2", lambda f: peft(f, "dora", sized("q_proj.*(lora_B|magnitude)", 0, 64)), "q_proj|attn_q"),
+    "DoRA's magnitudes": (
+        "qwen2",
+        lambda f: peft(f, "dora", sized("q_proj.*(lora_B|magnitude)", 0, 64)),
+        "q_proj|attn_q",
+    ),
     "IA3's vectors": ("qwen2", lambda f: peft(f, "ia3", sized("q_proj", 0, 64)), "q_proj|attn_q"),
     "LoHa's factors": ("qwen2", lambda f: peft(f, "loha", sized("q_proj.hada_w._b", 1, 64)), "q_proj|attn_q"),
     "LoKr's factors": ("qwen2", lambda f: peft(f, "lokr", sized("q_proj.lokr_w1", 0, 8)), "q_proj|attn_q"),
@@ -130,8 +144,16 @@ OF_OTHER_KINDS = {
     "VeRA's vectors": ("qwen2", lambda f: peft(f, "vera", sized("q_proj.vera_lambda_b", 0, 24)), "q_proj|attn_q"),
     "whole norms": ("qwen2", lambda f: peft(f, "norms", sized("input_layernorm", 0, 64)), "norm"),
     "a whole head of another width": ("qwen2", lambda f: peft(f, "whole", sized("lm_head", 1, 64)), "lm_head|output"),
-    "rows of tokens of another width": ("qwen2", lambda f: peft(f, "tokens", sized("tokens_delta", 1, 64)), "embd|embed"),
-    "the bias of another width": ("qwen2", lambda f: peft(f, "bias-all", sized("q_proj.base_layer.bias", 0, 64)), "bias"),
+    "rows of tokens of another width": (
+        "qwen2",
+        lambda f: peft(f, "tokens", sized("tokens_delta", 1, 64)),
+        "embd|embed",
+    ),
+    "the bias of another width": (
+        "qwen2",
+        lambda f: peft(f, "bias-all", sized("q_proj.base_layer.bias", 0, 64)),
+        "bias",
+    ),
 }
 
 OF_GGUF = {

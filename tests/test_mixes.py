@@ -1,4 +1,6 @@
-"""Mixes against llama.cpp itself: the types that its quantizer's dry run names for models of many shapes, and its bytes."""
+"""Mixes against llama.cpp itself: the types that its quantizer's dry run names for models of many shapes, and its
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ from lora_gguf.commands.merge import merge
 from lora_gguf.errors import UnsupportedError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import raw_key_values
-from lora_gguf.ggml import BY_NAME, FILE_TYPES
-from lora_gguf.mixes import (
+from lora_gguf.merging.plan import Policy
+from lora_gguf.quants.ggml import BY_NAME, FILE_TYPES
+from lora_gguf.quants.mixes import (
     MIXES,
     Model,
     fallback_type,
@@ -28,8 +31,7 @@ from lora_gguf.mixes import (
     model_of,
     requires_importance,
 )
-from lora_gguf.plan import Policy
-from lora_gguf.quants import QUANTS
+from lora_gguf.quants.table import QUANTS
 from tests.common import ROOT, gemma3_path, pack_gguf, pack_kv, smollm2_path, text_kv, u32_kv
 from tests.test_verify import some_pairs, write_adapter, write_base
 
@@ -278,7 +280,9 @@ def test_which_types_need_an_importance_matrix():
     name = "blk.0.ffn_up.weight"
     needed = [type for type in BY_NAME if requires_importance("IQ2_M", name, BY_NAME[type])]
     assert sorted(needed) == ["IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_XXS"]
-    assert requires_importance("Q2_K_S", name, BY_NAME["Q2_K"]) and not requires_importance("Q2_K", name, BY_NAME["Q2_K"])
+    assert requires_importance("Q2_K_S", name, BY_NAME["Q2_K"]) and not requires_importance(
+        "Q2_K", name, BY_NAME["Q2_K"]
+    )
     assert not requires_importance("IQ2_M", "token_embd.weight", BY_NAME["IQ2_S"])
 
 

@@ -11,8 +11,8 @@ import pytest
 from lora_gguf.commands.merge import merge
 from lora_gguf.errors import FileError, UsageError
 from lora_gguf.files.base import Base
-from lora_gguf.outfiles.modelfile import CHAT_TEMPLATE, FAMILIES, family_of, modelfile
-from lora_gguf.plan import Policy
+from lora_gguf.merging.modelfile import CHAT_TEMPLATE, FAMILIES, family_of, modelfile
+from lora_gguf.merging.plan import Policy
 from tests.common import gemma3_path, ggml, smollm2_path
 from tests.test_cli import run
 from tests.test_merge import base_and_adapter
@@ -81,19 +81,28 @@ def test_of_a_real_chat_model():
     template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
     assert text.startswith("FROM ./a b.gguf\n") and "SYSTEM" not in text
     assert generating(template, System=SYSTEM, Prompt=ASKED) == by_llama_cpp(jinja, ("system", SYSTEM), ("user", ASKED))
-    assert [line for line in text.splitlines() if "PARAMETER" in line] == ['PARAMETER stop "<|im_end|>"', "PARAMETER num_ctx 8192"]
+    assert [line for line in text.splitlines() if "PARAMETER" in line] == [
+        'PARAMETER stop "<|im_end|>"',
+        "PARAMETER num_ctx 8192",
+    ]
 
 
 def test_of_a_model_without_a_chat_template():
     with Base(gemma3_path()) as base:
         found = lines(base)
     assert not any(line.startswith("TEMPLATE") for line in found) and any("no chat template" in line for line in found)
-    assert 'PARAMETER stop "<eos>"' in found and "PARAMETER num_ctx 8192" in found and any("32768" in line for line in found)
+    assert (
+        'PARAMETER stop "<eos>"' in found
+        and "PARAMETER num_ctx 8192" in found
+        and any("32768" in line for line in found)
+    )
 
 
 def test_a_template_of_no_known_family_is_left_to_ollama():
     found = lines(WithKeys(**{CHAT_TEMPLATE: "{{ '[INST]' + messages[0] + '[/INST]' }}"}))
-    assert not any(line.startswith("TEMPLATE") for line in found) and any("ollama show --template" in line for line in found)
+    assert not any(line.startswith("TEMPLATE") for line in found) and any(
+        "ollama show --template" in line for line in found
+    )
 
 
 def test_what_is_left_out_is_said():
@@ -102,7 +111,12 @@ def test_what_is_left_out_is_said():
 
 
 def test_parameters_that_the_base_recommends():
-    keys = {"general.sampling.temp": 0.6, "general.sampling.top_k": 20, "general.sampling.min_p": "x", "llama.context_length": 2048}
+    keys = {
+        "general.sampling.temp": 0.6,
+        "general.sampling.top_k": 20,
+        "general.sampling.min_p": "x",
+        "llama.context_length": 2048,
+    }
     found = lines(WithKeys(**keys))
     assert found[-3:] == ["PARAMETER num_ctx 2048", "PARAMETER temperature 0.6", "PARAMETER top_k 20"]
 
@@ -112,7 +126,9 @@ def test_tokens_that_would_break_out_of_their_line_are_left_out():
     ids = {"eos_token_id": 0, "eot_token_id": 1, "eom_token_id": 9}
     kv = {f"tokenizer.ggml.{key}": value for key, value in {"tokens": tokens, **ids}.items()}
     found = lines(WithKeys(**kv))
-    assert [line for line in found if line.startswith("PARAMETER")] == ['PARAMETER stop "</s>"'] and "evil" not in str(found)
+    assert [line for line in found if line.startswith("PARAMETER")] == ['PARAMETER stop "</s>"'] and "evil" not in str(
+        found
+    )
     with pytest.raises(UsageError, match="cannot hold this name"):
         modelfile(WithKeys(), "a\nADAPTER x.gguf")
 
@@ -127,7 +143,9 @@ def test_the_command_writes_it_beside_the_merged_file(tmp_path, capsys):
     path.write_text("mine")
     code, _, err = run(capsys, "merge", base, adapter, "-o", out, "--modelfile")
     assert code == FileError.exit_code and "exists already" in err and path.read_text() == "mine" and not out.exists()
-    assert run(capsys, "merge", base, adapter, "-o", out, "--modelfile", "--force")[0] == 0 and "FROM" in path.read_text()
+    assert (
+        run(capsys, "merge", base, adapter, "-o", out, "--modelfile", "--force")[0] == 0 and "FROM" in path.read_text()
+    )
 
 
 def test_shards_are_refused_before_anything_is_written(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from lora_gguf.commands.merge import merge
 from lora_gguf.errors import FileError
 from lora_gguf.files.base import Base
-from lora_gguf.outfiles.naming import merged_name
-from lora_gguf.plan import Policy
+from lora_gguf.merging.naming import merged_name
+from lora_gguf.merging.plan import Policy
 from tests.common import DEMO_ADAPTER, smollm2_path
 from tests.test_cli import run
 from tests.test_merge import base_and_adapter
@@ -86,7 +86,9 @@ def test_the_command_uses_it_and_never_overwrites(tmp_path, capsys, monkeypatch)
     assert run(capsys, "merge", "toy-v2-Q4_0.gguf", "adapter.gguf", "--seed", "1", "--force")[0] == 0
     assert expected.read_bytes() != before
     (tmp_path / "out").mkdir()
-    code, _, err = run(capsys, "merge", "toy-v2-Q4_0.gguf", "adapter.gguf", "--type", "Q8_0", "--split-max-size", "1M", "-o", "out")
+    code, _, err = run(
+        capsys, "merge", "toy-v2-Q4_0.gguf", "adapter.gguf", "--type", "Q8_0", "--split-max-size", "1M", "-o", "out"
+    )
     assert code == 0 and os.listdir("out") == ["toy-adapter-v2-Q8_0.gguf"], err
 
 

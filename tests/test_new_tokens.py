@@ -1,4 +1,6 @@
-"""New tokens and single rows in a merge: the base's rows as they were, the new ones after them, and llama.cpp knows the words."""
+"""New tokens and single rows in a merge: the base's rows as they were, the new ones after them, and llama.cpp knows the
+words.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from lora_gguf.errors import MismatchError
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values
-from lora_gguf.ggml import BY_NAME
-from lora_gguf.plan import Policy
+from lora_gguf.merging.plan import Policy
+from lora_gguf.quants.ggml import BY_NAME
 from tests import tiny
 from tests.common import FIXTURES, llama_server, smollm2_path
 
@@ -41,7 +43,13 @@ def adapter(folder, n_rows, width, tokens, words):
         f"{path}.embed_tokens.token_adapter.trainable_tokens_delta": rng.normal(size=(len(tokens), width)) * 0.1,
     }
     save_file({name: array.astype(np.float32) for name, array in tensors.items()}, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "trainable_token_indices": tokens, "target_modules": ["q_proj"]}
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 2,
+        "trainable_token_indices": tokens,
+        "target_modules": ["q_proj"],
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "added_tokens.json").write_text(json.dumps(words))
     return folder, tensors[f"{path}.embed_tokens.token_adapter.trainable_tokens_delta"].astype(np.float32)
@@ -72,10 +80,16 @@ def test_llama_cpp_knows_the_new_words(grown):
     out, _, _ = grown
     server = llama_server(out)
     request = {"n_predict": 1, "temperature": 0, "n_probs": 5, "cache_prompt": False}
-    text, ids = (server.handle_completions(request | {"prompt": p}) for p in ("<|tool|>frobnicate<|tool|>", [49152, 49153, 49152]))
+    text, ids = (
+        server.handle_completions(request | {"prompt": p})
+        for p in ("<|tool|>frobnicate<|tool|>", [49152, 49153, 49152])
+    )
     assert text["usage"]["prompt_tokens"] == ids["usage"]["prompt_tokens"] == 3
     assert text["choices"][0]["logprobs"] == ids["choices"][0]["logprobs"]
-    assert llama_server(smollm2_path()).handle_completions(request | {"prompt": "frobnicate"})["usage"]["prompt_tokens"] > 1
+    assert (
+        llama_server(smollm2_path()).handle_completions(request | {"prompt": "frobnicate"})["usage"]["prompt_tokens"]
+        > 1
+    )
 
 
 def test_verify_expects_them(grown, tmp_path):
@@ -101,7 +115,9 @@ def test_splits_and_single_shards(grown, tmp_path):
         assert list(parts.tensors) == list(whole.tensors) and len(written) == 5
         assert parts.get("tokenizer.ggml.tokens") == whole.get("tokenizer.ggml.tokens")
         for name in whole.tensors:
-            assert np.array_equal(parts.reader_of(name).read(parts.tensors[name]), whole.reader_of(name).read(whole.tensors[name]))
+            assert np.array_equal(
+                parts.reader_of(name).read(parts.tensors[name]), whole.reader_of(name).read(whole.tensors[name])
+            )
     (alone,) = merge(smollm2_path(), [(source, 1.0)], tmp_path / "t.gguf", max_bytes=20_000_000, shard="1/5").written
     assert alone.read_bytes() == written[0].read_bytes()
 
@@ -111,7 +127,10 @@ def quantized(folder, name, type_name):
     source = tiny.base_gguf(folder, name)
     with GgufReader(source) as reader:
         fits = {i.name for i in reader.tensors.values() if len(i.shape) == 2 and i.n_cols % 32 == 0}
-        specs = [TensorSpec(i.name, BY_NAME[type_name] if i.name in fits else i.type, i.shape) for i in reader.tensors.values()]
+        specs = [
+            TensorSpec(i.name, BY_NAME[type_name] if i.name in fits else i.type, i.shape)
+            for i in reader.tensors.values()
+        ]
         with GgufWriter(folder / f"{type_name}.gguf", raw_key_values(reader), specs) as writer:
             for info in reader.tensors.values():
                 raw = reader.read(info)
@@ -199,18 +218,24 @@ def test_a_gguf_without_the_last_rows_of_hugging_faces_vocabulary(tmp_path, word
     after = original + (b @ a).T
     factors = {f"{path}.lora_embedding_A": a, f"{path}.lora_embedding_B": b, f"{path}.base_layer.weight": original}
     save_file({f"{path}.weight": after} if whole else factors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, "modules_to_save": ["embed_tokens"]}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"r": 2, "lora_alpha": 2, "modules_to_save": ["embed_tokens"]})
+    )
     (folder / "added_tokens.json").write_text(json.dumps(words))
     merge(base, [(folder, 1.0)], tmp_path / "out.gguf", tied="shared")
     n = 291 if "<call>" in words else 288
     found = rows(tmp_path / "out.gguf", EMBEDDING).view(np.float32)
     np.testing.assert_allclose(found, after[:n], atol=1e-5)
     with Base(tmp_path / "out.gguf") as model:
-        assert len(model.get("tokenizer.ggml.tokens")) == n and ("<call>" in model.get("tokenizer.ggml.tokens")) == (n == 291)
+        assert len(model.get("tokenizer.ggml.tokens")) == n and ("<call>" in model.get("tokenizer.ggml.tokens")) == (
+            n == 291
+        )
 
 
 def test_an_adapter_of_a_tied_embedding_beside_one_that_unties_it(tmp_path):
-    """Single rows trained for embedding and head at once change both, though another adapter gives the head a tensor."""
+    """Single rows trained for embedding and head at once change both, though another adapter gives the head a
+    tensor.
+    """
     model = tiny.from_config(tiny.config_of("qwen2"))
     tensors = tiny.tensors_of("qwen2", model)
     del tensors["output.weight"]

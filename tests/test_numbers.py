@@ -1,4 +1,6 @@
-"""Numbers that no model may hold: refused with tensor and place, wherever they stand; and odd ones that are merged right."""
+"""Numbers that no model may hold: refused with tensor and place, wherever they stand; and odd ones that are merged
+right.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,21 @@ from lora_gguf.commands.merge import merge
 from lora_gguf.errors import MalformedError, NumericError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.output import SUFFIX
-from lora_gguf.ggml import BY_NAME
-from lora_gguf.plan import Policy
-from lora_gguf.quants import QUANTS
-from lora_gguf.requantize import F16_FIELDS
+from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.requantize import F16_FIELDS
+from lora_gguf.quants.ggml import BY_NAME
+from lora_gguf.quants.table import QUANTS
 from tests.common import pack_gguf, pack_kv, text_kv, u32_kv, valid_rows
 
 NAME = "blk.0.ffn_up.weight"
 MODULE = "base_model.model.model.layers.0.mlp.up_proj"
 ROWS, COLS = 4, 512
 NAN, INF, NEGATIVE = float("nan"), float("inf"), float("-inf")
-HEAD = (text_kv("general.architecture", "llama"), u32_kv("llama.block_count", 1), u32_kv("llama.attention.head_count", 2))
+HEAD = (
+    text_kv("general.architecture", "llama"),
+    u32_kv("llama.block_count", 1),
+    u32_kv("llama.attention.head_count", 2),
+)
 pytestmark = pytest.mark.campaign("number cases")
 
 
@@ -99,7 +105,13 @@ def spoiled(value, shape, place) -> np.ndarray:
 @pytest.mark.parametrize("part", ["A", "B"])
 def test_factors_of_a_peft_adapter(tmp_path, part, value):
     bad = {"a": spoiled(value, (1, COLS), (0, 77))} if part == "A" else {"b": spoiled(value, (ROWS, 1), (2, 0))}
-    refused(tmp_path, base(tmp_path, plain(), "Q8_0"), [(adapter(tmp_path, **bad), 1.0)], f"lora_{part}", "77" if part == "A" else "2")
+    refused(
+        tmp_path,
+        base(tmp_path, plain(), "Q8_0"),
+        [(adapter(tmp_path, **bad), 1.0)],
+        f"lora_{part}",
+        "77" if part == "A" else "2",
+    )
 
 
 @pytest.mark.parametrize("value", [NAN, INF, NEGATIVE])
@@ -117,7 +129,10 @@ def test_factors_of_an_adapter_gguf(tmp_path, part, value):
 
 @pytest.mark.parametrize("value", [NAN, INF, NEGATIVE])
 def test_alpha_of_an_adapter_gguf(tmp_path, value):
-    infos = [(f"{NAME}.lora_a", "F32", (1, COLS), bytes(4 * COLS)), (f"{NAME}.lora_b", "F32", (ROWS, 1), bytes(4 * ROWS))]
+    infos = [
+        (f"{NAME}.lora_a", "F32", (1, COLS), bytes(4 * COLS)),
+        (f"{NAME}.lora_b", "F32", (ROWS, 1), bytes(4 * ROWS)),
+    ]
     keys = [HEAD[0], text_kv("general.type", "adapter"), text_kv("adapter.type", "lora")]
     keys.append(pack_kv("adapter.lora.alpha", 6, np.float32(value).tobytes()))
     (tmp_path / "adapter.gguf").write_bytes(pack_gguf(keys, infos))
@@ -128,7 +143,13 @@ def test_alpha_of_an_adapter_gguf(tmp_path, value):
 def test_alpha_of_a_peft_adapter(tmp_path, text):
     path = adapter(tmp_path) / "adapter_config.json"
     path.write_text(path.read_text().replace('"lora_alpha": 1', f'"lora_alpha": {text}'))
-    refused(tmp_path, base(tmp_path, plain(), "Q8_0"), [(tmp_path / "peft", 1.0)], "adapter_config.json", error=MalformedError)
+    refused(
+        tmp_path,
+        base(tmp_path, plain(), "Q8_0"),
+        [(tmp_path / "peft", 1.0)],
+        "adapter_config.json",
+        error=MalformedError,
+    )
 
 
 @pytest.mark.parametrize("value", [NAN, INF, NEGATIVE, 1e39])
@@ -162,7 +183,14 @@ def test_scales_of_a_base_of_blocks(tmp_path, type_name, value):
         raw[1, field : field + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
         assert not valid_rows(type_name, raw)
         for rounding in ("auto", "fresh"):
-            refused(tmp_path, base(tmp_path, raw, type_name), [(adapter(tmp_path), 1.0)], NAME, "row 1", policy=Policy(rounding))
+            refused(
+                tmp_path,
+                base(tmp_path, raw, type_name),
+                [(adapter(tmp_path), 1.0)],
+                NAME,
+                "row 1",
+                policy=Policy(rounding),
+            )
 
 
 @pytest.mark.parametrize("rounding", ["auto", "dither", "fresh"])
@@ -199,7 +227,9 @@ def test_what_a_type_cannot_hold(tmp_path, type_name, rounding):
 
 @pytest.mark.parametrize("type_name", sorted({*F16_FIELDS, "F16", "BF16", "F32", "MXFP4", "NVFP4"}))
 def test_odd_weights_and_odd_updates(tmp_path, type_name):
-    """Blocks of zeros, of signed zeros, of denormals, of one value, of one large weight: written as ggml would load them."""
+    """Blocks of zeros, of signed zeros, of denormals, of one value, of one large weight: written as ggml would load
+    them.
+    """
     weights = np.zeros((ROWS, COLS), np.float32)
     weights[1] = np.tile([0.0, -0.0], COLS // 2)
     weights[2, :256], weights[2, 256:] = 1e-40, np.linspace(-6e-8, 6e-8, 256)

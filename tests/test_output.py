@@ -57,7 +57,12 @@ def test_left_without_commit_nothing_remains(tmp_path):
 def test_never_its_own_input(tmp_path, spelling):
     source = tmp_path / "base.gguf"
     source.write_bytes(b"precious")
-    paths = {"same": source, "dotted": tmp_path / "." / "base.gguf", "symlink": tmp_path / "s", "hardlink": tmp_path / "h"}
+    paths = {
+        "same": source,
+        "dotted": tmp_path / "." / "base.gguf",
+        "symlink": tmp_path / "s",
+        "hardlink": tmp_path / "h",
+    }
     (tmp_path / "s").symlink_to(source)
     os.link(source, tmp_path / "h")
     with pytest.raises(FileError, match="also an input"):

@@ -68,7 +68,9 @@ def make(hub, folder, *arguments) -> subprocess.Popen:
     }
     env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")} | settings
     command = ["make", "-C", str(folder), *arguments]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def made(hub, folder, *arguments) -> str:
@@ -96,7 +98,9 @@ def test_it_runs_once_and_again_only_for_what_changed(local_hub, folder):
     assert "Nothing to be done" in made(local_hub, folder, "-j2") and state(folder) == first
     os.utime(folder / "adapters" / "own" / "adapter_model.safetensors")
     made(local_hub, folder)
-    changed = {name for name, what in state(folder).items() if what[0] != first[name][0]} - {"adapters/own/adapter_model.safetensors"}
+    changed = {name for name, what in state(folder).items() if what[0] != first[name][0]} - {
+        "adapters/own/adapter_model.safetensors"
+    }
     assert changed == {f"merged/own--{quant}.{end}" for quant in QUANTS for end in ("gguf", "Modelfile")}
 
 
@@ -115,7 +119,7 @@ def test_killed_it_leaves_nothing_half_done_and_goes_on(local_hub, folder):
     made(local_hub, folder)
     assert sorted(path.stem for path in folder.glob("merged/*.gguf")) == MERGED
     assert sorted(path.stem for path in folder.glob("merged/*.Modelfile")) == MERGED
-    assert not [path for path in folder.rglob("*.lora-gguf-tmp")]
+    assert not list(folder.rglob("*.lora-gguf-tmp"))
 
 
 def test_one_target_that_no_list_names(local_hub, folder):
@@ -135,10 +139,16 @@ def test_nothing_of_the_user_s_is_overwritten(tmp_path, capsys):
     (tmp_path / "Makefile").write_text("mine")
     code, _, err = run(capsys, "init-pipeline", tmp_path)
     assert code == FileError.exit_code and "--force" in err and os.listdir(tmp_path) == ["Makefile"]
-    assert run(capsys, "init-pipeline", tmp_path, "--force")[0] == 0 and "include pipeline.mk" in (tmp_path / "Makefile").read_text()
+    assert (
+        run(capsys, "init-pipeline", tmp_path, "--force")[0] == 0
+        and "include pipeline.mk" in (tmp_path / "Makefile").read_text()
+    )
 
 
 def test_a_fresh_pipeline_does_nothing(tmp_path, capsys):
     code, out, err = run(capsys, "init-pipeline", tmp_path / "new" / "one")
     assert code == 0 and out.split() == [str(tmp_path / "new" / "one" / name) for name in ("pipeline.mk", "Makefile")]
-    assert subprocess.run(["make", "-C", tmp_path / "new" / "one"], capture_output=True).returncode == 0 and "ADAPTERS" in err
+    assert (
+        subprocess.run(["make", "-C", tmp_path / "new" / "one"], capture_output=True).returncode == 0
+        and "ADAPTERS" in err
+    )

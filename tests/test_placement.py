@@ -51,7 +51,9 @@ KINDS = sorted(merged.parent for merged in FIXTURES.glob("kinds/*/merged.safeten
 ADAPTERS += [(source, (source / "base").read_text()) for source in KINDS]
 
 
-@pytest.mark.parametrize(("source", "name"), ADAPTERS, ids=[str(source.relative_to(FIXTURES)) for source, _ in ADAPTERS])
+@pytest.mark.parametrize(
+    ("source", "name"), ADAPTERS, ids=[str(source.relative_to(FIXTURES)) for source, _ in ADAPTERS]
+)
 def test_every_tensor_of_an_adapter_has_one_account(source, name, folder):
     with GgufReader(tiny.base_gguf(folder, name)) as reader:
         options = dict(config=tiny.config_of(name), updates=True, new_tokens=True, tied="shared")

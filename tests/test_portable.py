@@ -10,15 +10,15 @@ import threading
 
 import pytest
 
-from lora_gguf.adapters.sources import adapter_name
 from lora_gguf.cli.terms import with_scale
-from lora_gguf.commands.fetch import fetch, local_path
 from lora_gguf.commands.merge import merge
 from lora_gguf.errors import FileError, LoraGgufError
 from lora_gguf.files import output, positional
 from lora_gguf.files.output import copy_file, write_bytes
+from lora_gguf.hub.adapters import fetch, local_path
 from lora_gguf.hub.references import gguf_path
-from lora_gguf.plan import Policy
+from lora_gguf.mapping.sources import adapter_name
+from lora_gguf.merging.plan import Policy
 from tests.hub_faults import FILES, REPO
 from tests.test_merge import base_and_adapter
 
@@ -118,19 +118,27 @@ def test_the_command_line_starts_and_ends(elsewhere, tmp_path):
     names = [name.partition(".")[::2] for name in MISSING[elsewhere]]
     without = "; ".join(f"vars({module}).pop('{attribute}', None)" for module, attribute in names)
     code = f"import os, signal, subprocess, sys; {without}; sys.modules['fcntl'] = None; from lora_gguf.cli import main; main()"
-    ended = subprocess.run([sys.executable, "-c", code, "inspect", tmp_path / "no.gguf"], capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 7 and ended.stderr.startswith("lora-gguf: error: ") and "Traceback" not in ended.stderr, ended.stderr
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "inspect", tmp_path / "no.gguf"], capture_output=True, text=True, timeout=60
+    )
+    assert (
+        ended.returncode == 7 and ended.stderr.startswith("lora-gguf: error: ") and "Traceback" not in ended.stderr
+    ), ended.stderr
 
 
 def test_names_that_a_terminal_cannot_show(tmp_path):
     folder = tmp_path / "ü→"
     folder.mkdir()
     env = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0"}
-    ended = subprocess.run([sys.executable, "-m", "lora_gguf", "fetch", folder], capture_output=True, env=env, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-m", "lora_gguf", "fetch", folder], capture_output=True, env=env, timeout=60
+    )
     assert ended.returncode == 0 and ended.stdout.decode("ascii").strip().endswith("\\xfc\\u2192"), ended.stderr
 
 
-@pytest.mark.parametrize("path", ["C:\\models\\base.gguf", "C:/models/base.gguf", "\\\\server\\share\\base.gguf", "..\\base.gguf"])
+@pytest.mark.parametrize(
+    "path", ["C:\\models\\base.gguf", "C:/models/base.gguf", "\\\\server\\share\\base.gguf", "..\\base.gguf"]
+)
 def test_windows_paths_are_paths(path):
     assert str(gguf_path(path)) == path and with_scale(path) == (path, 1.0) and with_scale(f"{path}:0.5") == (path, 0.5)
     if "\\" in path:

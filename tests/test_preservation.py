@@ -54,7 +54,10 @@ REFUSED = {
     "the base by its absolute path": (_nothing, "{folder}/llama.gguf"),
     "the base by a doubled slash": (_nothing, "{folder}//llama.gguf"),
     "a symbolic link to the base": (_link("s.gguf", "llama.gguf"), "s.gguf"),
-    "a link to a link to the base": (lambda folder: (_link("s.gguf", "llama.gguf")(folder), _link("t", "s.gguf")(folder)), "t"),
+    "a link to a link to the base": (
+        lambda folder: (_link("s.gguf", "llama.gguf")(folder), _link("t", "s.gguf")(folder)),
+        "t",
+    ),
     "a hard link of the base": (_hard, "h.gguf"),
     "the base in a folder that is a link": (_inside_link, "sub/llama.gguf"),
     "the adapter's weights": (_nothing, "peft/adapter_model.safetensors"),
@@ -95,10 +98,20 @@ def test_an_imatrix_and_a_configuration_are_inputs(case):
     case.reset()
     (case.folder / "im.gguf").write_bytes(_imatrix(case.folder / "llama.gguf"))
     before = snapshot(case.folder)
-    check_refusal(case.forge.run("merge", "llama.gguf", "peft", "--imatrix", "im.gguf", "-o", "im.gguf", "--force", cwd=case.folder), {7})
+    check_refusal(
+        case.forge.run(
+            "merge", "llama.gguf", "peft", "--imatrix", "im.gguf", "-o", "im.gguf", "--force", cwd=case.folder
+        ),
+        {7},
+    )
     shutil.copy("fixtures/tiny/llama/config.json", case.folder / "config.json")
     before["config.json"] = (case.folder / "config.json").read_bytes()
-    check_refusal(case.forge.run("convert", "peft", "--base-config", "config.json", "-o", "config.json", "--force", cwd=case.folder), {7})
+    check_refusal(
+        case.forge.run(
+            "convert", "peft", "--base-config", "config.json", "-o", "config.json", "--force", cwd=case.folder
+        ),
+        {7},
+    )
     check_preserved(case.folder, before)
 
 
@@ -106,7 +119,10 @@ def _imatrix(base) -> bytes:
     with GgufReader(base) as reader:
         info = next(info for info in reader.tensors.values() if "ffn_up" in info.name)
     sums = np.ones((1, info.n_cols), np.float32)
-    infos = [(f"{info.name}.in_sum2", "F32", sums.shape, sums.tobytes()), (f"{info.name}.counts", "F32", (1, 1), sums[0, :1].tobytes())]
+    infos = [
+        (f"{info.name}.in_sum2", "F32", sums.shape, sums.tobytes()),
+        (f"{info.name}.counts", "F32", (1, 1), sums[0, :1].tobytes()),
+    ]
     return pack_gguf([text_kv("general.type", "imatrix")], infos)
 
 
@@ -139,7 +155,18 @@ def test_stale_temporary_files_go_and_others_stay(case):
 
 
 def _command(out) -> list[str]:
-    return [sys.executable, "-m", "lora_gguf", "merge", str(smollm2_path()), str(DEMO_ADAPTER), "-o", str(out), "-t", "1"]
+    return [
+        sys.executable,
+        "-m",
+        "lora_gguf",
+        "merge",
+        str(smollm2_path()),
+        str(DEMO_ADAPTER),
+        "-o",
+        str(out),
+        "-t",
+        "1",
+    ]
 
 
 def _start(out) -> subprocess.Popen:
@@ -190,14 +217,26 @@ def test_a_base_that_shrinks_during_the_merge(tmp_path):
 
 def _wait_for_temporary(folder, process) -> None:
     deadline = time.monotonic() + 120
-    while not any(name.endswith(SUFFIX) for name in os.listdir(folder)) and time.monotonic() < deadline and process.poll() is None:
+    while (
+        not any(name.endswith(SUFFIX) for name in os.listdir(folder))
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.002)
 
 
 ON_MOUNTS = {
     "the base in a folder that is bound": ('mount --bind "$1" "$2"', "mnt/llama.gguf", "is also an input"),
-    "the base as a file that is bound": ('touch "$2/o"; mount --bind "$1/llama.gguf" "$2/o"', "mnt/o", "is also an input"),
-    "a folder bound to be read only": ('mount --bind "$2" "$2"; mount -o remount,ro,bind "$2"', "mnt/o", "not writable"),
+    "the base as a file that is bound": (
+        'touch "$2/o"; mount --bind "$1/llama.gguf" "$2/o"',
+        "mnt/o",
+        "is also an input",
+    ),
+    "a folder bound to be read only": (
+        'mount --bind "$2" "$2"; mount -o remount,ro,bind "$2"',
+        "mnt/o",
+        "not writable",
+    ),
     "a disk that is full": ('mount -t tmpfs -o size=64k none "$2"', "mnt/o", "make room"),
     "a disk with no room for one more file": ('mount -t tmpfs -o nr_inodes=1 none "$2"', "mnt/o", "No space left"),
 }
@@ -258,17 +297,35 @@ KEYS = [
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("alignment", [8, 32, 64, 4096])
 def test_metadata_order_and_alignment_survive(case, tmp_path, alignment, version):
-    keys = [u32_kv("general.alignment", alignment), text_kv("general.architecture", "llama"), u32_kv("llama.block_count", 1), *KEYS]
+    keys = [
+        u32_kv("general.alignment", alignment),
+        text_kv("general.architecture", "llama"),
+        u32_kv("llama.block_count", 1),
+        *KEYS,
+    ]
     weights = np.random.default_rng(3).normal(size=(8, 32)).astype(np.float32)
     names = ["z.weight", "blk.0.ffn_up.weight", "a.bias", "blk.0.ffn_down.weight"]
     tensors = [(name, "F32", (8, 32), weights.tobytes()) for name in names]
     (tmp_path / "base.gguf").write_bytes(pack_gguf(keys, tensors, version=version, alignment=alignment))
-    factors = [("blk.0.ffn_up.weight.lora_a", "F32", (1, 32), bytes(128)), ("blk.0.ffn_up.weight.lora_b", "F32", (8, 1), bytes(32))]
-    head = [text_kv("general.architecture", "llama"), text_kv("general.type", "adapter"), text_kv("adapter.type", "lora")]
+    factors = [
+        ("blk.0.ffn_up.weight.lora_a", "F32", (1, 32), bytes(128)),
+        ("blk.0.ffn_up.weight.lora_b", "F32", (8, 1), bytes(32)),
+    ]
+    head = [
+        text_kv("general.architecture", "llama"),
+        text_kv("general.type", "adapter"),
+        text_kv("adapter.type", "lora"),
+    ]
     (tmp_path / "adapter.gguf").write_bytes(pack_gguf(head, factors))
-    result = case.forge.run("merge", "base.gguf", "adapter.gguf", "-o", "out.gguf", "--min-retention", "0", cwd=tmp_path)
+    result = case.forge.run(
+        "merge", "base.gguf", "adapter.gguf", "-o", "out.gguf", "--min-retention", "0", cwd=tmp_path
+    )
     assert result.code == 0, result.err
-    with GgufReader(tmp_path / "base.gguf") as before, GgufReader(tmp_path / "out.gguf") as after, Judge(with_data=True) as judge:
+    with (
+        GgufReader(tmp_path / "base.gguf") as before,
+        GgufReader(tmp_path / "out.gguf") as after,
+        Judge(with_data=True) as judge,
+    ):
         assert raw_key_values(after)[: len(before.kv)] == raw_key_values(before)
         assert list(after.tensors) == names and after.alignment == alignment and after.data_position % alignment == 0
         assert all(after.read(after.tensors[name]).tobytes() == weights.tobytes() for name in names)

@@ -55,7 +55,9 @@ def test_without_colour_where_none_is_wanted(merging):
     assert "merging" in said and not re.search(r"\x1b\[[0-9;]*m", said)
 
 
-@pytest.mark.parametrize(("options", "environment"), [(["--no-progress"], {}), (["--quiet"], {}), ([], {"TERM": "dumb"})])
+@pytest.mark.parametrize(
+    ("options", "environment"), [(["--no-progress"], {}), (["--quiet"], {}), ([], {"TERM": "dumb"})]
+)
 def test_no_bar_where_none_is_wanted(merging, options, environment):
     said = on_a_terminal(*merging, *options, **environment)
     assert "\x1b" not in said and "━" not in said and ("wrote" in said) == ("--quiet" not in options)
@@ -86,4 +88,7 @@ def test_files_count_as_one_download():
 
 
 def test_long_names_keep_their_ends():
-    assert shortened("blk.10.ffn_down_exps.weight", 20) == "…fn_down_exps.weight" and len(shortened("a" * 99, WIDTH)) == WIDTH
+    assert (
+        shortened("blk.10.ffn_down_exps.weight", 20) == "…fn_down_exps.weight"
+        and len(shortened("a" * 99, WIDTH)) == WIDTH
+    )

@@ -10,7 +10,6 @@ from lora_gguf.hub.repository import open_repo
 from tests.hub import GGUF_REPO
 
 
-
 @pytest.mark.parametrize(
     ("name", "quant"),
     [

@@ -6,7 +6,7 @@ import libgguf
 import numpy as np
 import pytest
 
-from lora_gguf.quants import QUANTS
+from lora_gguf.quants.table import QUANTS
 from tests.common import ggml
 from tests.quant_cases import decode, encode
 

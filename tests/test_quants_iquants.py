@@ -4,8 +4,8 @@ import libgguf
 import numpy as np
 import pytest
 
-from lora_gguf.quants import QUANTS
 from lora_gguf.quants.iquant_grids import SHELLS, grid, lattice
+from lora_gguf.quants.table import QUANTS
 from tests import codebook_cases
 from tests import quant_cases as cases
 from tests.common import gemma3_path, smollm2_path, valid_rows

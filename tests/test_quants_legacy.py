@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_gguf.quants import QUANTS
+from lora_gguf.quants.table import QUANTS
 from tests import quant_cases as cases
 from tests.common import gemma3_path, smollm2_path
 

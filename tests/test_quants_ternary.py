@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_gguf.quants import QUANTS
+from lora_gguf.quants.table import QUANTS
 from tests import codebook_cases
 from tests import quant_cases as cases
 from tests.common import smollm2_path, valid_rows

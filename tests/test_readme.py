@@ -1,4 +1,5 @@
 """The README says what the code's own tables and its command line say."""
+
 from __future__ import annotations
 
 import re
@@ -30,7 +31,12 @@ def test_every_command_and_all_that_it_takes_is_explained_and_shown(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reference_is_what_typer_parses(name):
     parsed = typer.main.get_command(app).commands[name]
-    known = {word for param in parsed.params if param.param_type_name == "option" for word in (*param.opts, *param.secondary_opts)}
+    known = {
+        word
+        for param in parsed.params
+        if param.param_type_name == "option"
+        for word in (*param.opts, *param.secondary_opts)
+    }
     said = {word for term in terms(commands()[name]) for names in term.names for word in names.split("/")}
     assert said == known
     flags = {param.opts[0] for param in parsed.params if param.param_type_name == "option" and param.is_flag}
@@ -41,7 +47,9 @@ def command_lines() -> list[str]:
     """Every command line that the README and the help show."""
     headless = re.sub("^### .*$", "", README, flags=re.MULTILINE)
     blocks = re.findall(r"`(lora-gguf [a-z-]+ [^`]+)`|^    (lora-gguf .+)$", headless, re.MULTILINE)
-    shown = [inline or block for inline, block in blocks] + [line for command in commands().values() for line in examples(command)]
+    shown = [inline or block for inline, block in blocks] + [
+        line for command in commands().values() for line in examples(command)
+    ]
     return sorted({line for line in shown if not re.search(r"[\[\]|]|FILE|DIR", line)})
 
 
@@ -52,7 +60,13 @@ def test_every_command_line_that_is_shown_parses(line):
 
 
 def test_every_option_that_the_readme_names_exists():
-    known = {word for command in commands().values() for term in terms(command) for names in term.names for word in names.split("/")}
+    known = {
+        word
+        for command in commands().values()
+        for term in terms(command)
+        for names in term.names
+        for word in names.split("/")
+    }
     known |= {"--help", "--version", "--debug", "--install-completion", "--show-completion"}
     others = {"--hidden", "--reflink"}
     assert set(re.findall(r"`(?:[^`]*\s)?(--[a-z][a-z-]+)", README)) <= known | others

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from lora_gguf.adapters.sources import adapter_name
-from lora_gguf.commands.fetch import fetch
 from lora_gguf.errors import HubError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.hub.adapters import fetch
 from lora_gguf.hub.references import gguf_path, remote_gguf
+from lora_gguf.mapping.sources import adapter_name
 from tests.hub import GGUF_FILES, GGUF_REPO, TOKEN
 from tests.test_cli import run
 from tests.test_merge import base_and_adapter
-
 
 
 @pytest.mark.parametrize(
@@ -90,7 +89,9 @@ def test_the_only_model_needs_no_choice(gguf_hub):
 
 def test_what_a_reference_names_is_known_before_anything_is_downloaded(gguf_hub):
     repo, found = remote_gguf(f"{GGUF_REPO}:Q8_0")
-    assert (repo.id, found.files, found.n_bytes) == (GGUF_REPO, ("Tiny-1B-Q8_0.gguf",), 804) and remote_gguf("x.gguf") is None
+    assert (repo.id, found.files, found.n_bytes) == (GGUF_REPO, ("Tiny-1B-Q8_0.gguf",), 804) and remote_gguf(
+        "x.gguf"
+    ) is None
     assert not gguf_hub.requests("/resolve/") and not gguf_hub.requests("/cdn/")
 
 
@@ -114,7 +115,11 @@ def models(local_hub, tmp_path, monkeypatch):
     return local_hub
 
 
-BASE_REFERENCES = [f"{MODELS}:Q4_0", f"hf://{MODELS}/real-Q4_0.gguf", f"https://huggingface.co/{MODELS}/blob/main/real-Q4_0.gguf"]
+BASE_REFERENCES = [
+    f"{MODELS}:Q4_0",
+    f"hf://{MODELS}/real-Q4_0.gguf",
+    f"https://huggingface.co/{MODELS}/blob/main/real-Q4_0.gguf",
+]
 ADAPTER = f"hf://{MODELS}/lora/fine.gguf"
 
 
@@ -125,7 +130,10 @@ def test_a_merge_with_both_on_the_hub_is_the_merge_with_both_here(models, capsys
     assert code == 0, err
     here, there = (GgufReader(path) for path in ("here.gguf", "there.gguf"))
     with here, there:
-        assert all(here.read(here.tensors[name]).tobytes() == there.read(there.tensors[name]).tobytes() for name in here.tensors)
+        assert all(
+            here.read(here.tensors[name]).tobytes() == there.read(there.tensors[name]).tobytes()
+            for name in here.tensors
+        )
         assert there.get("lora_gguf.adapter.names") == ["fine"]
 
 
@@ -148,7 +156,14 @@ def test_an_adapter_gguf_is_copied_where_one_wants_it(models, tmp_path):
 
 @pytest.mark.parametrize(
     "source",
-    ["o/fine", "o/fine@v1", "hf://o/fine@feature/x", "hf://o/n/fine.gguf", "a/fine/", "/c/models--o--fine/snapshots/" + "0" * 40],
+    [
+        "o/fine",
+        "o/fine@v1",
+        "hf://o/fine@feature/x",
+        "hf://o/n/fine.gguf",
+        "a/fine/",
+        "/c/models--o--fine/snapshots/" + "0" * 40,
+    ],
 )
 def test_the_name_of_an_adapter(source):
     assert adapter_name(source) == "fine"

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from libgguf import dequantize_rows, quantize_rows
 
-from lora_gguf.ggml import BY_NAME
-from lora_gguf.quants import QUANTS
-from lora_gguf.refit import refit_row, refit_work
-from lora_gguf.requantize import Recipe, grid_of, recode, weighting_of
-from lora_gguf.rounding import tensor_key
+from lora_gguf.merging.refit import refit_row, refit_work
+from lora_gguf.merging.requantize import Recipe, grid_of, recode, weighting_of
+from lora_gguf.merging.rounding import tensor_key
+from lora_gguf.quants.ggml import BY_NAME
+from lora_gguf.quants.table import QUANTS
 
 KEY = tensor_key(0, "t")
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
@@ -34,7 +34,11 @@ def refitted(type_name, importance, seed=0):
     codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), 512 // quant.group), np.float32)
     quant.unpack(blocks, codes, steps)
     grid = grid_of(Recipe(quant, quant, "auto", KEY, weighting=[weighting_of(quant, importance)]), blocks, steps, 0)
-    unit = codes.astype(np.float32) - quant.zero if quant.levels is None else quant.levels[codes.astype(int) - quant.code_min]
+    unit = (
+        codes.astype(np.float32) - quant.zero
+        if quant.levels is None
+        else quant.levels[codes.astype(int) - quant.code_min]
+    )
     assert np.allclose(np.repeat(steps, quant.group, 1) * unit - np.repeat(grid[1], quant.group, 1), before, atol=1e-7)
     left = np.empty_like(delta)
     for i in range(len(delta)):
@@ -127,7 +131,9 @@ def test_a_small_update_survives_a_type_on_whose_grid_the_old_one_lies(source, t
     new, sums = recode(recipe, blocks.copy(), delta, 0)
     moved = decoded(target, new).astype(np.float64) - before
     fresh, _ = recode(Recipe(QUANTS[source], QUANTS[target], "fresh", tensor_key(0, "t")), blocks.copy(), delta, 0)
-    kept, erased = (((x * delta).sum() / (delta.astype(np.float64) ** 2).sum()) for x in (moved, decoded(target, fresh) - before))
+    kept, erased = (
+        ((x * delta).sum() / (delta.astype(np.float64) ** 2).sum()) for x in (moved, decoded(target, fresh) - before)
+    )
     assert abs(kept - 1) < 0.15 and np.isclose(sums[0] / sums[1], kept, atol=1e-3)
     if source == "IQ4_NL":
         assert erased < 0.6

@@ -23,7 +23,11 @@ def test_the_contract_of_a_refusal(case, record_property, corpus):
     assert list(holes(case, corpus, EVERY)) == []
 
 
-HEAD = (text_kv("general.architecture", "llama"), u32_kv("llama.block_count", 1), u32_kv("llama.attention.head_count", 2))
+HEAD = (
+    text_kv("general.architecture", "llama"),
+    u32_kv("llama.block_count", 1),
+    u32_kv("llama.attention.head_count", 2),
+)
 ADAPTER = (HEAD[0], text_kv("general.type", "adapter"), text_kv("adapter.type", "lora"))
 UP, DOWN = "blk.0.ffn_up.weight", "blk.0.ffn_down.weight"
 
@@ -51,7 +55,13 @@ def test_tensors_of_odd_shapes(case, record_property, shape, options):
             assert not more and "Traceback" not in result.err
 
 
-HEADS = ("llama.attention.head_count", "llama.attention.head_count_kv", "llama.block_count", "general.architecture", "llama.embedding_length")
+HEADS = (
+    "llama.attention.head_count",
+    "llama.attention.head_count_kv",
+    "llama.block_count",
+    "general.architecture",
+    "llama.embedding_length",
+)
 ODD = {
     "text": (8, pack_string("\x1b[2Jx")), "u64": (10, b"\xff" * 8), "negative": (5, b"\xff" * 4), "zero": (4, bytes(4)), "NaN": (6, b"\0\0\xc0\x7f"),
     "array": (9, array(4, 3, b"\1\0\0\0" * 3)), "large": (4, b"\xff\xff\xff\x7f"), "empty": (9, array(8, 0)), "bool": (7, b"\1"),
@@ -64,10 +74,14 @@ def test_hyperparameters_of_odd_types_and_values(case, record_property, key):
     record_property("runs", len(ODD))
     with GgufReader(case.folder / "llama.gguf") as reader:
         pairs = dict(zip(reader.kv, raw_key_values(reader)))
-        tensors = [(info.name, info.type.name, info.shape, reader.read(info).tobytes()) for info in reader.tensors.values()]
+        tensors = [
+            (info.name, info.type.name, info.shape, reader.read(info).tobytes()) for info in reader.tensors.values()
+        ]
     for type_id, value in ODD.values():
         case.reset()
-        (case.folder / "odd.gguf").write_bytes(pack_gguf(list({**pairs, key: pack_kv(key, type_id, value)}.values()), tensors))
+        (case.folder / "odd.gguf").write_bytes(
+            pack_gguf(list({**pairs, key: pack_kv(key, type_id, value)}.values()), tensors)
+        )
         result = case.forge.run("merge", "odd.gguf", "peft", "-o", "out.gguf", "--force", cwd=case.folder)
         if result.code:
             check_refusal(result)

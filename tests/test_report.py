@@ -1,4 +1,6 @@
-"""The page and the plot: their figures are the JSON's, they need nothing from elsewhere, and a real browser draws them."""
+"""The page and the plot: their figures are the JSON's, they need nothing from elsewhere, and a real browser draws
+them.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,11 @@ class Page(HTMLParser):
 
     def text_of(self, tag: str, **attributes) -> list[str]:
         """The text in the elements with these ``attributes``, up to the next tag."""
-        return [text for (found, has), text in zip(self.elements, self.texts) if found == tag and attributes.items() <= has.items()]
+        return [
+            text
+            for (found, has), text in zip(self.elements, self.texts)
+            if found == tag and attributes.items() <= has.items()
+        ]
 
 
 def data_of(path) -> dict:
@@ -96,7 +102,9 @@ def test_the_page_of_a_merge_has_the_figures_of_its_json(merged, folder):
     data = data_of(page)
     assert data["report"] == printed and len(printed["merged"]) == 15
     assert data["figure"]["value"] == f"{printed['all']['kept']:.3f}"
-    assert data["run"]["command"].startswith(f"lora-gguf merge {folder}/base.gguf") and "--json" in data["run"]["command"]
+    assert (
+        data["run"]["command"].startswith(f"lora-gguf merge {folder}/base.gguf") and "--json" in data["run"]["command"]
+    )
     sizes = {row["role"]: row["size"] for row in data["run"]["files"]}
     assert sizes == {"base": os.path.getsize(folder / "base.gguf"), "adapter": os.path.getsize(folder / "adapter.gguf"),
                      "output": os.path.getsize(folder / "merged.gguf")}  # fmt: skip
@@ -122,7 +130,9 @@ def test_kinds_add_up_to_their_tensors(merged):
 
 def test_a_dry_run_says_that_nothing_was_measured(folder, tmp_path, capsys):
     page = tmp_path / "page.html"
-    code, out, _ = run(capsys, "merge", folder / "base.gguf", folder / "adapter.gguf", "--dry-run", "--json", "--report", page)
+    code, out, _ = run(
+        capsys, "merge", folder / "base.gguf", folder / "adapter.gguf", "--dry-run", "--json", "--report", page
+    )
     data = data_of(page)
     assert code == 0 and data["report"] == json.loads(out) and data["report"]["all"]["kept"] is None
     assert "dry run" in data["figure"]["label"] and set(data["charts"]["maps"]) == {"type"}
@@ -141,7 +151,10 @@ def test_nothing_in_the_page_refers_elsewhere(merged):
     scripts = [text for (tag, has), text in zip(page.elements, page.texts) if tag == "script" and not has]
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     sources = " ".join(f"'sha256-{digest}'" for digest in digests)
-    assert len(scripts) == 2 and allowed == f"default-src 'none'; script-src {sources}; style-src 'unsafe-inline'; img-src data:"
+    assert (
+        len(scripts) == 2
+        and allowed == f"default-src 'none'; script-src {sources}; style-src 'unsafe-inline'; img-src data:"
+    )
 
 
 def hostile_content() -> Content:
@@ -150,13 +163,17 @@ def hostile_content() -> Content:
     report = {"merged": [row], "kinds": [row | {"count": 1}], "accounts": [account]}
     figure = {"value": HOSTILE, "label": HOSTILE, "bad": True}
     table = Table(HOSTILE, "kinds", MERGED_KINDS, {"kind": HOSTILE})
-    return Content(HOSTILE, figure, [HOSTILE], [HOSTILE], report, "merged", ("kept", "type"), [table], [("base", HOSTILE)])
+    return Content(
+        HOSTILE, figure, [HOSTILE], [HOSTILE], report, "merged", ("kept", "type"), [table], [("base", HOSTILE)]
+    )
 
 
 def test_hostile_names_stay_text():
     content = hostile_content()
     page = Page(page_of(content, ["lora-gguf", HOSTILE]))
-    assert len([tag for tag, _ in page.elements if tag == "script"]) == 3 and not [tag for tag, _ in page.elements if tag == "img"]
+    assert len([tag for tag, _ in page.elements if tag == "script"]) == 3 and not [
+        tag for tag, _ in page.elements if tag == "img"
+    ]
     assert json.loads(data_text(page))["report"] == content.report and data_text(page).isascii()
 
 
@@ -181,12 +198,16 @@ def test_a_browser_draws_it_and_asks_for_nothing(merged, browser, width, dark):
     assert browser.value("document.documentElement.scrollWidth") <= width
     background = browser.value("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background))) < 300) == dark
-    cells = browser.value("[...document.querySelectorAll('#map .mark-rect path[aria-roledescription]')].map(cell => cell.ariaLabel)")
+    cells = browser.value(
+        "[...document.querySelectorAll('#map .mark-rect path[aria-roledescription]')].map(cell => cell.ariaLabel)"
+    )
     assert len(cells) == len(printed["merged"])
     for row in printed["merged"]:
         said = f"layer: {row['layer']}; ", f"tensor: {row['name']}; delta kept: {row['kept']:.3f}"
         assert any(all(part in cell for part in said) for cell in cells), row
-    table = browser.value("[...document.querySelectorAll('#kinds tbody tr')].map(row => [...row.cells].map(cell => cell.textContent))")
+    table = browser.value(
+        "[...document.querySelectorAll('#kinds tbody tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+    )
     expected = [[kind["kind"] + kind["type"], str(kind["count"]), f"{kind['kept']:.3f}"] for kind in printed["kinds"]]
     assert [row[:3] for row in table[:-1]] == expected and table[-1][2] == f"{printed['all']['kept']:.3f}"
 
@@ -195,7 +216,9 @@ def test_a_browser_draws_it_and_asks_for_nothing(merged, browser, width, dark):
 def test_every_measure_can_be_chosen(merged, browser):
     browser.open(merged[0])
     for title in ("delta / step", "delta norm", "codes changed", "noise / delta", "type"):
-        browser.value(f"[...document.querySelectorAll('#map button')].find(button => button.textContent === '{title}').click()")
+        browser.value(
+            f"[...document.querySelectorAll('#map button')].find(button => button.textContent === '{title}').click()"
+        )
         browser.value("new Promise(done => setTimeout(done, 300))")
         assert title in browser.value("document.querySelector('#map .role-legend-title').textContent")
     assert not [found for found in browser.complaints() if found.get("level") == "error"]
@@ -229,7 +252,9 @@ def test_the_policy_keeps_even_a_script_of_the_page_from_the_network(merged, bro
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_plots(folder, tmp_path, capsys, suffix):
     plot = tmp_path / f"plot.{suffix}"
-    code, _, err = run(capsys, "merge", folder / "base.gguf", folder / "adapter.gguf", "-o", tmp_path / "out.gguf", "--plot", plot)
+    code, _, err = run(
+        capsys, "merge", folder / "base.gguf", folder / "adapter.gguf", "-o", tmp_path / "out.gguf", "--plot", plot
+    )
     content = plot.read_bytes()
     assert code == 0 and str(plot) in err and not leftovers(tmp_path)
     if suffix == "png":
@@ -248,7 +273,9 @@ def test_an_existing_report_is_refused_before_the_merge(folder, tmp_path, capsys
     code, _, err = run(capsys, *merge_words(folder, tmp_path, "--report", page))
     assert code == errors.FileError.exit_code and "--force" in err
     assert os.listdir(tmp_path) == ["page.html"] and page.read_text() == "mine"
-    assert run(capsys, *merge_words(folder, tmp_path, "--report", page, "--force"))[0] == 0 and "<html" in page.read_text()
+    assert (
+        run(capsys, *merge_words(folder, tmp_path, "--report", page, "--force"))[0] == 0 and "<html" in page.read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -287,7 +314,10 @@ def test_a_report_that_fails_leaves_the_merged_file(folder, merged, tmp_path, ca
     monkeypatch.setattr(os, "pwrite", full)
     code, out, err = run(capsys, *merge_words(folder, tmp_path, "--report", tmp_path / "page.html"))
     assert code == errors.FileError.exit_code and "page.html: cannot write" in err and "delta kept" in out
-    assert os.listdir(tmp_path) == ["out.gguf"] and (tmp_path / "out.gguf").stat().st_size == (folder / "merged.gguf").stat().st_size
+    assert (
+        os.listdir(tmp_path) == ["out.gguf"]
+        and (tmp_path / "out.gguf").stat().st_size == (folder / "merged.gguf").stat().st_size
+    )
 
 
 def test_without_the_extra_one_line_names_it(folder, tmp_path, capsys, monkeypatch):
@@ -303,22 +333,32 @@ def test_the_page_of_a_checkup_has_the_figures_of_its_json(folder, tmp_path, cap
     code, out, _ = run(capsys, *words)
     data, printed = data_of(page), json.loads(out)
     assert code == 0 and data["report"] == printed and len(printed["tensors"]) == 15
-    assert data["figure"]["value"] == f"{printed['outlooks'][0]['kept']:.3f}" and plot.read_bytes().startswith(b"\x89PNG")
+    assert data["figure"]["value"] == f"{printed['outlooks'][0]['kept']:.3f}" and plot.read_bytes().startswith(
+        b"\x89PNG"
+    )
     assert {"delta_per_step", "kept.auto", "kept.nearest", "type"} <= set(data["charts"]["maps"])
 
 
 @in_browser
 @pytest.mark.parametrize("width", [400, 1400])
 def test_a_browser_draws_a_checkup(folder, tmp_path, capsys, browser, width):
-    assert run(capsys, "doctor", folder / "base.gguf", folder / "adapter.gguf", "--report", tmp_path / "page.html")[0] == 0
+    assert (
+        run(capsys, "doctor", folder / "base.gguf", folder / "adapter.gguf", "--report", tmp_path / "page.html")[0] == 0
+    )
     browser.events.clear()
     browser.open(tmp_path / "page.html", width=width)
     assert browser.value("document.documentElement.scrollWidth") <= width and not browser.complaints()
-    browser.value("[...document.querySelectorAll('#map button')].find(button => button.textContent === 'delta kept, nearest').click()")
+    browser.value(
+        "[...document.querySelectorAll('#map button')].find(button => button.textContent === 'delta kept, nearest').click()"
+    )
     browser.value("new Promise(done => setTimeout(done, 300))")
-    cells = browser.value("[...document.querySelectorAll('#map .mark-rect path[aria-roledescription]')].map(cell => cell.ariaLabel)")
+    cells = browser.value(
+        "[...document.querySelectorAll('#map .mark-rect path[aria-roledescription]')].map(cell => cell.ariaLabel)"
+    )
     for row in data_of(tmp_path / "page.html")["report"]["tensors"]:
-        assert any(row["name"] in cell and f"delta kept, nearest: {row['kept']['nearest']:.3f}" in cell for cell in cells), row
+        assert any(
+            row["name"] in cell and f"delta kept, nearest: {row['kept']['nearest']:.3f}" in cell for cell in cells
+        ), row
     cells = "[...document.querySelectorAll('#map .mark-rect path[aria-roledescription]')]"
     fills = browser.value(f"new Set({cells}.map(c => c.getAttribute('fill'))).size")
     assert fills > 1

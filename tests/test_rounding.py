@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from lora_gguf.quants import QUANTS
-from lora_gguf.requantize import NO_GRID, Recipe, grid_of
-from lora_gguf.rounding import low_rank, round_bf16, round_codes, round_f16, round_levels, tally_rows, tensor_key
+from lora_gguf.kernels.low_rank import low_rank
+from lora_gguf.merging.requantize import NO_GRID, Recipe, grid_of
+from lora_gguf.merging.rounding import round_bf16, round_codes, round_f16, round_levels, tally_rows, tensor_key
+from lora_gguf.quants.table import QUANTS
 
 KEY = tensor_key(0, "blk.0.attn_q.weight")
 LEVELS = np.array([-12, -8, -6, -4, -3, -2, -1, -0.0, 0, 1, 2, 3, 4, 6, 8, 12], np.float32)
@@ -15,7 +16,9 @@ def grid(rows=40, cols=512, group=32, seed=0, size=0.1):
     """Random codes 0 to 15, steps of both signs, and updates of ``size`` steps."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 16, (rows, cols)).astype(np.int8)
-    steps = (rng.uniform(0.01, 0.1, (rows, cols // group)) * rng.choice([-1, 1], (rows, cols // group))).astype(np.float32)
+    steps = (rng.uniform(0.01, 0.1, (rows, cols // group)) * rng.choice([-1, 1], (rows, cols // group))).astype(
+        np.float32
+    )
     delta = (rng.normal(size=(rows, cols)) * np.repeat(np.abs(steps), group, 1) * size).astype(np.float32)
     return codes, steps, delta
 
@@ -23,7 +26,9 @@ def grid(rows=40, cols=512, group=32, seed=0, size=0.1):
 def rounded(codes, steps, delta, spread=1.0, key=KEY, first_row=0):
     codes, sums = codes.copy(), np.zeros(4)
     limits = np.float32(0), np.float32(15)
-    round_codes(codes, np.float32(0), steps, delta, *limits, np.float32(spread), key, first_row, sums, NO_GRID, NO_GRID[1])
+    round_codes(
+        codes, np.float32(0), steps, delta, *limits, np.float32(spread), key, first_row, sums, NO_GRID, NO_GRID[1]
+    )
     return codes, sums
 
 
@@ -47,7 +52,11 @@ def test_nearest_is_the_nearest_code(group, size):
     wanted = np.clip(np.floor(codes + (delta / np.repeat(steps, group, 1)) + np.float32(0.5)), 0, 15)
     assert (got == wanted).mean() > 0.9999
     moved = (got.astype(np.float64) - codes) * np.repeat(steps, group, 1)
-    assert np.allclose(sums, [(moved * delta).sum(), (delta.astype(np.float64) ** 2).sum(), (moved**2).sum(), (got != codes).sum()], rtol=1e-4)
+    assert np.allclose(
+        sums,
+        [(moved * delta).sum(), (delta.astype(np.float64) ** 2).sum(), (moved**2).sum(), (got != codes).sum()],
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("type_name", ["Q4_1", "Q5_0", "Q4_K", "Q6_K"])
@@ -57,14 +66,22 @@ def test_codes_round_what_the_grid_has_left(type_name):
     delta = (rng.normal(size=weights.shape) * 0.2).astype(np.float32)
     blocks = np.empty((24, quant.type.row_bytes(512)), np.uint8)
     quant.encode(weights, np.empty(0, np.float32), blocks)
-    before, codes, steps = np.empty_like(weights), np.empty(weights.shape, np.int8), np.empty((24, 512 // quant.group), np.float32)
+    before, codes, steps = (
+        np.empty_like(weights),
+        np.empty(weights.shape, np.int8),
+        np.empty((24, 512 // quant.group), np.float32),
+    )
     quant.decode(blocks, before)
     quant.unpack(blocks, codes, steps)
     grid = grid_of(Recipe(quant, quant, "auto", KEY), blocks, steps, 0)
     old, sums, outside = codes.copy(), np.zeros(4), np.zeros((24, 512 // quant.type.block_size), np.float32)
     limits = np.float32(quant.code_min), np.float32(quant.code_max)
     round_codes(codes, np.float32(quant.zero), steps, delta, *limits, np.float32(0), KEY, 0, sums, grid, outside)
-    moved_grid, after, step = np.empty_like(weights), np.empty_like(weights), np.repeat(steps.astype(np.float64), quant.group, 1)
+    moved_grid, after, step = (
+        np.empty_like(weights),
+        np.empty_like(weights),
+        np.repeat(steps.astype(np.float64), quant.group, 1),
+    )
     quant.decode(blocks, moved_grid)
     ideal = old + (before + delta - moved_grid.astype(np.float64)) / step
     assert (codes == np.clip(np.floor(ideal + 0.5), *limits)).mean() > 0.999
@@ -81,7 +98,11 @@ def test_dither_is_unbiased():
     codes, steps, delta = grid(rows=2, size=0.2)
     codes[:] = 7
     tries = 2000
-    mean = sum(rounded(codes, steps, delta, key=tensor_key(seed, "t"))[0].astype(np.float64) for seed in range(tries)) / tries - 7
+    mean = (
+        sum(rounded(codes, steps, delta, key=tensor_key(seed, "t"))[0].astype(np.float64) for seed in range(tries))
+        / tries
+        - 7
+    )
     ratio = delta / np.repeat(steps, 32, 1)
     error = (mean - ratio) / np.sqrt(np.maximum(np.abs(ratio) * (1 - np.minimum(np.abs(ratio), 1)), 1e-3) / tries)
     assert abs(error.mean()) < 0.15 and 0.9 < error.std() < 1.1
@@ -155,7 +176,11 @@ def test_halves(kernel, dtype):
     rng = np.random.default_rng(3)
     weights = (rng.normal(size=(30, 300)) * 10.0 ** rng.integers(-8, 2, (30, 300))).astype(np.float32)
     halves = weights.astype(np.float16).view(np.uint16) if dtype else (weights.view(np.uint32) >> 16).astype(np.uint16)
-    value = (lambda h: h.view(np.float16).astype(np.float32)) if dtype else (lambda h: (h.astype(np.uint32) << 16).view(np.float32))
+    value = (
+        (lambda h: h.view(np.float16).astype(np.float32))
+        if dtype
+        else (lambda h: (h.astype(np.uint32) << 16).view(np.float32))
+    )
     delta = (value(halves) * rng.normal(size=weights.shape) * 1e-3).astype(np.float32)
     nearest = halves.copy()
     kernel(nearest, delta, 0.0, KEY, 0, np.zeros(4))

@@ -1,4 +1,5 @@
 """The step of a type, against what the blocks say and against what dithering does with it."""
+
 from __future__ import annotations
 
 import math
@@ -7,9 +8,9 @@ import numpy as np
 import pytest
 
 from lora_gguf.commands.merge import merge
-from lora_gguf.plan import Policy
-from lora_gguf.quants import QUANTS
-from lora_gguf.steps import step_rms, steps_of
+from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.steps import step_rms, steps_of
+from lora_gguf.quants.table import QUANTS
 from tests.test_merge import NAME, base_and_adapter, stored
 
 SIZES = {"Q5_0": 5e-4, "Q5_K": 5e-4, "Q6_K": 2e-4, "Q8_0": 1e-4}
@@ -44,7 +45,8 @@ def test_dithering_changes_a_weight_with_the_chance_delta_over_step(tmp_path, ty
 def test_a_promoted_tensor_has_the_steps_of_its_new_type(tmp_path):
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
     kept, promoted = (
-        merge(base, [(adapter, 1.0)], tmp_path / f"{type}.gguf", Policy("dither", type=type)).retention[NAME] for type in (None, "Q8_0")
+        merge(base, [(adapter, 1.0)], tmp_path / f"{type}.gguf", Policy("dither", type=type)).retention[NAME]
+        for type in (None, "Q8_0")
     )
     assert promoted.delta_per_step == pytest.approx(kept.delta_per_step * 127 / 8, rel=0.15)
 

@@ -57,6 +57,12 @@ def test_the_tables_hold_every_row():
     table = architectures_table()
     assert all(f"| {name} |" in table for name in ARCHITECTURES)
     assert cells("llama", ARCHITECTURES["llama"]) == ("exact", "exact", "exact", "exact", "")
-    assert cells("gemma2", ARCHITECTURES["gemma2"])[3] == "`--tied shared`" and cells("bert", ARCHITECTURES["bert"])[3] == "none"
-    assert "`kv_b_proj`" in cells("deepseek2", ARCHITECTURES["deepseek2"])[1] and cells("plamo2", ARCHITECTURES["plamo2"])[2] == "refused"
+    assert (
+        cells("gemma2", ARCHITECTURES["gemma2"])[3] == "`--tied shared`"
+        and cells("bert", ARCHITECTURES["bert"])[3] == "none"
+    )
+    assert (
+        "`kv_b_proj`" in cells("deepseek2", ARCHITECTURES["deepseek2"])[1]
+        and cells("plamo2", ARCHITECTURES["plamo2"])[2] == "refused"
+    )
     assert "--base-config" in cells("falcon-h1", ARCHITECTURES["falcon-h1"])[4]

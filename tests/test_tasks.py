@@ -9,7 +9,7 @@ import shlex
 import pytest
 
 from lora_gguf.commands.merge import merge
-from lora_gguf.plan import Policy
+from lora_gguf.merging.plan import Policy
 from tests import tiny
 from tests.common import ROOT
 from tests.test_cli import run

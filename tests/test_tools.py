@@ -14,8 +14,8 @@ from lora_gguf.commands.merge import merge
 from lora_gguf.errors import MalformedError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, key_value
-from lora_gguf.ggml import BY_NAME
 from lora_gguf.mapping.hparams import from_config
+from lora_gguf.quants.ggml import BY_NAME
 from tests import tiny
 
 PREFIX = "base_model.model."
@@ -24,7 +24,10 @@ NAMES = ("embed_tokens", "lm_head")
 
 def written(folder, tensors, **config):
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
     return folder
 
@@ -36,7 +39,9 @@ def assert_holds(base, source, folder, wanted, atol=3e-6, **options):
         for name, info in after.tensors.items():
             found = decode(after, info)
             expected = wanted[name] if name in wanted else decode(before, before.tensors[name])
-            np.testing.assert_allclose(found, expected.reshape(found.shape), rtol=0, atol=atol if name in wanted else 0, err_msg=name)
+            np.testing.assert_allclose(
+                found, expected.reshape(found.shape), rtol=0, atol=atol if name in wanted else 0, err_msg=name
+            )
 
 
 def model_of(name):
@@ -52,13 +57,17 @@ def peft(name):
 
 def fsdp(name):
     """As Axolotl saves a compiled model under FSDP: wrappers at every level."""
-    path = name.removeprefix(PREFIX).replace(".self_attn.", "._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn.")
+    path = name.removeprefix(PREFIX).replace(
+        ".self_attn.", "._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn."
+    )
     return f"_orig_mod.{PREFIX}_orig_mod.{path}"
 
 
 RENAMED = {
     "fsdp": fsdp,
-    "named": lambda name: name.replace("lora_A.weight", "lora_A.my-run.weight").replace("lora_B.weight", "lora_B.my-run.weight"),
+    "named": lambda name: name.replace("lora_A.weight", "lora_A.my-run.weight").replace(
+        "lora_B.weight", "lora_B.my-run.weight"
+    ),
     "default": lambda name: name.replace(".weight", ".default.weight"),
     "no prefix": lambda name: name.removeprefix(PREFIX),
     "a text model in a vision model": lambda name: name.replace("model.layers", "model.language_model.layers"),
@@ -74,7 +83,9 @@ def test_the_same_adapter_under_other_names(tmp_path, form):
 
 
 def test_unsloth_with_trained_embeddings(tmp_path):
-    """A regular expression as targets, a 4-bit base, embeddings whole under the names that PEFT keeps in a checkpoint."""
+    """A regular expression as targets, a 4-bit base, embeddings whole under the names that PEFT keeps in a
+    checkpoint.
+    """
     tensors, config, wanted = peft("qwen2")
     rng = np.random.default_rng(3)
     whole = {name: rng.standard_normal((288, 32)).astype(np.float32) for name in NAMES}
@@ -97,14 +108,22 @@ def extracted(before, after, name):
 
 @pytest.mark.parametrize("n_new", [0, 2])
 def test_mergekit(tmp_path, n_new):
-    """mergekit-extract-lora: linear layers, head and embedding as factors, norms whole, a vocabulary that may have grown."""
-    before = {key: array.astype(np.float32) for key, array in load_file(tiny.TINY / "qwen2" / "base.safetensors").items()}
+    """mergekit-extract-lora: linear layers, head and embedding as factors, norms whole, a vocabulary that may have
+    grown.
+    """
+    before = {
+        key: array.astype(np.float32) for key, array in load_file(tiny.TINY / "qwen2" / "base.safetensors").items()
+    }
     rng = np.random.default_rng(9)
     tensors, ranks, after = {}, {}, {}
     for key, array in before.items():
         path = key.removesuffix(".weight")
         grown = n_new if path.endswith(NAMES) else 0
-        resized = np.concatenate([array, rng.normal(0, 0.02, (grown, *array.shape[1:])).astype(np.float32)]) if grown else array
+        resized = (
+            np.concatenate([array, rng.normal(0, 0.02, (grown, *array.shape[1:])).astype(np.float32)])
+            if grown
+            else array
+        )
         after[key] = resized + rng.standard_normal(resized.shape).astype(np.float32) * 0.05
         if key.endswith(".bias"):
             after[key] = array
@@ -155,7 +174,11 @@ def test_adapter_ggufs_of_any_type(tmp_path, type_name):
     a, b = (rng.standard_normal((32, 32)).astype(np.float32) * 0.1 for _ in range(2))
     stored = {}
     for name, array in ((f"{stem}.lora_a", a), (f"{stem}.lora_b", b)):
-        raw = {"F32": array, "F16": array.astype(np.float16), "BF16": (array.view(np.uint32) >> 16).astype(np.uint16)}.get(type_name)
+        raw = {
+            "F32": array,
+            "F16": array.astype(np.float16),
+            "BF16": (array.view(np.uint32) >> 16).astype(np.uint16),
+        }.get(type_name)
         stored[name] = np.frombuffer(bytes(quantize_rows(array, kind.id)), np.uint8) if raw is None else raw
     values = [
         np.asarray(dequantize_rows(raw.view(np.uint8).reshape(32, -1), kind.id, n_per_row=32)).reshape(32, 32)
@@ -163,9 +186,15 @@ def test_adapter_ggufs_of_any_type(tmp_path, type_name):
         (raw.astype(np.uint32) << 16).view(np.float32) if type_name == "BF16" else raw.astype(np.float32)
         for raw in stored.values()
     ]  # fmt: skip
-    header = [("general.architecture", "llama", "str"), ("general.type", "adapter", "str"), ("adapter.type", "lora", "str")]
+    header = [
+        ("general.architecture", "llama", "str"),
+        ("general.type", "adapter", "str"),
+        ("adapter.type", "lora", "str"),
+    ]
     header += [("adapter.lora.alpha", 16.0, "f32")]
-    with GgufWriter(tmp_path / "a.gguf", [key_value(*h) for h in header], [TensorSpec(n, kind, (32, 32)) for n in stored]) as writer:
+    with GgufWriter(
+        tmp_path / "a.gguf", [key_value(*h) for h in header], [TensorSpec(n, kind, (32, 32)) for n in stored]
+    ) as writer:
         for name, raw in stored.items():
             writer.write(writer.tensors[name], 0, np.ascontiguousarray(raw))
         writer.commit()
@@ -193,4 +222,8 @@ def test_two_runs_in_one_file_are_told_apart_or_refused(tmp_path):
     tensors, config, _ = peft("llama")
     second = {name.replace(".weight", ".second.weight"): array for name, array in tensors.items()}
     with pytest.raises(MalformedError, match="save one adapter alone"):
-        merge(tiny.base_gguf(tmp_path, "llama"), [(written(tmp_path / "a", tensors | second, **config), 1.0)], tmp_path / "no.gguf")
+        merge(
+            tiny.base_gguf(tmp_path, "llama"),
+            [(written(tmp_path / "a", tensors | second, **config), 1.0)],
+            tmp_path / "no.gguf",
+        )

@@ -21,8 +21,8 @@ from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import raw_key_values
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.hparams import from_config
-from lora_gguf.plan import Policy
-from lora_gguf.requantize import ROUNDINGS
+from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.requantize import ROUNDINGS
 from tests import tiny
 from tests.common import pack_gguf, smollm2_path, text_kv, u32_kv
 from tests.test_merge import stored
@@ -353,7 +353,9 @@ def test_what_statistics_cannot_explain_is_merged_again(case, monkeypatch):
 
 def test_the_importance_matrix_of_the_merge_is_asked_for(case, monkeypatch):
     with Base(case.base) as base:
-        columns = {name: np.ones((1, info.n_cols), np.float32) for name, info in base.tensors.items() if len(info.shape) == 2}
+        columns = {
+            name: np.ones((1, info.n_cols), np.float32) for name, info in base.tensors.items() if len(info.shape) == 2
+        }
     for values in columns.values():
         values[:, ::7] = 100
     imatrix = Imatrix("some.imatrix", columns)

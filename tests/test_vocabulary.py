@@ -177,7 +177,10 @@ def test_fillers_are_renamed_and_tokens_in_use_are_not(tmp_path):
 def test_learned_tokens_bring_their_merges(tmp_path):
     from lora_gguf.files.gguf_writer import key_value
 
-    entries = [key_value("general.architecture", "llama", "str"), key_value("tokenizer.ggml.tokens", ["a", "b", "ab"], "str")]
+    entries = [
+        key_value("general.architecture", "llama", "str"),
+        key_value("tokenizer.ggml.tokens", ["a", "b", "ab"], "str"),
+    ]
     entries += [key_value("tokenizer.ggml.merges", ["a b"], "str")]
     with GgufWriter(tmp_path / "v.gguf", entries, []) as writer:
         writer.commit()

@@ -183,7 +183,7 @@ def test_types_are_widened_exactly_as_torch_widens_them():
     """fixtures/bin: torch wrote the same values as float8, bfloat16 and as integers of every kind."""
     weights = read_weights(FIXTURES / "bin" / "expected.safetensors")
     with safetensors.safe_open(FIXTURES / "bin" / "expected.safetensors", "np") as file:
-        stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     for name, array in weights.items():
         assert (array.dtype == np.float32) is (stored[name] in ("F32", "BF16", "F8_E4M3", "F8_E5M2")), name
     exact = weights["floats/float64"].astype(np.float32)

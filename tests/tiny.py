@@ -14,10 +14,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, key_value
-from lora_gguf.ggml import BY_NAME
 from lora_gguf.mapping.architectures import ARCHITECTURES
 from lora_gguf.mapping.hparams import Hparams, from_config
 from lora_gguf.mapping.names import layer_of, pieces, tensor_name
+from lora_gguf.quants.ggml import BY_NAME
 from tests.common import FIXTURES
 
 TINY = FIXTURES / "tiny"
@@ -118,7 +118,7 @@ def tensors_from(path: Path, model: Hparams) -> dict[str, np.ndarray]:
             found |= converted(key if part != "weight" else path, values, model)
         elif values.ndim == 2:
             turned = model.architecture == "gpt2" and path.endswith(CONV1D)
-            if path.startswith("embeddings.") and "word" not in path or path.endswith("wpe"):
+            if (path.startswith("embeddings.") and "word" not in path) or path.endswith("wpe"):
                 found[tensor_name(path, model)] = values
             else:
                 found |= converted(path, values.T if turned else values, model)
@@ -253,7 +253,9 @@ def base_gguf(folder: Path, name: str) -> Path:
 
 
 def server(model: Path, adapter: Path | None = None, embedding: bool = False):
-    """llama.cpp on a model, in F32 throughout. Ask it something: one that goes before its loop has begun waits for it forever."""
+    """llama.cpp on a model, in F32 throughout. Ask it something: one that goes before its loop has begun waits for it
+    forever.
+    """
     import xllamacpp
 
     params = xllamacpp.CommonParams()

@@ -181,8 +181,9 @@ def updates_of(
 
 @dataclass
 class Contents:
-    """A file's tensors sorted: ``modules`` with adapter factors, ``updates`` so far, ``originals`` (the base's own weights
-    by module path), ``ignored`` and ``unknown`` tensors with the reason, and what is ``strange``."""
+    """A file's tensors sorted: ``modules`` with adapter factors, ``updates`` so far, ``originals`` (the base's own
+    weights by module path), ``ignored`` and ``unknown`` tensors with the reason, and what is ``strange``.
+    """
 
     modules: dict[str, Module] = field(default_factory=dict)
     updates: list[LoraPair | Update] = field(default_factory=list)
@@ -193,7 +194,9 @@ class Contents:
 
 
 def sort_tensors(tensors: dict[str, np.ndarray], config: dict) -> Contents:
-    """The tensors of an adapter file by module and factor, and those that are no module's: ignored, with the reason, or unknown."""
+    """The tensors of an adapter file by module and factor, and those that are no module's: ignored, with the reason, or
+    unknown.
+    """
     kind_factors = (*KINDS[kind_of(config)][1], "trainable_tokens_delta")
     pattern = re.compile(
         rf"(?P<path>.+?)\.(?P<factor>{'|'.join(kind_factors)})(\.(?!(weight|bias)$)[^.]+)?(?P<bias>\.bias)?(\.weight)?"

@@ -26,7 +26,7 @@ def _is_count(value) -> bool:
 
 
 def _is_rank(value) -> bool:
-    return value == 0 and type(value) is int or _is_count(value)
+    return (value == 0 and type(value) is int) or _is_count(value)
 
 
 def _is_mask(value) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_gguf.errors import MalformedError, NumericError, UnsupportedError, printable
 from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
-from lora_gguf.ggml import BY_NAME, GgmlType
+from lora_gguf.quants.ggml import BY_NAME, GgmlType
 
 OUT_TYPES = ("f32", "f16", "bf16", "q8_0")
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -39,11 +39,11 @@ class Piece:
 class LoraPair:
     """The update ``W += scale * b @ a`` of the GGUF tensor ``name``.
 
-    ``a`` is (r, in) and ``b`` (out, r), f32, or f16 as stored, contiguous, in the layout that the GGUF tensor has; for stacked
-    experts both have a leading axis E: (E, r, in) and (E, out, r). ``scale`` is PEFT's: alpha / r, or alpha / sqrt(r).
-    ``sources`` are the adapter's tensors that it comes from. In ``adapter.py``, before names and layouts are those of
-    GGUF, ``name`` is the path of the Hugging Face module, and ``wide`` says that only the first columns of ``a``, as
-    many as the module has, count.
+    ``a`` is (r, in) and ``b`` (out, r), f32, or f16 as stored, contiguous, in the layout that the GGUF tensor has; for
+    stacked experts both have a leading axis E: (E, r, in) and (E, out, r). ``scale`` is PEFT's: alpha / r, or alpha /
+    sqrt(r). ``sources`` are the adapter's tensors that it comes from. In ``adapter.py``, before names and layouts are
+    those of GGUF, ``name`` is the path of the Hugging Face module, and ``wide`` says that only the first columns of
+    ``a``, as many as the module has, count.
     """
 
     name: str
@@ -128,7 +128,7 @@ def encode(name: str, array: np.ndarray, type: GgmlType) -> np.ndarray:
         return array
     if type.name == "F16":
         return array.astype(np.float16)
-    from lora_gguf.quants import QUANTS
+    from lora_gguf.quants.table import QUANTS
 
     rows = array.reshape(-1, array.shape[-1])
     blocks = np.empty((len(rows), type.row_bytes(rows.shape[1])), np.uint8)
@@ -141,7 +141,7 @@ def decode(reader: GgufReader, info: TensorInfo) -> np.ndarray:
     raw = reader.read(info)
     if info.type.name in ("F32", "F16"):
         return raw.view("<f4" if info.type.name == "F32" else "<f2").astype(np.float32).reshape(info.shape)
-    from lora_gguf.quants import QUANTS
+    from lora_gguf.quants.table import QUANTS
 
     if info.type.name not in QUANTS:
         raise UnsupportedError(f"{reader.label}: {info.name}: cannot read type {info.type}: write the adapter as F16")

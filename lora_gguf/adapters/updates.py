@@ -84,7 +84,7 @@ def gathered(values: np.ndarray | None, index: np.ndarray | None, axis: int = 0)
 
 def multiply(b: np.ndarray, a: np.ndarray) -> np.ndarray:
     """b @ a in f32, each element summed in one order whatever the number of rows."""
-    from lora_gguf.rounding import low_rank
+    from lora_gguf.kernels.low_rank import low_rank
 
     out = np.empty((len(b), a.shape[1]), np.float32)
     low_rank(np.ascontiguousarray(b, np.float32), np.ascontiguousarray(a, np.float32), out)
@@ -228,7 +228,7 @@ class Kronecker(Computed):
     kind = "LoKr"
 
     def values(self, rows: np.ndarray) -> np.ndarray:
-        m, n = self.right.shape
+        m, _n = self.right.shape
         return (self.left[rows // m][:, :, None] * self.right[rows % m][:, None, :]).reshape(len(rows), -1)
 
     def as_pair(self) -> LoraPair:

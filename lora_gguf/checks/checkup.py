@@ -23,8 +23,8 @@ class Remark:
 class Outlook:
     """One way to merge, under the ``name`` by which tensors list what they keep of it, and what is expected of it.
 
-    ``kept`` is the share of the update that acts (1: all of it), ``noise`` what rounding adds relative to the update (rms),
-    ``n_bytes`` the size of the file.
+    ``kept`` is the share of the update that acts (1: all of it), ``noise`` what rounding adds relative to the update
+    (rms), ``n_bytes`` the size of the file.
     """
 
     name: str
@@ -36,8 +36,10 @@ class Outlook:
 
 @dataclass(frozen=True)
 class TensorOutlook:
-    """One tensor that the adapter changes; rms and norm are those of the update, ``step`` the rms distance of two values that
-    the base's type can tell apart (None where it has no such steps). ``kept`` and ``noise`` are by the names of the outlooks."""
+    """One tensor that the adapter changes; rms and norm are those of the update, ``step`` the rms distance of two
+    values that the base's type can tell apart (None where it has no such steps). ``kept`` and ``noise`` are by the
+    names of the outlooks.
+    """
 
     name: str
     kind: str
@@ -80,8 +82,9 @@ class DoctorReport:
         return self.refusal is None
 
     def outlook(self, name: str) -> Outlook:
-        """That of ``auto`` (the default), ``dither``, ``nearest``, ``fresh``, ``Q8_0`` or ``BF16``; ``KeyError`` where it would be the
-        same as the default's."""
+        """That of ``auto`` (the default), ``dither``, ``nearest``, ``fresh``, ``Q8_0`` or ``BF16``; ``KeyError`` where
+        it would be the same as the default's.
+        """
         return {found.name: found for found in self.outlooks}[name]
 
     def as_dict(self) -> dict:
@@ -91,7 +94,11 @@ class DoctorReport:
             "message": str(error), "details": [printable(line) for line in error.details], "exit_code": error.exit_code,
         }  # fmt: skip
         tensors = [{**asdict(tensor), "delta_per_step": tensor.delta_per_step} for tensor in self.tensors]
-        fields = {name: value for name, value in vars(self).items() if name not in ("refusal", "tensors", "remarks", "outlooks")}
+        fields = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("refusal", "tensors", "remarks", "outlooks")
+        }
         return {
             "ok": self.ok,
             **fields,
@@ -112,5 +119,7 @@ def recommend(outlooks: list[Outlook]) -> str:
             return f"little is kept whatever the type: the defaults keep {default.kept:.2f}"
         return f"merge with {better.options}: it keeps {better.kept:.2f} of the adapter, the defaults only {default.kept:.2f}"
     lost = [name for name in ("nearest", "fresh") if name in by_name and by_name[name].kept < GOOD - 0.1]
-    others = "; " + " and ".join(f"{name} rounding would keep {by_name[name].kept:.2f}" for name in lost) if lost else ""
+    others = (
+        "; " + " and ".join(f"{name} rounding would keep {by_name[name].kept:.2f}" for name in lost) if lost else ""
+    )
     return f"merge with the defaults: they keep {default.kept:.2f} of the adapter{others}"

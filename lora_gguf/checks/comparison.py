@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lora_gguf.checks.neighbours import free_range, neighbours, same_grid
-from lora_gguf.kernel import kernel
-from lora_gguf.quants import Quant
-from lora_gguf.requantize import scratch
+from lora_gguf.kernels.decorators import kernel
+from lora_gguf.merging.requantize import scratch
+from lora_gguf.quants.codec import Quant
 
 # the sums of a comparison, in the order that ``compare`` writes them; the last one is a maximum
 (

@@ -12,14 +12,14 @@ import numpy as np
 from lora_gguf.checks.comparison import ALLOWED, BEYOND, LOG_ODDS, UPDATE2, Comparison
 from lora_gguf.checks.findings import Check, Finding, adapted_holds, is_requantized, rounded_to_nearest
 from lora_gguf.checks.reproduction import reproduced
-from lora_gguf.chunks import cut, update_of
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_writer import raw_key_values
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.placement import Placement
-from lora_gguf.plan import Plan, TensorPlan
-from lora_gguf.quants import QUANTS
-from lora_gguf.retention import kind_of
+from lora_gguf.merging.plan import Plan, TensorPlan
+from lora_gguf.merging.retention import kind_of
+from lora_gguf.merging.work import cut, update_of
+from lora_gguf.quants.table import QUANTS
 
 # how many tensors are read again to find out what they hold
 N_EXAMPLES = 12
@@ -90,7 +90,10 @@ def metadata_findings(evidence: Evidence) -> list[Finding]:
     wanted = [(key, "the base's ") for key in different] + [
         (key, "the base's and the adapter's ") for key, raw in grown.items() if raw not in stored
     ]
-    return [Finding("metadata", (), f"{whose}{key}", "another value" if key in result.kv else "none") for key, whose in wanted]
+    return [
+        Finding("metadata", (), f"{whose}{key}", "another value" if key in result.kv else "none")
+        for key, whose in wanted
+    ]
 
 
 def other_base(evidence: Evidence, adapted: Sequence[Check], untouched: Sequence[Check]) -> Finding | None:
@@ -174,10 +177,10 @@ def common_scale(adapted: Sequence[Check]) -> Finding | None:
     """The factor that explains all of ``adapted``, if there is one and it isn't 1."""
     told = [check.comparison for check in adapted if check.comparison.gridded and check.comparison.standard_error >= 0]
     errors = [max(found.standard_error, ALLOWED / 3) for found in told]
-    weights = [(found.dithered / error) ** 2 for found, error in zip(told, errors)]
+    weights = [(found.dithered / error) ** 2 for found, error in zip(told, errors, strict=False)]
     if not weights or not sum(weights):
         return None
-    factor = sum(w * found.kept / found.dithered for w, found in zip(weights, told)) / sum(weights)
+    factor = sum(w * found.kept / found.dithered for w, found in zip(weights, told, strict=False)) / sum(weights)
     wide = max(1.0, abs(factor))
     if any(abs(found.kept - factor * found.dithered) > wide * found.slack for found in told):
         return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from lora_gguf.checks.comparison import Comparison
 from lora_gguf.errors import MismatchError
-from lora_gguf.retention import kind_of, layer_of
+from lora_gguf.merging.retention import kind_of, layer_of
 
 CAUSES = {
     "other base": "it was merged from another base model",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
-from lora_gguf.quants import Quant
-from lora_gguf.requantize import scratch
+from lora_gguf.kernels.decorators import kernel
+from lora_gguf.merging.requantize import scratch
+from lora_gguf.quants.codec import Quant
 
 
 @kernel

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from lora_gguf.chunks import cut, encoded, rewritten, update_of
 from lora_gguf.files.base import Base
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.placement import Placement
-from lora_gguf.plan import Policy, TensorPlan, make_plan
-from lora_gguf.quants import QUANTS
-from lora_gguf.requantize import ROUNDINGS
+from lora_gguf.merging.plan import Policy, TensorPlan, make_plan
+from lora_gguf.merging.requantize import ROUNDINGS
+from lora_gguf.merging.work import cut, encoded, rewritten, update_of
+from lora_gguf.quants.table import QUANTS
 
 IMATRIX_KEY = "lora_gguf.imatrix"
 N_TRIES = 5  # tensors, none of which come out the same, before the others are given up
 
 
 def recorded_policy(merged: Base, imatrix: Imatrix | None = None) -> Policy | None:
-    """The rounding and seed that a merge wrote into its file; None where another tool made it, or with an ``imatrix`` not given."""
+    """The rounding and seed that a merge wrote into its file; None where another tool made it, or with an ``imatrix``
+    not given.
+    """
     rounding, seed = merged.get("lora_gguf.rounding"), merged.get("lora_gguf.seed")
     if rounding not in ROUNDINGS or not isinstance(seed, int) or (merged.get(IMATRIX_KEY) and not imatrix):
         return None

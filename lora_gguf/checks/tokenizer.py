@@ -12,7 +12,12 @@ from lora_gguf.mapping.vocabulary import FILLER, MAX_JSON, added_tokens
 
 TEMPLATE = "chat_template.jinja"
 # tokenizer_config.json's name of a special token -> the GGUF key of its id
-SPECIAL = {"eos_token": "eos_token_id", "bos_token": "bos_token_id", "pad_token": "padding_token_id", "unk_token": "unknown_token_id"}
+SPECIAL = {
+    "eos_token": "eos_token_id",
+    "bos_token": "bos_token_id",
+    "pad_token": "padding_token_id",
+    "unk_token": "unknown_token_id",
+}
 
 
 def compare_tokenizer(directory: Path, base: Base) -> list[Remark]:
@@ -47,7 +52,9 @@ def compare_tokens(directory: Path, _config: dict, base: Base, texts: list[str])
     if other:
         first = min(other)
         shown = f"token {first} is {printable(texts[first], 30)!r} in {base.label} and {printable(tokens[first], 30)!r} here"
-        return Remark("vocabulary", WARNING, f"{len(other)} of {len(tokens)} tokens differ ({shown}): is this the adapter's base?")
+        return Remark(
+            "vocabulary", WARNING, f"{len(other)} of {len(tokens)} tokens differ ({shown}): is this the adapter's base?"
+        )
     if new:
         return Remark("vocabulary", WARNING, f"{len(new)} new tokens, such as {printable(tokens[min(new)], 40)!r}")
     return Remark("vocabulary", OK, f"all {len(tokens)} tokens of the adapter's tokenizer files are the base's")
@@ -71,7 +78,11 @@ def compare_special(_directory: Path, config: dict, base: Base, texts: list[str]
         if isinstance(wanted, str) and type(token_id) is int and token_id < len(texts):
             same = is_same(texts[token_id], wanted)
             n_same += same
-            differing += [] if same else [f"{name} is {printable(wanted, 40)!r}, the base's is {printable(texts[token_id], 40)!r}"]
+            differing += (
+                []
+                if same
+                else [f"{name} is {printable(wanted, 40)!r}, the base's is {printable(texts[token_id], 40)!r}"]
+            )
     if differing:
         level = WARNING if any(line.startswith("eos") for line in differing) else NOTE
         return Remark("special tokens", level, "; ".join(differing))
@@ -86,7 +97,9 @@ def compare_template(directory: Path, config: dict, base: Base, _texts: list[str
     if isinstance(theirs, str) and theirs.split() == ours.split():
         return Remark("chat template", OK, "the same in adapter and base")
     what = "the adapter's is another than the base's" if theirs else "the adapter has one, the base has none"
-    file = printable(directory / TEMPLATE if (directory / TEMPLATE).is_file() else directory / "tokenizer_config.json", 100)
+    file = printable(
+        directory / TEMPLATE if (directory / TEMPLATE).is_file() else directory / "tokenizer_config.json", 100
+    )
     return Remark("chat template", WARNING, f"{what}: it was trained with its own ({file}); use that at run time")
 
 
@@ -103,5 +116,3 @@ def template_of(directory: Path, config: dict) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")
     return found if isinstance(found, str) else None
-
-

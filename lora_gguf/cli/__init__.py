@@ -51,8 +51,12 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error; also LORA_GGUF_DEBUG=1.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Print the traceback of an error; also LORA_GGUF_DEBUG=1.")
+    ] = False,
 ) -> None:
     if debug:
         os.environ["LORA_GGUF_DEBUG"] = "1"
@@ -184,7 +188,9 @@ def _report(error: BaseException) -> int:
 
 
 def _refusal(error: _ClickUsageError) -> str:
-    """What is wrong with the command line, with the value that was given where typer's validator, pydantic, tells it."""
+    """What is wrong with the command line, with the value that was given where typer's validator, pydantic, tells
+    it.
+    """
     message = error.format_message().rstrip(".")
     for theirs, ours in _WORDS.items():
         message = message.replace(theirs, ours)

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from lora_gguf.cli.options import BASE_HELP, AllowUnused, ExpertB, Force, Progress, Quiet
 from lora_gguf.cli.terms import OutType, say_written, warn
-from lora_gguf.json_text import json_text
 from lora_gguf.progress import bar, download_bar
+from lora_gguf.text import json_text
 
 
 def convert(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT adapter's folder or Hub id.")],
     base: Annotated[
-        Optional[str],
-        typer.Option("--base", "-m", "--model", metavar="BASE.gguf", help=f"The best source of names and shapes. {BASE_HELP}"),
+        str | None,
+        typer.Option(
+            "--base", "-m", "--model", metavar="BASE.gguf", help=f"The best source of names and shapes. {BASE_HELP}"
+        ),
     ] = None,
     base_config: Annotated[
-        Optional[Path], typer.Option(metavar="DIR", help="Without a GGUF: the folder with the base's config.json.")
+        Path | None, typer.Option(metavar="DIR", help="Without a GGUF: the folder with the base's config.json.")
     ] = None,
     output: Annotated[
-        Optional[Path], typer.Option("-o", "--outfile", "--output", metavar="PATH", help="Default: ADAPTER.gguf in this folder.")
+        Path | None,
+        typer.Option("-o", "--outfile", "--output", metavar="PATH", help="Default: ADAPTER.gguf in this folder."),
     ] = None,
     outtype: Annotated[OutType, typer.Option(help="The type of the tensors; f32 is exact.")] = OutType.f32,
-    rank: Annotated[Optional[int], typer.Option(metavar="N", min=1, help="Approximate DoRA, OFT and the like at this rank.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Approximate DoRA, OFT and the like at this rank.")
+    ] = None,
     allow_unused: AllowUnused = None,
     expert_b_layout: ExpertB = None,
     force: Force = False,
@@ -38,9 +43,9 @@ def convert(
 
     lora-gguf convert user/my-adapter --base model-Q4_K_M.gguf -o my-adapter.gguf
     """
-    from lora_gguf.adapters.sources import adapter_name
     from lora_gguf.commands.convert import convert as convert_adapter
-    from lora_gguf.inputs import local_adapters, local_model
+    from lora_gguf.hub.inputs import local_adapters, local_model
+    from lora_gguf.mapping.sources import adapter_name
 
     out = output or Path(f"{adapter_name(adapter)}.gguf")
     with download_bar(progress and not quiet) as files:

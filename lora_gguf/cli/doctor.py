@@ -24,8 +24,8 @@ from lora_gguf.cli.options import (
     TiedHead,
 )
 from lora_gguf.cli.terms import Tied, base_and_adapter, draw, named_adapters, pictures
-from lora_gguf.json_text import json_text
 from lora_gguf.progress import bar, download_bar
+from lora_gguf.text import json_text
 
 if TYPE_CHECKING:
     from lora_gguf.checks.checkup import DoctorReport, TensorOutlook
@@ -57,7 +57,7 @@ def doctor(
 
     lora-gguf doctor model-Q4_K_M.gguf user/my-adapter
     """
-    from lora_gguf.inputs import local_adapters
+    from lora_gguf.hub.inputs import local_adapters
 
     source, adapter = base_and_adapter(base, adapter, model)
     named = named_adapters(adapter, scale, lora)
@@ -89,21 +89,27 @@ def doctor(
 
 def as_text(report: DoctorReport) -> str:
     """The report for a reader: what was looked at, what each way to merge keeps, which tensors change by how much."""
-    from lora_gguf.text_table import aligned, size_text, text_table
+    from lora_gguf.text import aligned, size_text, text_table
 
     remarks = [remark for remark in report.remarks if remark.level in MARKS]
-    parts = [aligned([(MARKS[remark.level], remark.topic, remark.text) for remark in remarks], left=3)] if remarks else []
+    parts = (
+        [aligned([(MARKS[remark.level], remark.topic, remark.text) for remark in remarks], left=3)] if remarks else []
+    )
     if report.outlooks:
         ways = [(way.options, f"{way.kept:.3f}", f"{way.noise:.1f}", size_text(way.n_bytes)) for way in report.outlooks]
         parts.append(text_table(("merge with", "delta kept", "noise/delta", "file"), ways))
-        parts.append(text_table(("tensors", "type", "count", "rms(delta)", "delta/step", "kept", "nearest"), by_kind(report), left=2))
+        parts.append(
+            text_table(
+                ("tensors", "type", "count", "rms(delta)", "delta/step", "kept", "nearest"), by_kind(report), left=2
+            )
+        )
         parts.append(costs(report))
         parts.append(report.recommendation)
     return "\n\n".join(parts)
 
 
 def costs(report: DoctorReport) -> str:
-    from lora_gguf.text_table import size_text
+    from lora_gguf.text import size_text
 
     time = f"about {report.seconds:.0f} s on this machine (some chunks were timed), and " if report.seconds else ""
     return f"A merge takes {time}about {size_text(report.memory_bytes)} of memory."
@@ -124,5 +130,8 @@ def averages(group: list[TensorOutlook]) -> tuple[str, ...]:
     steps = [tensor.step for tensor in group if tensor.step]
     rms = (sum(tensor.delta_rms**2 for tensor in group) / len(group)) ** 0.5
     step = (sum(step**2 for step in steps) / len(steps)) ** 0.5 if steps else 0.0
-    kept = [sum(e * t.kept.get(way, t.kept["auto"]) for e, t in zip(energy, group)) / whole for way in ("auto", "nearest")]
+    kept = [
+        sum(e * t.kept.get(way, t.kept["auto"]) for e, t in zip(energy, group, strict=False)) / whole
+        for way in ("auto", "nearest")
+    ]
     return f"{rms:.2e}", f"{rms / step:.4f}" if step else "-", *(f"{share:.3f}" for share in kept)

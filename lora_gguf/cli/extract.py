@@ -9,8 +9,8 @@ import typer
 
 from lora_gguf.cli.options import BASE_HELP, Force, Progress, Quiet
 from lora_gguf.cli.terms import OutType, say_written, warn
-from lora_gguf.json_text import json_text
 from lora_gguf.progress import bar, download_bar
+from lora_gguf.text import json_text
 
 
 def extract(
@@ -28,9 +28,9 @@ def extract(
 
     lora-gguf extract base.gguf tuned.gguf --rank 32 -o adapter.gguf
     """
-    from lora_gguf import tables
+    from lora_gguf.cli import tables
     from lora_gguf.commands.extract import extract as extract_adapter
-    from lora_gguf.inputs import local_model
+    from lora_gguf.hub.inputs import local_model
 
     with download_bar(progress and not quiet) as files:
         before, after = local_model(base, files), local_model(tuned, files)

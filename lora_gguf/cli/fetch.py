@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from lora_gguf.cli.options import Progress, Quiet
 from lora_gguf.cli.terms import say
 from lora_gguf.errors import UsageError, printable
-from lora_gguf.json_text import json_text
 from lora_gguf.progress import download_bar
-from lora_gguf.text_table import size_text
+from lora_gguf.text import json_text, size_text
 
 SHOWN = 3  # repositories in the list of bases
 
 
 def fetch(
     adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="The adapter's Hub id, such as user/adapter@main; for --base also its folder.")
+        str,
+        typer.Argument(
+            metavar="ADAPTER", help="The adapter's Hub id, such as user/adapter@main; for --base also its folder."
+        ),
     ],
-    base: Annotated[bool, typer.Option("--base", help="List the GGUFs of the model that it was trained on, with their sizes.")] = False,
-    quant: Annotated[Optional[str], typer.Option(metavar="QUANT", help="Download this one of the base's GGUFs, such as Q4_K_M.")] = None,
-    subfolder: Annotated[Optional[str], typer.Option(metavar="DIR", help="The adapter's folder in the repository.")] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="List the GGUFs of the model that it was trained on, with their sizes.")
+    ] = False,
+    quant: Annotated[
+        str | None, typer.Option(metavar="QUANT", help="Download this one of the base's GGUFs, such as Q4_K_M.")
+    ] = None,
+    subfolder: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The adapter's folder in the repository.")
+    ] = None,
     output: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(
             "-o",
             "--output",
@@ -50,13 +58,13 @@ def fetch(
     if not (base or quant):
         if as_json:
             raise UsageError("--json lists bases: give --base too")
-        from lora_gguf.commands.fetch import fetch as fetch_adapter
+        from lora_gguf.hub.adapters import fetch as fetch_adapter
 
         with download_bar(progress and not quiet) as files:
             found = fetch_adapter(adapter, subfolder=subfolder, output=output, force=force, progress=files)
         print(found)
         return
-    from lora_gguf.commands import base_models
+    from lora_gguf.hub import base_models
 
     model = base_models.base_model_of(adapter, subfolder)
     if quant:
@@ -77,5 +85,7 @@ def _list(model: str, names: dict, as_json: bool) -> None:
             print(f"{size_text(entry.n_bytes):>10}  {printable(name)}")
     others = f", and {len(repos) - SHOWN} more repositories, which --json lists" if len(repos) > SHOWN else ""
     found = f"{len(names)} GGUFs{others}" if names else "no GGUF"
-    hint = ": name one as BASE, or download it with --quant" if names else ": see its page, or convert it with llama.cpp"
+    hint = (
+        ": name one as BASE, or download it with --quant" if names else ": see its page, or convert it with llama.cpp"
+    )
     say(f"{printable(model, 100)}: {found}{hint}")

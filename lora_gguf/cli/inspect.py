@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_gguf.json_text import json_text
+from lora_gguf.text import json_text
 
 if TYPE_CHECKING:
-    from lora_gguf.inspection import AdapterInspection, Inspection, ModelInspection
+    from lora_gguf.checks.inspection import AdapterInspection, Inspection, ModelInspection
 
 
 def inspect(
-    source: Annotated[str, typer.Argument(metavar="FILE|DIR|REPO", help="A GGUF or an adapter, here or on the Hub (user/model:Q4_K_M).")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="FILE|DIR|REPO", help="A GGUF or an adapter, here or on the Hub (user/model:Q4_K_M)."),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Tell what a model, an adapter or a merged file is, from its header; nothing large is downloaded.
@@ -28,8 +31,8 @@ def inspect(
 
 def as_text(found: Inspection) -> str:
     """The inspection for a reader: a line of what it is, its facts, its types."""
-    from lora_gguf.inspection import ModelInspection
-    from lora_gguf.text_table import aligned, count_text, size_text, text_table
+    from lora_gguf.checks.inspection import ModelInspection
+    from lora_gguf.text import aligned, count_text, size_text, text_table
 
     facts = model_facts(found) if isinstance(found, ModelInspection) else adapter_facts(found)
     n_files = f" in {len(found.files)} files" if len(found.files) > 1 else ""
@@ -44,7 +47,8 @@ def as_text(found: Inspection) -> str:
     parts = [f"{found.source}: {found.kind}", aligned([row for row in rows if row[1]], left=2)]
     if found.types:
         types = [
-            (name, share.n_tensors, count_text(share.n_parameters), size_text(share.n_bytes)) for name, share in found.types.items()
+            (name, share.n_tensors, count_text(share.n_parameters), size_text(share.n_bytes))
+            for name, share in found.types.items()
         ]
         parts.append(text_table(("type", "tensors", "parameters", "size"), types))
     return "\n\n".join(parts)
@@ -54,7 +58,9 @@ def model_facts(found: ModelInspection) -> list[tuple[str, str]]:
     """What is particular to a model; what is unknown is empty."""
     made = found.provenance
     layers = found.n_layers and found.embedding_length and f"{found.n_layers} of width {found.embedding_length}"
-    heads = found.n_heads and f"{found.n_heads}" + (f", {found.n_kv_heads} of keys and values" if found.n_kv_heads else "")
+    heads = found.n_heads and f"{found.n_heads}" + (
+        f", {found.n_kv_heads} of keys and values" if found.n_kv_heads else ""
+    )
     has_words = found.vocabulary_size > 0
     return [
         ("quantization", found.quantization),
@@ -66,7 +72,10 @@ def model_facts(found: ModelInspection) -> list[tuple[str, str]]:
         ("vocabulary", f"{found.vocabulary_size} tokens ({found.tokenizer})" if has_words else ""),
         ("chat template", ("yes" if found.chat_template else "none") if has_words else ""),
         ("base model", found.base_model),
-        *((("adapters" if i == 0 else " "), f"{name}, scale {scale:g}") for i, (name, scale) in enumerate(made.adapters if made else ())),
+        *(
+            (("adapters" if i == 0 else " "), f"{name}, scale {scale:g}")
+            for i, (name, scale) in enumerate(made.adapters if made else ())
+        ),
         ("merged by", f"lora-gguf {made.version}, rounding {made.rounding}, seed {made.seed}" if made else ""),
         ("imatrix", made.imatrix if made else ""),
     ]
@@ -75,7 +84,9 @@ def model_facts(found: ModelInspection) -> list[tuple[str, str]]:
 def adapter_facts(found: AdapterInspection) -> list[tuple[str, str]]:
     """What is particular to an adapter; what is unknown is empty."""
     ranks = [
-        f"{group.rank}" + (f", scale {group.scale:g}" if group.scale is not None else "") + f": {modules(group.n_modules)}"
+        f"{group.rank}"
+        + (f", scale {group.scale:g}" if group.scale is not None else "")
+        + f": {modules(group.n_modules)}"
         for group in found.ranks
     ]
     shown = ranks[:8] + ([f"and {len(ranks) - 8} more"] if len(ranks) > 8 else [])

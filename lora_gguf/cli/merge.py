@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -25,10 +25,21 @@ from lora_gguf.cli.options import (
     Threads,
     TiedHead,
 )
-from lora_gguf.cli.terms import Rounding, Tied, base_and_adapter, draw, n_bytes, named_adapters, pictures, say, say_written, warn
+from lora_gguf.cli.terms import (
+    Rounding,
+    Tied,
+    base_and_adapter,
+    draw,
+    n_bytes,
+    named_adapters,
+    pictures,
+    say,
+    say_written,
+    warn,
+)
 from lora_gguf.errors import printable
-from lora_gguf.json_text import json_text
 from lora_gguf.progress import bar, download_bar
+from lora_gguf.text import json_text
 
 
 def merge(
@@ -39,39 +50,62 @@ def merge(
     output: Annotated[
         str,
         typer.Option(
-            "-o", "--outfile", "--output", metavar="PATH", help="The file to write; in a folder it is called BASE-SIZE-ADAPTER-TYPE.gguf."
+            "-o",
+            "--outfile",
+            "--output",
+            metavar="PATH",
+            help="The file to write; in a folder it is called BASE-SIZE-ADAPTER-TYPE.gguf.",
         ),
     ] = ".",
     scale: Scale = 1.0,
     rounding: Annotated[Rounding, typer.Option(help="How weights get back on a grid.")] = Rounding.auto,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**64 - 1, help="Of the dither; the same seed gives the same bytes.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, max=2**64 - 1, help="Of the dither; the same seed gives the same bytes.")
+    ] = 0,
     type: Annotated[
-        Optional[str], typer.Option(metavar="TYPE", help="The type of the adapted tensors, such as Q8_0; default: the base's.")
+        str | None,
+        typer.Option(metavar="TYPE", help="The type of the adapted tensors, such as Q8_0; default: the base's."),
     ] = None,
     quantize: Annotated[
-        Optional[str], typer.Option(metavar="MIX", help="Quantize an F16, BF16 or F32 base on the way, as llama-quantize: Q4_K_M.")
+        str | None,
+        typer.Option(metavar="MIX", help="Quantize an F16, BF16 or F32 base on the way, as llama-quantize: Q4_K_M."),
     ] = None,
     imatrix: Annotated[
-        Optional[Path],
-        typer.Option(metavar="PATH", help="llama.cpp's importance matrix: which columns matter to auto, and to new grids."),
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="llama.cpp's importance matrix: which columns matter to auto, and to new grids."
+        ),
     ] = None,
     tied: TiedHead = Tied.separate,
     allow_unused: AllowUnused = None,
     base_config: BaseConfig = None,
     expert_b_layout: ExpertB = None,
-    keep_split: Annotated[bool, typer.Option("--keep-split", help="Write the base's shards; default: one file.")] = False,
-    split_max_size: Annotated[Optional[str], typer.Option(metavar="N(M|G)", help="Write shards of at most this size.")] = None,
-    shard: Annotated[Optional[str], typer.Option(metavar="N/COUNT", help="Write only this shard, for parallel jobs.")] = None,
-    modelfile: Annotated[bool, typer.Option("--modelfile", help="Write a Modelfile for Ollama beside the merged file.")] = False,
-    max_growth: Annotated[str, typer.Option(metavar="N%", help="Promote the tensors that gain most to Q8_0, up to this growth.")] = "0%",
+    keep_split: Annotated[
+        bool, typer.Option("--keep-split", help="Write the base's shards; default: one file.")
+    ] = False,
+    split_max_size: Annotated[
+        str | None, typer.Option(metavar="N(M|G)", help="Write shards of at most this size.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="N/COUNT", help="Write only this shard, for parallel jobs.")
+    ] = None,
+    modelfile: Annotated[
+        bool, typer.Option("--modelfile", help="Write a Modelfile for Ollama beside the merged file.")
+    ] = False,
+    max_growth: Annotated[
+        str, typer.Option(metavar="N%", help="Promote the tensors that gain most to Q8_0, up to this growth.")
+    ] = "0%",
     min_retention: Annotated[
         float, typer.Option(metavar="SHARE", help="Fail, and write nothing, where less of the adapter is kept.")
     ] = 0.0,
     threads: Threads = None,
     memory: Annotated[
-        Optional[str], typer.Option(metavar="N(M|G)", help="What the rows in work may take; default: about 10M a thread.")
+        str | None,
+        typer.Option(metavar="N(M|G)", help="What the rows in work may take; default: about 10M a thread."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
+    ] = False,
     force: Force = False,
     report: ReportFile = None,
     plot: PlotFile = None,
@@ -84,7 +118,7 @@ def merge(
     lora-gguf merge model-Q4_K_M.gguf user/my-adapter -o merged.gguf
     """
     from lora_gguf.files.output import check_target
-    from lora_gguf.inputs import local_adapters, local_model
+    from lora_gguf.hub.inputs import local_adapters, local_model
 
     source, adapter = base_and_adapter(base, adapter, model)
     named = named_adapters(adapter, scale, lora)
@@ -96,11 +130,11 @@ def merge(
     wanted.check([] if dry_run else [output])
     with download_bar(progress and not quiet) as files:
         adapters = local_adapters(named, files)
-    from lora_gguf import tables
+    from lora_gguf.cli import tables
     from lora_gguf.commands.merge import merge as merge_adapters
     from lora_gguf.files.imatrix import read_imatrix
-    from lora_gguf.growth import parse_growth
-    from lora_gguf.plan import Policy
+    from lora_gguf.merging.growth import parse_growth
+    from lora_gguf.merging.plan import Policy
     from lora_gguf.report.content import of_merge
 
     measured = read_imatrix(imatrix) if imatrix else None
@@ -127,10 +161,12 @@ def merge(
             progress=advance,
         )
     warn(merged.plan.warnings)
-    print(json_text(tables.as_dict(merged)) if as_json else tables.retention_table(merged))
+    print(json_text(merged.as_dict()) if as_json else tables.retention_table(merged))
     if dry_run and not quiet:
         tensors = sum(tensor.target.n_bytes for tensor in merged.plan.tensors)
-        say(f"nothing was written: the tensors would take {tensors / 1e6:.0f} MB; what would be kept of the adapter, lora-gguf doctor tells")
+        say(
+            f"nothing was written: the tensors would take {tensors / 1e6:.0f} MB; what would be kept of the adapter, lora-gguf doctor tells"
+        )
     if not quiet:
         for path in merged.written:
             say_written(path, f": ollama create NAME -f {printable(path)}" if path.suffix == ".Modelfile" else "")

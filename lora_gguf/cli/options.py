@@ -3,42 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from lora_gguf.cli.terms import ExpertLayout, Tied
 
-BASE_HELP = "The model: a path (of a split one any shard), or on the Hub OWNER/NAME:Q4_K_M or hf://OWNER/NAME/FILE.gguf."
+BASE_HELP = (
+    "The model: a path (of a split one any shard), or on the Hub OWNER/NAME:Q4_K_M or hf://OWNER/NAME/FILE.gguf."
+)
 
-BaseArgument = Annotated[Optional[str], typer.Argument(metavar="BASE.gguf", help=BASE_HELP)]
+BaseArgument = Annotated[str | None, typer.Argument(metavar="BASE.gguf", help=BASE_HELP)]
 AdapterArgument = Annotated[
-    Optional[str], typer.Argument(metavar="ADAPTER", help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")
+    str | None, typer.Argument(metavar="ADAPTER", help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")
 ]
-Model = Annotated[Optional[str], typer.Option("-m", "--model", metavar="BASE.gguf", help="BASE, as llama.cpp's tools name it.")]
+Model = Annotated[
+    str | None, typer.Option("-m", "--model", metavar="BASE.gguf", help="BASE, as llama.cpp's tools name it.")
+]
 Lora = Annotated[
-    Optional[list[str]], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="One more adapter; repeat.")
+    list[str] | None,
+    typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="One more adapter; repeat."),
 ]
 Scale = Annotated[float, typer.Option("--scale", metavar="X", help="Multiplies the adapter's own scale.")]
 TiedHead = Annotated[Tied, typer.Option("--tied", help="An adapted head that the base shares with its embedding.")]
 AllowUnused = Annotated[
-    Optional[str],
-    typer.Option("--allow-unused", metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches."),
+    str | None,
+    typer.Option(
+        "--allow-unused", metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches."
+    ),
 ]
 BaseConfig = Annotated[
-    Optional[Path],
-    typer.Option("--base-config", metavar="DIR", help="The folder with the base's config.json, for what its GGUF does not say."),
+    Path | None,
+    typer.Option(
+        "--base-config", metavar="DIR", help="The folder with the base's config.json, for what its GGUF does not say."
+    ),
 ]
 ExpertB = Annotated[
-    Optional[ExpertLayout],
+    ExpertLayout | None,
     typer.Option("--expert-b-layout", help="How lora_B of fused experts is laid out, where the adapter doesn't say."),
 ]
-Threads = Annotated[Optional[int], typer.Option("-t", "--threads", metavar="N", min=1, help="Default: all cores.")]
+Threads = Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Default: all cores.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show bars, where stderr is a terminal.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the result, warnings and errors only.")]
 ReportFile = Annotated[
-    Optional[Path], typer.Option("--report", metavar="FILE.html", help="Write a page with charts and tables of what happened.")
+    Path | None,
+    typer.Option("--report", metavar="FILE.html", help="Write a page with charts and tables of what happened."),
 ]
-PlotFile = Annotated[Optional[Path], typer.Option("--plot", metavar="FILE.png", help="Draw the main charts, as PNG or SVG.")]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the main charts, as PNG or SVG.")
+]
 ForcePictures = Annotated[bool, typer.Option("--force", help="Replace an existing report or plot.")]

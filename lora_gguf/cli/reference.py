@@ -1,6 +1,7 @@
-"""The README's parts that the code itself says: the commands with all their options, and the tables of what is supported.
+"""The README's parts that the code itself says: the commands with all their options, and the tables of what is
+supported.
 
-    python -m lora_gguf.cli.reference README.md
+python -m lora_gguf.cli.reference README.md
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from lora_gguf.cli import app
 
 @dataclass(frozen=True)
 class Term:
-    """An argument or an option of a command: its ``names`` (none for an argument) and the word for its ``value`` (none for a flag)."""
+    """An argument or an option of a command: its ``names`` (none for an argument) and the word for its ``value`` (none
+    for a flag).
+    """
 
     names: tuple[str, ...]
     value: str
@@ -42,13 +45,19 @@ class Term:
 
 def commands() -> dict[str, Callable]:
     """The commands' functions by name, in the order of the help."""
-    return {command.name or command.callback.__name__.replace("_", "-"): command.callback for command in app.registered_commands}
+    return {
+        command.name or command.callback.__name__.replace("_", "-"): command.callback
+        for command in app.registered_commands
+    }
 
 
 def terms(command: Callable) -> list[Term]:
     """What a command takes, in the order of its help."""
     hints = typing.get_type_hints(command, include_extras=True)
-    return [_term(name, *typing.get_args(hints[name])[:2], parameter.default) for name, parameter in signature(command).parameters.items()]
+    return [
+        _term(name, *typing.get_args(hints[name])[:2], parameter.default)
+        for name, parameter in signature(command).parameters.items()
+    ]
 
 
 def _term(name: str, hint: type, info: ArgumentInfo | OptionInfo, default: object) -> Term:
@@ -72,7 +81,9 @@ def commands_reference() -> str:
 
 def _section(name: str, command: Callable) -> Iterator[str]:
     taken = terms(command)
-    arguments = [term.value if term.default is Parameter.empty else f"[{term.value}]" for term in taken if not term.names]
+    arguments = [
+        term.value if term.default is Parameter.empty else f"[{term.value}]" for term in taken if not term.names
+    ]
     yield f"### `{' '.join(['lora-gguf', name, *arguments])}`"
     yield re.sub(r"\s+", " ", cleandoc(command.__doc__).split("\n\n")[0])
     yield "\n".join(f"    {example}" for example in examples(command))

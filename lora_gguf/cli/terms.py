@@ -13,7 +13,9 @@ from pathlib import Path
 
 from lora_gguf.errors import UsageError, printable
 
-COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("COMMAND_LINE", default=("lora-gguf",))  # the words of the running command
+COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar(
+    "COMMAND_LINE", default=("lora-gguf",)
+)  # the words of the running command
 
 
 class Rounding(str, Enum):
@@ -60,14 +62,22 @@ def named_adapters(adapter: str | None, scale: float, lora: Iterable[str] | None
 
 def adapters_of(texts: Iterable[str]) -> list[tuple[str, float]]:
     """The adapters of --lora and their scales: ADAPTER[:SCALE], several with commas as llama.cpp takes them."""
-    return [with_scale(part) for text in texts for part in ([text] if os.path.exists(text) else text.split(",")) if part]
+    return [
+        with_scale(part) for text in texts for part in ([text] if os.path.exists(text) else text.split(",")) if part
+    ]
 
 
 def joined_scales(arguments: Iterable[str]) -> list[str]:
-    """The command line with ``--lora-scaled ADAPTER SCALE``, as llama.cpp took it once, as ``--lora-scaled ADAPTER:SCALE``."""
+    """The command line with ``--lora-scaled ADAPTER SCALE``, as llama.cpp took it once, as ``--lora-scaled
+    ADAPTER:SCALE``.
+    """
     words: list[str] = []
     for word in arguments:
-        if words[-2:-1] == ["--lora-scaled"] and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", word) and not os.path.exists(word):
+        if (
+            words[-2:-1] == ["--lora-scaled"]
+            and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", word)
+            and not os.path.exists(word)
+        ):
             words[-1] += f":{word}"
         else:
             words.append(word)
@@ -83,7 +93,9 @@ def with_scale(text: str) -> tuple[str, float]:
         return (name, float(number)) if name else (text, 1.0)
     except ValueError:
         if os.path.exists(name):
-            raise UsageError(f"--lora {printable(text)}: expected a number as its scale, found {printable(number)!r}") from None
+            raise UsageError(
+                f"--lora {printable(text)}: expected a number as its scale, found {printable(number)!r}"
+            ) from None
         return text, 1.0
 
 
@@ -113,7 +125,7 @@ def draw(pictures, content: Callable[[], object], quiet: bool = False) -> None:
 
 def say_written(path: str | os.PathLike, more: str = "") -> None:
     """Tell of an output, with its size."""
-    from lora_gguf.text_table import size_text
+    from lora_gguf.text import size_text
 
     say(f"wrote {printable(path)} ({size_text(os.path.getsize(path))}){more}")
 

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from lora_gguf.cli.options import BASE_HELP, BaseConfig, ExpertB, ForcePictures, PlotFile, Progress, Quiet, ReportFile, Threads
+from lora_gguf.cli.options import (
+    BASE_HELP,
+    BaseConfig,
+    ExpertB,
+    ForcePictures,
+    PlotFile,
+    Progress,
+    Quiet,
+    ReportFile,
+    Threads,
+)
 from lora_gguf.cli.terms import adapters_of, draw, pictures, say
 from lora_gguf.errors import printable
-from lora_gguf.json_text import json_text
 from lora_gguf.progress import bar, download_bar
+from lora_gguf.text import json_text
 
 
 def verify(
     merged: Annotated[str, typer.Argument(metavar="MERGED.gguf", help="The file to judge; of a split one any shard.")],
-    base: Annotated[str, typer.Option("--base", "-m", "--model", metavar="BASE.gguf", help=f"What it was made of. {BASE_HELP}")],
+    base: Annotated[
+        str, typer.Option("--base", "-m", "--model", metavar="BASE.gguf", help=f"What it was made of. {BASE_HELP}")
+    ],
     lora: Annotated[
-        list[str], typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="An adapter that should be in it; repeat.")
+        list[str],
+        typer.Option(
+            "--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="An adapter that should be in it; repeat."
+        ),
     ],
     base_config: BaseConfig = None,
     expert_b_layout: ExpertB = None,
-    imatrix: Annotated[Optional[Path], typer.Option(metavar="PATH", help="The importance matrix that the merge used, if it did.")] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="The importance matrix that the merge used, if it did.")
+    ] = None,
     threads: Threads = None,
     report: ReportFile = None,
     plot: PlotFile = None,
@@ -35,7 +52,7 @@ def verify(
 
     lora-gguf verify merged.gguf --base model-Q4_K_M.gguf --lora user/my-adapter
     """
-    from lora_gguf.inputs import local_adapters, local_model
+    from lora_gguf.hub.inputs import local_adapters, local_model
 
     with download_bar(progress and not quiet) as files:
         merged_path, base_path = local_model(merged, files), local_model(base, files)
@@ -43,8 +60,8 @@ def verify(
     wanted.check()
     with download_bar(progress and not quiet) as files:
         adapters = local_adapters(adapters_of(lora), files)
-    from lora_gguf import tables
     from lora_gguf.checks.findings import as_error
+    from lora_gguf.cli import tables
     from lora_gguf.commands.verify import verify as verify_merge
     from lora_gguf.files.imatrix import read_imatrix
     from lora_gguf.report.content import of_verify

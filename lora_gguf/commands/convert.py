@@ -9,15 +9,15 @@ from contextlib import nullcontext
 import numpy as np
 
 from lora_gguf.adapters.adapter import Adapter, read_adapter
+from lora_gguf.adapters.factoring import factor
 from lora_gguf.adapters.lora import OUT_TYPES, LoraPair, decode, write_adapter_gguf
-from lora_gguf.adapters.sources import read_base_config
 from lora_gguf.adapters.updates import Update
 from lora_gguf.errors import UnsupportedError, UsageError
-from lora_gguf.factoring import factor
 from lora_gguf.files.base import Base
 from lora_gguf.hub.quantizations import REPO_ID
 from lora_gguf.mapping import hparams
 from lora_gguf.mapping.placement import Placement, gguf_pairs
+from lora_gguf.mapping.sources import read_base_config
 from lora_gguf.progress import Progress
 
 
@@ -38,8 +38,9 @@ def convert(
 
     The layout follows the header of ``base``, a GGUF, and ``base_config``, a ``config.json`` or the folder that holds
     it, where the GGUF does not say or is not given. ``outtype`` is one of ``OUT_TYPES``; F32, the default, is exact.
-    What isn't low rank (DoRA, OFT, …) is refused, or with ``rank`` approximated at that rank against ``base``.
-    That takes its time: ``progress`` is called with (bytes of the base done since the last call, bytes in all, tensor name).
+    What isn't low rank (DoRA, OFT, …) is refused, or with ``rank`` approximated at that rank against ``base``. That
+    takes its time: ``progress`` is called with (bytes of the base done since the last call, bytes in all, tensor
+    name).
     """
     if outtype not in OUT_TYPES:
         raise UsageError(f"--outtype {outtype}: expected one of {', '.join(OUT_TYPES)}")

@@ -9,23 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_gguf.adapters.adapter import adapter_directory
-from lora_gguf.adapters.sources import adapter_name, placement_of
 from lora_gguf.checks.checkup import NOTE, OK, REFUSAL, WARNING, DoctorReport, Outlook, Remark, TensorOutlook, recommend
+from lora_gguf.checks.inspection import AdapterInspection
 from lora_gguf.checks.tokenizer import compare_tokenizer
 from lora_gguf.commands.inspect import inspect
 from lora_gguf.errors import LoraGgufError, printable
-from lora_gguf.expectation import STEADY_BYTES, chosen, expected, expected_seconds, scratch_bytes, step_of, thinned
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import padded
 from lora_gguf.files.input_file import InputFile
 from lora_gguf.hub.references import remote_gguf
 from lora_gguf.hub.remote import open_model
-from lora_gguf.inspection import AdapterInspection
 from lora_gguf.mapping.accounts import Placement
-from lora_gguf.plan import Plan, Policy, TensorPlan, make_plan
+from lora_gguf.mapping.sources import adapter_name, placement_of
+from lora_gguf.merging.forecast import STEADY_BYTES, chosen, expected, expected_seconds, scratch_bytes, step_of, thinned
+from lora_gguf.merging.plan import Plan, Policy, TensorPlan, make_plan
+from lora_gguf.merging.retention import Retention, kind_of, layer_of, total
 from lora_gguf.progress import Progress
-from lora_gguf.retention import Retention, kind_of, layer_of, total
-from lora_gguf.text_table import size_text
+from lora_gguf.text import size_text
 
 # name -> (options of merge, what they are to the plan)
 OPTIONS: dict[str, tuple[str, dict]] = {
@@ -49,11 +49,12 @@ def doctor(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> DoctorReport:
-    """Tell whether ``adapters`` (paths, each with the factor of its scale) can be merged into ``base``, and what will be kept.
+    """Tell whether ``adapters`` (paths, each with the factor of its scale) can be merged into ``base``, and what will
+    be kept.
 
-    ``base`` is a path, or a reference to a GGUF on the Hub, of which only the header and some rows are transferred. What
-    keeps them from being merged is the report's ``refusal``; files that cannot be read raise as ever. ``progress`` is
-    called with (samples done since the last call, samples in all, tensor name).
+    ``base`` is a path, or a reference to a GGUF on the Hub, of which only the header and some rows are transferred.
+    What keeps them from being merged is the report's ``refusal``; files that cannot be read raise as ever. ``progress``
+    is called with (samples done since the last call, samples in all, tensor name).
     """
     with open_base(base) as model:
         report = DoctorReport(model.label, [(adapter_name(path), float(factor)) for path, factor in adapters])
@@ -88,10 +89,14 @@ def remarks_on(path: str | os.PathLike, model: Base, named: bool = False) -> lis
     ranks = ", ".join(f"rank {group.rank}" for group in found.ranks[:3])
     trained = f", trained on {found.base_model}" if found.base_model else ""
     level = NOTE if found.refusal else OK
-    remarks = [Remark("adapter", level, f"{adapter_name(path)}: {', '.join(filter(None, (found.method, ranks)))}{trained}")]
+    remarks = [
+        Remark("adapter", level, f"{adapter_name(path)}: {', '.join(filter(None, (found.method, ranks)))}{trained}")
+    ]
     if not Path(path).is_file():
         where = f"{adapter_name(path)}: " if named else ""
-        remarks += [replace(remark, text=where + remark.text) for remark in compare_tokenizer(adapter_directory(path), model)]
+        remarks += [
+            replace(remark, text=where + remark.text) for remark in compare_tokenizer(adapter_directory(path), model)
+        ]
     return remarks
 
 
@@ -119,7 +124,9 @@ def foresee(report: DoctorReport, model: Base, plan: Plan, threads: int | None, 
     local, merged = is_local(model), plan.merged
     sampled = merged if local else thinned(merged)
     options = {name: chosen_for(name, sampled, local) for name in OPTIONS}
-    options = {name: tensors for name, tensors in options.items() if name == "auto" or is_other(tensors, options["auto"])}
+    options = {
+        name: tensors for name, tensors in options.items() if name == "auto" or is_other(tensors, options["auto"])
+    }
     weights = {tensor.target.name: tensor.source.n_elements for tensor in sampled}
     n_samples = len(options) * len(sampled)
     found: dict[str, dict[str, Retention]] = {}
@@ -145,7 +152,9 @@ def chosen_for(name: str, tensors: Sequence[TensorPlan], local: bool) -> list[Te
 
 
 def is_other(tensors: Sequence[TensorPlan], default: Sequence[TensorPlan]) -> bool:
-    """Whether an option differs from the default: a type may be the base's own, and a new or an exact one knows no rounding."""
+    """Whether an option differs from the default: a type may be the base's own, and a new or an exact one knows no
+    rounding.
+    """
 
     def ways(tensors: Sequence[TensorPlan]) -> list[tuple]:
         return [(one.target.type, one.recipe.keeps_grid and one.recipe.rounding) for one in tensors]
@@ -153,7 +162,9 @@ def is_other(tensors: Sequence[TensorPlan], default: Sequence[TensorPlan]) -> bo
     return ways(tensors) != ways(default)
 
 
-def outlook_of(tensor: TensorPlan, model: Base, weights: dict[str, int], found: dict[str, dict[str, Retention]]) -> TensorOutlook:
+def outlook_of(
+    tensor: TensorPlan, model: Base, weights: dict[str, int], found: dict[str, dict[str, Retention]]
+) -> TensorOutlook:
     """What is expected of a tensor; ``found`` is by the name of the way to merge, then of the tensor."""
     name = tensor.target.name
     of = {option: parts[name] for option, parts in found.items()}
@@ -182,5 +193,7 @@ def file_bytes(model: Base, plan: Plan, targets: dict) -> int:
 def disk_remark(report: DoctorReport) -> Remark:
     needed, free = size_text(report.output_bytes), size_text(report.free_bytes)
     if report.output_bytes > report.free_bytes:
-        return Remark("disk", WARNING, f"the merged file takes {needed}, this folder's disk has {free} free: write it elsewhere")
+        return Remark(
+            "disk", WARNING, f"the merged file takes {needed}, this folder's disk has {free} free: write it elsewhere"
+        )
     return Remark("disk", OK, f"the merged file takes {needed}, {free} are free here ({printable(Path.cwd(), 60)})")

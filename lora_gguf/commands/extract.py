@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_gguf.adapters.factoring import factor
 from lora_gguf.adapters.lora import EMBEDDING, OUT_TYPES, LoraPair, decode, write_adapter_gguf
 from lora_gguf.errors import MismatchError, NumericError, UsageError, printable
-from lora_gguf.factoring import factor
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.progress import Progress
-from lora_gguf.quants import QUANTS
+from lora_gguf.quants.table import QUANTS
 
 CHUNK_BYTES = 16 << 20
 LOW_RANK = 0.8  # share of a difference's energy below which it is hardly that of a fine-tune of the rank
@@ -93,7 +93,9 @@ def extract(
 
 
 def noise_warnings(found: Extraction, before: Base, after: Base) -> list[str]:
-    """A line where the differences look like rounding rather than training: of quantized weights, and of no low rank."""
+    """A line where the differences look like rounding rather than training: of quantized weights, and of no low
+    rank.
+    """
     quantized = [t for t in found.tensors if any(m.tensors[t.name].type.block_size > 1 for m in (before, after))]
     noisy = [t for t in quantized if t.kept < LOW_RANK]
     if not noisy or len(noisy) < len(found.tensors) / 2:

@@ -26,5 +26,5 @@ def init_pipeline(folder: str | os.PathLike, *, force: bool = False) -> list[Pat
     for path in paths:
         check_target(path, force=force)
     for path in paths:
-        write_bytes(path, (files("lora_gguf") / "pipelines" / path.name).read_bytes(), force=force)
+        write_bytes(path, (files("lora_gguf.commands") / "pipelines" / path.name).read_bytes(), force=force)
     return paths

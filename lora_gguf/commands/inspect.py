@@ -9,17 +9,17 @@ from pathlib import Path
 
 from lora_gguf.adapters.adapter import adapter_directory
 from lora_gguf.adapters.adapter_config import read_config
-from lora_gguf.commands.fetch import CONFIG, TOKENIZER, WEIGHTS, adapter_files, local_path, parse_reference
+from lora_gguf.checks.inspection import Inspection, inspect_gguf, inspect_peft
 from lora_gguf.errors import FileError, printable
 from lora_gguf.files.base import Base, split_name
 from lora_gguf.files.gguf_reader import MAGIC
 from lora_gguf.files.input_file import InputFile, Source
 from lora_gguf.files.weights import Entry, read_header, read_weights, shard_names
+from lora_gguf.hub.adapters import CONFIG, TOKENIZER, WEIGHTS, adapter_files, local_path, parse_reference
 from lora_gguf.hub.quantizations import quantizations
 from lora_gguf.hub.references import names_file, remote_gguf
 from lora_gguf.hub.remote import open_model, open_source
 from lora_gguf.hub.repository import download, open_repo
-from lora_gguf.inspection import Inspection, inspect_gguf, inspect_peft
 
 Opener = Callable[[str], Source]
 NAMES_QUANT = re.compile(r"[\w.-]:[\w.-]+$")  # OWNER/NAME:Q4_K_M
@@ -60,12 +60,16 @@ def inspect_folder(path: Path) -> Inspection:
             raise FileError(f"{printable(path)}: a folder of {len(models)} GGUFs: name one of {shown}")
         return inspect_file(models[0])
     folder = adapter_directory(path)
-    files = {name: (folder / name).stat().st_size for name in (CONFIG, *TOKENIZER, *WEIGHTS) if (folder / name).is_file()}
+    files = {
+        name: (folder / name).stat().st_size for name in (CONFIG, *TOKENIZER, *WEIGHTS) if (folder / name).is_file()
+    }
     weights = next((name for name in WEIGHTS if name in files), None)
     if weights is None:
         raise FileError(f"{printable(path)}: {CONFIG} without weights: expected {WEIGHTS[0]}: download it again")
     if weights.endswith(".json"):
-        files |= {name: (folder / name).stat().st_size for name in shard_names(folder / weights) if (folder / name).is_file()}
+        files |= {
+            name: (folder / name).stat().st_size for name in shard_names(folder / weights) if (folder / name).is_file()
+        }
     tensors = header_of(weights, folder, lambda name: InputFile(folder / name))
     return inspect_peft(read_config(folder), tensors, files, printable(path))
 
@@ -81,14 +85,19 @@ def header_of(weights: str, folder: Path, opener: Opener) -> list[Entry]:
         with opener(weights) as file:
             return read_header(file)[0]
     arrays = read_weights(folder / weights)
-    return [Entry(name, array.dtype.name.upper().replace("FLOAT", "F"), array.shape, 0, array.nbytes) for name, array in arrays.items()]
+    return [
+        Entry(name, array.dtype.name.upper().replace("FLOAT", "F"), array.shape, 0, array.nbytes)
+        for name, array in arrays.items()
+    ]
 
 
 def remote_model(reference: str) -> Inspection:
     """The GGUF that ``reference`` names on the Hub."""
     found = remote_gguf(reference)
     if found is None:
-        raise FileError(f"{printable(reference)}: no such file, and not a reference to one on the Hub: expected OWNER/NAME[:QUANT]")
+        raise FileError(
+            f"{printable(reference)}: no such file, and not a reference to one on the Hub: expected OWNER/NAME[:QUANT]"
+        )
     with open_model(*found) as base:
         return inspect_gguf(base, printable(f"{found[0].id}/{found[1].files[0]}"))
 

@@ -9,22 +9,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_gguf import __version__
-from lora_gguf.adapters.sources import adapter_name, inputs_of, placement_of
-from lora_gguf.chunks import Chunk, carry_out, cut, in_threads, weights_within
 from lora_gguf.errors import NumericError, UsageError
-from lora_gguf.expectation import chosen, expected
 from lora_gguf.files.base import SPLIT_KEYS, Base
 from lora_gguf.files.gguf_writer import GgufWriter, key_value, raw_key_values
 from lora_gguf.files.output import check_space, check_target, write_bytes
-from lora_gguf.growth import promote
 from lora_gguf.mapping.placement import Account
-from lora_gguf.outfiles.layout import OutputPart, one_shard, output_parts
-from lora_gguf.outfiles.modelfile import modelfile as modelfile_text
-from lora_gguf.outfiles.naming import output_path
-from lora_gguf.plan import Plan, Policy, make_plan
+from lora_gguf.mapping.sources import adapter_name, inputs_of, placement_of
+from lora_gguf.merging.forecast import chosen, expected
+from lora_gguf.merging.growth import promote
+from lora_gguf.merging.layout import OutputPart, one_shard, output_parts
+from lora_gguf.merging.modelfile import modelfile as modelfile_text
+from lora_gguf.merging.naming import output_path
+from lora_gguf.merging.plan import Plan, Policy, make_plan
+from lora_gguf.merging.retention import WARN_BELOW, Retention, kind_of, layer_of, total
+from lora_gguf.merging.steps import planned_step
+from lora_gguf.merging.work import Chunk, carry_out, cut, in_threads, weights_within
 from lora_gguf.progress import Progress
-from lora_gguf.retention import WARN_BELOW, Retention, kind_of, total
-from lora_gguf.steps import planned_step
 
 # what to do where little is kept, from the cheapest on
 REMEDIES = {"--rounding auto": {"rounding": "auto"}, "--type Q8_0": {"type": "Q8_0"}, "--type BF16": {"type": "BF16"}}
@@ -45,13 +45,41 @@ class MergeReport:
         return total(self.retention.values())
 
     def by_kind(self) -> dict[tuple[str, str, str], list[Retention]]:
-        """The merged tensors' retention by (kind, type before, type after): kinds in the file's order of first appearance."""
+        """The merged tensors' retention by (kind, type before, type after): kinds in the file's order of first
+        appearance.
+        """
         groups: dict[tuple[str, str, str], list[Retention]] = {}
         for tensor in self.plan.merged:
             key = (kind_of(tensor.target.name), tensor.source.type.name, tensor.target.type.name)
             groups.setdefault(key, []).append(self.retention.get(tensor.target.name, Retention()))
         kinds = list(dict.fromkeys(kind for kind, *_ in groups))
         return {key: groups[key] for key in sorted(groups, key=lambda key: kinds.index(key[0]))}
+
+    def as_dict(self) -> dict:
+        """The report as plain data for JSON: the whole, each kind of tensor, each merged tensor, each of the adapter's."""
+        tensors = [
+            {
+                "name": tensor.target.name,
+                "layer": layer_of(tensor.target.name),
+                "kind": kind_of(tensor.target.name),
+                "type": tensor.target.type.name,
+                "base_type": tensor.source.type.name,
+                "shape": list(tensor.source.shape),
+                "rank": sum(pair.rank for pair in tensor.pairs),
+                **self.retention.get(tensor.target.name, Retention()).as_dict(),
+            }
+            for tensor in self.plan.merged
+        ]
+        kinds = [
+            {"kind": kind, "base_type": before, "type": after, "count": len(parts), **total(parts).as_dict()}
+            for (kind, before, after), parts in self.by_kind().items()
+        ]
+        copied = [tensor.target.name for tensor in self.plan.tensors if not tensor.recipe]
+        accounts = [vars(account) for account in self.accounts]
+        return {
+            "all": self.whole.as_dict(), "kinds": kinds, "merged": tensors, "copied": copied, "accounts": accounts,
+            "warnings": self.plan.warnings,
+        }  # fmt: skip
 
 
 def merge(
@@ -75,19 +103,23 @@ def merge(
     force: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Add the updates of ``adapters`` to ``base`` and write the result to ``out``; in a folder, under its conventional name.
+    """Add the updates of ``adapters`` to ``base`` and write the result to ``out``; in a folder, under its conventional
+    name.
 
     Each adapter is a PEFT directory or an adapter GGUF with the factor that multiplies its own scale; their updates are
-    summed in f32 and rounded once, as ``policy`` says. ``out`` None only plans. ``tied``, ``allow_unused``, ``expert_b_layout``
-    and ``base_config`` are those of ``placement_of``, ``max_growth`` that of ``growth``, ``max_bytes``, ``shards`` and
-    ``shard`` those of ``outfiles.layout``. ``modelfile``: write one for Ollama beside it. ``memory``: about how many bytes the rows in work
-    may take in all ``threads``; the bytes written do not depend on either. ``progress`` is called with (bytes of the base done since
-    the last call, bytes in all, tensor name).
-    Raises the subclasses of ``LoraGgufError``, before the first byte is written wherever that is possible;
-    ``NumericError`` where less than ``min_retention`` of the update is kept. Then ``out`` stays what it was.
+    summed in f32 and rounded once, as ``policy`` says. ``out`` None only plans. ``tied``, ``allow_unused``,
+    ``expert_b_layout`` and ``base_config`` are those of ``placement_of``, ``max_growth`` that of ``growth``,
+    ``max_bytes``, ``shards`` and ``shard`` those of ``outfiles.layout``. ``modelfile``: write one for Ollama beside it.
+    ``memory``: about how many bytes the rows in work may take in all ``threads``; the bytes written do not depend on
+    either. ``progress`` is called with (bytes of the base done since the last call, bytes in all, tensor name). Raises
+    the subclasses of ``LoraGgufError``, before the first byte is written wherever that is possible; ``NumericError``
+    where less than ``min_retention`` of the update is kept. Then ``out`` stays what it was.
     """
     with Base(base) as model:
-        placements = [(placement_of(path, model, tied, allow_unused, expert_b_layout, base_config), scale) for path, scale in adapters]
+        placements = [
+            (placement_of(path, model, tied, allow_unused, expert_b_layout, base_config), scale)
+            for path, scale in adapters
+        ]
         plan = make_plan(model, placements, policy)
         promote(plan, model, max_growth)
         report = MergeReport(plan, [account for placement, _ in placements for account in placement.accounts])
@@ -102,7 +134,7 @@ def merge(
         check_space(writers[0].output.target, sum(writer.size for writer in writers))
         recipe = ollama_recipe(parts, model, force) if modelfile else None
         with ExitStack() as opened:
-            for part, writer in zip(parts, writers):
+            for part, writer in zip(parts, writers, strict=False):
                 write_part(part, model, opened.enter_context(writer), report, threads, memory, progress)
             note_steps(report, model)
             check_retention(report, model, policy, min_retention)
@@ -115,11 +147,14 @@ def merge(
 
 
 def files_read(
-    model: Base, adapters: Sequence[tuple[str | os.PathLike, float]], policy: Policy, base_config: str | os.PathLike | None
+    model: Base,
+    adapters: Sequence[tuple[str | os.PathLike, float]],
+    policy: Policy,
+    base_config: str | os.PathLike | None,
 ) -> list[str | os.PathLike]:
     """Every path that a merge reads, and so must not write."""
     paths = [*model.paths, *(inputs_of(path) for path, _ in adapters)]
-    return paths + [*(policy.imatrix.paths if policy.imatrix else ()), *([base_config] if base_config else ())]
+    return [*paths, *(policy.imatrix.paths if policy.imatrix else ()), *([base_config] if base_config else ())]
 
 
 def committed(writers: Sequence[GgufWriter]) -> list[Path]:
@@ -132,7 +167,9 @@ def committed(writers: Sequence[GgufWriter]) -> list[Path]:
 
 
 def ollama_recipe(parts: list[OutputPart], model: Base, force: bool) -> tuple[Path, bytes]:
-    """Where the Modelfile of a merge goes, and its content; refused here, before the merge, where it could not be written."""
+    """Where the Modelfile of a merge goes, and its content; refused here, before the merge, where it could not be
+    written.
+    """
     if len(parts) > 1:
         raise UsageError("--modelfile: Ollama takes one file: leave out --keep-split and --split-max-size")
     merged = parts[0].path
@@ -141,7 +178,9 @@ def ollama_recipe(parts: list[OutputPart], model: Base, force: bool) -> tuple[Pa
     return path, modelfile_text(model, merged.name).encode()
 
 
-def writer_of(part: OutputPart, plan: Plan, metadata: list[bytes], alignment: int, force: bool, inputs: list) -> GgufWriter:
+def writer_of(
+    part: OutputPart, plan: Plan, metadata: list[bytes], alignment: int, force: bool, inputs: list
+) -> GgufWriter:
     """The writer of one output file, its path checked; nothing is written before it is entered."""
     targets, key_values = [tensor.target for tensor in part.tensors], part.key_values(metadata, len(plan.tensors))
     return GgufWriter(part.path, key_values, targets, alignment=alignment, force=force, inputs=inputs)
@@ -169,8 +208,12 @@ def write_part(
             progress(chunk.n_bytes, model.n_bytes, name)
 
 
-def merged_key_values(model: Base, plan: Plan, adapters: Sequence[tuple[str | os.PathLike, float]], policy: Policy) -> list[bytes]:
-    """The base's key/value pairs as they are but for ``general.file_type`` and new tokens, then how this file was made."""
+def merged_key_values(
+    model: Base, plan: Plan, adapters: Sequence[tuple[str | os.PathLike, float]], policy: Policy
+) -> list[bytes]:
+    """The base's key/value pairs as they are but for ``general.file_type`` and new tokens, then how this file was
+    made.
+    """
     ours = {
         "version": (__version__, "str"),
         "adapter.names": ([adapter_name(path) for path, _ in adapters], "str"),
@@ -187,7 +230,7 @@ def merged_key_values(model: Base, plan: Plan, adapters: Sequence[tuple[str | os
         changed |= {"general.file_type": file_type, "general.quantization_version": version}
     kept = [key for key in model.kv if not key.startswith("lora_gguf.") and key not in SPLIT_KEYS]
     raw = raw_key_values(model.readers[0], set(model.kv) - set(kept))
-    base_pairs = [changed.pop(key, pair) for key, pair in zip(kept, raw)]
+    base_pairs = [changed.pop(key, pair) for key, pair in zip(kept, raw, strict=False)]
     return base_pairs + list(changed.values()) + [key_value(f"lora_gguf.{key}", *value) for key, value in ours.items()]
 
 
@@ -202,7 +245,9 @@ def check_retention(report: MergeReport, model: Base, policy: Policy, min_retent
     """Warn where little of the update was kept, or raise ``NumericError`` below ``min_retention``."""
     kept = report.whole.kept
     if kept < min_retention:
-        raise NumericError(f"kept {kept:.2f} of the adapter, --min-retention is {min_retention}: {remedy(report, model, policy)}")
+        raise NumericError(
+            f"kept {kept:.2f} of the adapter, --min-retention is {min_retention}: {remedy(report, model, policy)}"
+        )
     if kept < WARN_BELOW:
         report.plan.warnings.append(f"only {kept:.2f} of the adapter was kept: {remedy(report, model, policy)}")
 

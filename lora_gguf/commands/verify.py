@@ -13,21 +13,21 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_gguf.adapters.sources import adapter_name, placement_of
 from lora_gguf.checks.comparison import Comparison, compare_rows
 from lora_gguf.checks.diagnosis import Evidence, causes
 from lora_gguf.checks.findings import Check, Finding, grouped, rounded_to_nearest
 from lora_gguf.checks.reproduction import IMATRIX_KEY
-from lora_gguf.chunks import CHUNK_WEIGHTS, Chunk, cut, encoded, in_threads, update_of
 from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.base import Base
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.accounts import Account
-from lora_gguf.plan import HEAD, Plan, Policy, make_plan
+from lora_gguf.mapping.sources import adapter_name, placement_of
+from lora_gguf.merging.plan import HEAD, Plan, Policy, make_plan
+from lora_gguf.merging.retention import WARN_BELOW, kind_of
+from lora_gguf.merging.steps import stored_step
+from lora_gguf.merging.work import CHUNK_WEIGHTS, Chunk, cut, encoded, in_threads, update_of
 from lora_gguf.progress import Progress
-from lora_gguf.quants import QUANTS
-from lora_gguf.retention import WARN_BELOW, kind_of
-from lora_gguf.steps import stored_step
+from lora_gguf.quants.table import QUANTS
 
 PLAIN = Policy("dither")  # only where the updates go matters here, not how they would be rounded
 
@@ -110,7 +110,9 @@ def verify(
     """
     with Base(base) as model, Base(merged) as result:
         tied = "separate" if HEAD in result.tensors else "shared"
-        placements = [(placement_of(path, model, tied, None, expert_b_layout, base_config), scale) for path, scale in adapters]
+        placements = [
+            (placement_of(path, model, tied, None, expert_b_layout, base_config), scale) for path, scale in adapters
+        ]
         plan = make_plan(model, placements, PLAIN)
         accounts = [account for placement, _ in placements for account in placement.accounts]
         report = VerifyReport(result.label, accounts=accounts)
@@ -127,7 +129,9 @@ def verify(
             check.step = stored_step(result, result.tensors[check.name])
         report.notes = notes(report)
         if (used := result.get(IMATRIX_KEY)) and not imatrix:
-            report.notes.append(f"merged with the importance matrix {used}: with --imatrix, tensors can be compared byte by byte")
+            report.notes.append(
+                f"merged with the importance matrix {used}: with --imatrix, tensors can be compared byte by byte"
+            )
         model.check_unchanged()
         result.check_unchanged()
     return report

@@ -38,8 +38,9 @@ class Base:
     """A base model open for reading: the shards' tensors as one table, in order. Use as a context manager.
 
     ``path`` may be any shard; ``opener`` opens a path that is not one of this machine. ``tensors``, ``kv``, ``get``,
-    ``length``, ``hparam``, ``architecture``, ``alignment`` and ``label`` are those of ``GgufReader``, the metadata that of
-    the first shard. Raises ``FileError`` for a folder, ``MalformedError`` for safetensors and where shards do not belong together.
+    ``length``, ``hparam``, ``architecture``, ``alignment`` and ``label`` are those of ``GgufReader``, the metadata that
+    of the first shard. Raises ``FileError`` for a folder, ``MalformedError`` for safetensors and where shards do not
+    belong together.
     """
 
     def __init__(self, path: str | os.PathLike, opener: Callable[[Path], GgufReader] = GgufReader):
@@ -53,7 +54,9 @@ class Base:
                 _check_shards(readers)
             self._opened = opened.pop_all()
         self.readers = readers
-        self.tensors: dict[str, TensorInfo] = {name: info for reader in readers for name, info in reader.tensors.items()}
+        self.tensors: dict[str, TensorInfo] = {
+            name: info for reader in readers for name, info in reader.tensors.items()
+        }
         self._reader_of = {name: reader for reader in readers for name in reader.tensors}
         head = readers[0]
         self.path, self.label, self.kv, self.alignment = head.path, head.label, head.kv, head.alignment
@@ -73,7 +76,7 @@ class Base:
         """The rows of a tensor with these numbers, as stored: uint8 (rows, row_bytes)."""
         reader, rows = self.reader_of(info.name), np.asarray(rows)
         stored = np.empty((len(rows), info.row_bytes), np.uint8)
-        for row, place in zip(rows, stored):
+        for row, place in zip(rows, stored, strict=False):
             reader.read_into(info, int(row) * info.row_bytes, place)
         return stored
 
@@ -113,7 +116,9 @@ def _shard_paths(path: Path, reader: GgufReader, count: int) -> list[Path]:
     name = split_name(path)
     number = reader.get("split.no")
     if not isinstance(count, int) or not isinstance(number, int) or not 0 <= number < count:
-        raise MalformedError(f"{reader.label}: split.no {printable(number)} of {printable(count)}: the split metadata is damaged")
+        raise MalformedError(
+            f"{reader.label}: split.no {printable(number)} of {printable(count)}: the split metadata is damaged"
+        )
     if count == 1:
         return [path]
     if name is None or name[1:] != (number, count):
@@ -129,12 +134,20 @@ def _check_shards(readers: list[GgufReader]) -> None:
     for number, reader in enumerate(readers):
         found = (reader.get("split.no"), reader.get("split.count"))
         if found != (number, len(readers)):
-            raise MalformedError(f"{reader.label}: expected shard {number + 1} of {len(readers)}, its metadata says {found}: not its shard")
+            raise MalformedError(
+                f"{reader.label}: expected shard {number + 1} of {len(readers)}, its metadata says {found}: not its shard"
+            )
         if reader.architecture not in ("", head.architecture):
-            raise MalformedError(f"{reader.label}: a {printable(reader.architecture)} model among shards of {head.architecture}")
+            raise MalformedError(
+                f"{reader.label}: a {printable(reader.architecture)} model among shards of {head.architecture}"
+            )
         if twice := names & set(reader.tensors):
-            raise MalformedError(f"{reader.label}: {sorted(twice)[0]} is in two shards: the shards do not belong together")
+            raise MalformedError(
+                f"{reader.label}: {sorted(twice)[0]} is in two shards: the shards do not belong together"
+            )
         names |= set(reader.tensors)
     total = head.get("split.tensors.count")
     if total is not None and total != len(names):
-        raise MalformedError(f"{head.label}: expected {total} tensors in all shards, found {len(names)}: a shard is of another model")
+        raise MalformedError(
+            f"{head.label}: expected {total} tensors in all shards, found {len(names)}: a shard is of another model"
+        )

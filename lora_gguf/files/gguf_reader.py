@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lora_gguf.errors import MalformedError, UnsupportedError, printable
 from lora_gguf.files.input_file import InputFile, Source, impostor
-from lora_gguf.ggml import TYPES, GgmlType
+from lora_gguf.quants.ggml import TYPES, GgmlType
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32

@@ -10,10 +10,23 @@ from dataclasses import dataclass
 from lora_gguf.errors import UsageError
 from lora_gguf.files.gguf_reader import ARRAY, DEFAULT_ALIGNMENT, SCALARS, STRING, GgufReader, TensorInfo, padded
 from lora_gguf.files.output import OutputFile, check_space
-from lora_gguf.ggml import GgmlType
+from lora_gguf.quants.ggml import GgmlType
 
 VERSION = 3
-TYPE_IDS = {"u8": 0, "i8": 1, "u16": 2, "i16": 3, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "str": 8, "u64": 10, "i64": 11, "f64": 12}
+TYPE_IDS = {
+    "u8": 0,
+    "i8": 1,
+    "u16": 2,
+    "i16": 3,
+    "u32": 4,
+    "i32": 5,
+    "f32": 6,
+    "bool": 7,
+    "str": 8,
+    "u64": 10,
+    "i64": 11,
+    "f64": 12,
+}
 
 
 def _string(text: str) -> bytes:
@@ -66,7 +79,11 @@ def _tensor_info(tensor: TensorInfo) -> bytes:
 def header(key_values: Sequence[bytes], tensors: Sequence[TensorInfo], alignment: int) -> bytes:
     """The bytes of a file up to its data, padded to ``alignment``."""
     raw = b"".join(
-        [struct.pack("<4sIQQ", b"GGUF", VERSION, len(tensors), len(key_values)), *key_values, *map(_tensor_info, tensors)]
+        [
+            struct.pack("<4sIQQ", b"GGUF", VERSION, len(tensors), len(key_values)),
+            *key_values,
+            *map(_tensor_info, tensors),
+        ]
     )
     return raw.ljust(padded(len(raw), alignment), b"\0")
 
@@ -117,11 +134,16 @@ class GgufWriter:
         """Write ``buffer`` (contiguous bytes) at ``offset`` bytes into the tensor. Callable from several threads."""
         self.output.write_at(self.data_position + tensor.offset + offset, buffer)
 
-    def copy(self, tensor: TensorInfo, reader: GgufReader, source: TensorInfo, offset: int = 0, n_bytes: int | None = None) -> None:
+    def copy(
+        self, tensor: TensorInfo, reader: GgufReader, source: TensorInfo, offset: int = 0, n_bytes: int | None = None
+    ) -> None:
         """Copy a tensor, or ``n_bytes`` of it from ``offset`` on, from an open file as it is."""
         n_bytes = source.n_bytes - offset if n_bytes is None else n_bytes
         self.output.copy_at(
-            self.data_position + tensor.offset + offset, reader.fd, reader.data_position + source.offset + offset, n_bytes
+            self.data_position + tensor.offset + offset,
+            reader.fd,
+            reader.data_position + source.offset + offset,
+            n_bytes,
         )
 
     def sync(self) -> None:

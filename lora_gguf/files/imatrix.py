@@ -2,8 +2,9 @@
 
 GGUF (``general.type`` is imatrix): for each tensor NAME two F32 tensors, ``NAME.in_sum2`` (matrices, cols), the sums of
 squared inputs, and ``NAME.counts`` (matrices, 1), how many inputs were summed; a stack of experts has a row an expert.
-Legacy .dat, little-endian: i32 number of entries; each i32 length and bytes of the name, i32 calls, i32 number of values,
-f32 values (means times calls, the experts' one after the other); then i32 chunks, i32 length and bytes of the dataset.
+Legacy .dat, little-endian: i32 number of entries; each i32 length and bytes of the name, i32 calls, i32 number of
+values, f32 values (means times calls, the experts' one after the other); then i32 chunks, i32 length and bytes of the
+dataset.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Imatrix:
 def read_imatrix(path: str | os.PathLike) -> Imatrix:
     """The importance matrix at ``path``, in either format.
 
-    What was never used (a count of zero, as an expert that no input reached) has importance 1. Raises ``MalformedError``,
-    ``NumericError`` for values that are not finite or negative, or ``FileError``.
+    What was never used (a count of zero, as an expert that no input reached) has importance 1. Raises
+    ``MalformedError``, ``NumericError`` for values that are not finite or negative, or ``FileError``.
     """
     try:
         with os.fdopen(open_input(path), "rb") as file:

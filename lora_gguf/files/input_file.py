@@ -113,7 +113,9 @@ class InputFile(Source):
     def check_unchanged(self) -> None:
         status = os.fstat(self.fd)
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise IntegrityError(f"{self.label}: the file changed while it was read: run again when nothing writes to it")
+            raise IntegrityError(
+                f"{self.label}: the file changed while it was read: run again when nothing writes to it"
+            )
 
     def read_into(self, position: int, buffer, label: str = "") -> None:
         view, done = memoryview(buffer), 0
@@ -127,5 +129,7 @@ class InputFile(Source):
             except OSError as error:
                 raise FileError(f"{label}: cannot read: {error.strerror}") from error
             if n_bytes == 0:
-                raise IntegrityError(f"{label}: the file became shorter while it was read: run again when nothing writes to it")
+                raise IntegrityError(
+                    f"{label}: the file became shorter while it was read: run again when nothing writes to it"
+                )
             done += n_bytes

@@ -1,8 +1,8 @@
 """Write a file so that its path holds the old content or the whole new one, never a part.
 
-The bytes go to a temporary file in the target's folder; ``commit`` syncs it, renames it into place and syncs the folder.
-The temporary file is locked while it is written, so a later run on the same target can tell a stale one, which a killed
-process left, from one in use.
+The bytes go to a temporary file in the target's folder; ``commit`` syncs it, renames it into place and syncs the
+folder. The temporary file is locked while it is written, so a later run on the same target can tell a stale one, which
+a killed process left, from one in use.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class OutputFile:
             self.fd = os.open(self.temporary, flags, 0o666)
         except OSError as error:
             self._forget()
-            raise FileError(f"{self.label}: cannot write in its folder: {error.strerror}: name an output elsewhere") from error
+            raise FileError(
+                f"{self.label}: cannot write in its folder: {error.strerror}: name an output elsewhere"
+            ) from error
         if fcntl:
             with contextlib.suppress(OSError):
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,7 +146,9 @@ class OutputFile:
         while done < n_bytes:
             n = self._copy_some(position + done, source_fd, source_position + done, min(n_bytes - done, _COPY_CHUNK))
             if n == 0:
-                raise IntegrityError(f"{self.label}: an input became shorter while it was copied: run again when nothing writes to it")
+                raise IntegrityError(
+                    f"{self.label}: an input became shorter while it was copied: run again when nothing writes to it"
+                )
             done += n
 
     def _copy_some(self, position: int, source_fd: int, source_position: int, n_bytes: int) -> int:
@@ -211,7 +215,9 @@ class OutputFile:
         self._forget()
 
     def _linked(self) -> bool:
-        """Whether the target is now a second name of the file. Unlike a rename, this never replaces what appeared meanwhile."""
+        """Whether the target is now a second name of the file. Unlike a rename, this never replaces what appeared
+        meanwhile.
+        """
         try:
             os.link(self.temporary, self.target)
             return True
@@ -246,7 +252,12 @@ def _remove_stale(target: Path) -> None:
     prefix = _prefix(target)
     for entry in _entries(target.parent):
         middle = entry.name[len(prefix) : -len(SUFFIX)]
-        if entry.name.startswith(prefix) and entry.name.endswith(SUFFIX) and middle.isdigit() and not entry.is_symlink():
+        if (
+            entry.name.startswith(prefix)
+            and entry.name.endswith(SUFFIX)
+            and middle.isdigit()
+            and not entry.is_symlink()
+        ):
             with contextlib.suppress(OSError), open(entry, "rb") as stale:
                 fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 entry.unlink()
@@ -269,7 +280,9 @@ def _sync_folder(folder: Path) -> None:
             os.close(fd)
 
 
-def write_bytes(path: str | os.PathLike, content: bytes, *, force: bool = False, inputs: Iterable[os.PathLike | str] = ()) -> None:
+def write_bytes(
+    path: str | os.PathLike, content: bytes, *, force: bool = False, inputs: Iterable[os.PathLike | str] = ()
+) -> None:
     """Put ``content`` at ``path``, whole or not at all."""
     with OutputFile(path, force=force, inputs=inputs) as output:
         output.write_at(0, content)

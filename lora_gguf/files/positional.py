@@ -1,4 +1,5 @@
-"""Reads and writes at a position of an open file: pread and pwrite, or where a system has neither (Windows) seeks under a lock.
+"""Reads and writes at a position of an open file: pread and pwrite, or where a system has neither (Windows) seeks under
+a lock.
 
 A call may move fewer bytes than asked for, and moves at most ``MOST``, more than which macOS refuses.
 """

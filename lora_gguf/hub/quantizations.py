@@ -36,9 +36,7 @@ class Quantization:
     n_bytes: int
 
 
-def fetch_quantization(
-    repo: Repo, chosen: Quantization, progress: FileProgress | None = None
-) -> Path:
+def fetch_quantization(repo: Repo, chosen: Quantization, progress: FileProgress | None = None) -> Path:
     """Download all files of a quantization; the path of the first."""
     paths = [download(repo, name, progress) for name in chosen.files]
     remember(repo)
@@ -103,7 +101,9 @@ def find_quantizations(base_model: str) -> list[Quantization]:
     """
     if not re.fullmatch(REPO_ID, base_model, re.ASCII):
         raise HubError(f"base model '{printable(base_model, 80)}': not a Hub id: find the base's GGUF by its name")
-    repos = quantizing(_BITSANDBYTES.sub("", base_model))  # first: a Hub that cannot be asked is an error here, and only here
+    repos = quantizing(
+        _BITSANDBYTES.sub("", base_model)
+    )  # first: a Hub that cannot be asked is an error here, and only here
     models = _same_model(base_model)
     repos = models + repos + [repo for model in models[1:] for repo in quantizing(model)]
     found: list[Quantization] = []

@@ -1,10 +1,10 @@
 """What a user may name as a model's GGUF: a path, or a file on the Hub.
 
-    model-Q4_K_M.gguf                           a path
-    OWNER/NAME[@REVISION][:QUANT]               as llama.cpp's -hf takes it; without QUANT it is Q4_K_M, or the only one
-    hf://OWNER/NAME[@REVISION][:QUANT]          the same
-    hf://OWNER/NAME[@REVISION]/FILE.gguf        one file of a repository; of a split model any shard
-    https://huggingface.co/OWNER/NAME/blob/…    the address of a file's page
+model-Q4_K_M.gguf                           a path
+OWNER/NAME[@REVISION][:QUANT]               as llama.cpp's -hf takes it; without QUANT it is Q4_K_M, or the only one
+hf://OWNER/NAME[@REVISION][:QUANT]          the same
+hf://OWNER/NAME[@REVISION]/FILE.gguf        one file of a repository; of a split model any shard
+https://huggingface.co/OWNER/NAME/blob/…    the address of a file's page
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def remote_gguf(source: str | os.PathLike) -> tuple[Repo, Quantization] | None:
         return repo, choose(quantizations(repo), fields["quant"], repo.id)
     found = next((entry for entry in quantizations(repo, every=True) if fields["file"] in entry.files), None)
     if found is None:
-        raise HubError(f"{repo.id}: there is no file {printable(fields['file'], 80)}: it has {listed(quantizations(repo))}")
+        raise HubError(
+            f"{repo.id}: there is no file {printable(fields['file'], 80)}: it has {listed(quantizations(repo))}"
+        )
     return repo, found
 
 

@@ -14,7 +14,9 @@ MIN_WINDOW, MAX_WINDOW = 64 << 10, 1 << 20
 
 
 def open_source(repo: Repo, name: str) -> Source:
-    """The file ``name`` of ``repo``: the one in the cache, or the one on the Hub. Raises ``HubError``, ``FileError``."""
+    """The file ``name`` of ``repo``: the one in the cache, or the one on the Hub. Raises ``HubError``,
+    ``FileError``.
+    """
     cached = repo.snapshot / name
     return InputFile(cached) if cached.is_file() else RemoteFile(repo, name)
 
@@ -59,12 +61,18 @@ class RemoteFile(Source):
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         url = hf_hub_url(self.repo.id, self.name, revision=self.repo.commit, endpoint=constants.ENDPOINT)
-        headers = {**build_hf_headers(), "Range": f"bytes={position}-{position + n_bytes - 1}", "Accept-Encoding": "identity"}
+        headers = {
+            **build_hf_headers(),
+            "Range": f"bytes={position}-{position + n_bytes - 1}",
+            "Accept-Encoding": "identity",
+        }
         with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
             hf_raise_for_status(response)
             wanted = f"bytes {position}-{position + n_bytes - 1}/{self.size}"
             if response.status_code != 206 or response.headers.get("content-range") != wanted:
-                raise HubError(f"{self.repo.id}: {self.label}: {host()} does not send parts of it: download it, and name the file")
+                raise HubError(
+                    f"{self.repo.id}: {self.label}: {host()} does not send parts of it: download it, and name the file"
+                )
             part = b"".join(response.iter_bytes())
         if len(part) != n_bytes:
             raise HubError(f"{self.repo.id}: {self.label}: expected {n_bytes} bytes, found {len(part)}: try again")

@@ -104,7 +104,9 @@ def search(what: str, tags: list[str], limit: int) -> list[str]:
 
     with client(Repo(what, DEFAULT_REVISION, "")):
         api = HfApi(endpoint=constants.ENDPOINT)
-        found = list(api.list_models(filter=tags, sort="downloads", limit=limit))  # the client itself tries this call again
+        found = list(
+            api.list_models(filter=tags, sort="downloads", limit=limit)
+        )  # the client itself tries this call again
         return [model.id for model in sorted(found, key=lambda model: -(model.downloads or 0)) if _is_name(model.id)]
 
 

@@ -29,7 +29,8 @@ def summary(accounts: Iterable[Account]) -> list[str]:
     for account in accounts:
         groups.setdefault((account.outcome, account.reason), []).append(account.tensor)
     return [
-        f"adapter tensors: {len(names)} {outcome}" + (f": {reason}, such as {printable(names[0], 120)}" if reason else "")
+        f"adapter tensors: {len(names)} {outcome}"
+        + (f": {reason}, such as {printable(names[0], 120)}" if reason else "")
         for (outcome, reason), names in groups.items()
     ]
 
@@ -75,7 +76,9 @@ class Placement:
         return [*summary(self.accounts), line]
 
     def as_dict(self) -> dict:
-        """The same as plain data for JSON: of each tensor of the adapter, and the relative error of approximated ones."""
+        """The same as plain data for JSON: of each tensor of the adapter, and the relative error of approximated
+        ones.
+        """
         accounts = [vars(account) for account in self.accounts]
         return {"accounts": accounts, "approximations": self.approximations, "warnings": self.warnings}
 

@@ -1,4 +1,6 @@
-"""Embeddings and heads: where the base has one tensor for both, and where the adapter has tokens that the base lacks."""
+"""Embeddings and heads: where the base has one tensor for both, and where the adapter has tokens that the base
+lacks.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,7 @@ def check_new_rows(placement: Placement, hparams: Hparams, new_tokens: bool) -> 
             f"{name}: {n} new tokens: an adapter GGUF cannot hold them: merge instead" for name, n in counts.items()
         ]
     both = placement.untied or not (hparams.tied or ARCHITECTURES[hparams.architecture].headless)
-    if rows and (len(set(counts.values())) > 1 or both and len(counts) < 2 or EMBEDDING not in counts):
+    if rows and (len(set(counts.values())) > 1 or (both and len(counts) < 2) or EMBEDDING not in counts):
         return [
             f"{name}: {n} new tokens, others for embedding or head: save both with it" for name, n in counts.items()
         ]
@@ -115,4 +117,4 @@ def is_telling_apart(update: LoraPair | Update) -> bool:
     if update.name not in (HEAD, EMBEDDING):
         return False
     single = isinstance(update, Replaced) and update.only is not None and update.name == EMBEDDING
-    return not (single or isinstance(update, Replaced) and update.shared)
+    return not (single or (isinstance(update, Replaced) and update.shared))

@@ -85,7 +85,10 @@ class Dims:
     def __call__(self, key: str):
         value = self.hparams.get(key, self.layer)
         of_config = key.startswith("config.")
-        if not (type(value) is int and (value > 0 or of_config) or of_config and type(value) is float and math.isfinite(value)):
+        if not (
+            (type(value) is int and (value > 0 or of_config))
+            or (of_config and type(value) is float and math.isfinite(value))
+        ):
             source = "config.json" if key.startswith("config.") else self.hparams.label
             fix = (
                 "give it with --base-config"

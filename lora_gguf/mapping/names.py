@@ -258,7 +258,7 @@ def apart_in_base(path: str, shape: tuple[int, int], hparams: Hparams) -> list[t
     if any(part is None or hparams.lacks(part) for part in names):
         return []
     sizes = [hparams.tensors[part].shape[-2] for part in names]
-    if name in hparams.tensors and hparams.tensors[name].shape[-2] == shape[0] or sum(sizes) != shape[0]:
+    if (name in hparams.tensors and hparams.tensors[name].shape[-2] == shape[0]) or sum(sizes) != shape[0]:
         return []
     return list(zip(paths, np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
 
@@ -295,7 +295,9 @@ def _n_out(name: str, hparams: Hparams) -> int:
 
 
 def gguf_pieces(name: str, n_rows: int, hparams: Hparams) -> list[Piece]:
-    """Where ``n_rows`` rows under a GGUF name go in a base that may hold several weights in one tensor, or them apart."""
+    """Where ``n_rows`` rows under a GGUF name go in a base that may hold several weights in one tensor, or them
+    apart.
+    """
     block, _, stem = name.removesuffix(".weight").rpartition(".")
     parts = [f"{block}.{part}.weight" for part in FUSED.get(stem, ())]
     if parts and not any(hparams.lacks(part, default=True) for part in parts):

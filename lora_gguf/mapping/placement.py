@@ -41,12 +41,12 @@ def gguf_pairs(
 ) -> Placement:
     """Place all updates of ``adapter`` in ``base``: an open GGUF, or the dimensions in a ``config.json``.
 
-    ``config`` (``config.json``) is asked for what a GGUF does not say. Without ``updates`` an adapter that isn't low rank
-    (``Placement.updates``) is refused, without ``new_tokens`` one with a larger vocabulary (``Placement.new_rows``).
-    ``tied`` says what becomes of an adapted head or embedding where the base has one tensor for both: ``refuse``,
-    ``separate`` (see ``Placement``), or ``shared`` (the one tensor changes). What does not fit and whose name the regular
-    expression ``allow_unused`` finds is ignored. Raises ``MismatchError`` that lists every update which does not fit, with
-    the likely cause.
+    ``config`` (``config.json``) is asked for what a GGUF does not say. Without ``updates`` an adapter that isn't low
+    rank (``Placement.updates``) is refused, without ``new_tokens`` one with a larger vocabulary
+    (``Placement.new_rows``). ``tied`` says what becomes of an adapted head or embedding where the base has one tensor
+    for both: ``refuse``, ``separate`` (see ``Placement``), or ``shared`` (the one tensor changes). What does not fit
+    and whose name the regular expression ``allow_unused`` finds is ignored. Raises ``MismatchError`` that lists every
+    update which does not fit, with the likely cause.
     """
     hparams = base if isinstance(base, Hparams) else from_base(base, config)
     placement = Placement(invocation_tokens=adapter.invocation_tokens, warnings=list(adapter.warnings))
@@ -82,7 +82,9 @@ def gguf_pairs(
 
 
 def settle_vocabulary(placement: Placement, adapter: Adapter, base: GgufReader) -> None:
-    """Add what the adapter's tokenizer changes in the base's metadata to ``placement``, or a warning that it does not fit."""
+    """Add what the adapter's tokenizer changes in the base's metadata to ``placement``, or a warning that it does not
+    fit.
+    """
     tokens, merges = added_tokens(adapter.directory), []
     n_old = base.tensors[EMBEDDING].shape[0]
     n_rows = n_old + len(placement.new_rows.get(EMBEDDING, ()))
@@ -106,7 +108,9 @@ def settle_vocabulary(placement: Placement, adapter: Adapter, base: GgufReader) 
 def adapter_gguf_pairs(
     path: str | os.PathLike, base: GgufReader, tied: str = "separate", allow_unused: str | None = None
 ) -> Placement:
-    """The pairs of the adapter GGUF at ``path`` as they fit the open ``base``. Options and errors as of ``gguf_pairs``."""
+    """The pairs of the adapter GGUF at ``path`` as they fit the open ``base``. Options and errors as of
+    ``gguf_pairs``.
+    """
     pairs, architecture = read_adapter_gguf(path)
     hparams = from_base(base)
     label = printable(Path(path).name)
@@ -157,7 +161,9 @@ def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Par
     if normalised := ARCHITECTURES[hparams.architecture].normalised:
         path, field = normalised
         if update.name.rpartition(".")[2] == path and hparams.get(f"config.{field}") is not False:
-            return [f"{update.name}: {hparams.label} may hold it normalised: give a --base-config in which {field} is false"]
+            return [
+                f"{update.name}: {hparams.label} may hold it normalised: give a --base-config in which {field} is false"
+            ]
     try:
         shape = shape_of(update, hparams)
         found = pieces(update.name, shape, hparams)

@@ -42,13 +42,17 @@ def kinds_table() -> str:
 def architectures_table() -> str:
     """Architectures × kinds of adapter: what a merge does with each."""
     head = "| GGUF architecture | Hugging Face classes | low rank | by row or column | norms | heads | remarks |"
-    rows = [f"| {name} | {', '.join(row.hf) or 'as above'} | {' | '.join(cells(name, row))} |" for name, row in ARCHITECTURES.items()]
+    rows = [
+        f"| {name} | {', '.join(row.hf) or 'as above'} | {' | '.join(cells(name, row))} |"
+        for name, row in ARCHITECTURES.items()
+    ]
     return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
 
 
 def cells(name: str, row: Architecture) -> tuple[str, ...]:
-    """What a merge does with adapters of low rank, with those that need whole rows or columns, with norms and with heads;
-    and what is particular to the architecture."""
+    """What a merge does with adapters of low rank, with those that need whole rows or columns, with norms and with
+    heads; and what is particular to the architecture.
+    """
     outs = [(rule.pattern, out) for rule in row.rules for out in rule.outs]
     turned = dict.fromkeys(pattern.replace("\\", "").rpartition(".")[2] for pattern, out in outs if out.transpose)
     by_row = f"exact; refused on {', '.join(f'`{path}`' for path in turned)}" if turned else EXACT

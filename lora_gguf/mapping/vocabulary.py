@@ -1,4 +1,6 @@
-"""New tokens: what an adapter's tokenizer files add to the base's vocabulary, and the rows of the weights that go with them."""
+"""New tokens: what an adapter's tokenizer files add to the base's vocabulary, and the rows of the weights that go with
+them.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class Token:
 
 
 def added_tokens(directory: Path) -> dict[int, Token]:
-    """The tokens that the tokenizer files in ``directory`` list as added, by id; empty where there are no such files."""
+    """The tokens that the tokenizer files in ``directory`` list as added, by id; empty where there are no such
+    files.
+    """
     found: dict[int, Token] = {}
     for name, read in READERS.items():
         if (directory / name).is_file():
@@ -116,7 +120,9 @@ def learned_tokens(directory: Path, first: int) -> tuple[dict[int, Token], list[
 
 def last_token(directory: Path) -> int:
     """The largest id of the tokens that were added to a tokenizer of text: vision towers have tokens of their own."""
-    return max((i for i, token in added_tokens(directory).items() if not OTHER_TOWERS.fullmatch(token.text)), default=-1)
+    return max(
+        (i for i, token in added_tokens(directory).items() if not OTHER_TOWERS.fullmatch(token.text)), default=-1
+    )
 
 
 def first_rows(update: LoraPair | Update, n_rows: int) -> LoraPair | Update:
@@ -185,9 +191,10 @@ def _replaced(update: Replaced, values: np.ndarray, only: np.ndarray | None, n_r
 def extended(base, tokens: dict[int, Token], n_rows: int, merges: Sequence[str] = ()) -> dict[str, bytes]:
     """The base's key/value pairs that change, by key, when its vocabulary has ``n_rows`` tokens, ``tokens`` among them.
 
-    ``base`` is an open GGUF. A token that takes the place of a filler renames it; other tokens of the base stay as they are.
-    Ids without a token are fillers. ``merges`` are those of a tokenizer that learned tokens, the base's first. Empty where
-    nothing changes. Raises ``MismatchError`` where the adapter's tokenizer is not the base's with more tokens.
+    ``base`` is an open GGUF. A token that takes the place of a filler renames it; other tokens of the base stay as they
+    are. Ids without a token are fillers. ``merges`` are those of a tokenizer that learned tokens, the base's first.
+    Empty where nothing changes. Raises ``MismatchError`` where the adapter's tokenizer is not the base's with more
+    tokens.
     """
     texts = base.get("tokenizer.ggml.tokens")
     if not isinstance(texts, list) or not texts:
@@ -195,7 +202,9 @@ def extended(base, tokens: dict[int, Token], n_rows: int, merges: Sequence[str] 
     types = list(base.get("tokenizer.ggml.token_type") or [NORMAL] * len(texts))
     types += [NORMAL] * (len(texts) - len(types))
     check_texts(base.label, texts, types, tokens)
-    new = {i: token for i, token in tokens.items() if i < n_rows and not (i < len(texts) and is_called(token, texts[i]))}
+    new = {
+        i: token for i, token in tokens.items() if i < n_rows and not (i < len(texts) and is_called(token, texts[i]))
+    }
     if not new and n_rows <= len(texts):
         return {}
     scores = base.get("tokenizer.ggml.scores")
@@ -218,12 +227,16 @@ def extended(base, tokens: dict[int, Token], n_rows: int, merges: Sequence[str] 
 
 
 def more_merges(base, merges: Sequence[str]) -> dict[str, tuple[list[str], str]]:
-    """The merges of a tokenizer that learned tokens, if the base has any. Raises ``MismatchError`` where they differ."""
+    """The merges of a tokenizer that learned tokens, if the base has any. Raises ``MismatchError`` where they
+    differ.
+    """
     known = base.get("tokenizer.ggml.merges")
     if not known:
         return {}
     if list(merges[: len(known)]) != known:
-        raise MismatchError(f"tokenizer.json: expected the merges of {base.label} and more, found others: it is another tokenizer")
+        raise MismatchError(
+            f"tokenizer.json: expected the merges of {base.label} and more, found others: it is another tokenizer"
+        )
     return {"merges": (list(merges), "str")}
 
 

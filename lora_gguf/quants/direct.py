@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
+from lora_gguf.kernels.decorators import kernel
 
 F0, F1 = np.float32(0), np.float32(1)
 _INT32_END = np.float32(2.0**31)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
+from lora_gguf.kernels.decorators import kernel
 
 LANES = 64
 F0, F1 = np.float32(0), np.float32(1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
-from lora_gguf.quants import quant
+from lora_gguf.kernels.decorators import kernel
+from lora_gguf.quants.codec import quant
 
 
 def decode_f32(blocks, out):

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
-from lora_gguf.quants.half import f16_from_f32
+from lora_gguf.kernels.decorators import kernel
+from lora_gguf.kernels.half import f16_from_f32
 
 SHIFT = np.float32(0.125)
 UP = np.array([-1, 0, 1], np.float32) + SHIFT

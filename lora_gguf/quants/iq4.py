@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
-from lora_gguf.quants import quant
-from lora_gguf.quants.by_block import F32, I8, U8, by_block
-from lora_gguf.quants.half import f16_from_f32, f32_from_f16
+from lora_gguf.kernels.by_block import F32, I8, U8, by_block
+from lora_gguf.kernels.decorators import kernel
+from lora_gguf.kernels.half import f16_from_f32, f32_from_f16
+from lora_gguf.quants.codec import quant
 
 LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / 2

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
+from lora_gguf.kernels.decorators import kernel
 
 PACK = 8  # lists of neighbours are padded to a multiple of this, by repeating the last
 SHELLS = {"IQ2_XXS": 2, "IQ2_XS": 2, "IQ2_S": 1, "IQ3_XXS": 2, "IQ3_S": 3, "IQ1_S": 3}

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
-from lora_gguf.quants import quant
-from lora_gguf.quants.by_block import F32, U8, by_block
-from lora_gguf.quants.half import f32_from_f16
+from lora_gguf.kernels.by_block import F32, U8, by_block
+from lora_gguf.kernels.decorators import kernel
+from lora_gguf.kernels.half import f32_from_f16
+from lora_gguf.quants.codec import quant
 from lora_gguf.quants.iquant_grids import grid
 from lora_gguf.quants.iquants_encode import (
     encode_iq1_m,

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
-from lora_gguf.quants.half import f16_from_f32
+from lora_gguf.kernels.decorators import kernel
+from lora_gguf.kernels.half import f16_from_f32
 
 OFF_GRID, UNLESS_ON_GRID, ALWAYS = range(3)
 M, W, ROOT, Q = range(4)  # rows of ``work``: magnitudes, importances, their roots, values of two sets of vectors

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.quants import direct, fit, kquants_blocks, quant
+from lora_gguf.quants import direct, fit, kquants_blocks
+from lora_gguf.quants.codec import quant
 
 
 def _importance_weights(weights, importance, factor):
@@ -143,7 +144,9 @@ def encode_q6_k(weights, importance, blocks):
 
 
 def _k_quant(name, encode, group, code_max, zero=0):
-    kernels = {step: getattr(kquants_blocks, f"{step}_{name.lower()}", None) for step in ("decode", "unpack", "lows", "pack")}
+    kernels = {
+        step: getattr(kquants_blocks, f"{step}_{name.lower()}", None) for step in ("decode", "unpack", "lows", "pack")
+    }
     return quant(name, **kernels, encode=encode, group=group, code_max=code_max, zero=zero)
 
 

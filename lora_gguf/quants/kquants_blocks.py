@@ -1,14 +1,14 @@
-"""The bytes of Q2_K to Q6_K: super-blocks of 256 weights, 8 or 16 groups, their quantized scales under one f16 or two.
+"""The bytes of Q2_K to Q6_K: super-blocks of 256 weights, 8 or 16 groups, their quantized scales under one f16 or
+two.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.kernel import kernel, part
-from lora_gguf.quants.by_block import F32, I8, U8, by_block
-from lora_gguf.quants.half import f32_at
-
+from lora_gguf.kernels.by_block import F32, I8, U8, by_block
+from lora_gguf.kernels.decorators import kernel, part
+from lora_gguf.kernels.half import f32_at
 
 # Q2_K is scales:16 qs:64 d:2 dmin:2, weight = d * (scale & 15) * code - dmin * (scale >> 4), 16 weights a scale.
 # Byte j of a half's 32 qs holds, from the low bits up, the codes of weights j, j + 32, j + 64 and j + 96 of that half.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.quants import direct, fit, legacy_blocks, quant
+from lora_gguf.quants import direct, fit, legacy_blocks
+from lora_gguf.quants.codec import quant
 
 
 def _importance_weights(weights, importance):
@@ -68,7 +69,9 @@ def encode_q8_0(weights, importance, blocks):
 
 
 def _legacy(name, encode, code_min=0, code_max=0, zero=0):
-    kernels = {step: getattr(legacy_blocks, f"{step}_{name.lower()}", None) for step in ("decode", "unpack", "lows", "pack")}
+    kernels = {
+        step: getattr(legacy_blocks, f"{step}_{name.lower()}", None) for step in ("decode", "unpack", "lows", "pack")
+    }
     return quant(name, **kernels, encode=encode, group=32, code_min=code_min, code_max=code_max, zero=zero)
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
-from lora_gguf.quants.by_block import F32, U8, U16, U64, by_block
-from lora_gguf.quants.half import f32_at, f32_from_f16
+from lora_gguf.kernels.by_block import F32, U8, U16, U64, by_block
+from lora_gguf.kernels.decorators import kernel
+from lora_gguf.kernels.half import f32_at, f32_from_f16
 
 
 @kernel

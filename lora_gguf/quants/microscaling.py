@@ -17,9 +17,9 @@ import math
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
-from lora_gguf.quants import quant
-from lora_gguf.quants.by_block import F32, I8, U8, by_block
+from lora_gguf.kernels.by_block import F32, I8, U8, by_block
+from lora_gguf.kernels.decorators import kernel
+from lora_gguf.quants.codec import quant
 
 VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 LEVELS = np.sort(VALUES)

@@ -21,11 +21,11 @@ from functools import partial
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
-from lora_gguf.quants import quant
-from lora_gguf.quants.by_block import F32, I8, U8, by_block
+from lora_gguf.kernels.by_block import F32, I8, U8, by_block
+from lora_gguf.kernels.decorators import kernel
+from lora_gguf.kernels.half import f32_at
+from lora_gguf.quants.codec import quant
 from lora_gguf.quants.direct import store_f16
-from lora_gguf.quants.half import f32_at
 
 POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)
 # TQ1_0's runs of bytes: first byte, bytes, trits a byte, first weight

@@ -1,4 +1,6 @@
-"""The charts as Vega-Lite specifications without their data: rows of dicts with ``layer``, ``kind`` and the measures."""
+"""The charts as Vega-Lite specifications without their data: rows of dicts with ``layer``, ``kind`` and the
+measures.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def shown(measures: Iterable[str], rows: Iterable[dict]) -> list[str]:
 
 
 def heat_map(measure: str, measures: Sequence[str], rows: Sequence[dict], tall: bool = False) -> dict:
-    """Layers by kinds of tensor, coloured by ``measure``; the tooltip has all ``measures``. ``tall`` has layers downwards."""
+    """Layers by kinds of tensor, coloured by ``measure``; the tooltip has all ``measures``. ``tall`` has layers
+    downwards.
+    """
     n_layers, n_kinds = len({row["layer"] for row in rows}), len({row["kind"] for row in rows})
     layers = {"field": "at", "type": "ordinal", "sort": {"field": "layer", "op": "min"}, "title": "layer"}
     kinds = {"field": "kind", "type": "nominal", "sort": None, "title": None}
@@ -92,7 +96,12 @@ def _scale(measure: str, rows: Sequence[dict]) -> dict:
     if measure.partition(".")[0] != "kept":
         return {"zero": True, "range": "heatmap"}
     too_much = max(filter(None, (value_of(row, measure) for row in rows)), default=0) > EXCESS
-    return {"domain": [0, 2 if too_much else 1], "clamp": True, "range": "ramp" if too_much else "diverging", "interpolate": "rgb"}
+    return {
+        "domain": [0, 2 if too_much else 1],
+        "clamp": True,
+        "range": "ramp" if too_much else "diverging",
+        "interpolate": "rgb",
+    }
 
 
 def _tooltip(measures: Sequence[str]) -> list[dict]:
@@ -113,7 +122,10 @@ def histogram(measure: str) -> dict:
         "width": "container",
         "height": 130,
         "mark": {"type": "bar", "tooltip": True},
-        "encoding": {"x": quantity | {"axis": axis, "title": measure_of(measure).title}, "y": count | {"axis": {"tickCount": 4}}},
+        "encoding": {
+            "x": quantity | {"axis": axis, "title": measure_of(measure).title},
+            "y": count | {"axis": {"tickCount": 4}},
+        },
     }
 
 
@@ -140,7 +152,18 @@ def config(dark: bool) -> dict:
     heat = ["#1e2a39", "#24548a", "#4a97d9", "#d3eaff"] if dark else ["#e9f0f8", "#9dc4e8", "#3c82c4", "#0a3566"]
     kept = ["#ff7043", "#6b4a3d", "#2d5f7a", "#37b4e8"] if dark else ["#c8401a", "#f3c9a8", "#b9d9e6", "#1f7fb0"]
     excess = ["#7d6fe0", "#b46cf0", "#e58cf5"] if dark else ["#5a55b8", "#6d2fa0", "#3f0f66"]
-    category = ["#4f9be0", "#f0a03c", "#45b87f", "#e5645b", "#a57be0", "#c9b037", "#4cc3c7", "#e07bb4", "#9aa5b1", "#b5865a"]
+    category = [
+        "#4f9be0",
+        "#f0a03c",
+        "#45b87f",
+        "#e5645b",
+        "#a57be0",
+        "#c9b037",
+        "#4cc3c7",
+        "#e07bb4",
+        "#9aa5b1",
+        "#b5865a",
+    ]
     return {
         "background": "transparent",
         "font": _FONT,

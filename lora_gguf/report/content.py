@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_gguf import tables
-from lora_gguf.adapters.sources import adapter_name
 from lora_gguf.checks.checkup import WARNING, DoctorReport
 from lora_gguf.commands.merge import MergeReport
 from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.errors import printable
-from lora_gguf.retention import WARN_BELOW
+from lora_gguf.mapping.sources import adapter_name
+from lora_gguf.merging.retention import WARN_BELOW
 
 Adapters = Sequence[tuple[str | os.PathLike, float]]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table on the page: the rows' key, its title, and how its values are shown ("" as they are, "bytes", or like d3).
+    """A column of a table on the page: the rows' key, its title, and how its values are shown ("" as they are, "bytes",
+    or like d3).
 
     ``under`` is the key of a type that is told beside the value; a ``minor`` column is left out on a narrow screen.
     """
@@ -32,8 +32,17 @@ class Column:
     minor: bool = False
 
 
-_KIND, _COUNT, _KEPT = Column("kind", "tensors", under="type"), Column("count", "count", "d"), Column("kept", "delta kept", ".3f")
-ACCOUNTS = [Column("tensor", "adapter tensor"), Column("outcome", "outcome"), Column("target", "target"), Column("reason", "reason")]
+_KIND, _COUNT, _KEPT = (
+    Column("kind", "tensors", under="type"),
+    Column("count", "count", "d"),
+    Column("kept", "delta kept", ".3f"),
+)
+ACCOUNTS = [
+    Column("tensor", "adapter tensor"),
+    Column("outcome", "outcome"),
+    Column("target", "target"),
+    Column("reason", "reason"),
+]
 MERGED_KINDS = [
     _KIND, _COUNT, _KEPT, Column("changed", "codes changed", ".1%"), Column("delta_per_step", "delta / step", ".2g"),
     Column("noise", "noise / delta", ".1f"),
@@ -79,11 +88,19 @@ class Content:
 
 def of_merge(report: MergeReport, base: str | os.PathLike, adapters: Adapters, rounding: str) -> Content:
     """The page of a merge, or of its dry run."""
-    data, whole = tables.as_dict(report), report.whole
+    data, whole = report.as_dict(), report.whole
     n_merged, n_copied = len(data["merged"]), len(data["copied"])
-    figure = {"value": f"{whole.kept:.3f}", "label": "of the adapter is kept (1 is all of it)", "bad": whole.kept < WARN_BELOW}
+    figure = {
+        "value": f"{whole.kept:.3f}",
+        "label": "of the adapter is kept (1 is all of it)",
+        "bad": whole.kept < WARN_BELOW,
+    }
     if not whole.n_weights:
-        figure = {"value": str(n_merged), "label": "tensors would change: a dry run, nothing was merged or measured", "bad": False}
+        figure = {
+            "value": str(n_merged),
+            "label": "tensors would change: a dry run, nothing was merged or measured",
+            "bad": False,
+        }
     return Content(
         title=f"Merge of {_names(adapters)} into {Path(base).name}",
         figure=figure,
@@ -92,8 +109,14 @@ def of_merge(report: MergeReport, base: str | os.PathLike, adapters: Adapters, r
         report=data,
         rows="merged",
         measures=("kept", "delta_per_step", "delta_norm", "changed", "noise", "type"),
-        tables=[Table("By kind of tensor", "kinds", MERGED_KINDS, {"kind": "all merged", "count": n_merged, **data["all"]})],
-        files=[("base", base), *(("adapter", path) for path, _ in adapters), *(("output", path) for path in report.written)],
+        tables=[
+            Table("By kind of tensor", "kinds", MERGED_KINDS, {"kind": "all merged", "count": n_merged, **data["all"]})
+        ],
+        files=[
+            ("base", base),
+            *(("adapter", path) for path, _ in adapters),
+            *(("output", path) for path in report.written),
+        ],
     )
 
 
@@ -101,7 +124,9 @@ def of_verify(report: VerifyReport, merged: str | os.PathLike, base: str | os.Pa
     """The page of a verification."""
     data = report.as_dict()
     whole, untouched, n_adapted = data["all"], data["untouched"], len(data["tensors"])
-    verdict = "holds its base plus the adapter, within rounding" if report.ok else "does not hold its base plus the adapter"
+    verdict = (
+        "holds its base plus the adapter, within rounding" if report.ok else "does not hold its base plus the adapter"
+    )
     changed = f", {len(untouched['changed'])} changed" if untouched["changed"] else ""
     return Content(
         title=f"{Path(merged).name} {verdict}",
@@ -125,7 +150,11 @@ def of_doctor(report: DoctorReport, base: str | os.PathLike, adapters: Adapters)
     data = report.as_dict()
     if report.ok:
         kept = report.outlooks[0].kept
-        figure = {"value": f"{kept:.3f}", "label": "of the adapter would be kept (1 is all of it)", "bad": kept < WARN_BELOW}
+        figure = {
+            "value": f"{kept:.3f}",
+            "label": "of the adapter would be kept (1 is all of it)",
+            "bad": kept < WARN_BELOW,
+        }
     else:
         figure = {"value": "refused", "label": str(report.refusal), "bad": True}
     ways = [f"kept.{way.name}" for way in report.outlooks]

@@ -29,13 +29,17 @@ class Pictures:
         return bool(self.page or self.plot)
 
     def check(self, outputs: Iterable[str | os.PathLike] = ()) -> None:
-        """Raise ``UsageError``, ``UnsupportedError`` or ``FileError`` where ``write`` could not; ``outputs`` are other files to come."""
+        """Raise ``UsageError``, ``UnsupportedError`` or ``FileError`` where ``write`` could not; ``outputs`` are other
+        files to come.
+        """
         taken = [os.path.realpath(path) for path in outputs]
         for path, option in ((self.page, "--report"), (self.plot, "--plot")):
             if path is None:
                 continue
             if importlib.util.find_spec(EXTRA) is None:
-                raise UnsupportedError(f"{option}: expected the package vl-convert-python, not found: pip install vl-convert-python")
+                raise UnsupportedError(
+                    f"{option}: expected the package vl-convert-python, not found: pip install vl-convert-python"
+                )
             if option == "--plot" and path.suffix.lower() not in PLOT_TYPES:
                 raise UsageError(f"--plot {printable(path)}: expected a name that ends in {' or '.join(PLOT_TYPES)}")
             if os.path.realpath(path) in taken:
@@ -49,7 +53,9 @@ class Pictures:
         others = [path for _, path in content.files]  # a merge may have chosen the name of its output itself
         if self.page:
             write_page(self.page, content, self.command, force=self.force, inputs=others)
-        plot = self.plot if content.report[content.rows] else None  # a checkup that ends in a refusal has no tensors to draw
+        plot = (
+            self.plot if content.report[content.rows] else None
+        )  # a checkup that ends in a refusal has no tensors to draw
         if plot:
             write_plot(plot, content, force=self.force, inputs=others)
         return [path for path in (self.page, plot) if path]

@@ -16,9 +16,9 @@ from string import Template
 
 from lora_gguf import __version__
 from lora_gguf.files.output import write_bytes
-from lora_gguf.json_text import json_text
 from lora_gguf.report import charts
 from lora_gguf.report.content import Column, Content, file_rows
+from lora_gguf.text import json_text
 
 LIBRARY = "window.vegaEmbed = vegaEmbed;"
 PACKAGES = ("numpy", "numba", "gguf", "safetensors")
@@ -27,13 +27,22 @@ PLOT_SCALE = 2  # pixels of a PNG for one of the chart's
 
 
 def write_page(
-    path: str | os.PathLike, content: Content, command: Sequence[str], *, force: bool = False, inputs: Iterable[str | os.PathLike] = ()
+    path: str | os.PathLike,
+    content: Content,
+    command: Sequence[str],
+    *,
+    force: bool = False,
+    inputs: Iterable[str | os.PathLike] = (),
 ) -> None:
-    """Write ``content`` as one page that needs nothing else; ``command`` are the command line's words. ``FileError`` as ``write_bytes``."""
+    """Write ``content`` as one page that needs nothing else; ``command`` are the command line's words. ``FileError`` as
+    ``write_bytes``.
+    """
     write_bytes(path, page_of(content, command).encode(), force=force, inputs=inputs)
 
 
-def write_plot(path: str | os.PathLike, content: Content, *, force: bool = False, inputs: Iterable[str | os.PathLike] = ()) -> None:
+def write_plot(
+    path: str | os.PathLike, content: Content, *, force: bool = False, inputs: Iterable[str | os.PathLike] = ()
+) -> None:
     """Write the main heat maps and histograms as a PNG, or an SVG if ``path`` ends so."""
     import vl_convert
 
@@ -116,7 +125,9 @@ def _library() -> str:
 
 
 def _inline(script: str) -> str:
-    """``script`` so that it can stand in a page: nothing in it ends its element, and line ends are those that the browser hashes."""
+    """``script`` so that it can stand in a page: nothing in it ends its element, and line ends are those that the
+    browser hashes.
+    """
     return script.replace("\r\n", "\n").replace("\r", "\n").replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 

@@ -10,7 +10,7 @@ from libgguf import quantize_rows
 
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values
-from lora_gguf.ggml import BY_NAME
+from lora_gguf.quants.ggml import BY_NAME
 from tests.bench.oracle import decoded
 
 # what llama.cpp takes for rows that are not a multiple of 256

@@ -22,8 +22,8 @@ import numpy as np
 
 from lora_gguf.commands.convert import convert
 from lora_gguf.commands.merge import merge
-from lora_gguf.plan import Policy
-from lora_gguf.quants import QUANTS
+from lora_gguf.merging.plan import Policy
+from lora_gguf.quants.table import QUANTS
 from tests.bench.bases import requantized
 from tests.bench.oracle import Oracle, linear_weights, peft_deltas
 from tests.common import FIXTURES, gemma3_path, llama_server, smollm2_path

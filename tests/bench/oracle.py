@@ -27,7 +27,9 @@ _TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
 def windows(gguf: Path, text: str, n_windows: int, length: int) -> tuple[AutoModelForCausalLM, torch.Tensor]:
-    """The model of a GGUF in f32, and ``text`` in its tokens, cut into windows (n_windows, length), without BOS: none is a beginning."""
+    """The model of a GGUF in f32, and ``text`` in its tokens, cut into windows (n_windows, length), without BOS: none
+    is a beginning.
+    """
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     rows = [ids[i * length : (i + 1) * length] for i in range(n_windows)]

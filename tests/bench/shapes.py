@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, key_value
-from lora_gguf.ggml import BY_NAME
+from lora_gguf.quants.ggml import BY_NAME
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ def metadata(shape: Shape) -> list[bytes]:
 
 
 def write_base(path: Path, shape: Shape, type_of=mixed_type, seed: int = 0, *, sparse: bool = False) -> None:
-    """A GGUF of ``shape``: each tensor repeats some rows that ggml quantized from a normal distribution, or has them once
-    and then holes, blocks of zeros that take no room on the disk."""
+    """A GGUF of ``shape``: each tensor repeats some rows that ggml quantized from a normal distribution, or has them
+    once and then holes, blocks of zeros that take no room on the disk.
+    """
     from libgguf import quantize_rows
 
     rng = np.random.default_rng(seed)

@@ -2,8 +2,8 @@
 
     python -m tests.bench.speed [--shapes 1B,7B] [--json FILE]
 
-Prints tables; --json writes the same figures. Bases are generated (random weights, real shapes) in a temporary folder here.
-The 70B's base is a sparse file, its merged file and the copy of it (40 GB each, one after the other) are not.
+Prints tables; --json writes the same figures. Bases are generated (random weights, real shapes) in a temporary folder
+here. The 70B's base is a sparse file, its merged file and the copy of it (40 GB each, one after the other) are not.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_gguf.cli.tables import text_table
 from lora_gguf.files.gguf_reader import GgufReader
-from lora_gguf.tables import text_table
 from tests.bench.shapes import LLAMA_1B, LLAMA_7B, LLAMA_70B, TINY, Shape, write_adapter, write_base
 from tests.common import DEMO_ADAPTER, gemma3_path, smollm2_path
 
@@ -30,7 +30,23 @@ FRESH = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
     "NVFP4", "Q1_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
 )  # fmt: skip
-KEPT = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+KEPT = (
+    "F16",
+    "BF16",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+    "MXFP4",
+)
 WAYS = (("auto", 1), ("auto", 2), ("dither", 1), ("dither", 2))
 FEWER = {"7B": {"repeat": 2}, "70B": {"repeat": 1, "ways": [("auto", 2)]}}  # minutes each
 
@@ -90,7 +106,9 @@ def forget(path: Path) -> None:
 
 
 def straightforward(base: Path, adapter: Path, n_layers: int) -> float:
-    """Weights a second of CPU time of libgguf dequantize, numpy B@A, libgguf quantize, in two threads, on the first layers."""
+    """Weights a second of CPU time of libgguf dequantize, numpy B@A, libgguf quantize, in two threads, on the first
+    layers.
+    """
     from libgguf import dequantize_rows, quantize_rows
 
     from lora_gguf.adapters.lora import read_adapter_gguf
@@ -124,16 +142,29 @@ def start_seconds(folder: Path) -> float:
 
 
 def merge_rows(
-    folder: Path, name: str, base: Path, adapter: Path, n_weights: int, own: float, start: float, ways=WAYS, repeat: int = 3
+    folder: Path,
+    name: str,
+    base: Path,
+    adapter: Path,
+    n_weights: int,
+    own: float,
+    start: float,
+    ways=WAYS,
+    repeat: int = 3,
 ) -> list[dict]:
-    """Merges by each of ``ways``, (rounding, threads), and copies of the base between them: the fastest of ``repeat`` runs each,
-    with the base in memory; then one of each that reads it from the disk."""
+    """Merges by each of ``ways``, (rounding, threads), and copies of the base between them: the fastest of ``repeat``
+    runs each, with the base in memory; then one of each that reads it from the disk.
+    """
     runs: dict[object, list[tuple[float, float, float]]] = {}
     for from_disk in [False] * repeat + [True]:
         for way in (None, *ways):
             if from_disk:
                 forget(base)
-            run = (copy_and_sync(base, folder / "out.gguf"), 0.0, 0.0) if way is None else merged(folder, base, adapter, *way)
+            run = (
+                (copy_and_sync(base, folder / "out.gguf"), 0.0, 0.0)
+                if way is None
+                else merged(folder, base, adapter, *way)
+            )
             runs.setdefault((from_disk, way), []).append(run)
     fastest = {key: min(found) for key, found in runs.items()}
     copied, copied_cold = fastest[False, None][0], fastest[True, None][0]
@@ -172,7 +203,9 @@ def merges(folder: Path, shapes: list[str]) -> list[dict]:
         shape, base, adapter = SHAPES[label], folder / f"{label}.gguf", folder / "adapter.gguf"
         write_base(base, shape, sparse=label == "70B")
         write_adapter(adapter, shape)
-        rows += merge_rows(folder, f"{label} Q4_K_M", base, adapter, shape.n_linear_weights, own, start, **FEWER.get(label, {}))
+        rows += merge_rows(
+            folder, f"{label} Q4_K_M", base, adapter, shape.n_linear_weights, own, start, **FEWER.get(label, {})
+        )
         if label == "1B":
             rate = straightforward(base, adapter, n_layers=3)
             for row in rows[-len(WAYS) :]:
@@ -212,8 +245,8 @@ def fresh_rates() -> list[dict]:
     """Each type's quantizer on one core, beside ggml's in C on the same data, million weights a second."""
     from libgguf import quantize_rows
 
-    from lora_gguf.ggml import BY_NAME
-    from lora_gguf.quants import QUANTS
+    from lora_gguf.quants.ggml import BY_NAME
+    from lora_gguf.quants.table import QUANTS
 
     rows, none = [], np.empty(0, np.float32)
     weights = (np.random.default_rng(0).normal(size=(128, 4096)) * 0.02).astype(np.float32)
@@ -236,10 +269,11 @@ def kept_rates() -> list[dict]:
     """The kept-grid path on one core, from blocks and factors to blocks, million weights a second, by rounding."""
     from libgguf import quantize_rows
 
-    from lora_gguf.ggml import BY_NAME
-    from lora_gguf.quants import QUANTS
-    from lora_gguf.requantize import Recipe, recode
-    from lora_gguf.rounding import low_rank, tensor_key
+    from lora_gguf.kernels.low_rank import low_rank
+    from lora_gguf.merging.requantize import Recipe, recode
+    from lora_gguf.merging.rounding import tensor_key
+    from lora_gguf.quants.ggml import BY_NAME
+    from lora_gguf.quants.table import QUANTS
 
     rng, rows = np.random.default_rng(0), []
     weights = (rng.normal(size=(64, 4096)) * 0.02).astype(np.float32)
@@ -247,7 +281,11 @@ def kept_rates() -> list[dict]:
     delta = np.empty_like(weights)
     for name in KEPT:
         if BY_NAME[name].block_size == 1:
-            raw = weights.astype(np.float16).view(np.uint8) if name == "F16" else (weights.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+            raw = (
+                weights.astype(np.float16).view(np.uint8)
+                if name == "F16"
+                else (weights.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+            )
         else:
             raw = np.frombuffer(bytes(quantize_rows(weights, BY_NAME[name].id)), np.uint8)
         raw = raw.reshape(64, -1)

@@ -33,7 +33,9 @@ def fetching(hub_server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fetch")
     cache = {name: str(folder / "cache" / name) for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")}
     outputs = ("out/adapter_config.json", "out/adapter_model.safetensors")
-    with Forge({"HF_ENDPOINT": hub_server.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DOWNLOAD_TIMEOUT": "2", **cache}) as forge:
+    with Forge(
+        {"HF_ENDPOINT": hub_server.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DOWNLOAD_TIMEOUT": "2", **cache}
+    ) as forge:
         yield learn(Case(forge, folder, ["fetch", REPO, "-o", "out"], outputs, False, {}, {7, 8, 9}, scratch="cache"))
 
 

@@ -1,4 +1,6 @@
-"""Fifty fetches killed at a random moment: the output folder has whole files or none, and the next run leaves no part behind."""
+"""Fifty fetches killed at a random moment: the output folder has whole files or none, and the next run leaves no part
+behind.
+"""
 
 from __future__ import annotations
 

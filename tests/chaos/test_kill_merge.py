@@ -1,4 +1,6 @@
-"""A hundred merges and fifty conversions killed at a random moment: the output is what it was or whole, inputs are as they were."""
+"""A hundred merges and fifty conversions killed at a random moment: the output is what it was or whole, inputs are as
+they were.
+"""
 
 from __future__ import annotations
 

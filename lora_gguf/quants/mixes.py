@@ -21,12 +21,34 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from lora_gguf.errors import UnsupportedError
-from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
-from lora_gguf.ggml import BY_NAME, FILE_TYPES, GgmlType
+from lora_gguf.quants.ggml import BY_NAME, FILE_TYPES, GgmlType
 
 Rules = tuple[tuple[str, str], ...]
+
+
+class Tensor(Protocol):
+    """What a mix asks of a tensor; ``shape`` in numpy's order."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def type(self) -> GgmlType: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def n_cols(self) -> int: ...
+
+
+class Header(Protocol):
+    """What a mix asks of a model's file."""
+
+    architecture: str
+
+    def hparam(self, key: str, default: object = None) -> object: ...
+
 
 _FIVE_BITS_FOR_MIXTRAL: Rules = (("!falcon experts8", "Q5_K"),)
 _TWO_BIT_HEAD: Rules = (("", "Q5_K"),)
@@ -214,7 +236,7 @@ class Model:
         )
 
 
-def model_of(base: GgufReader) -> Model:
+def model_of(base: Header) -> Model:
     """The facts of an open base."""
 
     def number(key: str, default: int = 0) -> int:
@@ -250,7 +272,7 @@ def fallback_type(type: GgmlType, n_cols: int) -> GgmlType:
     return fallback if n_cols % fallback.block_size == 0 else BY_NAME["F16"]
 
 
-def mix_types(mix: str, model: Model, tensors: Iterable[TensorInfo], *, has_imatrix: bool = False) -> dict[str, GgmlType]:
+def mix_types(mix: str, model: Model, tensors: Iterable[Tensor], *, has_imatrix: bool = False) -> dict[str, GgmlType]:
     """The type of each tensor, by name, as ``llama-quantize`` chooses it; ``tensors`` are all of the model's.
 
     Where that program refuses a row length, the type is F16. Raises ``UnsupportedError`` for an unknown ``mix``.
@@ -273,7 +295,7 @@ def _layer(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _places(model: Model, tensors: list[TensorInfo], has_imatrix: bool) -> Iterator[tuple[TensorInfo, str, set[str]]]:
+def _places(model: Model, tensors: list[Tensor], has_imatrix: bool) -> Iterator[tuple[Tensor, str, set[str]]]:
     """Each tensor that is quantized, with its role and the words that are true of it, in llama.cpp's order."""
     common = {word for word, holds in (
         ("gqa4", model.n_gqa >= 4), ("experts4", model.n_expert >= 4), ("experts8", model.n_expert == 8),
@@ -282,7 +304,9 @@ def _places(model: Model, tensors: list[TensorInfo], has_imatrix: bool) -> Itera
     tied = all(tensor.name != "output.weight" for tensor in tensors)
     n_attn_v = sum(role_of(tensor.name) == "attn_v" for tensor in tensors)
     seen: dict[str, int] = {}
-    for tensor in sorted(tensors, key=lambda tensor: (_layer(tensor.name), tensor.name.encode("utf-8", "surrogateescape"))):
+    for tensor in sorted(
+        tensors, key=lambda tensor: (_layer(tensor.name), tensor.name.encode("utf-8", "surrogateescape"))
+    ):
         if not is_quantized(tensor.name, tensor.shape):
             continue
         role = role_of(tensor.name)
@@ -302,7 +326,7 @@ def _position(i: int, n: int) -> set[str]:
     return {word for word, holds in words.items() if holds}
 
 
-def _choose(mix: str, model: Model, tensor: TensorInfo, role: str, facts: set[str]) -> str:
+def _choose(mix: str, model: Model, tensor: Tensor, role: str, facts: set[str]) -> str:
     """The name of the type that ``mix`` gives a tensor, whatever its row length."""
     default, exceptions = MIXES[mix]
     if role == "output":
@@ -321,14 +345,14 @@ def _hold(words: str, facts: set[str]) -> bool:
     return all((word[1:] not in facts) if word[0] == "!" else word in facts for word in words.split())
 
 
-def _head_type(mix: str, model: Model, tensor: TensorInfo) -> str:
+def _head_type(mix: str, model: Model, tensor: Tensor) -> str:
     default, exceptions = MIXES[mix]
     if mix == "MXFP4_MOE" or model.architecture == "falcon" or tensor.n_cols % BY_NAME[default].block_size:
         return "Q8_0"
     return exceptions.get("output", (("", "Q6_K"),))[0][1]
 
 
-def _is_expert(model: Model, tensor: TensorInfo, role: str) -> bool:
+def _is_expert(model: Model, tensor: Tensor, role: str) -> bool:
     stacked = len(tensor.shape) > 2 and tensor.shape[-3] > 1
     return stacked and (model.architecture != "bailingmoe3" or role.startswith("ffn_"))
 

@@ -17,22 +17,41 @@ import hashlib
 
 import numpy as np
 
-from lora_gguf.kernel import kernel, part, report_kernel
-from lora_gguf.lanes import (
-    N, copy, floor, fma, greatest, iota, least, load, magnitude, most, nonzero, splat, store, to_f32, total, where_less,
+from lora_gguf.kernels.decorators import kernel, part, report_kernel
+from lora_gguf.kernels.half import f32_from_f16
+from lora_gguf.kernels.lanes import (
+    N,
+    copy,
+    floor,
+    fma,
+    greatest,
+    iota,
+    least,
+    load,
+    magnitude,
+    most,
+    nonzero,
+    splat,
+    store,
+    to_f32,
+    total,
+    where_less,
 )  # fmt: skip
-from lora_gguf.quants.half import f32_from_f16
-from lora_gguf.refit import refit_row, refit_work
+from lora_gguf.merging.refit import refit_row, refit_work
 
 _GOLDEN = np.uint32(0x9E3779B9)
 _SIXTEEN = np.uint32(N * 0x9E3779B9 & 0xFFFFFFFF)  # columns further
 _UNIT = np.float32(2.0**-24)
-_ROWS = 24  # of a product in work at once: more of them, a power of two of bytes apart, throw each other out of the cache
+_ROWS = (
+    24  # of a product in work at once: more of them, a power of two of bytes apart, throw each other out of the cache
+)
 
 
 def tensor_key(seed: int, name: str) -> np.uint64:
     """The key of a tensor's random numbers."""
-    return np.uint64(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()[:8], "little"))
+    return np.uint64(
+        int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()[:8], "little")
+    )
 
 
 @kernel
@@ -57,47 +76,6 @@ def _bits(row_key, column):
 def _uniform(row_key, column):
     """A number in [0, 1), a multiple of 2**-24."""
     return _bits(row_key, column) * _UNIT
-
-
-@part
-def _three_rows(b, tile, i, j, delta):
-    """The columns ``j`` to ``j`` + 32 of the three rows of the product from ``i`` on; ``tile`` (r, 32) are those of the right factor."""
-    b0, b1, b2 = b[i], b[i + 1], b[i + 2]
-    y0 = y1 = y2 = z0 = z1 = z2 = splat(np.float32(0.0))
-    for k in range(len(tile)):
-        left, right = load(tile, (k, 0)), load(tile, (k, N))
-        y0, z0 = fma(splat(b0[k]), left, y0), fma(splat(b0[k]), right, z0)
-        y1, z1 = fma(splat(b1[k]), left, y1), fma(splat(b1[k]), right, z1)
-        y2, z2 = fma(splat(b2[k]), left, y2), fma(splat(b2[k]), right, z2)
-    store(y0, delta, (i, j))
-    store(y1, delta, (i + 1, j))
-    store(y2, delta, (i + 2, j))
-    store(z0, delta, (i, j + N))
-    store(z1, delta, (i + 1, j + N))
-    store(z2, delta, (i + 2, j + N))
-
-
-@kernel
-def low_rank(b, a, delta):
-    """delta = b @ a in f32: b (rows, r), a (r, cols), delta (rows, cols). The sum over r runs in one order for every
-    element, each step rounded once, whatever the chunk and the machine: BLAS does not promise that."""
-    n_rows, n_cols = delta.shape
-    if n_rows < 3 or n_cols < 2 * N:
-        delta[:] = np.float32(0.0)
-        for i in range(n_rows):
-            for k in range(len(a)):
-                for j in range(n_cols):
-                    delta[i, j] = fma(b[i, k], a[k, j], delta[i, j])
-        return
-    tile = np.empty((len(a), 2 * N), np.float32)
-    for top in range(0, n_rows, _ROWS):
-        for column in range(0, n_cols, 2 * N):
-            j = min(column, n_cols - 2 * N)  # the last tile may overlap the one before, and so may the last three rows
-            for k in range(len(a)):
-                store(load(a, (k, j)), tile, (k, 0))
-                store(load(a, (k, j + N)), tile, (k, N))
-            for i in range(top, min(top + _ROWS, n_rows), 3):
-                _three_rows(b, tile, min(i, n_rows - 3), j, delta)
 
 
 @report_kernel
@@ -133,8 +111,9 @@ def _add(both, wanted, got, changed, sums):
 
 @part
 def _move(codes, steps, delta, left, low, high, spread, row_key, ratio, sums):
-    """Move a row's int8 ``codes`` by ``left`` f32 (cols,), rounded; ``sums`` as in ``round_codes``. Returns the largest move in
-    steps, before it is rounded; ``ratio`` (cols,) gets all of them."""
+    """Move a row's int8 ``codes`` by ``left`` f32 (cols,), rounded; ``sums`` as in ``round_codes``. Returns the largest
+    move in steps, before it is rounded; ``ratio`` (cols,) gets all of them.
+    """
     group, lowest, highest = len(codes) // len(steps), splat(low), splat(high)
     base, unit = splat(np.float32(0.5) - np.float32(0.5) * spread), splat(spread * _UNIT)
     column, sixteen = splat(row_key) + iota() * splat(_GOLDEN), splat(_SIXTEEN)
@@ -169,12 +148,13 @@ def _count_outside(codes, ratio, low, high, outside):
 
 @kernel
 def round_codes(codes, zero, steps, delta, low, high, spread, key, first_row, sums, grid, outside):
-    """Move int8 ``codes`` (rows, cols), in place, by ``delta`` (rows, cols) on a grid of ``steps`` (rows, cols // group).
+    """Move int8 ``codes`` (rows, cols), in place, by ``delta`` (rows, cols) on a grid of ``steps`` (rows, cols //
+    group).
 
-    ``low`` and ``high`` are the least and the largest code. ``spread`` is the width of the random offset: 1 dithers, 0 rounds
-    to nearest. ``sums`` (4,) f64 gains Σ wanted·achieved, Σ wanted², Σ achieved², and the number of codes that changed.
-    ``grid`` is what ``refit_row`` moves first, where it has blocks; then ``outside`` f32 (rows, blocks) gets the number of
-    weights that leave the new range by more than half a step.
+    ``low`` and ``high`` are the least and the largest code. ``spread`` is the width of the random offset: 1 dithers, 0
+    rounds to nearest. ``sums`` (4,) f64 gains Σ wanted·achieved, Σ wanted², Σ achieved², and the number of codes that
+    changed. ``grid`` is what ``refit_row`` moves first, where it has blocks; then ``outside`` f32 (rows, blocks) gets
+    the number of weights that leave the new range by more than half a step.
     """
     n_rows, n_cols = codes.shape
     refits, work = len(grid[0]) > 0, refit_work(grid)
@@ -185,7 +165,9 @@ def round_codes(codes, zero, steps, delta, low, high, spread, key, first_row, su
             refit_row(grid, i, codes[i], zero, steps[i], delta[i], rest, work)
             copy(codes[i], before)
             left = rest
-        largest = _move(codes[i], steps[i], delta[i], left, low, high, spread, _row_key(key, first_row + i), ratio, sums)
+        largest = _move(
+            codes[i], steps[i], delta[i], left, low, high, spread, _row_key(key, first_row + i), ratio, sums
+        )
         if refits and largest > np.float32(0.5):
             _count_outside(before, ratio, low - np.float32(0.5), high + np.float32(0.5), outside[i])
 
@@ -202,7 +184,9 @@ def _units(codes, levels, code_min, unit):
 
 @part
 def _bracket(wanted, levels):
-    """The number of the last level that is not above ``wanted``, that level and the next: the first two or the last two beyond them."""
+    """The number of the last level that is not above ``wanted``, that level and the next: the first two or the last two
+    beyond them.
+    """
     number, low, high = splat(np.float32(0.0)), splat(levels[0]), splat(levels[1])
     for c in range(1, len(levels) - 1):
         level = splat(levels[c])
@@ -214,7 +198,12 @@ def _bracket(wanted, levels):
 @part
 def _move_levels(codes, unit, levels, code_min, steps, delta, left, spread, row_key, sums):
     """As ``_move``, on a codebook; ``unit`` (cols,) is what the codes stand for."""
-    group, zero, one, least_code = len(codes) // len(steps), splat(np.float32(0.0)), splat(np.float32(1.0)), splat(np.float32(code_min))
+    group, zero, one, least_code = (
+        len(codes) // len(steps),
+        splat(np.float32(0.0)),
+        splat(np.float32(1.0)),
+        splat(np.float32(code_min)),
+    )
     base, width = splat(np.float32(0.5) - np.float32(0.5) * spread), splat(spread * _UNIT)
     column, sixteen = splat(row_key) + iota() * splat(_GOLDEN), splat(_SIXTEEN)
     both = wanted = got = changed = zero
@@ -247,7 +236,9 @@ def round_levels(codes, steps, delta, levels, code_min, spread, key, first_row, 
         if refits:
             refit_row(grid, i, unit, np.float32(0.0), steps[i], delta[i], rest, work)
             left = rest
-        _move_levels(codes[i], unit, levels, code_min, steps[i], delta[i], left, spread, _row_key(key, first_row + i), sums)
+        _move_levels(
+            codes[i], unit, levels, code_min, steps[i], delta[i], left, spread, _row_key(key, first_row + i), sums
+        )
 
 
 @kernel
@@ -306,7 +297,9 @@ def round_f16(halves, delta, spread, key, first_row, sums):
 
 @kernel
 def tally_rows(before, after, delta, sums):
-    """Add what became of ``delta`` when weights ``before`` turned into ``after`` (all f32, (rows, cols)) to ``sums``."""
+    """Add what became of ``delta`` when weights ``before`` turned into ``after`` (all f32, (rows, cols)) to
+    ``sums``.
+    """
     n_rows, n_cols = before.shape
     moved = np.empty(n_cols, np.float32)
     for i in range(n_rows):

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 from lora_gguf.adapters.adapter_config import read_json
-from lora_gguf.commands.fetch import CONFIG, copy_to, local_path, parse_reference
 from lora_gguf.errors import MalformedError, UsageError, printable
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.output import copy_file
+from lora_gguf.hub.adapters import CONFIG, copy_to, local_path, parse_reference
 from lora_gguf.hub.quantizations import Quantization, choose, fetch_quantization, find_quantizations
 from lora_gguf.hub.repository import download, open_repo
 from lora_gguf.progress import FileProgress
@@ -19,9 +19,11 @@ ADDRESS = "https://huggingface.co/"
 
 
 def base_model_of(source: str | os.PathLike, subfolder: str | None = None) -> str:
-    """The model that the adapter ``source`` was trained on, as it states it: the folder or GGUF of an adapter, or its Hub id.
+    """The model that the adapter ``source`` was trained on, as it states it: the folder or GGUF of an adapter, or its
+    Hub id.
 
-    A repository that holds a model and no adapter stands for itself. Raises ``HubError``, ``FileError``, ``MalformedError``.
+    A repository that holds a model and no adapter stands for itself. Raises ``HubError``, ``FileError``,
+    ``MalformedError``.
     """
     path = local_path(source)
     if path is not None:
@@ -33,9 +35,13 @@ def base_model_of(source: str | os.PathLike, subfolder: str | None = None) -> st
         if name not in repo.files:
             return repo.id
         path = download(repo, name).parent
-    stated = _stated_by_gguf(path) if path.suffix == ".gguf" else read_json(path / CONFIG).get("base_model_name_or_path")
+    stated = (
+        _stated_by_gguf(path) if path.suffix == ".gguf" else read_json(path / CONFIG).get("base_model_name_or_path")
+    )
     if not stated or not isinstance(stated, str):
-        raise MalformedError(f"{printable(path)}: it does not say what model it was trained on: find the base's GGUF by its name")
+        raise MalformedError(
+            f"{printable(path)}: it does not say what model it was trained on: find the base's GGUF by its name"
+        )
     return stated
 
 
@@ -55,9 +61,9 @@ def fetch_base(
 ) -> Path:
     """Download a GGUF of ``model``, a Hub id as adapters state it; the path of it (of a split one of the first shard).
 
-    ``quant`` is such as ``Q4_K_M``, which is also what is taken without it. The files are copied to ``output``, a folder or
-    a path that ends in ``.gguf``. Raises ``UsageError`` where there is no such quantization, ``HubError``, ``IntegrityError``,
-    ``FileError``.
+    ``quant`` is such as ``Q4_K_M``, which is also what is taken without it. The files are copied to ``output``, a
+    folder or a path that ends in ``.gguf``. Raises ``UsageError`` where there is no such quantization, ``HubError``,
+    ``IntegrityError``, ``FileError``.
     """
     chosen = choose(find_quantizations(model), quant, printable(model, 100))
     repo = open_repo(chosen.repo)
@@ -71,7 +77,9 @@ def fetch_base(
 
 def _copy_one(path: Path, target: Path, chosen: Quantization, force: bool) -> Path:
     if len(chosen.files) > 1:
-        raise UsageError(f"{printable(target)}: {chosen.repo}:{chosen.quant} has {len(chosen.files)} shards: name a folder")
+        raise UsageError(
+            f"{printable(target)}: {chosen.repo}:{chosen.quant} has {len(chosen.files)} shards: name a folder"
+        )
     copy_file(path, target, force=force)
     return target
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.kernel import kernel, part
+from lora_gguf.kernels.decorators import kernel, part
 
 _UNIT = np.float32(2.0**-24)  # of f16 denormals
 

@@ -1,7 +1,9 @@
-"""Tables for a terminal."""
+"""Tables and numbers for people, JSON for programs."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 
 
@@ -13,9 +15,12 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int 
 def aligned(rows: Sequence[Sequence[object]], left: int = 1) -> str:
     """``text_table`` without a head."""
     lines = [list(map(str, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=False)]
     align = [str.ljust if i < left else str.rjust for i in range(len(widths))]
-    return "\n".join("  ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths, strict=False)).rstrip()
+        for line in lines
+    )
 
 
 def size_text(n_bytes: float) -> str:
@@ -38,3 +43,16 @@ def count_text(n: float) -> str:
     else:
         unit = "T"
     return f"{n:.0f}" if not unit else f"{n:.4g} {unit}"
+
+
+def json_text(data: object, indent: int | None = 1) -> str:
+    """``data`` as JSON that any parser takes: null for NaN and infinity, ASCII only."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(data):
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

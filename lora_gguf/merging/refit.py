@@ -1,11 +1,12 @@
 """Move a block's grid towards its update before codes are rounded.
 
-A block's weights are ``d * s - m * o``: d and m are two f16 numbers (m is 0 in the types without a minimum), s and o what
-the codes and the small integer scales make. Two free numbers for 32 or 256 weights absorb little of an update, but they
-can absorb it where it counts: in large language models a few input columns carry most of the activations' energy, and
-what rounding adds there is most of the damage. ``refit_row`` finds the d and m whose change fits the update best, column j
-weighted by ``importance`` E[x_j²]; what is left is dithered, so that the whole stays unbiased. Two free numbers can free two
-columns of a block from rounding, so it is done only in the blocks whose heaviest two are worth it: half of them in real models.
+A block's weights are ``d * s - m * o``: d and m are two f16 numbers (m is 0 in the types without a minimum), s and o
+what the codes and the small integer scales make. Two free numbers for 32 or 256 weights absorb little of an update, but
+they can absorb it where it counts: in large language models a few input columns carry most of the activations' energy,
+and what rounding adds there is most of the damage. ``refit_row`` finds the d and m whose change fits the update best,
+column j weighted by ``importance`` E[x_j²]; what is left is dithered, so that the whole stays unbiased. Two free
+numbers can free two columns of a block from rounding, so it is done only in the blocks whose heaviest two are worth it:
+half of them in real models.
 """
 
 from __future__ import annotations
@@ -14,19 +15,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_gguf.kernel import kernel, part
-from lora_gguf.lanes import N, bits, copy, floor, fma, least, load, magnitude, splat, store, total, where_less
-from lora_gguf.quants.half import f16_from_f32, f32_at
+from lora_gguf.kernels.decorators import kernel, part
+from lora_gguf.kernels.half import f16_from_f32, f32_at
+from lora_gguf.kernels.lanes import N, bits, copy, floor, fma, least, load, magnitude, splat, store, total, where_less
 
 UNTOUCHED = 0.005  # share of all importance that the heaviest columns of the blocks left out may have
 _RIDGE = np.float32(1e-3)
 _LARGEST = np.float32(0.5)
-_NORMAL, _UNIT, _PER_UNIT, _MOST = np.float32(2.0**-14), np.float32(2.0**-24), np.float32(2.0**24), np.float32(65472)  # of f16
+_NORMAL, _UNIT, _PER_UNIT, _MOST = (
+    np.float32(2.0**-14),
+    np.float32(2.0**-24),
+    np.float32(2.0**24),
+    np.float32(65472),
+)  # of f16
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """By what ``refit_row`` weighs a matrix's columns: f32 (cols,), their sums over the groups (groups,), and the blocks that it moves."""
+    """By what ``refit_row`` weighs a matrix's columns: f32 (cols,), their sums over the groups (groups,), and the
+    blocks that it moves.
+    """
 
     importance: np.ndarray
     heights: np.ndarray
@@ -49,7 +57,9 @@ def _put(half, row, at):
 
 @part
 def _f16_below(x, up):
-    """The f16 numbers next to lanes ``x`` > 0 towards zero, after 2**-13 ``up`` of their unit was added: 0x1000 rounds to nearest."""
+    """The f16 numbers next to lanes ``x`` > 0 towards zero, after 2**-13 ``up`` of their unit was added: 0x1000 rounds
+    to nearest.
+    """
     normal = bits((bits(x) + splat(np.uint32(up))) & splat(np.uint32(0xFFFFE000)))
     denormal = floor(fma(x, splat(_PER_UNIT), splat(np.float32(up) * np.float32(2.0**-13)))) * splat(_UNIT)
     return least(where_less(x, splat(_NORMAL), denormal, normal), splat(_MOST))
@@ -71,16 +81,20 @@ def _small(x):
 def _solve(work):
     """The changes of d and m that come nearest to the update, for many blocks side by side.
 
-    ``work`` is f32 (8, blocks, to a multiple of sixteen). Its rows are Σ h·s², Σ h·s·delta, Σ h·s·o, Σ h·o·delta, Σ h·o², the
-    ridge of the first, |d| and |m|; the first four become the new |d| and |m|, both f16 numbers, and the changes x and y, as
-    parts of d and m. The error is Σ h (delta - x s + y o)². Both neighbours of the best d are tried, each with the m that goes
-    with it best.
+    ``work`` is f32 (8, blocks, to a multiple of sixteen). Its rows are Σ h·s², Σ h·s·delta, Σ h·s·o, Σ h·o·delta, Σ
+    h·o², the ridge of the first, |d| and |m|; the first four become the new |d| and |m|, both f16 numbers, and the
+    changes x and y, as parts of d and m. The error is Σ h (delta - x s + y o)². Both neighbours of the best d are
+    tried, each with the m that goes with it best.
     """
     zero, one, two = splat(np.float32(0.0)), splat(np.float32(1.0)), splat(np.float32(2.0))
     for b in range(0, work.shape[1], N):
         ss, sd, so, od = load(work, (0, b)), load(work, (1, b)), load(work, (2, b)), load(work, (3, b))
         oo, ridge, d, m = load(work, (4, b)), load(work, (5, b)), load(work, (6, b)), load(work, (7, b))
-        per_oo, per_d, per_m = where_less(zero, oo, one / oo, zero), where_less(zero, d, one / d, zero), where_less(zero, m, one / m, zero)
+        per_oo, per_d, per_m = (
+            where_less(zero, oo, one / oo, zero),
+            where_less(zero, d, one / d, zero),
+            where_less(zero, m, one / m, zero),
+        )
         det = ss + ridge - so * so * per_oo
         x = _small(where_less(zero, det, (sd - so * od * per_oo) / det, zero))
         new_d = _f16_below(d * (one + x), 0)
@@ -126,7 +140,9 @@ def _moments(unit, zero, importance, delta, first, end, steps, lows, has_m):
 
 @part
 def _leave(unit, zero, delta, first, end, steps, lows, x, y, left):
-    """What is left of ``delta`` when the groups ``first`` to ``end`` have moved by x of their steps and y of their lows."""
+    """What is left of ``delta`` when the groups ``first`` to ``end`` have moved by x of their steps and y of their
+    lows.
+    """
     zeros, group = splat(zero), len(unit) // len(steps)
     for g in range(first, end):
         moved, shifted = splat(-x * steps[g]), splat(y * lows[g])
@@ -142,12 +158,13 @@ def refit_work(grid):
 
 @kernel
 def refit_row(grid, row, unit, zero, steps, delta, left, work):
-    """Move the grid of a row towards its update ``delta`` f32 (cols,); ``left`` (cols,) gets what the codes have still to move by.
+    """Move the grid of a row towards its update ``delta`` f32 (cols,); ``left`` (cols,) gets what the codes have still
+    to move by.
 
-    ``grid`` is (blocks, lows, importance, heights, moving, block_bytes, d_at, m_at): uint8 (rows, row_bytes), changed in place;
-    f32 (rows, groups); those of ``Weighting``; how long a block is; where d and m are in it, m's -1 if there is none.
-    A weight is step * (unit - zero) - low: ``unit`` (cols,), int8 or f32, is what the codes count, ``steps`` (groups,) become
-    those of the new grid. ``work`` is ``refit_work``.
+    ``grid`` is (blocks, lows, importance, heights, moving, block_bytes, d_at, m_at): uint8 (rows, row_bytes), changed
+    in place; f32 (rows, groups); those of ``Weighting``; how long a block is; where d and m are in it, m's -1 if there
+    is none. A weight is step * (unit - zero) - low: ``unit`` (cols,), int8 or f32, is what the codes count, ``steps``
+    (groups,) become those of the new grid. ``work`` is ``refit_work``.
     """
     blocks, all_lows, importance, heights, moving, block_bytes, d_at, m_at = grid
     stored, lows, has_m = blocks[row], all_lows[row], m_at >= 0
@@ -159,7 +176,9 @@ def refit_row(grid, row, unit, zero, steps, delta, left, work):
         for g in range(first, end):
             oo += heights[g] * lows[g] * lows[g]
             height += heights[g]
-        work[0, k], work[1, k], work[2, k], work[3, k] = _moments(unit, zero, importance, delta, first, end, steps, lows, has_m)
+        work[0, k], work[1, k], work[2, k], work[3, k] = _moments(
+            unit, zero, importance, delta, first, end, steps, lows, has_m
+        )
         work[4, k], work[5, k] = oo, _RIDGE * steps[first] * steps[first] * height
         work[6, k] = abs(f32_at(stored, at + np.uint64(d_at)))
         work[7, k] = abs(f32_at(stored, at + np.uint64(m_at))) if has_m else np.float32(0.0)

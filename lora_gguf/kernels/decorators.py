@@ -2,8 +2,8 @@
 
 Kernels compile on first use and are cached in ``$XDG_CACHE_HOME/lora-gguf/kernels-<digest>`` (``LORA_GGUF_CACHE`` names
 another folder). Numba notices an edit of a kernel's own file; the digest covers the files whose functions other files'
-kernels call, and this one, for its options. Without a writable folder kernels compile anew in each process, and so does a kernel whose files there are
-damaged; it replaces them.
+kernels call, and this one, for its options. Without a writable folder kernels compile anew in each process, and so does
+a kernel whose files there are damaged; it replaces them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numba
 from numba.core.caching import FunctionCache
 from numba.core.runtime import rtsys
 
-COVERED = [Path(__file__).parent / name for name in ("kernel.py", "lanes.py", "quants/half.py", "refit.py")]
+ROOT = Path(__file__).parent.parent
+COVERED = [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "merging" / "refit.py"]
 
 
 def _digest() -> str:
@@ -48,8 +49,9 @@ if CACHE:
 
 
 class _Cache:
-    """Numba's cache of a function, but made when it is asked for, and without what it raises where its files are damaged:
-    anything that ``pickle`` does."""
+    """Numba's cache of a function, but made when it is asked for, and without what it raises where its files are
+    damaged: anything that ``pickle`` does.
+    """
 
     def __init__(self, function):
         self._function = function

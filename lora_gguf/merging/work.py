@@ -14,13 +14,15 @@ from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.errors import NumericError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter
-from lora_gguf.plan import TensorPlan
-from lora_gguf.quants import QUANTS
-from lora_gguf.requantize import NO_IMPORTANCE, broken_row, recode, scratch
-from lora_gguf.rounding import low_rank
+from lora_gguf.kernels.low_rank import low_rank
+from lora_gguf.merging.plan import TensorPlan
+from lora_gguf.merging.requantize import NO_IMPORTANCE, broken_row, recode, scratch
+from lora_gguf.quants.table import QUANTS
 
 CHUNK_WEIGHTS = 1 << 20  # of a chunk: enough that Python's part in it, 0.2 ms, does not count
-WORKING_BYTES = 40  # of memory for each weight of a chunk in work: update, weights, codes, what a quantizer's search needs
+WORKING_BYTES = (
+    40  # of memory for each weight of a chunk in work: update, weights, codes, what a quantizer's search needs
+)
 COPY_BYTES = 16 << 20
 AHEAD = 4  # chunks a thread that are in work or done before their results are taken
 
@@ -58,7 +60,11 @@ def cut(tensors: Sequence[TensorPlan], n_weights: int | None = None) -> Iterator
 
 def weights_within(memory: int | None, n_threads: int | None) -> int:
     """How many weights a chunk may have so that the chunks in work take at most ``memory`` bytes in all."""
-    return CHUNK_WEIGHTS if memory is None else min(CHUNK_WEIGHTS, max(1, memory // (WORKING_BYTES * (n_threads or n_cores()))))
+    return (
+        CHUNK_WEIGHTS
+        if memory is None
+        else min(CHUNK_WEIGHTS, max(1, memory // (WORKING_BYTES * (n_threads or n_cores()))))
+    )
 
 
 def _cut_copied(tensor: TensorPlan) -> Iterator[Chunk]:
@@ -107,7 +113,9 @@ def carry_out(chunk: Chunk, reader: GgufReader, writer: GgufWriter) -> tuple[int
     blocks = scratch("blocks", (chunk.n_rows, info.row_bytes), np.uint8)
     reader.read_into(info, chunk.first * info.row_bytes, blocks)
     if (row := broken_row(info.type, blocks)) is not None:
-        raise NumericError(f"{reader.label}: {info.name}: row {chunk.first + row}: a scale is NaN or infinity: the base is damaged")
+        raise NumericError(
+            f"{reader.label}: {info.name}: row {chunk.first + row}: a scale is NaN or infinity: the base is damaged"
+        )
     delta = update_of(chunk, blocks)
     blocks, sums = rewritten(chunk, blocks, delta)
     if not np.isfinite(sums).all():
@@ -123,14 +131,17 @@ def encoded(chunk: Chunk) -> np.ndarray:
     """The new rows of a chunk as stored in the tensor's type."""
     quant, recipe = QUANTS[chunk.tensor.target.type.name], chunk.tensor.recipe
     blocks = np.empty((chunk.n_rows, quant.type.row_bytes(chunk.new.shape[1])), np.uint8)
-    quant.encode(chunk.new, NO_IMPORTANCE if recipe is None or recipe.importance is None else recipe.importance[0], blocks)
+    quant.encode(
+        chunk.new, NO_IMPORTANCE if recipe is None or recipe.importance is None else recipe.importance[0], blocks
+    )
     return blocks
 
 
 def rewritten(chunk: Chunk, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rows ``blocks`` with ``delta`` added, as ``recode`` gives them, and their sums.
 
-    Where the type stays, rows that nothing changes keep their bytes, and those that are replaced get a grid of their own.
+    Where the type stays, rows that nothing changes keep their bytes, and those that are replaced get a grid of their
+    own.
     """
     recipe = chunk.tensor.recipe
     if recipe.source is not recipe.target:
@@ -175,7 +186,9 @@ def update_of(chunk: Chunk, blocks: np.ndarray) -> np.ndarray:
 
 
 def in_threads(work: Callable, items: Iterable, n_threads: int | None) -> Iterator[tuple]:
-    """(item, work(item)) for each of ``items``, in order, done by ``n_threads`` threads, by default as many as cores."""
+    """(item, work(item)) for each of ``items``, in order, done by ``n_threads`` threads, by default as many as
+    cores.
+    """
     n_threads = n_threads or n_cores()
     if n_threads < 1:
         raise UsageError(f"threads: expected at least 1, found {n_threads}")

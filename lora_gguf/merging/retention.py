@@ -70,13 +70,17 @@ class Retention:
 
     @property
     def delta_per_step(self) -> float:
-        """The rms of the delta, relative to that of the step between two values that the type can hold; NaN if not known."""
+        """The rms of the delta, relative to that of the step between two values that the type can hold; NaN if not
+        known.
+        """
         return float(np.sqrt(self.sums[1] / self.steps2)) if self.steps2 > 0 else float("nan")
 
     def as_dict(self) -> dict:
         """Plain data; None for what was not measured."""
         measures = ("kept", "changed", "delta_rms", "delta_norm", "delta_per_step", "noise")
-        return {"weights": self.n_weights} | {name: getattr(self, name) if self.n_weights else None for name in measures}
+        return {"weights": self.n_weights} | {
+            name: getattr(self, name) if self.n_weights else None for name in measures
+        }
 
 
 def total(parts: Iterable[Retention]) -> Retention:

@@ -6,15 +6,18 @@ import numpy as np
 
 from lora_gguf.files.base import Base, evenly
 from lora_gguf.files.gguf_reader import TensorInfo
-from lora_gguf.plan import TensorPlan
-from lora_gguf.quants import QUANTS, Quant
+from lora_gguf.merging.plan import TensorPlan
+from lora_gguf.quants.codec import Quant
+from lora_gguf.quants.table import QUANTS
 
 SAMPLE_ROWS = 16
 _FLOATS = {"F16": (10, -14), "BF16": (7, -126)}  # the explicit bits of a value's significand, and its least exponent
 
 
 def planned_step(tensor: TensorPlan, base: Base) -> float:
-    """The rms step of the type that a changed tensor gets, from some rows; NaN where its weights are not coded one by one."""
+    """The rms step of the type that a changed tensor gets, from some rows; NaN where its weights are not coded one by
+    one.
+    """
     target = tensor.recipe.target
     if not has_steps(target):
         return float("nan")
@@ -43,7 +46,9 @@ def sample(base: Base, info: TensorInfo, n_rows: int = SAMPLE_ROWS) -> np.ndarra
 
 
 def steps_of(quant: Quant, blocks: np.ndarray) -> np.ndarray:
-    """The steps of ``blocks`` uint8 (rows, row_bytes): f32, one for each group of weights, or for each weight of a float."""
+    """The steps of ``blocks`` uint8 (rows, row_bytes): f32, one for each group of weights, or for each weight of a
+    float.
+    """
     n_cols = blocks.shape[1] // quant.type.block_bytes * quant.type.block_size
     if quant.unpack is None:
         weights = np.empty((len(blocks), n_cols), np.float32)
@@ -53,7 +58,9 @@ def steps_of(quant: Quant, blocks: np.ndarray) -> np.ndarray:
         return np.ldexp(np.float32(1), np.maximum(exponents, least) - bits)
     codes, steps = np.empty((len(blocks), n_cols), np.int8), np.empty((len(blocks), n_cols // quant.group), np.float32)
     quant.unpack(blocks, codes, steps)
-    return steps if quant.levels is None else steps * np.sqrt(np.mean(np.square(np.diff(quant.levels.astype(np.float32)))))
+    return (
+        steps if quant.levels is None else steps * np.sqrt(np.mean(np.square(np.diff(quant.levels.astype(np.float32)))))
+    )
 
 
 def _encoded(tensor: TensorPlan, blocks: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_gguf.errors import UsageError
 from lora_gguf.files.base import Base, shard_path
 from lora_gguf.files.gguf_writer import key_value
-from lora_gguf.plan import Plan, TensorPlan
+from lora_gguf.merging.plan import Plan, TensorPlan
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,20 @@ class OutputPart:
         return (metadata if self.number == 0 else []) + split
 
 
-def output_parts(out: str | os.PathLike, base: Base, plan: Plan, *, max_bytes: int | None, shards: bool) -> list[OutputPart]:
-    """The files of a merge: one, or the base's own ``shards``, or as many as it takes to keep each below ``max_bytes``."""
+def output_parts(
+    out: str | os.PathLike, base: Base, plan: Plan, *, max_bytes: int | None, shards: bool
+) -> list[OutputPart]:
+    """The files of a merge: one, or the base's own ``shards``, or as many as it takes to keep each below
+    ``max_bytes``.
+    """
     groups = [plan.tensors]
     if max_bytes:
         groups = _by_size(plan.tensors, max_bytes)
     elif shards:
         owners = [base.reader_of(tensor.source.name) for tensor in plan.tensors]
-        groups = [[t for t, owner in zip(plan.tensors, owners) if owner is reader] for reader in base.readers]
+        groups = [
+            [t for t, owner in zip(plan.tensors, owners, strict=False) if owner is reader] for reader in base.readers
+        ]
     if len(groups) == 1:
         return [OutputPart(Path(out), groups[0])]
     prefix = os.fspath(out).removesuffix(".gguf")

@@ -10,8 +10,8 @@ from lora_gguf.commands.extract import Extraction
 from lora_gguf.commands.merge import MergeReport
 from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.mapping.accounts import summary
-from lora_gguf.retention import Retention, kind_of, layer_of, total
-from lora_gguf.text_table import text_table
+from lora_gguf.merging.retention import Retention, kind_of, total
+from lora_gguf.text import text_table
 
 HEAD = ("tensors", "type", "count", "delta kept", "codes changed", "rms(delta)", "noise/delta")
 
@@ -32,33 +32,6 @@ def _row(kind: str, types: str, count: int, part: Retention) -> tuple:
     if not part.n_weights:
         return (kind, types, count, "-", "-", "-", "-")
     return (kind, types, count, f"{part.kept:.3f}", f"{part.changed:.2%}", f"{part.delta_rms:.2e}", f"{part.noise:.1f}")
-
-
-def as_dict(report: MergeReport) -> dict:
-    """The report as plain data for JSON: the whole, each kind of tensor, each merged tensor, each of the adapter's."""
-    tensors = [
-        {
-            "name": tensor.target.name,
-            "layer": layer_of(tensor.target.name),
-            "kind": kind_of(tensor.target.name),
-            "type": tensor.target.type.name,
-            "base_type": tensor.source.type.name,
-            "shape": list(tensor.source.shape),
-            "rank": sum(pair.rank for pair in tensor.pairs),
-            **report.retention.get(tensor.target.name, Retention()).as_dict(),
-        }
-        for tensor in report.plan.merged
-    ]
-    kinds = [
-        {"kind": kind, "base_type": before, "type": after, "count": len(parts), **total(parts).as_dict()}
-        for (kind, before, after), parts in report.by_kind().items()
-    ]
-    copied = [tensor.target.name for tensor in report.plan.tensors if not tensor.recipe]
-    accounts = [vars(account) for account in report.accounts]
-    return {
-        "all": report.whole.as_dict(), "kinds": kinds, "merged": tensors, "copied": copied, "accounts": accounts,
-        "warnings": report.plan.warnings,
-    }  # fmt: skip
 
 
 def verify_table(report: VerifyReport) -> str:
@@ -85,7 +58,9 @@ def _verdict(checks: Sequence[Check]) -> str:
 
 
 def extraction_table(found: Extraction) -> str:
-    """One line per kind of tensor: how large its update is beside the weights, and how much of its energy the rank holds."""
+    """One line per kind of tensor: how large its update is beside the weights, and how much of its energy the rank
+    holds.
+    """
     groups: dict[str, list] = {}
     for tensor in found.tensors:
         groups.setdefault(kind_of(tensor.name), []).append(tensor)

@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from lora_gguf.kernel import kernel
+from lora_gguf.kernels.decorators import kernel
 
 U8, U16, U64, I8, F32 = np.uint8, np.uint16, np.uint64, np.int8, np.float32
 
@@ -23,7 +23,12 @@ def by_block(*views):
 
         @functools.wraps(function)
         def over_blocks(*arrays):
-            compiled(*(a.reshape(-1).view(dtype).reshape(-1, *shape) for a, (dtype, *shape) in zip(arrays, views)))
+            compiled(
+                *(
+                    a.reshape(-1).view(dtype).reshape(-1, *shape)
+                    for a, (dtype, *shape) in zip(arrays, views, strict=False)
+                )
+            )
 
         return over_blocks
 

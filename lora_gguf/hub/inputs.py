@@ -1,21 +1,21 @@
-"""What a user names, made local: base models and adapters by path, Hub id or reference. The command line and the library
-both come through here."""
+"""What a user names, made local: base models and adapters by path, Hub id or reference. The command line and the
+library both come through here.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Union
 
-from lora_gguf.commands.fetch import fetch
 from lora_gguf.errors import UsageError
+from lora_gguf.hub.adapters import fetch
 from lora_gguf.hub.references import gguf_path
 from lora_gguf.progress import FileProgress
 
-Name = Union[str, os.PathLike]
+Name = str | os.PathLike
 Scaled = tuple[Name, float]
-Adapters = Union[Name, Scaled, Sequence[Union[Name, Scaled]]]
+Adapters = Name | Scaled | Sequence[Name | Scaled]
 
 
 def scaled_names(adapters: Adapters) -> list[Scaled]:
@@ -29,7 +29,9 @@ def scaled_names(adapters: Adapters) -> list[Scaled]:
     if not found:
         raise UsageError("no adapter: name at least one")
     if strange := [name for name, _ in found if not isinstance(name, (str, os.PathLike))]:
-        raise UsageError(f"adapter: expected a path, a Hub id, or (one of these, scale), found a {type(strange[0]).__name__}")
+        raise UsageError(
+            f"adapter: expected a path, a Hub id, or (one of these, scale), found a {type(strange[0]).__name__}"
+        )
     return [(name, float(scale)) for name, scale in found]
 
 

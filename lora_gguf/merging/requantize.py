@@ -10,13 +10,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_gguf.ggml import GgmlType
-from lora_gguf.quants import Quant
-from lora_gguf.refit import Weighting, weighting
-from lora_gguf.rounding import round_bf16, round_codes, round_f16, round_levels, tally_rows
+from lora_gguf.merging.refit import Weighting, weighting
+from lora_gguf.merging.rounding import round_bf16, round_codes, round_f16, round_levels, tally_rows
+from lora_gguf.quants.codec import Quant
+from lora_gguf.quants.ggml import GgmlType
 
 NO_IMPORTANCE = np.empty(0, np.float32)
-NO_GRID = np.empty((0, 0), np.uint8), np.empty((0, 0), np.float32), NO_IMPORTANCE, NO_IMPORTANCE, np.empty(0, np.int64), 0, 0, -1
+NO_GRID = (
+    np.empty((0, 0), np.uint8),
+    np.empty((0, 0), np.float32),
+    NO_IMPORTANCE,
+    NO_IMPORTANCE,
+    np.empty(0, np.int64),
+    0,
+    0,
+    -1,
+)
 FAINT = 0.3  # rms of a row's update in steps of another type below which rounding to nearest may erase it
 OUTSIDE = 0.02  # share of a block's weights beyond its range from which on it gets a new grid
 # the width of the random offset before the floor; a rounding that is not here finds a new grid
@@ -36,7 +45,9 @@ _local = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype=np.float32) -> np.ndarray:
-    """An array that this thread uses again and again under ``name``, with whatever it held: fresh pages cost as much as a pass."""
+    """An array that this thread uses again and again under ``name``, with whatever it held: fresh pages cost as much as
+    a pass.
+    """
     n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = getattr(_local, name, None)
     if buffer is None or len(buffer) < n_bytes:
@@ -75,8 +86,9 @@ class Later(Sequence):
 class Recipe:
     """How the rows of a tensor are rewritten: from which type to which, and by which rounding.
 
-    ``importance`` is f32 (matrices, cols), E[x²] of each column of the input as an imatrix has it, or None: the quantizers
-    use it. ``weighting`` has as many, of an importance measured or guessed: ``auto`` uses it where it moves a grid.
+    ``importance`` is f32 (matrices, cols), E[x²] of each column of the input as an imatrix has it, or None: the
+    quantizers use it. ``weighting`` has as many, of an importance measured or guessed: ``auto`` uses it where it moves
+    a grid.
     """
 
     source: Quant
@@ -96,7 +108,9 @@ class Recipe:
         return self.rounding == "auto" and self.keeps_grid and self.source.type.name in F16_FIELDS
 
 
-def recode(recipe: Recipe, blocks: np.ndarray, delta: np.ndarray, first_row: int, matrix: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def recode(
+    recipe: Recipe, blocks: np.ndarray, delta: np.ndarray, first_row: int, matrix: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """The rows ``blocks`` uint8 (rows, row_bytes) with ``delta`` f32 (rows, cols) added; ``blocks`` may be reused.
 
     Returns the new rows as stored, and their sums (4,) for ``Retention``. The same bytes come out however the tensor is
@@ -114,7 +128,9 @@ def recode(recipe: Recipe, blocks: np.ndarray, delta: np.ndarray, first_row: int
 
 
 def _move_halves(recipe: Recipe, halves, delta, first_row: int, sums) -> None:
-    """``auto`` dithers the rows whose update is smaller than what the type can tell apart, and rounds the others to nearest."""
+    """``auto`` dithers the rows whose update is smaller than what the type can tell apart, and rounds the others to
+    nearest.
+    """
     move, unit = _HALVES[recipe.source.type.name], _UNITS[recipe.source.type.name]
     spreads = np.full(len(delta), SPREADS[recipe.rounding])
     if recipe.rounding == "auto":
@@ -139,7 +155,9 @@ def _move_codes(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums
     if refits:
         before, outside = copied(blocks), np.zeros((len(delta), delta.shape[1] // quant.type.block_size), np.float32)
     limits = np.float32(quant.code_min), np.float32(quant.code_max)
-    round_codes(codes, np.float32(quant.zero), steps, delta, *limits, spread, recipe.key, first_row, sums, grid, outside)
+    round_codes(
+        codes, np.float32(quant.zero), steps, delta, *limits, spread, recipe.key, first_row, sums, grid, outside
+    )
     quant.pack(codes, blocks)
     renew = outside > OUTSIDE * quant.type.block_size
     if renew.any():
@@ -165,7 +183,9 @@ def weighting_of(quant: Quant, importance: np.ndarray) -> Weighting:
 
 
 def _renew_some(recipe: Recipe, blocks, before, delta, renew, matrix: int) -> np.ndarray:
-    """Give the blocks ``renew`` bool (rows, blocks) the grid that the type's own quantizer finds. Returns the sums of all rows."""
+    """Give the blocks ``renew`` bool (rows, blocks) the grid that the type's own quantizer finds. Returns the sums of
+    all rows.
+    """
     sums, rows = np.zeros(4), np.flatnonzero(renew.any(axis=1))
     fresh = _renew(recipe, before[rows], delta[rows], 0, matrix, np.zeros(4))
     of_block = (*renew[rows].shape, -1)
@@ -194,7 +214,9 @@ def _renew(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums) -> 
 
 
 def _dither_faint(recipe: Recipe, renewed, wanted, delta, first_row: int) -> None:
-    """Round by chance the rows whose update Q8_0's steps are too coarse for: the old grid may lie on the new one, as IQ4_NL's does."""
+    """Round by chance the rows whose update Q8_0's steps are too coarse for: the old grid may lie on the new one, as
+    IQ4_NL's does.
+    """
     quant = recipe.target
     codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), delta.shape[1] // quant.group), np.float32)
     quant.unpack(renewed, codes, steps)
@@ -206,7 +228,19 @@ def _dither_faint(recipe: Recipe, renewed, wanted, delta, first_row: int) -> Non
     quant.decode(renewed, left)
     np.subtract(wanted, left, out=left)
     left[~faint] = 0
-    round_codes(codes, np.float32(quant.zero), steps, left, *limits, np.float32(1), recipe.key, first_row, np.zeros(4), NO_GRID, NO_GRID[1])
+    round_codes(
+        codes,
+        np.float32(quant.zero),
+        steps,
+        left,
+        *limits,
+        np.float32(1),
+        recipe.key,
+        first_row,
+        np.zeros(4),
+        NO_GRID,
+        NO_GRID[1],
+    )
     quant.pack(codes, renewed)
 
 

@@ -1,8 +1,9 @@
 """An Ollama Modelfile for a GGUF: where the model lies, its chat template in Go's notation, where it stops.
 
-Format: https://docs.ollama.com/modelfile. Ollama writes chats with templates in Go's notation. Where a Modelfile has none, it
-compares the GGUF's Jinja template with those that it knows, letter by letter, and passes prompts on bare where none is near.
-So a template is written here for the families whose turns all look the same; for others a comment says what to do.
+Format: https://docs.ollama.com/modelfile. Ollama writes chats with templates in Go's notation. Where a Modelfile has
+none, it compares the GGUF's Jinja template with those that it knows, letter by letter, and passes prompts on bare where
+none is near. So a template is written here for the families whose turns all look the same; for others a comment says
+what to do.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ SAMPLING = {
 
 @dataclass(frozen=True)
 class Family:
-    """A format of chats: ``turn`` with its role and text, and what ends it. ``marks`` are in the Jinja template of each."""
+    """A format of chats: ``turn`` with its role and text, and what ends it. ``marks`` are in the Jinja template of
+    each.
+    """
 
     marks: tuple[str, ...]
     turn: str
@@ -58,7 +61,8 @@ FAMILIES = {
     "Phi-4": Family(("<|im_start|>", "<|im_sep|>"), "<|im_start|>{role}<|im_sep|>{text}<|im_end|>"),
     "ChatML": Family(("<|im_start|>", "<|im_end|>"), "<|im_start|>{role}\n{text}<|im_end|>\n"),
     "Llama 3": Family(
-        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>",
     ),
     "Gemma": Family(("<start_of_turn>",), "<start_of_turn>{role}\n{text}<end_of_turn>\n", "model", system_in_user=True),
     "Granite": Family(("<|start_of_role|>",), "<|start_of_role|>{role}<|end_of_role|>{text}<|end_of_text|>\n"),
@@ -66,7 +70,8 @@ FAMILIES = {
 }
 _NO_TEMPLATE = "# The base has no chat template: it continues text. Give it one with TEMPLATE if it was tuned to chat."
 _UNKNOWN = """# The base's chat template is of no family that is known here, so TEMPLATE is left to Ollama, which knows some more.
-# Look at `ollama show --template NAME`: where it prints {{ .Prompt }}, Ollama did not know it either: write a TEMPLATE."""
+# Look at `ollama show --template NAME`: where it prints {{ .Prompt }}, Ollama did not know it either: write a
+# TEMPLATE."""
 
 
 def modelfile(base: Base, file_name: str) -> str:
@@ -109,7 +114,11 @@ def _context(base: Base) -> list[str]:
     n_tokens = base.get(f"{base.architecture}.context_length")
     if not isinstance(n_tokens, int) or n_tokens <= 0:
         return []
-    more = [f"# The model was made for {n_tokens} tokens; a larger num_ctx takes more memory."] if n_tokens > MAX_CONTEXT else []
+    more = (
+        [f"# The model was made for {n_tokens} tokens; a larger num_ctx takes more memory."]
+        if n_tokens > MAX_CONTEXT
+        else []
+    )
     return [*more, f"PARAMETER num_ctx {min(n_tokens, MAX_CONTEXT)}"]
 
 

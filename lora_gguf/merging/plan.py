@@ -15,14 +15,14 @@ from lora_gguf.errors import MismatchError, NumericError, UnsupportedError, Usag
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.files.imatrix import Imatrix
-from lora_gguf.ggml import BY_NAME, GgmlType
-from lora_gguf.importance import importance_of
 from lora_gguf.mapping.placement import Placement
-from lora_gguf.mixes import fallback_type, file_type_of, mix_types, model_of, requires_importance
-from lora_gguf.quants import QUANTS
-from lora_gguf.refit import Weighting
-from lora_gguf.requantize import ROUNDINGS, Later, Recipe, weighting_of
-from lora_gguf.rounding import tensor_key
+from lora_gguf.merging.importance import importance_of
+from lora_gguf.merging.refit import Weighting
+from lora_gguf.merging.requantize import ROUNDINGS, Later, Recipe, weighting_of
+from lora_gguf.merging.rounding import tensor_key
+from lora_gguf.quants.ggml import BY_NAME, GgmlType
+from lora_gguf.quants.mixes import fallback_type, file_type_of, mix_types, model_of, requires_importance
+from lora_gguf.quants.table import QUANTS
 
 HEAD = "output.weight"
 LARGEST_SCALE = 1e30
@@ -33,8 +33,8 @@ PROMOTED = "Q6_K"  # of a tensor whose weights are not coded one by one (IQ1 to 
 class Policy:
     """What the user asked for: the rounding, and which types the tensors get.
 
-    ``type`` is that of the adapted tensors (None keeps the base's), ``mix`` names one of llama.cpp's quantization mixes for
-    all tensors; ``imatrix`` tells the importance of their columns.
+    ``type`` is that of the adapted tensors (None keeps the base's), ``mix`` names one of llama.cpp's quantization mixes
+    for all tensors; ``imatrix`` tells the importance of their columns.
     """
 
     rounding: str = "auto"
@@ -54,8 +54,8 @@ class Policy:
 class TensorPlan:
     """What happens to one tensor: copied where ``recipe`` is None, else rewritten with ``pairs`` and ``updates`` added.
 
-    ``source`` is where it lies in the base, ``target`` what is written. ``updates`` are those that aren't low rank, each with
-    its factor. ``new_rows``, f32 (k, cols), come after those of the base.
+    ``source`` is where it lies in the base, ``target`` what is written. ``updates`` are those that aren't low rank,
+    each with its factor. ``new_rows``, f32 (k, cols), come after those of the base.
     """
 
     source: TensorInfo
@@ -121,28 +121,41 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
         energies: dict[str, np.ndarray] = {}
         for tensor in plans.values():
             if tensor.recipe and tensor.recipe.moves_grid and tensor.changes:
-                tensor.recipe = replace(tensor.recipe, weighting=Later(partial(_weighted, base, tensor, policy.imatrix, energies)))
+                tensor.recipe = replace(
+                    tensor.recipe, weighting=Later(partial(_weighted, base, tensor, policy.imatrix, energies))
+                )
     warnings = [warning for placement, _ in placements for warning in placement.warnings]
     if any(placement.untied for placement, _ in placements):
         head = plans[HEAD].target
         size = f"{head.n_bytes / 1e6:.1f} MB, {head.type}"
-        warnings.append(f"{HEAD}: the adapter's head is no longer the embedding: it becomes a tensor of its own ({size}); see --tied")
+        warnings.append(
+            f"{HEAD}: the adapter's head is no longer the embedding: it becomes a tensor of its own ({size}); see --tied"
+        )
     return Plan(list(plans.values()), warnings, _vocabulary(placements, base.label))
 
 
-def _weighted(base: Base, tensor: TensorPlan, imatrix: Imatrix | None, energies: dict[str, np.ndarray]) -> list[Weighting]:
+def _weighted(
+    base: Base, tensor: TensorPlan, imatrix: Imatrix | None, energies: dict[str, np.ndarray]
+) -> list[Weighting]:
     """By what the grids of each matrix of a tensor are moved."""
-    return [weighting_of(tensor.recipe.source, importance) for importance in importance_of(base, tensor.source.name, imatrix, energies)]
+    return [
+        weighting_of(tensor.recipe.source, importance)
+        for importance in importance_of(base, tensor.source.name, imatrix, energies)
+    ]
 
 
 def _targets(name: str, placement: Placement, has_head: bool) -> tuple[str, ...]:
-    """The tensors that an update of ``name`` changes: the head too, where only another adapter tells it from the embedding."""
+    """The tensors that an update of ``name`` changes: the head too, where only another adapter tells it from the
+    embedding.
+    """
     return (name, HEAD) if name == EMBEDDING and has_head and placement.tied else (name,)
 
 
 def _append(tensor: TensorPlan, new: np.ndarray, label: str) -> None:
     if tensor.new_rows is not None:
-        raise MismatchError(f"{label}: {tensor.source.name}: two adapters add tokens: merge one, then the other into the result")
+        raise MismatchError(
+            f"{label}: {tensor.source.name}: two adapters add tokens: merge one, then the other into the result"
+        )
     n_rows, n_cols = tensor.target.shape
     tensor.new_rows, tensor.target = new, replace(tensor.target, shape=(n_rows + len(new), n_cols))
 
@@ -151,7 +164,9 @@ def _vocabulary(placements: list[tuple[Placement, float]], label: str) -> dict[s
     """The key/value pairs of the one vocabulary that the adapters ask for."""
     found = [placement.key_values for placement, _ in placements if placement.key_values]
     if any(other != found[0] for other in found[1:]):
-        raise MismatchError(f"{label}: two adapters change its tokens, each in its own way: merge one, then the other into the result")
+        raise MismatchError(
+            f"{label}: two adapters change its tokens, each in its own way: merge one, then the other into the result"
+        )
     return found[0] if found else {}
 
 
@@ -169,7 +184,10 @@ def _mix_types(base: Base, tensors: list[TensorInfo], policy: Policy) -> dict[st
         and (policy.imatrix is None or policy.imatrix.of(tensor) is None)
     ]
     if unmeasured:
-        raise UsageError(f"--quantize {policy.mix}: too few bits without an importance matrix: name one with --imatrix", details=unmeasured)
+        raise UsageError(
+            f"--quantize {policy.mix}: too few bits without an importance matrix: name one with --imatrix",
+            details=unmeasured,
+        )
     return types
 
 
@@ -181,7 +199,11 @@ def choose(tensor: TensorPlan, mix_type: GgmlType | None, policy: Policy) -> Non
         chosen = fallback_type(BY_NAME[PROMOTED], info.n_cols)
     tensor.target = replace(tensor.target, type=chosen)
     if tensor.changes or chosen != info.type:
-        rounding = "fresh" if any(update.replaces and update.n_rows == info.n_rows for update, _ in tensor.updates) else policy.rounding
+        rounding = (
+            "fresh"
+            if any(update.replaces and update.n_rows == info.n_rows for update, _ in tensor.updates)
+            else policy.rounding
+        )
         key = tensor_key(policy.seed, tensor.target.name)
         importance = policy.imatrix.of(info) if policy.imatrix else None
         tensor.recipe = Recipe(QUANTS[info.type.name], QUANTS[chosen.name], rounding, key, importance)
@@ -195,7 +217,7 @@ def adapted_type(tensor: TensorPlan, policy: Policy) -> GgmlType:
         return fallback_type(BY_NAME[policy.type], info.n_cols)
     rounds = quant.unpack is not None or info.type.block_size == 1
     replaced = any(update.replaces for update, _ in tensor.updates)
-    if rounds or quant.encode and not quant.needs_importance and (policy.rounding == "fresh" or replaced):
+    if rounds or (quant.encode and not quant.needs_importance and (policy.rounding == "fresh" or replaced)):
         return info.type
     return fallback_type(BY_NAME[PROMOTED], info.n_cols)
 
@@ -220,5 +242,7 @@ def _check(base: Base, plans: Iterable[TensorPlan]) -> None:
         (numbers, NumericError, "the adapter is damaged: download it again, or train it again"),
     ):
         if offenders:
-            first = offenders[0] if len(offenders) == 1 else f"{len(offenders)} tensors do not fit, such as {offenders[0]}"
+            first = (
+                offenders[0] if len(offenders) == 1 else f"{len(offenders)} tensors do not fit, such as {offenders[0]}"
+            )
             raise error(f"{base.label}: {first}: {reason}", offenders if len(offenders) > 1 else ())

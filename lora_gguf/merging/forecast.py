@@ -12,11 +12,21 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_gguf.chunks import CHUNK_WEIGHTS, COPY_BYTES, WORKING_BYTES, Chunk, carry_out, cut, in_threads, n_cores, stack
 from lora_gguf.files.base import Base, evenly
-from lora_gguf.plan import Policy, TensorPlan, choose
-from lora_gguf.retention import Retention, kind_of
-from lora_gguf.steps import has_steps, step_rms
+from lora_gguf.merging.plan import Policy, TensorPlan, choose
+from lora_gguf.merging.retention import Retention, kind_of
+from lora_gguf.merging.steps import has_steps, step_rms
+from lora_gguf.merging.work import (
+    CHUNK_WEIGHTS,
+    COPY_BYTES,
+    WORKING_BYTES,
+    Chunk,
+    carry_out,
+    cut,
+    in_threads,
+    n_cores,
+    stack,
+)
 
 SAMPLE_WEIGHTS = 8 << 20  # of all tensors together
 MIN_ROWS, MAX_ROWS = 16, 64  # of one tensor
@@ -64,8 +74,8 @@ def expected(
 ) -> dict[str, Retention]:
     """What merging ``tensors`` as planned would report of each, by name, from up to ``MAX_ROWS`` rows of each.
 
-    Where the base is not ``near``, these are from one place. ``done`` is called with each tensor when its first rows are done.
-    Raises ``NumericError`` as the merge would.
+    Where the base is not ``near``, these are from one place. ``done`` is called with each tensor when its first rows
+    are done. Raises ``NumericError`` as the merge would.
     """
     n_rows, n_places = rows_each(tensors), N_PLACES if near else 1
     nowhere = Nowhere(tensors)
@@ -102,8 +112,9 @@ def some_chunks(tensor: TensorPlan, n_rows: int, n_places: int) -> Iterable[Chun
 
 
 def step_of(base: Base, tensor: TensorPlan, near: bool = True) -> float | None:
-    """The rms distance between two values that the tensor's type can tell apart, from the sampled rows; None where the type
-    has no such steps."""
+    """The rms distance between two values that the tensor's type can tell apart, from the sampled rows; None where the
+    type has no such steps.
+    """
     info, quant = tensor.source, tensor.recipe.source
     if not has_steps(quant):
         return None
@@ -139,7 +150,14 @@ def recipe_key(tensor: TensorPlan) -> tuple:
         return ()
     updates = tuple(type(update).__name__ for update, _ in tensor.updates)
     rank = sum(pair.rank for pair in tensor.pairs)
-    return (tensor.source.type.name, tensor.target.type.name, tensor.recipe.rounding, tensor.source.n_cols, rank, updates)
+    return (
+        tensor.source.type.name,
+        tensor.target.type.name,
+        tensor.recipe.rounding,
+        tensor.source.n_cols,
+        rank,
+        updates,
+    )
 
 
 def seconds_a_byte(base: Base, tensor: TensorPlan, nowhere: Nowhere) -> float:

@@ -1,8 +1,8 @@
 """Sixteen numbers side by side inside kernels: ``F32`` (f32) and ``U32`` (uint32) lanes, as vector registers hold them.
 
-LLVM turns loops into vector code by rules of its own, and leaves short loops scalar; code on lanes is vector code on every
-machine, two or four registers wide where there are no sixteen lanes, with the same results bit for bit: ``fma`` rounds once
-everywhere. Python's operators work lane by lane.
+LLVM turns loops into vector code by rules of its own, and leaves short loops scalar; code on lanes is vector code on
+every machine, two or four registers wide where there are no sixteen lanes, with the same results bit for bit: ``fma``
+rounds once everywhere. Python's operators work lane by lane.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, models, register_model
 
-from lora_gguf.kernel import kernel
+from lora_gguf.kernels.decorators import kernel
 
 N = 16
 _SCALARS = {"F32": ir.FloatType(), "U32": ir.IntType(32)}
@@ -79,7 +79,9 @@ def _llvm(name: str):
 
 
 def _select(comparison: str):
-    """What takes the first of two lanes where the comparison holds, and the second elsewhere: one instruction, unlike minnum."""
+    """What takes the first of two lanes where the comparison holds, and the second elsewhere: one instruction, unlike
+    minnum.
+    """
     return lambda context, builder, sig, args: builder.select(builder.fcmp_ordered(comparison, *args), *args)
 
 
@@ -206,14 +208,18 @@ def load(typing, array, at):
     def emit(context, builder, sig, args):
         scalar = ir.FloatType() if is_f32 else ir.IntType(8)
         lanes = builder.load(_pointer(context, builder, array, *args, scalar), align=4 if is_f32 else 1)
-        return lanes if is_f32 else builder.sitofp(builder.sext(lanes, _vector(ir.IntType(32))), _vector(ir.FloatType()))
+        return (
+            lanes if is_f32 else builder.sitofp(builder.sext(lanes, _vector(ir.IntType(32))), _vector(ir.FloatType()))
+        )
 
     return F32(array, at), emit
 
 
 @intrinsic
 def store(typing, lanes, array, at):
-    """Put ``lanes`` into ``array`` from ``at`` on: f32, or whole numbers as int8. There must be room: nothing checks it."""
+    """Put ``lanes`` into ``array`` from ``at`` on: f32, or whole numbers as int8. There must be room: nothing checks
+    it.
+    """
     is_f32 = array.dtype == types.float32
 
     def emit(context, builder, sig, args):
@@ -228,6 +234,8 @@ def store(typing, lanes, array, at):
 
 @kernel
 def copy(source, target):
-    """The f32 or int8 row ``source`` into ``target``, a multiple of sixteen long: ``target[:] = source`` takes five times as long."""
+    """The f32 or int8 row ``source`` into ``target``, a multiple of sixteen long: ``target[:] = source`` takes five
+    times as long.
+    """
     for j in range(0, len(source), N):
         store(load(source, j), target, j)

@@ -17,8 +17,8 @@ from lora_gguf.adapters.lora import EMBEDDING, HEAD
 from lora_gguf.errors import LoraGgufError, MalformedError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.weights import Entry
-from lora_gguf.ggml import FILE_TYPES
-from lora_gguf.retention import kind_of as kind_of_tensor
+from lora_gguf.merging.retention import kind_of as kind_of_tensor
+from lora_gguf.quants.ggml import FILE_TYPES
 
 # general.type -> what the file is
 GGUF_KINDS = {
@@ -42,7 +42,9 @@ class TypeShare:
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many modules have this ``rank``, and the ``scale`` (alpha / rank, or as the kind has it) that multiplies B @ A."""
+    """How many modules have this ``rank``, and the ``scale`` (alpha / rank, or as the kind has it) that multiplies B @
+    A.
+    """
 
     rank: int
     scale: float | None
@@ -51,8 +53,9 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How lora-gguf made a merged file; ``adapters`` are names with the scales that multiplied their own, ``imatrix`` is the name
-    of the importance matrix ('' where none was used)."""
+    """How lora-gguf made a merged file; ``adapters`` are names with the scales that multiplied their own, ``imatrix``
+    is the name of the importance matrix ('' where none was used).
+    """
 
     version: str
     adapters: list[tuple[str, float]]
@@ -63,7 +66,9 @@ class Provenance:
 
 @dataclass(kw_only=True)
 class Inspection:
-    """What every file has: ``types`` by name, sizes in bytes, ``base_model`` as the file names it ('' where it does not)."""
+    """What every file has: ``types`` by name, sizes in bytes, ``base_model`` as the file names it ('' where it does
+    not).
+    """
 
     source: str
     kind: str
@@ -83,7 +88,9 @@ class Inspection:
 
 @dataclass(kw_only=True)
 class ModelInspection(Inspection):
-    """A model's GGUF. Numbers that the header does not state are None; ``provenance`` is that of a file lora-gguf merged."""
+    """A model's GGUF. Numbers that the header does not state are None; ``provenance`` is that of a file lora-gguf
+    merged.
+    """
 
     quantization: str = ""
     n_layers: int | None = None
@@ -101,8 +108,9 @@ class ModelInspection(Inspection):
 
 @dataclass(kw_only=True)
 class AdapterInspection(Inspection):
-    """An adapter. ``targets`` counts its modules by kind, ``whole`` the tensors that were trained whole; ``refusal`` is why
-    lora-gguf cannot use it ('' where it can)."""
+    """An adapter. ``targets`` counts its modules by kind, ``whole`` the tensors that were trained whole; ``refusal`` is
+    why lora-gguf cannot use it ('' where it can).
+    """
 
     method: str = ""
     alpha: float | None = None
@@ -119,7 +127,9 @@ def inspect_gguf(base: Base, source: str) -> Inspection:
     kind = base.get("general.type", "model")
     common = dict(
         source=source,
-        kind=GGUF_KINDS.get(kind, f"GGUF of type {text(kind)}") if base.tensors or kind != "model" else "vocabulary without weights",
+        kind=GGUF_KINDS.get(kind, f"GGUF of type {text(kind)}")
+        if base.tensors or kind != "model"
+        else "vocabulary without weights",
         files=[printable(reader.label) for reader in base.readers],
         n_bytes=sum(reader.size for reader in base.readers),
         n_parameters=sum(info.n_elements for info in base.tensors.values()),
@@ -187,7 +197,7 @@ def provenance_of(base: Base) -> Provenance | None:
     names, scales = base.get("lora_gguf.adapter.names"), base.get("lora_gguf.adapter.scales")
     if not isinstance(names, list) or not isinstance(scales, list):
         return None
-    adapters = [(text(name), float(scale)) for name, scale in zip(names, scales)]
+    adapters = [(text(name), float(scale)) for name, scale in zip(names, scales, strict=False)]
     version, rounding, imatrix = (text(base.get(f"lora_gguf.{key}", "")) for key in ("version", "rounding", "imatrix"))
     return Provenance(version, adapters, rounding, number(base.get("lora_gguf.seed")) or 0, imatrix)
 

@@ -1,4 +1,6 @@
-"""What a user may name as an adapter: a PEFT directory, a Hub id, or an adapter GGUF; all three go straight into merge."""
+"""What a user may name as an adapter: a PEFT directory, a Hub id, or an adapter GGUF; all three go straight into
+merge.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,12 @@ def placement_of(
     expert_b_layout: str | None = None,
     base_config: str | os.PathLike | None = None,
 ) -> Placement:
-    """The updates of the adapter at ``path``, a directory or a GGUF, in the layout of ``base``, as a merge carries them out.
+    """The updates of the adapter at ``path``, a directory or a GGUF, in the layout of ``base``, as a merge carries them
+    out.
 
-    ``tied`` and ``allow_unused`` are those of ``gguf_pairs``, ``expert_b_layout`` that of ``read_adapter``; ``base_config``
-    is the base's ``config.json``, or the folder that holds it, for what its GGUF does not say.
-    Raises ``UnsupportedError`` for an adapter that cannot be merged.
+    ``tied`` and ``allow_unused`` are those of ``gguf_pairs``, ``expert_b_layout`` that of ``read_adapter``;
+    ``base_config`` is the base's ``config.json``, or the folder that holds it, for what its GGUF does not say. Raises
+    ``UnsupportedError`` for an adapter that cannot be merged.
     """
     if _is_gguf(path):
         placement = adapter_gguf_pairs(path, base, tied, allow_unused)

@@ -6,7 +6,8 @@ most of the damage. The matrices that read them have learned small weights there
 that the eight largest hold. So the guess is a negative power of the columns' mean squares.
 
 What makes these activations is a column of some layers' ``ffn_down``: one input, large at the first token, times a few
-huge weights ("super weights", Yu et al. 2024, arXiv 2411.07191). The weights that write the residual's heaviest columns tell it.
+huge weights ("super weights", Yu et al. 2024, arXiv 2411.07191). The weights that write the residual's heaviest columns
+tell it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from lora_gguf.files.base import Base, evenly
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.files.imatrix import Imatrix
-from lora_gguf.quants import QUANTS
+from lora_gguf.quants.table import QUANTS
 
 POWER = -1.5
 SAMPLE_ROWS = 64
@@ -38,7 +39,11 @@ def importance_of(base: Base, name: str, imatrix: Imatrix | None, energies: dict
     """The importance of the columns of a tensor: f32 (matrices, cols), mean 1. ``energies`` keeps what was sampled."""
     info = base.tensors[name]
     measured = imatrix.of(info) if imatrix else None
-    guess = guessed(base, name, energies) * super_columns(base, name, energies) if measured is None else measured.astype(np.float64)
+    guess = (
+        guessed(base, name, energies) * super_columns(base, name, energies)
+        if measured is None
+        else measured.astype(np.float64)
+    )
     scaled = guess / np.maximum(guess.mean(axis=-1, keepdims=True), 1e-30)
     return np.ascontiguousarray(np.broadcast_to(scaled, (info.n_rows // (1, *info.shape)[-2], info.n_cols)), np.float32)
 
@@ -60,7 +65,8 @@ def guessed(base: Base, name: str, energies: dict[str, np.ndarray]) -> np.ndarra
 
 
 def super_columns(base: Base, name: str, energies: dict[str, np.ndarray]) -> np.ndarray | float:
-    """How far the columns of a tensor that writes the residual stream stand out in the rows of its heaviest columns: (matrices, cols).
+    """How far the columns of a tensor that writes the residual stream stand out in the rows of its heaviest columns:
+    (matrices, cols).
 
     1 for other tensors, and where nothing tells these columns.
     """

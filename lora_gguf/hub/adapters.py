@@ -154,7 +154,9 @@ def _local_adapter(path: Path, revision: str | None, subfolder: str | None, outp
 
 
 def copy_to(folder: Path, paths: list[Path], force: bool = False) -> Path:
-    """Copy the files to ``folder``, each whole or not at all; what is there already must be the same, or ``force`` given."""
+    """Copy the files to ``folder``, each whole or not at all; what is there already must be the same, or ``force``
+    given.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
@@ -162,7 +164,5 @@ def copy_to(folder: Path, paths: list[Path], force: bool = False) -> Path:
             if not (target.is_file() and filecmp.cmp(path, target, shallow=False)):
                 copy_file(path, target, force=force)
     except OSError as error:
-        raise FileError(
-            f"{printable(folder)}: cannot copy there: {error.strerror}: name another folder"
-        ) from error
+        raise FileError(f"{printable(folder)}: cannot copy there: {error.strerror}: name another folder") from error
     return folder

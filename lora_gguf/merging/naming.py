@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_gguf.files.base import Base, split_name
-from lora_gguf.ggml import FILE_TYPES
-from lora_gguf.plan import Plan
+from lora_gguf.merging.plan import Plan
+from lora_gguf.quants.ggml import FILE_TYPES
 
 MAX_LENGTH = 200
 _ENCODING = "|".join(sorted(FILE_TYPES, key=len, reverse=True))
-_STEM = re.compile(rf"(?P<name>.+?)(?:[-.](?P<version>v\d+(?:\.\d+)*))?(?:[-._](?:UD-)?(?:{_ENCODING}|Q\d_K_X?L))?", re.IGNORECASE)
+_STEM = re.compile(
+    rf"(?P<name>.+?)(?:[-.](?P<version>v\d+(?:\.\d+)*))?(?:[-._](?:UD-)?(?:{_ENCODING}|Q\d_K_X?L))?", re.IGNORECASE
+)
 
 
 def output_path(out: str | os.PathLike, base: Base, plan: Plan, adapters: Iterable[str]) -> Path:

@@ -1,4 +1,5 @@
-"""Spend a size budget where it buys the most fidelity: promote the adapted tensors that rounding disturbs most per byte.
+"""Spend a size budget where it buys the most fidelity: promote the adapted tensors that rounding disturbs most per
+byte.
 
 What dither adds to a tensor has the energy Σ |delta|·step; its output is disturbed by that relative to Σ W². The ratio
 over the bytes that a promotion costs ranks the tensors. A few rows tell both sums.
@@ -10,12 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_gguf.chunks import Chunk, stack, update_of
 from lora_gguf.errors import UsageError, printable
 from lora_gguf.files.base import Base, evenly
-from lora_gguf.ggml import BY_NAME
-from lora_gguf.plan import Plan, TensorPlan
-from lora_gguf.quants import QUANTS
+from lora_gguf.merging.plan import Plan, TensorPlan
+from lora_gguf.merging.work import Chunk, stack, update_of
+from lora_gguf.quants.ggml import BY_NAME
+from lora_gguf.quants.table import QUANTS
 
 PROMOTED = "Q8_0"
 SAMPLE_ROWS = 16
@@ -33,14 +34,21 @@ def parse_growth(text: str) -> float:
 
 
 def promote(plan: Plan, base: Base, max_growth: float) -> None:
-    """Give the tensors that gain most per byte the type Q8_0, while the tensors grow by at most ``max_growth`` of their size."""
+    """Give the tensors that gain most per byte the type Q8_0, while the tensors grow by at most ``max_growth`` of their
+    size.
+    """
     if not max_growth:
         return
     target, ranked = BY_NAME[PROMOTED], []
     for tensor in plan.merged:
         info = tensor.source
         cost = info.n_elements // target.block_size * target.block_bytes - info.n_bytes
-        if tensor.recipe.keeps_grid and tensor.recipe.source.unpack and cost > 0 and info.n_cols % target.block_size == 0:
+        if (
+            tensor.recipe.keeps_grid
+            and tensor.recipe.source.unpack
+            and cost > 0
+            and info.n_cols % target.block_size == 0
+        ):
             ranked.append((disturbance(tensor, base) / cost, cost, tensor))
     budget = max_growth * base.n_bytes
     for _, cost, tensor in sorted(ranked, key=lambda entry: -entry[0]):
