@@ -73,7 +73,8 @@ def layout_doubt(
     if "unsloth" not in str(config.get("base_model_name_or_path", "")).lower() and b"unsloth" not in said:
         return []
     return [
-        "packed experts trained with Unsloth: read in PEFT's order; if the result is gibberish, the adapter is from before "
+        "packed experts trained with Unsloth: read in PEFT's order; if the result is gibberish, the adapter "
+        "is from before "
         "September 2026: give --expert-b-layout expert-major"
     ]
 

@@ -49,7 +49,7 @@ def first_match(keys: Iterable[str], module: str) -> str | None:
 
     The keys of one map are sorted once, so pass the same object for every module.
     """
-    global _latest
+    global _latest  # noqa: PLW0603
     if keys is not _latest.keys:
         _latest = _Index(keys)
     return _latest.first(module)

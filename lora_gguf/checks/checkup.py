@@ -117,7 +117,10 @@ def recommend(outlooks: list[Outlook]) -> str:
         better = min((found for found in outlooks if found.kept >= GOOD), key=lambda found: found.n_bytes, default=None)
         if better is None:
             return f"little is kept whatever the type: the defaults keep {default.kept:.2f}"
-        return f"merge with {better.options}: it keeps {better.kept:.2f} of the adapter, the defaults only {default.kept:.2f}"
+        return (
+            f"merge with {better.options}: it keeps {better.kept:.2f} of the adapter, the defaults only "
+            f"{default.kept:.2f}"
+        )
     lost = [name for name in ("nearest", "fresh") if name in by_name and by_name[name].kept < GOOD - 0.1]
     others = (
         "; " + " and ".join(f"{name} rounding would keep {by_name[name].kept:.2f}" for name in lost) if lost else ""

@@ -22,8 +22,11 @@ from lora_gguf.quants.ggml import FILE_TYPES
 
 # general.type -> what the file is
 GGUF_KINDS = {
-    "model": "model", "mmproj": "projector of images or sound (mmproj)", "imatrix": "importance matrix", "adapter": "adapter (GGUF)",
-}  # fmt: skip
+    "model": "model",
+    "mmproj": "projector of images or sound (mmproj)",
+    "imatrix": "importance matrix",
+    "adapter": "adapter (GGUF)",
+}
 # field of adapter_config.json that changes how a LoRA works -> what it is then called
 VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "alora_invocation_tokens": "aLoRA", "lora_bias": "with biases"}
 # the factor of a module whose smaller side is the rank

@@ -51,7 +51,10 @@ def compare_tokens(directory: Path, _config: dict, base: Base, texts: list[str])
     other = [token_id for token_id in tokens if token_id not in new and not is_same(texts[token_id], tokens[token_id])]
     if other:
         first = min(other)
-        shown = f"token {first} is {printable(texts[first], 30)!r} in {base.label} and {printable(tokens[first], 30)!r} here"
+        shown = (
+            f"token {first} is {printable(texts[first], 30)!r} in {base.label} and "
+            f"{printable(tokens[first], 30)!r} here"
+        )
         return Remark(
             "vocabulary", WARNING, f"{len(other)} of {len(tokens)} tokens differ ({shown}): is this the adapter's base?"
         )

@@ -165,7 +165,8 @@ def merge(
     if dry_run and not quiet:
         tensors = sum(tensor.target.n_bytes for tensor in merged.plan.tensors)
         say(
-            f"nothing was written: the tensors would take {tensors / 1e6:.0f} MB; what would be kept of the adapter, lora-gguf doctor tells"
+            f"nothing was written: the tensors would take {tensors / 1e6:.0f} MB; what would be kept of the "
+            "adapter, lora-gguf doctor tells"
         )
     if not quiet:
         for path in merged.written:

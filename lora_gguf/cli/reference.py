@@ -101,7 +101,7 @@ def rewritten(readme: str) -> str:
     parts = {"kinds": support.kinds_table, "architectures": support.architectures_table, "commands": commands_reference}
     for name, part in parts.items():
         pattern = rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)"
-        readme, n_found = re.subn(pattern, lambda _: part(), readme, count=1, flags=re.DOTALL)
+        readme, n_found = re.subn(pattern, lambda _, text=part(): text, readme, count=1, flags=re.DOTALL)
         if not n_found:
             raise SystemExit(f"no <!-- {name} --> … <!-- end --> in the file")
     return readme

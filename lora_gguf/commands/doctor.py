@@ -105,7 +105,10 @@ def remarks_on_fit(model: Base, plan: Plan, placements: Sequence[Placement]) -> 
     accounts = [account for placement in placements for account in placement.accounts]
     ignored = [account for account in accounts if account.outcome == "ignored"]
     n_applied = len(accounts) - len(ignored)
-    text = f"{n_applied} of {len(accounts)} adapter tensors change {len(plan.merged)} of {len(model.tensors)} in {model.label}"
+    text = (
+        f"{n_applied} of {len(accounts)} adapter tensors change {len(plan.merged)} of {len(model.tensors)} in "
+        f"{model.label}"
+    )
     remarks = [Remark("fit", OK, text)]
     remarks += [Remark("fit", NOTE, f"{account.tensor}: left out: {account.reason}") for account in ignored[:5]]
     if any(placement.untied for placement in placements):

@@ -101,7 +101,8 @@ def noise_warnings(found: Extraction, before: Base, after: Base) -> list[str]:
     if not noisy or len(noisy) < len(found.tensors) / 2:
         return []
     return [
-        f"of {len(noisy)} quantized tensors rank {found.rank} keeps less than {LOW_RANK:.0%}, such as {noisy[0].kept:.0%} of "
+        f"of {len(noisy)} quantized tensors rank {found.rank} keeps less than {LOW_RANK:.0%}, such as "
+        f"{noisy[0].kept:.0%} of "
         f"{noisy[0].name}: most of the difference is rounding: extract from F16 or BF16 files"
     ]
 

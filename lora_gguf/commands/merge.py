@@ -56,7 +56,8 @@ class MergeReport:
         return {key: groups[key] for key in sorted(groups, key=lambda key: kinds.index(key[0]))}
 
     def as_dict(self) -> dict:
-        """The report as plain data for JSON: the whole, each kind of tensor, each merged tensor, each of the adapter's."""
+        """The report as plain data for JSON: the whole, each kind of tensor, each merged tensor, each of "
+        "the adapter's."""
         tensors = [
             {
                 "name": tensor.target.name,

@@ -135,7 +135,8 @@ def _check_shards(readers: list[GgufReader]) -> None:
         found = (reader.get("split.no"), reader.get("split.count"))
         if found != (number, len(readers)):
             raise MalformedError(
-                f"{reader.label}: expected shard {number + 1} of {len(readers)}, its metadata says {found}: not its shard"
+                f"{reader.label}: expected shard {number + 1} of {len(readers)}, its metadata says {found}: "
+                "not its shard"
             )
         if reader.architecture not in ("", head.architecture):
             raise MalformedError(

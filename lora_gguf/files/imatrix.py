@@ -44,7 +44,8 @@ class Imatrix:
         if found.size == shape[0] * shape[1] and (len(found) == 1 or found.shape == shape):
             return found.reshape(shape)
         raise MismatchError(
-            f"{self.label}: {tensor.name}: expected {shape[0]} x {shape[1]} values, found {' x '.join(map(str, found.shape))}: "
+            f"{self.label}: {tensor.name}: expected {shape[0]} x {shape[1]} values, found "
+            f"{' x '.join(map(str, found.shape))}: "
             "is it the importance matrix of another model?"
         )
 
@@ -90,7 +91,8 @@ def _read_gguf(reader: GgufReader) -> Imatrix:
             sums, counts = _floats(reader, name), _floats(reader, entry + COUNTS)
             if counts.shape != (len(sums), 1):
                 raise MalformedError(
-                    f"{reader.label}: {entry}{COUNTS}: expected {(len(sums), 1)}, found {counts.shape}: the file is damaged"
+                    f"{reader.label}: {entry}{COUNTS}: expected {(len(sums), 1)}, found {counts.shape}: the "
+                    "file is damaged"
                 )
             counts = _checked(reader.label, entry + COUNTS, counts)
             with np.errstate(all="ignore"):

@@ -66,7 +66,8 @@ def check_space(target: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if n_bytes > free:
         raise FileError(
-            f"{printable(target)}: needs {n_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free: make room or write elsewhere"
+            f"{printable(target)}: needs {n_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free: make "
+            "room or write elsewhere"
         )
 
 
@@ -202,7 +203,8 @@ class OutputFile:
             _sync_folder(self.target.parent)
         except OSError as error:
             raise FileError(
-                f"{self.label}: written whole, but its folder could not be synced: {error.strerror}: check the disk before a power cut"
+                f"{self.label}: written whole, but its folder could not be synced: {error.strerror}: check "
+                "the disk before a power cut"
             ) from error
 
     def _place(self) -> None:

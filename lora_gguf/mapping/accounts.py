@@ -72,7 +72,10 @@ class Placement:
             return summary(self.accounts)
         (_, least), (worst, most) = errors[0], errors[-1]
         rank = max(pair.rank for pair in self.pairs if pair.name in self.approximations)
-        line = f"approximated at rank {rank}: {len(errors)} tensors, with relative errors from {least:.2g} to {most:.2g} ({worst})"
+        line = (
+            f"approximated at rank {rank}: {len(errors)} tensors, with relative errors from {least:.2g} to "
+            f"{most:.2g} ({worst})"
+        )
         return [*summary(self.accounts), line]
 
     def as_dict(self) -> dict:

@@ -101,7 +101,8 @@ def settle_vocabulary(placement: Placement, adapter: Adapter, base: GgufReader) 
         placement.warnings.append(str(error))
     if beyond := [token.text for i, token in sorted(tokens.items()) if i >= n_rows]:
         placement.warnings.append(
-            f"{len(beyond)} tokens of the adapter's tokenizer, such as {printable(beyond[0], 40)!r}, have no weights in it: left out"
+            f"{len(beyond)} tokens of the adapter's tokenizer, such as {printable(beyond[0], 40)!r}, have no "
+            "weights in it: left out"
         )
 
 

@@ -54,6 +54,7 @@ def placement_of(
         placement = gguf_pairs(adapter, base, config=config, **wanted)
     if placement.invocation_tokens:
         raise UnsupportedError(
-            f"{adapter_name(path)}: an aLoRA, active only after its invocation tokens: it cannot be merged; use 'lora-gguf convert'"
+            f"{adapter_name(path)}: an aLoRA, active only after its invocation tokens: it cannot be merged; "
+            "use 'lora-gguf convert'"
         )
     return placement

@@ -171,7 +171,8 @@ def _grown_pair(pair: LoraPair, n_rows: int, original: np.ndarray | None) -> tup
         return pair, None
     if original is None or len(original) < len(pair.b):
         raise MismatchError(
-            f"{pair.name}: {n_new} new tokens, whose own embedding is not in the adapter: save it with save_embedding_layers=True"
+            f"{pair.name}: {n_new} new tokens, whose own embedding is not in the adapter: save it with "
+            "save_embedding_layers=True"
         )
     rows = original[n_rows : len(pair.b)] + replace(pair, b=pair.b[n_rows:]).delta()
     return LoraPair(pair.name, pair.a, np.ascontiguousarray(pair.b[:n_rows]), pair.scale, pair.sources), rows
@@ -248,7 +249,8 @@ def is_called(token: Token, text: str) -> bool:
 def check_texts(label: str, texts: list[str], types: list[int], tokens: dict[int, Token]) -> None:
     """Raise ``MismatchError`` where the adapter's tokenizer has another text for a token that the base uses."""
     strange = [
-        f"token {token_id}: expected {printable(texts[token_id], 40)!r} as in {label}, found {printable(token.text, 40)!r}"
+        f"token {token_id}: expected {printable(texts[token_id], 40)!r} as in {label}, found "
+        f"{printable(token.text, 40)!r}"
         for token_id, token in sorted(tokens.items())
         if token_id < len(texts)
         and not is_called(token, texts[token_id])
