@@ -11,6 +11,8 @@ from safetensors.numpy import save_file
 
 from lora_gguf.adapters.adapter import read_adapter
 from lora_gguf.errors import FileError, MalformedError, NumericError, UnsupportedError
+from tests import tiny
+from tests.test_cli import run
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none", "use_dora": None}
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -178,3 +180,53 @@ def test_copies_of_the_base_are_ignored_with_a_reason(tmp_path):
     name = f"base_model.model.{MODULE}.base_layer.weight"
     adapter = read_adapter(directory(tmp_path, tensors() | {name: np.ones((10, 6), np.float32)}))
     assert len(adapter.updates) == 1 and name in adapter.ignored
+
+
+EMPTY = {
+    "a whole tensor": {"base_model.model.lm_head.modules_to_save.weight": (0,)},
+    "a whole matrix": {"base_model.model.model.embed_tokens.weight": (0, 6)},
+    "both factors": {f"base_model.model.{MODULE}.lora_{half}.weight": (0,) for half in "AB"},
+    "one factor": {f"base_model.model.{MODULE}.lora_B.weight": (10, 0)},
+    "a magnitude": {f"base_model.model.{MODULE}.lora_magnitude_vector": (0,)},
+    "a token's row": {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": (0, 6)},
+}
+
+
+@pytest.mark.parametrize("command", ["merge", "doctor", "convert", "inspect"])
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_tensors_are_named_with_their_cause(tmp_path, capsys, name, command):
+    weights = tensors() | {key: np.zeros(shape, np.float32) for key, shape in EMPTY[name].items()}
+    (tmp_path / "adapter").mkdir()
+    folder = directory(tmp_path / "adapter", weights)
+    base = tiny.base_gguf(tmp_path, "llama")
+    arguments = {"convert": [folder, "--base", base], "inspect": [folder]}.get(command, [base, folder])
+    output = [] if command in ("doctor", "inspect") else ["-o", tmp_path / "out.gguf"]
+    code, out, err = run(capsys, command, *arguments, *output)
+    assert code == (0 if command == "inspect" else MalformedError.exit_code), err
+    said = out if command == "inspect" else err
+    assert "ZeRO-3" in said and all(key.split(".lora_")[0] in said for key in EMPTY[name])
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_an_empty_tensor_may_be_left_out(tmp_path):
+    weights = tensors() | {"base_model.model.lm_head.weight": np.zeros(0, np.float32)}
+    adapter = read_adapter(directory(tmp_path, weights), allow_unused="lm_head")
+    assert [update.name for update in adapter.updates] == [MODULE] and "empty" in "".join(adapter.ignored.values())
+
+
+def test_two_adapters_in_one_file_are_refused(tmp_path):
+    other = MODULE.replace("q_proj", "v_proj")
+    weights = tensors(middle=".default") | tensors(other, middle=".second")
+    with pytest.raises(MalformedError, match="2 adapters in this file .default, second."):
+        read_adapter(directory(tmp_path, weights))
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica", "Gaussian"])
+def test_inits_that_leave_the_base_alone(tmp_path, init):
+    assert not read_adapter(directory(tmp_path, init_lora_weights=init)).warnings
+
+
+@pytest.mark.parametrize("init", ["svd_of_tomorrow", "gaussian2", ""])
+def test_an_unknown_init_is_doubted(tmp_path, init):
+    (warning,) = read_adapter(directory(tmp_path, init_lora_weights=init)).warnings
+    assert warning.startswith(f"init_lora_weights={init} is not known")

@@ -102,6 +102,18 @@ def _no_alloc():
     return Params(True, None)
 
 
+def test_the_report_of_a_shard_is_of_its_tensors(tmp_path):
+    first, (adapters, _) = write_split(tmp_path), write_adapter(tmp_path)
+    whole = merge(first, adapters, tmp_path / "whole.gguf", shards=True)
+    parts = [merge(first, adapters, tmp_path / "part.gguf", shard=f"{i}/3") for i in (1, 2, 3)]
+    of_parts = [tensor["name"] for part in parts for tensor in part.as_dict()["merged"]]
+    assert of_parts == [tensor["name"] for tensor in whole.as_dict()["merged"]]
+    for part in parts:
+        found = part.as_dict()
+        assert found["all"]["weights"] == sum(tensor["weights"] for tensor in found["merged"])
+        assert sum(kind["count"] for kind in found["kinds"]) == len(found["merged"]) == len(part.retention)
+
+
 def test_one_file_becomes_shards_of_a_size(tmp_path):
     first = write_split(tmp_path, (NAMES,))
     adapters, _ = write_adapter(tmp_path)

@@ -14,6 +14,7 @@ import pytest
 
 from lora_gguf import errors
 from lora_gguf.cli import execute
+from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.output import SUFFIX
 from tests.common import gemma3_path, smollm2_path
 from tests.test_merge import NAME, base_and_adapter, tensor
@@ -325,3 +326,15 @@ def test_a_traceback_only_with_debug(tmp_path, capsys, monkeypatch):
     for arguments, wanted in ((("merge",), False), (("--debug", "merge"), True)):
         code, _, err = run(capsys, *arguments, tmp_path / "none.gguf", "x")
         assert code == 7 and ("Traceback" in err) is wanted and err.count("lora-gguf: error: ") == 1
+
+
+@pytest.mark.parametrize("command", ["merge", "doctor"])
+def test_scale_is_the_first_adapters(tmp_path, capsys, command):
+    base, adapter, _ = base_and_adapter(tmp_path, "F32")
+    output = ["-o", tmp_path / "out.gguf"] if command == "merge" else []
+    code, _, err = run(capsys, command, base, "--lora", adapter, "--lora", adapter, "--scale", "0.5", *output)
+    assert code == 2 and "--scale 0.5 is ADAPTER's" in err and "--lora ADAPTER:0.5" in err
+    assert run(capsys, command, base, adapter, "--scale", "0.5", "--lora", f"{adapter}:2", *output)[0] == 0
+    if command == "merge":
+        with GgufReader(tmp_path / "out.gguf") as reader:
+            assert reader.get("lora_gguf.adapter.scales") == [0.5, 2.0]

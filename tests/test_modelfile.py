@@ -11,7 +11,7 @@ import pytest
 from lora_gguf.commands.merge import merge
 from lora_gguf.errors import FileError, UsageError
 from lora_gguf.files.base import Base
-from lora_gguf.merging.modelfile import CHAT_TEMPLATE, FAMILIES, family_of, modelfile
+from lora_gguf.merging.modelfile import CHAT_TEMPLATE, FAMILIES, SAMPLING, family_of, modelfile
 from lora_gguf.merging.plan import Policy
 from tests.common import gemma3_path, ggml, smollm2_path
 from tests.test_cli import run
@@ -119,6 +119,22 @@ def test_parameters_that_the_base_recommends():
     }
     found = lines(WithKeys(**keys))
     assert found[-3:] == ["PARAMETER num_ctx 2048", "PARAMETER temperature 0.6", "PARAMETER top_k 20"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "0.5", [1.0]])
+def test_what_is_no_finite_number_is_no_parameter(value):
+    keys = {f"general.sampling.{key}": value for key in SAMPLING}
+    found = lines(WithKeys(**keys, **{"llama.context_length": True, "tokenizer.ggml.eos_token_id": True}))
+    assert not [line for line in found if line.startswith("PARAMETER")]
+
+
+def test_whole_numbers_stay_whole():
+    keys = {"general.sampling.top_k": 1_000_000, "general.sampling.penalty_last_n": -1, "general.sampling.temp": 1}
+    assert lines(WithKeys(**keys))[-3:] == [
+        "PARAMETER temperature 1",
+        "PARAMETER top_k 1000000",
+        "PARAMETER repeat_last_n -1",
+    ]
 
 
 def test_tokens_that_would_break_out_of_their_line_are_left_out():

@@ -73,6 +73,14 @@ def test_metadata_never_leads_out_of_the_folder(evil):
     assert found.endswith(".gguf") and not found.startswith((".", "-")) and "\\" not in found
 
 
+@pytest.mark.parametrize("kv", [{}, {"basename": "B" * 150, "size_label": "8B", "version": "v2"}])
+def test_a_long_name_is_cut_before_its_version_and_encoding(kv):
+    found = {file_type: name(Named("model.gguf", **kv), "a" * 250, file_type=file_type) for file_type in (Q4_K_M, Q8_0)}
+    version = "v2-" if kv else ""
+    assert found[Q4_K_M].endswith(f"-{version}Q4_K_M.gguf") and found[Q8_0].endswith(f"-{version}Q8_0.gguf")
+    assert all(150 < len(path) <= 205 for path in found.values())
+
+
 def test_the_command_uses_it_and_never_overwrites(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base_and_adapter(tmp_path, "Q4_0")

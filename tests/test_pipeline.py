@@ -104,6 +104,30 @@ def test_it_runs_once_and_again_only_for_what_changed(local_hub, folder):
     assert changed == {f"merged/own--{quant}.{end}" for quant in QUANTS for end in ("gguf", "Modelfile")}
 
 
+READ = ["adapter_model.bin", "adapter_model-00002-of-00002.safetensors", "adapter_model.bin.index.json",
+        "tokenizer.json", "chat_template.jinja", "tokenizer.model"]  # fmt: skip
+
+
+def test_every_file_that_a_merge_reads_is_a_dependency(tmp_path, capsys):
+    folder = tmp_path / "pipeline"
+    assert run(capsys, "init-pipeline", folder)[0] == 0
+    filled_in(folder, ADAPTERS="own", QUANTS="Q8_0")
+    outputs = ["merged/own--Q8_0.gguf", "merged/own--Q8_0.Modelfile", "adapters/own--Q8_0.gguf"]
+    for number, name in enumerate(["models/Q8_0.gguf", "adapters/own/adapter_config.json", *outputs]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+        os.utime(folder / name, (1000 + number, 1000 + number))
+    targets = ["make", "-C", str(folder), "-q", "merged-files", "adapter-files"]
+    assert subprocess.run(targets, capture_output=True).returncode == 0
+    for name in READ:
+        path = folder / "adapters" / "own" / name
+        path.touch()
+        assert subprocess.run(targets, capture_output=True).returncode == 1, name
+        path.unlink()
+    (folder / "adapters" / "own" / "checkpoint-1").mkdir()
+    assert subprocess.run(targets, capture_output=True).returncode == 0
+
+
 def test_killed_it_leaves_nothing_half_done_and_goes_on(local_hub, folder):
     process = make(local_hub, folder, "-j2")
     deadline = time.monotonic() + 60

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_gguf.adapters import adapter_config
 from lora_gguf.adapters.adapter_config import kind_of
+from lora_gguf.adapters.doubts import doubts
 from lora_gguf.adapters.kinds import KINDS, SHARED, Module, pattern_value, scale_of, trainable_tokens
 from lora_gguf.adapters.lora import LoraPair, check_finite
 from lora_gguf.adapters.updates import Replaced, Update
@@ -24,6 +25,7 @@ WEIGHTS = (
 )  # fmt: skip
 PREFIX = "base_model.model."
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+EMPTY = "an empty tensor: DeepSpeed ZeRO-3 saves these where the weights are not gathered: gather and save them again"
 WHOLE = re.compile(r"(?P<path>.+?)(\.(modules_to_save|ln_tuning_layers)(\.[^.]+)?)?\.(?P<part>weight|bias)")
 # the order in which modules of packed experts register their parameters
 PARAMETERS = ("gate_up_proj", "gate_proj", "w1", "up_proj", "v1", "w3", "down_proj", "w2", "weight")
@@ -58,27 +60,6 @@ class Adapter:
         return self.config.get("alora_invocation_tokens", [])
 
 
-def layout_doubt(
-    directory: Path, updates: list[LoraPair | Update], config: dict, expert_b_layout: str | None
-) -> list[str]:
-    """A warning where packed experts come from Unsloth, whose older versions laid B out in another order than PEFT."""
-    if expert_b_layout or all(len(update.shape) < 3 for update in updates) or "mlx" in kind_of(config).lower():
-        return []
-    if "lora_B_layout" in config or "unsloth_fused_expert_lora" in config:
-        return []
-    said = b""
-    if (readme := directory / "README.md").is_file():
-        with open(readme, "rb") as file:
-            said = file.read(65536).lower()
-    if "unsloth" not in str(config.get("base_model_name_or_path", "")).lower() and b"unsloth" not in said:
-        return []
-    return [
-        "packed experts trained with Unsloth: read in PEFT's order; if the result is gibberish, the adapter "
-        "is from before "
-        "September 2026: give --expert-b-layout expert-major"
-    ]
-
-
 def allowed(names: Iterable[str], pattern: str | None) -> bool:
     """Whether the user's regular expression lets leftovers of these names pass."""
     try:
@@ -108,7 +89,7 @@ def read_adapter(
     check_all_finite(tensors, path.name)
     found = updates_of(tensors, config, path.name, expert_b_layout, allow_unused)
     label = adapter_name(directory.resolve())
-    warnings = layout_doubt(directory, found.updates, config, expert_b_layout)
+    warnings = doubts(directory, found.updates, config, expert_b_layout)
     return Adapter(label, directory, config, found.updates, found.ignored, found.originals, warnings)
 
 
@@ -200,19 +181,38 @@ def sort_tensors(tensors: dict[str, np.ndarray], config: dict) -> Contents:
     """
     kind_factors = (*KINDS[kind_of(config)][1], "trainable_tokens_delta")
     pattern = re.compile(
-        rf"(?P<path>.+?)\.(?P<factor>{'|'.join(kind_factors)})(\.(?!(weight|bias)$)[^.]+)?(?P<bias>\.bias)?(\.weight)?"
+        rf"(?P<path>.+?)\.(?P<factor>{'|'.join(kind_factors)})(\.(?!(weight|bias)$)(?P<adapter>[^.]+))?(?P<bias>\.bias)?"
+        r"(\.weight)?"
     )
+    empty = {name for name, array in tensors.items() if not array.size}
     shared = {name: array for key in SHARED for name, array in tensors.items() if name.split(".")[1:2] == [key]}
     found = Contents(ignored=dict.fromkeys(shared, "shared by the modules that it is applied with"))
+    found.unknown |= dict.fromkeys(sorted(empty), EMPTY)
     shared_factors = {name.split(".")[1]: array for name, array in shared.items()}
+    adapters: dict[str, str] = {}
     for name, array in tensors.items():
+        if name in empty:
+            continue
         if match := pattern.fullmatch(name):
             path = module_path(match["path"])
+            adapters.setdefault(match["adapter"] or "", name)
             module = found.modules.setdefault(path, Module(path, {}, {}, config, shared_factors))
             add_factor(module, match["factor"] + (match["bias"] or ""), name, array, found)
         elif name not in shared:
             add_whole(name, array, found, config)
+    found.strange += several_adapters(adapters)
     return found
+
+
+def several_adapters(named: dict[str, str]) -> list[str]:
+    """What is wrong where the tensors of one file are called by several adapters' names; ``named``: a tensor of
+    each.
+    """
+    names = [name for name in named if name]
+    if len(names) < 2:
+        return []
+    shown = ", ".join(names)
+    return [f"{named[names[1]]}: one of {len(names)} adapters in this file ({shown}): save each alone"]
 
 
 def add_factor(module: Module, factor: str, name: str, array: np.ndarray, found: Contents) -> None:

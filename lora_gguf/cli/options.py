@@ -24,7 +24,9 @@ Lora = Annotated[
     list[str] | None,
     typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="One more adapter; repeat."),
 ]
-Scale = Annotated[float, typer.Option("--scale", metavar="X", help="Multiplies the adapter's own scale.")]
+Scale = Annotated[
+    float, typer.Option("--scale", metavar="X", help="Multiplies ADAPTER's own scale; not those of --lora.")
+]
 TiedHead = Annotated[Tied, typer.Option("--tied", help="An adapted head that the base shares with its embedding.")]
 AllowUnused = Annotated[
     str | None,

@@ -53,7 +53,9 @@ def base_and_adapter(first: str | None, second: str | None, model: str | None) -
 
 
 def named_adapters(adapter: str | None, scale: float, lora: Iterable[str] | None) -> list[tuple[str, float]]:
-    """ADAPTER at --scale and those of --lora; at least one."""
+    """ADAPTER at --scale and those of --lora, which have scales of their own; at least one."""
+    if lora and not adapter and scale != 1.0:
+        raise UsageError(f"--scale {scale:g} is ADAPTER's, and only --lora names one: write --lora ADAPTER:{scale:g}")
     named = ([(adapter, scale)] if adapter else []) + adapters_of(lora or [])
     if not named:
         raise UsageError("no adapter: name one, or several with --lora")

@@ -134,6 +134,7 @@ def merge(
         writers = [writer_of(part, plan, metadata, model.alignment, force, inputs) for part in parts]
         check_space(writers[0].output.target, sum(writer.size for writer in writers))
         recipe = ollama_recipe(parts, model, force) if modelfile else None
+        report.plan = replace(plan, tensors=[tensor for part in parts for tensor in part.tensors])
         with ExitStack() as opened:
             for part, writer in zip(parts, writers, strict=False):
                 write_part(part, model, opened.enter_context(writer), report, threads, memory, progress)

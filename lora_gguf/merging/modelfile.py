@@ -8,6 +8,7 @@ what to do.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -17,14 +18,14 @@ from lora_gguf.files.base import Base
 MAX_CONTEXT = 8192  # tokens; a larger context costs memory, so only its owner can say
 CHAT_TEMPLATE = "tokenizer.chat_template"
 SPECIAL = ("eos", "eot", "eom")
-# GGUF's recommended sampling -> Ollama's parameter
+# GGUF's recommended sampling -> Ollama's parameter, and what it must be
 SAMPLING = {
-    "temp": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "penalty_last_n": "repeat_last_n",
-    "penalty_repeat": "repeat_penalty",
+    "temp": ("temperature", float),
+    "top_k": ("top_k", int),
+    "top_p": ("top_p", float),
+    "min_p": ("min_p", float),
+    "penalty_last_n": ("repeat_last_n", int),
+    "penalty_repeat": ("repeat_penalty", float),
 }
 
 
@@ -97,7 +98,7 @@ def special_tokens(base: Base) -> list[str]:
     """The tokens that end an answer, as text."""
     tokens = base.get("tokenizer.ggml.tokens") or []
     numbers = [base.get(f"tokenizer.ggml.{name}_token_id") for name in SPECIAL]
-    return [str(tokens[number]) for number in numbers if isinstance(number, int) and 0 <= number < len(tokens)]
+    return [str(tokens[number]) for number in numbers if type(number) is int and 0 <= number < len(tokens)]
 
 
 def _template(base: Base, family: Family | None) -> list[str]:
@@ -112,7 +113,7 @@ def _template(base: Base, family: Family | None) -> list[str]:
 
 def _context(base: Base) -> list[str]:
     n_tokens = base.get(f"{base.architecture}.context_length")
-    if not isinstance(n_tokens, int) or n_tokens <= 0:
+    if type(n_tokens) is not int or n_tokens <= 0:
         return []
     more = (
         [f"# The model was made for {n_tokens} tokens; a larger num_ctx takes more memory."]
@@ -123,8 +124,17 @@ def _context(base: Base) -> list[str]:
 
 
 def _sampling(base: Base) -> list[str]:
-    found = {name: base.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
-    return [f"PARAMETER {name} {value:g}" for name, value in found.items() if isinstance(value, (int, float))]
+    found = {name: (base.get(f"general.sampling.{key}"), kind) for key, (name, kind) in SAMPLING.items()}
+    return [f"PARAMETER {name} {_number(value)}" for name, (value, kind) in found.items() if _is_a(kind, value)]
+
+
+def _is_a(kind: type, value: object) -> bool:
+    """Whether a value of the metadata is a finite number of this kind; a flag is none."""
+    return type(value) in (kind, int) and math.isfinite(value)
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _quotable(text: str) -> bool:

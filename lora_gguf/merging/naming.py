@@ -31,8 +31,12 @@ def merged_name(base: Base, plan: Plan, adapters: Iterable[str]) -> str:
     """The conventional name of ``base`` with ``adapters`` (their names) merged into it as ``plan`` says."""
     number = plan.file_type(base.get("general.file_type"))
     encoding = next(name for name, known in FILE_TYPES.items() if known == number)
-    parts = [*_model(base), *adapters, _version(base), encoding]
-    return "-".join(filter(None, map(_clean, parts)))[:MAX_LENGTH] + ".gguf"
+    model, tail = _joined([*_model(base), *adapters]), _joined([_version(base), encoding])
+    return _joined([model[: max(MAX_LENGTH - len(tail) - 1, 0)], tail[-MAX_LENGTH:]]) + ".gguf"
+
+
+def _joined(parts: Iterable[object]) -> str:
+    return "-".join(filter(None, map(_clean, parts)))
 
 
 def _model(base: Base) -> list[object]:

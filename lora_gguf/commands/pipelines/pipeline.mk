@@ -40,11 +40,14 @@ models/%.gguf: | models
 adapters/%/adapter_config.json: | adapters
 	$(LORA_GGUF) fetch '$(subst --,/,$*)' -o '$(@D)'
 
+# what of an adapter's folder a merge may read
+adapter_inputs = $(wildcard $(addprefix adapters/$(1)/*.,safetensors bin json jinja model))
+
 define rules_of_quant
-merged/%--$(1).gguf merged/%--$(1).Modelfile: adapters/%/adapter_config.json $$$$(wildcard adapters/$$$$*/*.safetensors) models/$(1).gguf | merged
+merged/%--$(1).gguf merged/%--$(1).Modelfile: adapters/%/adapter_config.json $$$$(call adapter_inputs,$$$$*) models/$(1).gguf | merged
 	$$(LORA_GGUF) merge 'models/$(1).gguf' 'adapters/$$*' -o 'merged/$$*--$(1).gguf' --modelfile --force $$(MERGE_FLAGS)
 
-adapters/%--$(1).gguf: adapters/%/adapter_config.json $$$$(wildcard adapters/$$$$*/*.safetensors) models/$(1).gguf
+adapters/%--$(1).gguf: adapters/%/adapter_config.json $$$$(call adapter_inputs,$$$$*) models/$(1).gguf
 	$$(LORA_GGUF) convert 'adapters/$$*' --base 'models/$(1).gguf' -o '$$@' --force $$(CONVERT_FLAGS)
 endef
 $(foreach quant,$(QUANTS),$(eval $(call rules_of_quant,$(quant))))

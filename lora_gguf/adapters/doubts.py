@@ -1,0 +1,54 @@
+"""What is odd about an adapter that can be read: said as warnings, as its user may know better."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_gguf.adapters.adapter_config import kind_of
+from lora_gguf.adapters.lora import LoraPair
+from lora_gguf.adapters.updates import Update
+from lora_gguf.errors import printable
+
+# PEFT's initialisations that leave the base's weights as they are; those that do not are refused
+INITS = re.compile(r"true|false|gaussian|eva|orthogonal|mica")
+
+
+def doubts(
+    directory: Path, updates: Iterable[LoraPair | Update], config: dict, expert_b_layout: str | None
+) -> list[str]:
+    """Warnings on an adapter before it meets a base."""
+    return [*layout_doubt(directory, updates, config, expert_b_layout), *init_doubt(config)]
+
+
+def layout_doubt(
+    directory: Path, updates: Iterable[LoraPair | Update], config: dict, expert_b_layout: str | None
+) -> list[str]:
+    """A warning where packed experts come from Unsloth, whose older versions laid B out in another order than PEFT."""
+    if expert_b_layout or all(len(update.shape) < 3 for update in updates) or "mlx" in kind_of(config).lower():
+        return []
+    if "lora_B_layout" in config or "unsloth_fused_expert_lora" in config:
+        return []
+    said = b""
+    if (readme := directory / "README.md").is_file():
+        with open(readme, "rb") as file:
+            said = file.read(65536).lower()
+    if "unsloth" not in str(config.get("base_model_name_or_path", "")).lower() and b"unsloth" not in said:
+        return []
+    return [
+        "packed experts trained with Unsloth: read in PEFT's order; if the result is gibberish, the adapter is from "
+        "before September 2026: give --expert-b-layout expert-major"
+    ]
+
+
+def init_doubt(config: dict) -> list[str]:
+    """A warning where the adapter began in a way that is not known here, and may have changed the base."""
+    init = str(config.get("init_lora_weights", True)).lower()
+    if kind_of(config) != "LORA" or INITS.fullmatch(init):
+        return []
+    return [
+        f"init_lora_weights={printable(init, 40)} is not known here: if it changes the base's weights, the adapter "
+        "does not fit the unchanged base: save it again in PEFT with "
+        "save_pretrained(path_initial_model_for_weight_conversion=...)"
+    ]
