@@ -300,7 +300,7 @@ def packed_pair(module: Module, target: str, expert_b_layout: str | None) -> Lor
         else b.reshape(len(b), rank, n).swapaxes(1, 2)
     )
     b = np.ascontiguousarray(by_expert.swapaxes(0, 1))
-    return LoraPair(path, a.reshape(n, rank, -1), b, scale, module.sources)
+    return LoraPair(path, a.reshape(n, rank, -1), b, scale, module.sources, packed=True)
 
 
 def is_expert_major(target: str, config: dict, expert_b_layout: str | None) -> bool:

@@ -66,6 +66,7 @@ TYPES: dict[str, tuple[Callable, str]] = {
 }
 FIELDS = {
     "peft_type": "text",
+    "peft_version": "text",
     "base_model_name_or_path": "text",
     "r": "rank",
     "init_r": "count",

@@ -43,7 +43,7 @@ class LoraPair:
     stacked experts both have a leading axis E: (E, r, in) and (E, out, r). ``scale`` is PEFT's: alpha / r, or alpha /
     sqrt(r). ``sources`` are the adapter's tensors that it comes from. In ``adapter.py``, before names and layouts are
     those of GGUF, ``name`` is the path of the Hugging Face module, and ``wide`` says that only the first columns of
-    ``a``, as many as the module has, count.
+    ``a``, as many as the module has, count, ``packed`` that nothing yet tells which axis of packed experts is in or out.
     """
 
     name: str
@@ -52,6 +52,7 @@ class LoraPair:
     scale: float
     sources: tuple[str, ...] = ()
     wide: bool = False
+    packed: bool = False
 
     part = "weight"
 
@@ -72,7 +73,7 @@ class LoraPair:
             b = (b * piece.scale[:, None]).astype(np.float32)
         if piece.transpose:
             a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
-        return replace(self, name=piece.name, a=np.ascontiguousarray(a), b=np.ascontiguousarray(b))
+        return replace(self, name=piece.name, a=np.ascontiguousarray(a), b=np.ascontiguousarray(b), packed=False)
 
     def delta(self) -> np.ndarray:
         """``scale * b @ a`` in f32, whole: for tests and small tensors."""

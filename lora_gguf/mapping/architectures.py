@@ -41,6 +41,14 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """How a class of transformers holds packed experts: (E, in, out) or (E, out, in), and whether it declares that."""
+
+    in_out: bool = False
+    declared: bool = False
+
+
+@dataclass(frozen=True)
 class Architecture:
     """``hf`` are the class names in config.json's ``architectures``.
 
@@ -48,7 +56,8 @@ class Architecture:
     that gate and up of the experts stay one tensor. ``norm_shift`` is what GGUF adds to the norms (None: different
     things to each). ``other_vocabulary``: the GGUF has fewer or more rows of embedding than Hugging Face; ``headless``:
     no output layer, so that no head is tied to the embedding. ``normalised``: a module that the GGUF holds normalised
-    if a field of config.json is true, and that field. ``caution`` is a warning for every adapter.
+    if a field of config.json is true, and that field. ``caution`` is a warning for every adapter. ``packed_experts``:
+    how its class holds them in transformers 5, and in 4 where that differs.
     """
 
     hf: tuple[str, ...] = ()
@@ -60,6 +69,7 @@ class Architecture:
     headless: bool = False
     normalised: tuple[str, str] | None = None
     caution: str | None = None
+    packed_experts: tuple[Stored, ...] = (Stored(),)
 
 
 def rows(pattern: str, *ops: Op) -> Rule:
@@ -176,7 +186,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         ROTARY,
     ),
     "llama-embed": Architecture(("LlamaBidirectionalModel",), ROTARY, headless=True),
-    "llama4": Architecture(("Llama4ForConditionalGeneration", "Llama4ForCausalLM")),
+    "llama4": Architecture(
+        ("Llama4ForConditionalGeneration", "Llama4ForCausalLM"), packed_experts=(Stored(in_out=True),)
+    ),
     "mistral3": Architecture(("Mistral3ForConditionalGeneration", "Ministral3ForCausalLM"), ROTARY),
     "mistral4": Architecture(("Mistral4ForCausalLM",), LATENT, LATENT_IGNORED, fused_experts=True),
     "smollm3": Architecture(("SmolLM3ForCausalLM",), ROTARY),
@@ -260,7 +272,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture(("Qwen3ForCausalLM", "Qwen3Model", "StepVLForConditionalGeneration")),
     "qwen3moe": Architecture(("Qwen3MoeForCausalLM",)),
     "qwen3vl": Architecture(("Qwen3VLForConditionalGeneration", "Qwen3ASRForConditionalGeneration")),
-    "qwen3vlmoe": Architecture(("Qwen3VLMoeForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration")),
+    "qwen3vlmoe": Architecture(
+        ("Qwen3VLMoeForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration"),
+        packed_experts=(Stored(), Stored(in_out=True)),
+    ),
     "qwen3next": Architecture(("Qwen3NextForCausalLM",), QWEN3NEXT, norm_shift=1.0),
     "qwen35": Architecture(
         ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration", "MiniCPMV4_6ForConditionalGeneration"),
@@ -365,6 +380,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt-oss": Architecture(
         ("GptOssForCausalLM",),
         (split(r"experts\.gate_up_proj", ffn_gate_exps=(t.every(0, 2),), ffn_up_exps=(t.every(1, 2),)),),
+        packed_experts=(Stored(in_out=True, declared=True), Stored(in_out=True)),
     ),
     "lfm2": Architecture(("Lfm2ForCausalLM", "LFM2ForCausalLM", "Lfm2Model", "Lfm2BidirectionalModel"), (), r"\.shortconv\.conv\.weight$"),
     "lfm2moe": Architecture(("Lfm2MoeForCausalLM",), (), r"\.shortconv\.conv\.weight$"),

@@ -25,7 +25,8 @@ from lora_gguf.mapping.architectures import ARCHITECTURES
 from lora_gguf.mapping.heads import check_new_rows, cut_to_vocabulary, resolve_tied
 from lora_gguf.mapping.hparams import Hparams, from_base
 from lora_gguf.mapping.names import gguf_pieces, layer_of, pieces, shape_in_base, why_skipped
-from lora_gguf.mapping.stacking import Part, joined, oriented
+from lora_gguf.mapping.orientation import oriented
+from lora_gguf.mapping.stacking import Part, joined
 from lora_gguf.mapping.vocabulary import added_tokens, extended, learned_tokens
 
 
@@ -38,6 +39,7 @@ def gguf_pairs(
     new_tokens: bool = False,
     tied: str = "refuse",
     allow_unused: str | None = None,
+    a_axis: str | None = None,
 ) -> Placement:
     """Place all updates of ``adapter`` in ``base``: an open GGUF, or the dimensions in a ``config.json``.
 
@@ -45,15 +47,17 @@ def gguf_pairs(
     rank (``Placement.updates``) is refused, without ``new_tokens`` one with a larger vocabulary
     (``Placement.new_rows``). ``tied`` says what becomes of an adapted head or embedding where the base has one tensor
     for both: ``refuse``, ``separate`` (see ``Placement``), or ``shared`` (the one tensor changes). What does not fit
-    and whose name the regular expression ``allow_unused`` finds is ignored. Raises ``MismatchError`` that lists every
-    update which does not fit, with the likely cause.
+    and whose name the regular expression ``allow_unused`` finds is ignored; ``a_axis`` is that of ``oriented``. Raises
+    ``MismatchError`` that lists every update which does not fit, with the likely cause.
     """
     hparams = base if isinstance(base, Hparams) else from_base(base, config)
     placement = Placement(invocation_tokens=adapter.invocation_tokens, warnings=list(adapter.warnings))
     placement.accounts += [Account(name, "ignored", "", why) for name, why in adapter.ignored.items()]
     parts: dict[str, list[Part]] = {}
     errors: list[str] = []
-    for update in oriented(adapter.updates, hparams.get("embedding_length")):
+    adapted, doubts = oriented(adapter, hparams, a_axis)
+    placement.warnings += doubts
+    for update in adapted:
         update, found = cut_to_vocabulary(update, adapter, hparams, placement)
         found = found or place(update, hparams, parts, placement)
         if found and allowed(update.sources, allow_unused):

@@ -1,37 +1,13 @@
-"""Several parts of one tensor as one pair: experts stacked, rows of a fused tensor side by side, packed experts
-turned."""
+"""Several parts of one tensor as one pair: experts stacked, rows of a fused tensor side by side."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from lora_gguf.adapters.lora import LoraPair, Piece
-from lora_gguf.adapters.updates import Update
 from lora_gguf.errors import MismatchError
 
 Part = tuple[Piece, LoraPair]
-
-
-def oriented(updates: list[LoraPair | Update], width: int | None) -> list[LoraPair | Update]:
-    """``updates`` with those of packed experts (E, …) turned to (out, in).
-
-    PEFT's versions disagree on which axis of a packed parameter is in and which is out; the model's ``width`` tells.
-    Where it is square it goes as the other parameters of the adapter do.
-    """
-    turns = {id(pair): is_turned(pair, width) for pair in updates if len(pair.shape) == 3}
-    known = [turn for turn in turns.values() if turn is not None]
-    default = bool(known) and all(known)
-    turned = {key for key, turn in turns.items() if (default if turn is None else turn)}
-    return [pair.take(Piece(pair.name, transpose=True)) if id(pair) in turned else pair for pair in updates]
-
-
-def is_turned(pair: LoraPair, width: int | None) -> bool | None:
-    """Whether a packed parameter's update is (in, out); None where the shape cannot tell."""
-    n_out, n_in = pair.shape[-2:]
-    if n_out == n_in or width not in (n_out, n_in):
-        return None
-    into_width = pair.name.rpartition(".")[2] in ("down_proj", "w2", "output_linear")
-    return (n_in if into_width else n_out) == width
 
 
 def joined(name: str, parts: list[Part], shape: tuple[int, ...] | None, n_experts: int | None) -> LoraPair:
