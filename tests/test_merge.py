@@ -130,9 +130,10 @@ def test_metadata_is_the_bases_and_then_ours(tmp_path):
     with GgufReader(base) as before, GgufReader(tmp_path / "two.gguf") as after:
         keys = list(after.kv)
         assert keys[: len(before.kv)] == list(before.kv)
-        assert keys[len(before.kv) :] == [
-            f"lora_gguf.{key}" for key in ("version", "adapter.names", "adapter.scales", "rounding", "seed")
-        ]
+        assert [key.removeprefix("lora_gguf.") for key in keys[len(before.kv) :]] == [
+            "version", "adapter.names", "adapter.scales", "adapter.sha256", "base.header_sha256", "base.size",
+            "rounding", "seed", "metadata_sha256",
+        ]  # fmt: skip
         assert after.get("lora_gguf.adapter.scales") == [-0.5] and after.get("lora_gguf.seed") == 7
 
 

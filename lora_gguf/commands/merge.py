@@ -8,10 +8,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lora_gguf import __version__
 from lora_gguf.errors import NumericError, UsageError
-from lora_gguf.files.base import SPLIT_KEYS, Base
-from lora_gguf.files.gguf_writer import GgufWriter, key_value, raw_key_values
+from lora_gguf.files.base import Base
+from lora_gguf.files.gguf_writer import GgufWriter
 from lora_gguf.files.output import check_space, check_target, write_bytes
 from lora_gguf.mapping.placement import Account
 from lora_gguf.mapping.sources import adapter_name, inputs_of, placement_of
@@ -21,6 +20,7 @@ from lora_gguf.merging.layout import OutputPart, one_shard, output_parts
 from lora_gguf.merging.modelfile import modelfile as modelfile_text
 from lora_gguf.merging.naming import output_path
 from lora_gguf.merging.plan import Plan, Policy, make_plan
+from lora_gguf.merging.provenance import merged_key_values, names_of
 from lora_gguf.merging.retention import WARN_BELOW, Retention, kind_of, layer_of, total
 from lora_gguf.merging.steps import planned_step
 from lora_gguf.merging.work import Chunk, carry_out, cut, in_threads, weights_within
@@ -28,7 +28,6 @@ from lora_gguf.progress import Progress
 
 # what to do where little is kept, from the cheapest on
 REMEDIES = {"--rounding auto": {"rounding": "auto"}, "--type Q8_0": {"type": "Q8_0"}, "--type BF16": {"type": "BF16"}}
-QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
 
 
 @dataclass
@@ -127,7 +126,8 @@ def merge(
         if out is None:
             return report
         out = output_path(out, model, plan, [adapter_name(path) for path, _ in adapters])
-        metadata = merged_key_values(model, plan, adapters, policy)
+        names = names_of(model, [adapter_name(path) for path, _ in adapters], policy)
+        metadata = merged_key_values(model, plan, placements, policy, names)
         parts = output_parts(out, model, plan, max_bytes=max_bytes, shards=shards or shard is not None)
         parts = one_shard(parts, shard) if shard else parts
         inputs = files_read(model, adapters, policy, base_config)
@@ -208,32 +208,6 @@ def write_part(
             report.retention.setdefault(name, Retention()).add(*outcome)
         if progress:
             progress(chunk.n_bytes, model.n_bytes, name)
-
-
-def merged_key_values(
-    model: Base, plan: Plan, adapters: Sequence[tuple[str | os.PathLike, float]], policy: Policy
-) -> list[bytes]:
-    """The base's key/value pairs as they are but for ``general.file_type`` and new tokens, then how this file was
-    made.
-    """
-    ours = {
-        "version": (__version__, "str"),
-        "adapter.names": ([adapter_name(path) for path, _ in adapters], "str"),
-        "adapter.scales": ([float(scale) for _, scale in adapters], "f32"),
-        "rounding": (policy.rounding, "str"),
-        "seed": (policy.seed, "u64"),
-    }
-    if policy.imatrix:
-        ours["imatrix"] = (policy.imatrix.label, "str")
-    changed = dict(plan.key_values)
-    if any(tensor.target.type != tensor.source.type for tensor in plan.tensors):
-        file_type = key_value("general.file_type", plan.file_type(model.get("general.file_type")), "u32")
-        version = key_value("general.quantization_version", QUANTIZATION_VERSION, "u32")
-        changed |= {"general.file_type": file_type, "general.quantization_version": version}
-    kept = [key for key in model.kv if not key.startswith("lora_gguf.") and key not in SPLIT_KEYS]
-    raw = raw_key_values(model.readers[0], set(model.kv) - set(kept))
-    base_pairs = [changed.pop(key, pair) for key, pair in zip(kept, raw, strict=False)]
-    return base_pairs + list(changed.values()) + [key_value(f"lora_gguf.{key}", *value) for key, value in ours.items()]
 
 
 def note_steps(report: MergeReport, model: Base) -> None:

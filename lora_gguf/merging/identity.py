@@ -1,0 +1,76 @@
+"""What an adapter and a base are, whatever they are called: the hashes that a merged file records.
+
+An adapter's hash is of the numbers that a merge adds, in f32 and in the base's layout. So it survives a download, a new
+name, and another file format or type that holds the same numbers: safetensors, PyTorch, or an adapter GGUF. A base's is
+of its header, which costs nothing to read; that of the whole file is recorded where the Hub's cache knows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_gguf.adapters.lora import LoraPair
+from lora_gguf.adapters.updates import Update
+from lora_gguf.files.base import Base
+from lora_gguf.mapping.accounts import Placement
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def adapter_sha256(placement: Placement) -> str:
+    """Return the sha256 of what a placement adds to a base, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    updates: list[LoraPair | Update] = [*placement.pairs, *placement.updates]
+    _feed(digest, sorted(updates, key=lambda update: update.name))
+    _feed(digest, sorted(placement.new_rows.items()))
+    _feed(digest, sorted(placement.key_values.items()))
+    return digest.hexdigest()
+
+
+def _feed(digest: hashlib._Hash, value: Any) -> None:
+    """Hash a value and its kind: arrays by shape and content, floats as f32, objects by their fields."""
+    if isinstance(value, LoraPair):
+        _feed(digest, ("LoRA", value.name, value.a, np.asarray(value.b, np.float32) * np.float32(value.scale)))
+    elif is_dataclass(value):
+        named = [(field.name, getattr(value, field.name)) for field in fields(value) if field.name != "sources"]
+        _feed(digest, (type(value).__name__, named))
+    elif isinstance(value, np.ndarray):
+        array = np.ascontiguousarray(value, np.float32 if value.dtype.kind == "f" else np.int64)
+        digest.update(repr((array.dtype.str, array.shape)).encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    elif isinstance(value, (list, tuple)):
+        digest.update(b"(%d" % len(value))
+        for item in value:
+            _feed(digest, item)
+    else:
+        plain = value.item() if isinstance(value, np.generic) else value
+        digest.update(repr(plain).encode("utf-8", "backslashreplace") + b";")
+
+
+def header_sha256(base: Base) -> str:
+    """Return the sha256 of all bytes before the tensors' data, of each shard in turn."""
+    digest = hashlib.sha256()
+    for reader in base.readers:
+        digest.update(reader.source.read(0, min(reader.data_position, reader.size)))
+    return digest.hexdigest()
+
+
+def n_file_bytes(base: Base) -> int:
+    """Return the size of all the base's files."""
+    return sum(reader.size for reader in base.readers)
+
+
+def known_sha256(paths: Sequence[Path]) -> list[str]:
+    """Return the sha256 of each file where huggingface_hub's cache knows it, by the name of its blob; else nothing."""
+    blobs = [Path(os.path.realpath(path)) for path in paths]
+    if all(blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) for blob in blobs):
+        return [blob.name for blob in blobs]
+    return []

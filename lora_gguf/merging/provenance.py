@@ -1,0 +1,96 @@
+"""How a file was made, as its metadata say: the keys ``lora_gguf.*``.
+
+    version                 of lora-gguf
+    adapter.names           what the adapters were called
+    adapter.scales          the factor that multiplied each one's own scale, f32
+    adapter.sha256          of the numbers that each adds (``identity.adapter_sha256``)
+    base.header_sha256      of all bytes of the base before its data
+    base.size               of the base, all shards, in bytes
+    base.sha256             of each of the base's files, where the Hub's cache knows it
+    rounding, seed          of the merge
+    imatrix                 what the importance matrix was called, if there was one
+    metadata_sha256         of all key/value pairs before this one, as they stand in the file
+
+With the types that its tensors have, these say all that it takes to make the file again. What is free text, the names,
+is vouched for by the last key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_gguf import __version__
+from lora_gguf.files.base import SPLIT_KEYS, Base
+from lora_gguf.files.gguf_writer import key_value, raw_key_values
+from lora_gguf.mapping.accounts import Placement
+from lora_gguf.merging.identity import adapter_sha256, header_sha256, known_sha256, n_file_bytes
+
+if TYPE_CHECKING:
+    from lora_gguf.merging.plan import Plan, Policy
+
+PREFIX = "lora_gguf."
+SEAL = f"{PREFIX}metadata_sha256"
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
+
+
+@dataclass(frozen=True)
+class Names:
+    """What was merged was called so: the adapters, the importance matrix; and the hashes of the base's files."""
+
+    adapters: Sequence[str]
+    imatrix: str = ""
+    base_sha256: Sequence[str] = ()
+
+
+def names_of(model: Base, adapters: Sequence[str], policy: Policy) -> Names:
+    """Return the names that a merge records of what the user gave it."""
+    return Names(adapters, policy.imatrix.label if policy.imatrix else "", known_sha256(model.paths))
+
+
+def merged_key_values(
+    model: Base, plan: Plan, placements: Sequence[tuple[Placement, float]], policy: Policy, names: Names
+) -> list[bytes]:
+    """Return a merged file's key/value pairs: the base's as they are but for ``general.file_type`` and new tokens, then
+    how the file was made.
+    """
+    changed = dict(plan.key_values)
+    if any(tensor.target.type != tensor.source.type for tensor in plan.tensors):
+        file_type = key_value("general.file_type", plan.file_type(model.get("general.file_type")), "u32")
+        version = key_value("general.quantization_version", QUANTIZATION_VERSION, "u32")
+        changed |= {"general.file_type": file_type, "general.quantization_version": version}
+    kept = [key for key in model.kv if not key.startswith(PREFIX) and key not in SPLIT_KEYS]
+    raw = raw_key_values(model.readers[0], set(model.kv) - set(kept))
+    base_pairs = [changed.pop(key, pair) for key, pair in zip(kept, raw, strict=True)]
+    return sealed(base_pairs + list(changed.values()) + own_key_values(model, placements, policy, names))
+
+
+def own_key_values(
+    model: Base, placements: Sequence[tuple[Placement, float]], policy: Policy, names: Names
+) -> list[bytes]:
+    """Return the keys ``lora_gguf.*`` of a merge, but for the seal."""
+    own: dict[str, tuple[object, str]] = {
+        "version": (__version__, "str"),
+        "adapter.names": (list(names.adapters), "str"),
+        "adapter.scales": ([float(scale) for _, scale in placements], "f32"),
+        "adapter.sha256": ([adapter_sha256(placement) for placement, _ in placements], "str"),
+        "base.header_sha256": (header_sha256(model), "str"),
+        "base.size": (n_file_bytes(model), "u64"),
+        "base.sha256": (list(names.base_sha256), "str"),
+        "rounding": (policy.rounding, "str"),
+        "seed": (policy.seed, "u64"),
+        "imatrix": (names.imatrix, "str"),
+    }
+    return [key_value(PREFIX + key, *value) for key, value in own.items() if value[0] not in ("", [])]
+
+
+def sealed(pairs: list[bytes]) -> list[bytes]:
+    """Return the pairs with one more: their sha256."""
+    return [*pairs, key_value(SEAL, seal_of(pairs), "str")]
+
+
+def seal_of(pairs: Sequence[bytes]) -> str:
+    """Return the sha256 of key/value pairs as they stand in a file."""
+    return hashlib.sha256(b"".join(pairs)).hexdigest()
