@@ -16,6 +16,7 @@ from lora_gguf.quants.ggml import BY_NAME, GgmlType
 
 OUT_TYPES = ("f32", "f16", "bf16", "q8_0")
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+SHARED = "lora_gguf.shared_embedding"  # that an adapter's embedding is the head too
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class LoraPair:
     stacked experts both have a leading axis E: (E, r, in) and (E, out, r). ``scale`` is PEFT's: alpha / r, or alpha /
     sqrt(r). ``sources`` are the adapter's tensors that it comes from. In ``adapter.py``, before names and layouts are
     those of GGUF, ``name`` is the path of the Hugging Face module, and ``wide`` says that only the first columns of
-    ``a``, as many as the module has, count, ``packed`` that nothing yet tells which axis of packed experts is in or out.
+    ``a``, as many as the module has, count, ``packed`` that nothing yet tells which axis of packed experts is in or out. ``shared``: the embedding's
+    update is the head's too, which is the same tensor.
     """
 
     name: str
@@ -53,6 +55,7 @@ class LoraPair:
     sources: tuple[str, ...] = ()
     wide: bool = False
     packed: bool = False
+    shared: bool = False
 
     part = "weight"
 
@@ -177,6 +180,7 @@ def write_adapter_gguf(
         key_value("general.type", "adapter", "str"),
         key_value("adapter.type", "lora", "str"),
         key_value("adapter.lora.alpha", alpha, "f32"),
+        *([key_value(SHARED, True, "bool")] if any(pair.shared for pair in pairs) else []),
         *(key_value(*entry) for entry in metadata),
     ]
     with GgufWriter(path, header, specs, force=force, inputs=inputs) as writer:
@@ -206,6 +210,8 @@ def read_adapter_gguf(path: str | os.PathLike) -> tuple[list[LoraPair], str]:
             raise NumericError(f"{broken[0]}: expected finite numbers: the adapter is broken", broken)
         if not pairs:
             raise MalformedError(f"{reader.label}: expected lora_a and lora_b tensors, found none: not a LoRA adapter")
+        if reader.get(SHARED) is True:
+            pairs = [replace(pair, shared=pair.name == EMBEDDING) for pair in pairs]
         return pairs, reader.architecture
 
 

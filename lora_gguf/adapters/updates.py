@@ -22,7 +22,8 @@ class Update:
 
     ``shape`` is (rows, cols) of the part that changes; ``sources`` are the adapter's tensors. As in ``LoraPair``,
     ``name`` is a module path in Hugging Face's layout until ``take`` makes it a GGUF tensor. ``part`` is what of the
-    module changes, its weight or its bias; an ``optional`` one is left out where the base has no such tensor.
+    module changes, its weight or its bias; an ``optional`` one is left out where the base has no such tensor. ``shared``
+    says that the embedding's update is the head's too.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Update:
     offset: int = 0
     part: str = "weight"
     optional: bool = False
+    shared: bool = False
 
     # whether the old weights do not matter, so that the new ones should get a grid of their own
     replaces = False
@@ -271,13 +273,11 @@ class Added(Update):
 class Replaced(Update):
     """Rows that were trained whole: ``modules_to_save``, norms, ``trainable_token_indices``.
 
-    ``values`` has the shape of the part, or holds only its rows ``only``. ``shared`` says that the embedding's values
-    are the head's too.
+    ``values`` has the shape of the part, or holds only its rows ``only``.
     """
 
     values: np.ndarray
     only: np.ndarray | None = None
-    shared: bool = False
     kind = "replaced tensor"
     replaces = True
 

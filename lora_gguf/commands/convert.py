@@ -49,6 +49,11 @@ def convert(
         model = base_model(opened, base_config)
         placement = gguf_pairs(adapter, model, updates=True, allow_unused=allow_unused)
         to_pairs(placement, adapter, opened, rank, progress)
+        placement.warnings += [
+            f"{pair.name}: it is the head too (tied), and llama.cpp stops at an adapter of such a tensor: merge instead"
+            for pair in placement.pairs
+            if pair.shared
+        ]
         inputs = [adapter.directory, *(opened.paths if opened else []), *([base_config] if base_config else [])]
     write_adapter_gguf(out, placement.pairs, model.architecture, outtype, metadata(adapter), force=force, inputs=inputs)
     return placement

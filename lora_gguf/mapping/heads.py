@@ -4,6 +4,8 @@ lacks.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from lora_gguf.adapters.adapter import Adapter
@@ -19,6 +21,7 @@ from lora_gguf.mapping.vocabulary import first_rows, grown, last_token
 
 # further tensors with an entry for each token, which no adapter trains
 BESIDES = ("output.bias", "per_layer_token_embd.weight")
+SAME_UPDATE = 1e-5  # relative: further apart than rounding takes two saved copies
 
 
 def cut_to_vocabulary(
@@ -73,8 +76,8 @@ def resolve_tied(placement: Placement, hparams: Hparams, tied: str) -> list[str]
     wrong."""
     if not hparams.tied:
         return []
-    same_rows(placement)
     placement.tied = True
+    share_updates(placement)
     touching = [update for update in (*placement.pairs, *placement.updates) if is_telling_apart(update)]
     if not touching:
         return []
@@ -96,16 +99,37 @@ def resolve_tied(placement: Placement, hparams: Hparams, tied: str) -> list[str]
     return []
 
 
-def same_rows(placement: Placement) -> None:
-    """Drop a head whose rows were saved beside those of an embedding and are equal: the two are still tied."""
-    whole = [update for update in placement.updates if isinstance(update, Replaced)]
-    embeddings = [update for update in whole if update.name == EMBEDDING]
-    for head in [update for update in whole if update.name == HEAD]:
-        for embedding in embeddings:
-            if np.array_equal(head.values, embedding.values) and is_equal(head.only, embedding.only):
+def share_updates(placement: Placement) -> None:
+    """Make one of an embedding's and a head's updates that are equal: PEFT saves both where it keeps the two tied."""
+    for found in (placement.pairs, placement.updates):
+        for head in [update for update in found if update.name == HEAD]:
+            embedding = next((update for update in found if update.name == EMBEDDING and is_same(update, head)), None)
+            if embedding is not None:
+                found.remove(head)
                 embedding.shared = True
-                placement.updates.remove(head)
-                break
+                placement.accounts = [
+                    replace(account, target=EMBEDDING) if account.tensor in head.sources else account
+                    for account in placement.accounts
+                ]
+
+
+def is_same(embedding: LoraPair | Update, head: LoraPair | Update) -> bool:
+    """Return whether the two change the one tensor in the same way."""
+    if isinstance(embedding, LoraPair) and isinstance(head, LoraPair):
+        return embedding.shape == head.shape and distance(embedding, head) < SAME_UPDATE
+    if isinstance(embedding, Replaced) and isinstance(head, Replaced):
+        return np.array_equal(head.values, embedding.values) and is_equal(head.only, embedding.only)
+    return False
+
+
+def distance(one: LoraPair, other: LoraPair) -> float:
+    """Return the relative distance of two updates, from their factors alone: neither product is made."""
+    signed = ((one, one.scale), (other, -other.scale))
+    b = np.concatenate([np.float64(scale) * pair.b for pair, scale in signed], axis=1)
+    a = np.concatenate([pair.a for pair, _ in signed]).astype(np.float64)
+    products, r = (b.T @ b) * (a @ a.T), one.rank
+    between, size = products.sum(), products[:r, :r].sum()
+    return float(np.sqrt(max(between, 0.0) / size)) if size > 0 else float(between > 0)
 
 
 def is_equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
@@ -114,7 +138,6 @@ def is_equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
 
 def is_telling_apart(update: LoraPair | Update) -> bool:
     """Whether the update makes a tied head and embedding differ. PEFT keeps single trained rows tied."""
-    if update.name not in (HEAD, EMBEDDING):
+    if update.name not in (HEAD, EMBEDDING) or update.shared:
         return False
-    single = isinstance(update, Replaced) and update.only is not None and update.name == EMBEDDING
-    return not (single or (isinstance(update, Replaced) and update.shared))
+    return not (isinstance(update, Replaced) and update.only is not None and update.name == EMBEDDING)

@@ -106,7 +106,8 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
         plans[HEAD] = TensorPlan(embedding, TensorInfo(HEAD, embedding.type, embedding.shape, 0))
     for placement, scale in placements:
         for pair in placement.pairs:
-            plans[pair.name].pairs.append(replace(pair, scale=pair.scale * scale))
+            for name in _targets(pair.name, placement, HEAD in plans):
+                plans[name].pairs.append(replace(pair, name=name, scale=pair.scale * scale))
         for update in placement.updates:
             for name in _targets(update.name, placement, HEAD in plans) if update.n_rows else ():
                 plans[name].updates.append((update, scale))
