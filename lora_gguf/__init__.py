@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_gguf.api import convert, doctor, extract, fetch, inspect, merge, verify
+    from lora_gguf.api import bases, convert, doctor, extract, fetch, fetch_base, inspect, merge, verify
     from lora_gguf.checks.checkup import DoctorReport
     from lora_gguf.checks.inspection import AdapterInspection, Inspection, ModelInspection
     from lora_gguf.commands.extract import Extraction
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from lora_gguf.hub.base_models import Bases
     from lora_gguf.mapping.accounts import Placement
-    from lora_gguf.merging.plan import Policy
+    from lora_gguf.merging.options import Policy
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "lora_gguf.api": ("convert", "doctor", "extract", "fetch", "inspect", "merge", "verify"),
+    "lora_gguf.api": (
+        "bases", "convert", "doctor", "extract", "fetch", "fetch_base", "inspect", "merge", "verify",
+    ),
     "lora_gguf.checks.checkup": ("DoctorReport",),
     "lora_gguf.commands.extract": ("Extraction",),
     "lora_gguf.commands.merge": ("MergeReport",),
@@ -41,8 +44,9 @@ _HOMES = {
         "UnsupportedError", "UsageError",
     ),
     "lora_gguf.checks.inspection": ("AdapterInspection", "Inspection", "ModelInspection"),
+    "lora_gguf.hub.base_models": ("Bases",),
     "lora_gguf.mapping.accounts": ("Placement",),
-    "lora_gguf.merging.plan": ("Policy",),
+    "lora_gguf.merging.options": ("Policy",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604

@@ -1,39 +1,47 @@
-"""The library: the commands as functions, for programs. ``import lora_gguf`` offers them.
+"""The library: the commands as functions, for programs. ``import lora_gguf`` offers them, and the command line calls
+them.
 
 Nothing here prints or exits. What goes wrong is a subclass of ``lora_gguf.LoraGgufError``, one line that says where,
 what was expected, what was found and the way out; its ``details`` list the offenders, its ``exit_code`` is that of the
-command.
+command. Arguments that make no sense are a ``UsageError``, raised before anything is downloaded or read.
 
 Models are paths, or references to the Hub: ``OWNER/NAME``, ``OWNER/NAME:Q4_K_M``, ``hf://OWNER/NAME/FILE.gguf``.
 Adapters are PEFT folders, adapter GGUFs or Hub ids (``OWNER/NAME@REVISION``); where several may be given, a name, a
 pair of a name and the factor that multiplies its own scale, or a list of either. What is on the Hub is downloaded into
-huggingface_hub's cache and checked.
+huggingface_hub's cache and checked; a report's ``inputs`` say where it lies.
 
 ``progress`` is called with (bytes done since the last call, bytes in all, file or tensor at work), first for downloads,
-then for the work; in ``doctor`` the work is counted in samples. An exception that it raises ends the call, and leaves
-no file.
+then for the work; in ``doctor`` the work is counted in samples. Where ``downloads`` is given, it is called for the
+downloads instead. An exception that they raise ends the call, and leaves no file.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lora_gguf.checks.checkup import DoctorReport
-from lora_gguf.checks.inspection import Inspection
-from lora_gguf.commands import convert as _convert
-from lora_gguf.commands import doctor as _doctor
-from lora_gguf.commands import extract as _extract
-from lora_gguf.commands import inspect as _inspect
-from lora_gguf.commands import merge as _merge
-from lora_gguf.commands import verify as _verify
+from lora_gguf.adapters.adapter_file import AdapterFile
+from lora_gguf.arguments import check_flag, check_path, check_text, check_whole
 from lora_gguf.files.imatrix import Imatrix, read_imatrix
-from lora_gguf.hub import adapters as _fetch
+from lora_gguf.files.output import check_target
+from lora_gguf.hub import base_models
+from lora_gguf.hub.adapters import fetch as fetch_adapter
+from lora_gguf.hub.base_models import Bases, bases_of
 from lora_gguf.hub.inputs import Adapters, Name, local_adapters, local_model, scaled_names
-from lora_gguf.mapping.accounts import Placement
-from lora_gguf.merging.growth import parse_growth
-from lora_gguf.merging.plan import Policy
+from lora_gguf.mapping.reading import Reading
+from lora_gguf.merging.options import Policy, Resources, Writing, parse_growth
 from lora_gguf.progress import Progress, by_file
+
+if TYPE_CHECKING:
+    from lora_gguf.checks.checkup import DoctorReport
+    from lora_gguf.checks.inspection import Inspection
+    from lora_gguf.commands.extract import Extraction
+    from lora_gguf.commands.merge import MergeReport
+    from lora_gguf.commands.verify import VerifyReport
+    from lora_gguf.mapping.accounts import Placement
+
+MODEL = "a path, or a reference to the Hub"
 
 
 def fetch(
@@ -45,20 +53,56 @@ def fetch(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """The local folder (or GGUF) of ``adapter``, downloaded if need be, every file compared with its hash.
+    """Return the local folder (or GGUF) of ``adapter``, downloaded if need be, every file compared with its hash.
 
     ``output`` is a folder to copy the files to, in which ``force`` replaces files that differ. Raises ``HubError``,
     ``IntegrityError``, ``FileError``, ``UsageError``.
     """
-    return _fetch.fetch(adapter, revision, subfolder, output, force=force, progress=by_file(progress))
+    _check_fetch(adapter, subfolder, output, force)
+    if revision is not None:
+        check_text("revision", revision, "a branch, tag or commit")
+    return fetch_adapter(adapter, revision, subfolder, output, force=force, progress=by_file(progress))
+
+
+def bases(adapter: Name, *, subfolder: str | None = None) -> Bases:
+    """Return the model that ``adapter`` was trained on, and its GGUFs on the Hub; nothing large is downloaded.
+
+    Raises ``HubError``, ``FileError``, ``MalformedError`` where the adapter does not say.
+    """
+    _check_fetch(adapter, subfolder)
+    return bases_of(adapter, subfolder)
+
+
+def fetch_base(
+    adapter: Name,
+    quant: str | None = None,
+    *,
+    subfolder: str | None = None,
+    output: Name | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Return the local GGUF of the model that ``adapter`` was trained on, downloaded if need be.
+
+    ``quant`` is such as Q4_K_M, which is also what is taken without it; ``output`` a folder, or a path that ends in
+    ``.gguf``, to copy it to. Raises ``UsageError`` where there is no such quantization, and the errors of ``bases``.
+    """
+    _check_fetch(adapter, subfolder, output, force)
+    if quant is not None:
+        check_text("quant", quant, "a quantization such as Q4_K_M")
+    model = base_models.base_model_of(adapter, subfolder)
+    return base_models.fetch_base(model, quant, output, force=force, progress=by_file(progress))
 
 
 def inspect(source: Name) -> Inspection:
-    """What a GGUF or an adapter is, from its header: a ``ModelInspection`` or an ``AdapterInspection``.
+    """Return what a GGUF or an adapter is, from its header: a ``ModelInspection`` or an ``AdapterInspection``.
 
     On the Hub nothing but headers is transferred. Raises ``FileError``, ``MalformedError``, ``HubError``.
     """
-    return _inspect.inspect(source)
+    from lora_gguf.commands.inspect import inspect as work
+
+    check_path("source", source, MODEL)
+    return work(source)
 
 
 def doctor(
@@ -71,25 +115,22 @@ def doctor(
     base_config: Name | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    downloads: Progress | None = None,
 ) -> DoctorReport:
-    """Whether ``merge`` with the same arguments will work, what it costs (bytes, seconds), and what is kept by each
-    rounding.
+    """Tell whether ``merge`` with the same arguments will work, what it costs (bytes, seconds), and what is kept by
+    each rounding.
 
     A merge that would be refused is told by the report's ``refusal`` and not raised. Of a base on the Hub only the
     header and some rows are transferred. The estimates come from merging a sample of each tensor's rows; nothing is
     written.
     """
-    local = local_adapters(scaled_names(adapters), by_file(progress))
-    return _doctor.doctor(
-        base,
-        local,
-        tied=tied,
-        allow_unused=allow_unused,
-        expert_b_layout=expert_b_layout,
-        base_config=base_config,
-        threads=threads,
-        progress=progress,
-    )
+    check_path("base", base, MODEL)
+    named = scaled_names(adapters)
+    reading, resources = Reading(tied, allow_unused, expert_b_layout, base_config), Resources(threads)
+    local = local_adapters(named, by_file(downloads or progress))
+    from lora_gguf.commands.doctor import doctor as work
+
+    return work(base, local, reading, resources.threads, progress)
 
 
 def convert(
@@ -104,27 +145,26 @@ def convert(
     expert_b_layout: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    downloads: Progress | None = None,
 ) -> Placement:
-    """Write ``adapter`` as an adapter GGUF to ``out``, for llama.cpp's --lora; returns what became of each of its
+    """Write ``adapter`` as an adapter GGUF to ``out``, for llama.cpp's --lora; return what became of each of its
     tensors.
 
     The layout is that of ``base``, or of the ``config.json`` in ``base_config``. ``outtype`` is f32 (exact), f16, bf16
     or q8_0. What is not low rank is refused (``UnsupportedError``), or approximated at ``rank``. Raises
     ``MismatchError`` where the adapter does not fit the base.
     """
-    downloads = by_file(progress)
-    return _convert.convert(
-        _fetch.fetch(adapter, progress=downloads),
-        out,
-        base and local_model(base, downloads),
-        base_config,
-        outtype,
-        force=force,
-        allow_unused=allow_unused,
-        expert_b_layout=expert_b_layout,
-        rank=rank,
-        progress=progress,
-    )
+    if base is not None:
+        check_path("base", base, MODEL)
+    [named] = scaled_names([adapter])
+    output = AdapterFile(out, outtype, rank, force)
+    reading = Reading(allow_unused=allow_unused, expert_b_layout=expert_b_layout, base_config=base_config)
+    files = by_file(downloads or progress)
+    [(folder, _)] = local_adapters([named], files)
+    model = None if base is None else local_model(base, files)
+    from lora_gguf.commands.convert import convert as work
+
+    return work(folder, output, model, reading, progress)
 
 
 def merge(
@@ -151,7 +191,8 @@ def merge(
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
-) -> _merge.MergeReport:
+    downloads: Progress | None = None,
+) -> MergeReport:
     """Write ``base`` with ``adapters`` added to ``out``, a file or a folder; None only plans.
 
     ``report.whole.kept`` is the share of the update that acts in the merged file (1: all of it), ``report.written`` the
@@ -164,28 +205,19 @@ def merge(
     ``min_retention`` is kept), ``FileError`` (no space, ``out`` exists and ``force`` is not given), ``HubError``, …
     Then ``out`` is what it was.
     """
-    downloads = by_file(progress)
-    policy = Policy(rounding, seed, type and type.upper(), quantize and quantize.upper(), importance(imatrix))
-    return _merge.merge(
-        local_model(base, downloads),
-        local_adapters(scaled_names(adapters), downloads),
-        out,
-        policy,
-        tied=tied,
-        allow_unused=allow_unused,
-        expert_b_layout=expert_b_layout,
-        base_config=base_config,
-        max_growth=parse_growth(str(max_growth)),
-        min_retention=min_retention,
-        max_bytes=max_bytes,
-        shards=keep_split,
-        shard=shard,
-        modelfile=modelfile,
-        memory=memory,
-        threads=threads,
-        force=force,
-        progress=progress,
-    )
+    check_path("base", base, MODEL)
+    named = scaled_names(adapters)
+    reading, resources = Reading(tied, allow_unused, expert_b_layout, base_config), Resources(threads, memory)
+    writing = None if out is None else Writing(out, max_bytes, keep_split, shard, modelfile, force)
+    growth, measured = parse_growth(str(max_growth)), _importance(imatrix)
+    policy = Policy(rounding, seed, _upper(type), _upper(quantize), measured, growth, min_retention)
+    if writing and writing.one_file:
+        check_target(writing.one_file, force=force, inputs=[base])
+    files = by_file(downloads or progress)
+    model, local = local_model(base, files), local_adapters(named, files)
+    from lora_gguf.commands.merge import merge as work
+
+    return work(model, local, writing, policy, reading, resources, progress)
 
 
 def verify(
@@ -193,28 +225,30 @@ def verify(
     base: Name,
     adapters: Adapters,
     *,
+    allow_unused: str | None = None,
     expert_b_layout: str | None = None,
     base_config: Name | None = None,
     imatrix: Name | Imatrix | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> _verify.VerifyReport:
-    """Whether ``merged`` holds ``base`` plus ``adapters`` within rounding: ``report.ok``, else ``report.findings`` with
-    the causes.
+    downloads: Progress | None = None,
+) -> VerifyReport:
+    """Tell whether ``merged`` holds ``base`` plus ``adapters`` within rounding: ``report.ok``, else
+    ``report.findings`` with the causes.
 
     Raises ``MismatchError`` where the adapters do not fit the base at all.
     """
-    downloads = by_file(progress)
-    return _verify.verify(
-        local_model(merged, downloads),
-        local_model(base, downloads),
-        local_adapters(scaled_names(adapters), downloads),
-        expert_b_layout=expert_b_layout,
-        base_config=base_config,
-        imatrix=importance(imatrix),
-        threads=threads,
-        progress=progress,
-    )
+    check_path("merged", merged, MODEL)
+    check_path("base", base, MODEL)
+    named = scaled_names(adapters)
+    reading, resources = Reading("separate", allow_unused, expert_b_layout, base_config), Resources(threads)
+    measured = Policy(imatrix=_importance(imatrix)).imatrix
+    files = by_file(downloads or progress)
+    models = local_model(merged, files), local_model(base, files)
+    local = local_adapters(named, files)
+    from lora_gguf.commands.verify import verify as work
+
+    return work(*models, local, reading, measured, resources.threads, progress)
 
 
 def extract(
@@ -226,15 +260,40 @@ def extract(
     outtype: str = "f16",
     force: bool = False,
     progress: Progress | None = None,
-) -> _extract.Extraction:
+    downloads: Progress | None = None,
+) -> Extraction:
     """Write the adapter of ``rank`` that turns the GGUF ``base`` into ``tuned`` to ``out``, as nearly as that rank can.
 
     Raises ``MismatchError`` where the two are not of one model.
     """
-    downloads = by_file(progress)
-    models = [local_model(source, downloads) for source in (base, tuned)]
-    return _extract.extract(*models, out, rank, outtype, force=force, progress=progress)
+    check_path("base", base, MODEL)
+    check_path("tuned", tuned, MODEL)
+    check_whole("rank", rank, 1)
+    output = AdapterFile(out, outtype, rank, force)
+    files = by_file(downloads or progress)
+    before, after = local_model(base, files), local_model(tuned, files)
+    from lora_gguf.commands.extract import extract as work
+
+    return work(before, after, output, progress)
 
 
-def importance(imatrix: Name | Imatrix | None) -> Imatrix | None:
-    return read_imatrix(imatrix) if isinstance(imatrix, (str, os.PathLike)) else imatrix
+def _check_fetch(adapter: Name, subfolder: str | None, output: Name | None = None, force: bool = False) -> None:
+    check_path("adapter", adapter, MODEL)
+    if subfolder is not None:
+        check_text("subfolder", subfolder, "a folder within the repository")
+    if output is not None:
+        check_path("output", output)
+    check_flag("force", force)
+
+
+def _importance(imatrix: Name | Imatrix | None) -> Imatrix | None:
+
+    if not isinstance(imatrix, (str, os.PathLike)):
+        return imatrix
+    check_path("imatrix", imatrix)
+    return read_imatrix(imatrix)
+
+
+def _upper(name: str | None) -> str | None:
+    """Return the name of a type as llama.cpp's tools take it, in any case."""
+    return name.upper() if isinstance(name, str) else name

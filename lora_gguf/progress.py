@@ -65,10 +65,19 @@ def shortened(text: str, length: int) -> str:
 
 
 @contextlib.contextmanager
-def download_bar(wanted: bool = True) -> Iterator[FileProgress | None]:
-    """Yields a ``FileProgress`` that moves a bar, one file after the other, or None where none is due."""
-    with bar("fetching", wanted) as advance:
-        yield by_file(advance)
+def bars(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[tuple[Progress | None, Progress | None]]:
+    """Yield a ``Progress`` of the downloads and one of the work, whose bar takes the place of theirs; None where no bar
+    is due.
+    """
+    with contextlib.ExitStack() as fetching, bar(verb, wanted, of_bytes=of_bytes) as work:
+        downloads = fetching.enter_context(bar("fetching", wanted))
+
+        def advance(n: int, n_all: int, what: str) -> None:
+            fetching.close()
+            if work:
+                work(n, n_all, what)
+
+        yield downloads, advance if work else None
 
 
 def by_file(progress: Progress | None) -> FileProgress | None:

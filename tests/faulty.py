@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_gguf.commands.merge import merge
 from lora_gguf.files.output import SUFFIX
+from tests.calls import merge
 from tests.contract import Hang, Hole, Trace, check_line, check_preserved
 from tests.forked import Forge, Result, snapshot
 from tests.test_merge import base_and_adapter

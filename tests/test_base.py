@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
-from lora_gguf.commands.merge import merge
 from lora_gguf.errors import LoraGgufError, UsageError
 from lora_gguf.files.base import Base, shard_path, split_name
 from lora_gguf.files.gguf_reader import GgufReader
+from tests.calls import merge
 from tests.common import ggml, pack_gguf, pack_kv, text_kv, u32_kv
 
 NAMES = [f"blk.{i}.ffn_up.weight" for i in range(6)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_gguf.commands.convert import convert
+from lora_gguf.api import convert
 from lora_gguf.errors import FileError, HubError, MalformedError, UsageError
 from lora_gguf.hub.base_models import base_model_of
 from lora_gguf.hub.references import remote_gguf

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_gguf.adapters.lora import read_adapter_gguf
-from lora_gguf.commands.convert import convert
+from lora_gguf.api import convert
 from lora_gguf.errors import MismatchError, UnsupportedError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.hparams import from_config
@@ -44,7 +44,7 @@ def test_llama_cpp_agrees_with_transformers_and_peft(name, folder):
     atol = TOLERANCE.get(name, 1e-4)
     base, out = tiny.base_gguf(folder, name), folder / f"{name}-adapter.gguf"
     assert_top(tiny.generate(base), tiny.expected(name)["base"]["top"], atol)
-    placement = convert(tiny.TINY / name / "adapter", out, base, tiny.TINY / name)
+    placement = convert(tiny.TINY / name / "adapter", out, base, base_config=tiny.TINY / name)
     if name == "deepseek2":
         assert any("attn_kv_a_mqa" in warning for warning in placement.warnings)
     else:

@@ -11,16 +11,16 @@ import sys
 import numpy as np
 import pytest
 
+from lora_gguf.api import doctor
 from lora_gguf.checks.tokenizer import compare_tokenizer
 from lora_gguf.cli import execute
-from lora_gguf.commands.doctor import doctor
-from lora_gguf.commands.merge import merge
 from lora_gguf.errors import MismatchError, UnsupportedError
 from lora_gguf.files.base import Base
 from lora_gguf.mapping.sources import placement_of
 from lora_gguf.merging.plan import Policy
 from lora_gguf.merging.requantize import ROUNDINGS
 from tests import tiny
+from tests.calls import merge
 from tests.common import DEMO_ADAPTER, FIXTURES, gemma3_path, smollm2_path
 from tests.test_families import ADAPTERS, KINDS
 from tests.test_inspect import model_bytes

@@ -10,7 +10,7 @@ from libgguf import quantize_rows
 
 from lora_gguf.adapters.factoring import factor
 from lora_gguf.adapters.lora import decode, read_adapter_gguf
-from lora_gguf.commands.extract import extract
+from lora_gguf.api import extract
 from lora_gguf.errors import LoraGgufError, MismatchError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec
@@ -41,7 +41,7 @@ def files(folder, name):
 def test_the_adapter_comes_back_and_runs(folder, name):
     base, tuned, before, merged = files(folder, name)
     out = folder / f"{name}-adapter.gguf"
-    found = extract(base, tuned, out, 8, "f32")
+    found = extract(base, tuned, out, 8, outtype="f32")
     assert {tensor.name for tensor in found.tensors} == merged.keys() and not found.left_out
     assert min(tensor.kept for tensor in found.tensors) > 0.999999
     assert found.n_same == len(before) - len(merged)
@@ -52,7 +52,7 @@ def test_the_adapter_comes_back_and_runs(folder, name):
 
 def test_a_rank_too_low_says_how_much_it_kept(folder):
     base, tuned, before, merged = files(folder, "llama")
-    found = extract(base, tuned, folder / "low.gguf", 2, "f32", force=True)
+    found = extract(base, tuned, folder / "low.gguf", 2, outtype="f32", force=True)
     for tensor, pair in zip(found.tensors, read_adapter_gguf(folder / "low.gguf")[0], strict=True):
         wanted = merged[pair.name] - before[pair.name]
         kept = 1 - np.square(wanted - pair.delta()).sum() / np.square(wanted).sum()
@@ -84,7 +84,7 @@ def test_quantized_models(tmp_path, type_name, noisy):
     base, changes = tiny.tensors_of("llama", model), tiny.tensors_of("llama", model, "merged")
     merged = base | {name: base[name] + 0.1 * (changes[name] - base[name]) for name in changes}
     found = [quantized(tmp_path / f"{i}.gguf", weights, type_name) for i, weights in enumerate((base, merged))]
-    report = extract(*found, tmp_path / "a.gguf", 4, "f32")
+    report = extract(*found, tmp_path / "a.gguf", 4, outtype="f32")
     with GgufReader(found[0]) as before, GgufReader(found[1]) as after:
         for tensor in report.tensors:
             old, new = (decode(file, file.tensors[tensor.name]).astype(np.float64) for file in (before, after))

@@ -12,13 +12,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_gguf.adapters.lora import decode
-from lora_gguf.commands.convert import convert
-from lora_gguf.commands.merge import merge
-from lora_gguf.commands.verify import verify
+from lora_gguf.api import convert, verify
 from lora_gguf.errors import MismatchError, UnsupportedError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.hparams import from_config
 from tests import tiny
+from tests.calls import merge
 from tests.common import FIXTURES
 from tests.test_convert import TOLERANCE, assert_top
 

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from lora_gguf.commands.merge import merge
 from lora_gguf.errors import UsageError
-from lora_gguf.merging.growth import parse_growth
+from lora_gguf.merging.options import parse_growth
+from tests.calls import merge
 from tests.common import DEMO_ADAPTER, smollm2_path
 
 

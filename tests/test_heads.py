@@ -7,14 +7,14 @@ import pytest
 
 from lora_gguf.adapters.adapter import read_adapter
 from lora_gguf.adapters.lora import decode, read_adapter_gguf
-from lora_gguf.commands.convert import convert
-from lora_gguf.commands.merge import merge
+from lora_gguf.api import convert
 from lora_gguf.errors import MismatchError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.hparams import from_base
 from lora_gguf.mapping.names import has_head
 from lora_gguf.mapping.placement import gguf_pairs
 from tests import tiny
+from tests.calls import merge
 from tests.common import FIXTURES
 
 KINDS = FIXTURES / "kinds"

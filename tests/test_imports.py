@@ -16,6 +16,7 @@ PACKAGE = ROOT / "lora_gguf"
 # the rooms from the ground up: a module imports from its own room and from those before it
 ROOMS = [
     "errors",
+    "arguments",
     "progress",
     "text",
     "kernels",

@@ -13,7 +13,6 @@ import pytest
 from libgguf import dequantize_rows, quantize_rows
 
 from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
-from lora_gguf.commands.merge import merge
 from lora_gguf.errors import FileError, MismatchError, NumericError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.output import SUFFIX
@@ -21,6 +20,7 @@ from lora_gguf.kernels.low_rank import low_rank
 from lora_gguf.merging import work
 from lora_gguf.merging.plan import Policy
 from lora_gguf.quants.ggml import BY_NAME
+from tests.calls import merge
 from tests.common import FIXTURES, ROOT, pack_gguf, smollm2_path, text_kv, u32_kv, valid_rows
 
 KEPT_GRID = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]

@@ -8,11 +8,11 @@ import re
 
 import pytest
 
-from lora_gguf.commands.merge import merge
 from lora_gguf.errors import FileError, UsageError
 from lora_gguf.files.base import Base
 from lora_gguf.merging.modelfile import CHAT_TEMPLATE, FAMILIES, SAMPLING, family_of, modelfile
 from lora_gguf.merging.plan import Policy
+from tests.calls import merge
 from tests.common import gemma3_path, ggml, smollm2_path
 from tests.test_cli import run
 from tests.test_merge import base_and_adapter

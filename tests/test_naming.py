@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import gguf
 import pytest
 
-from lora_gguf.commands.merge import merge
 from lora_gguf.errors import FileError
 from lora_gguf.files.base import Base
 from lora_gguf.merging.naming import merged_name
 from lora_gguf.merging.plan import Policy
+from tests.calls import merge
 from tests.common import DEMO_ADAPTER, smollm2_path
 from tests.test_cli import run
 from tests.test_merge import base_and_adapter

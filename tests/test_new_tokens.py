@@ -11,8 +11,7 @@ import pytest
 from libgguf import quantize_rows
 from safetensors.numpy import save_file
 
-from lora_gguf.commands.merge import merge
-from lora_gguf.commands.verify import verify
+from lora_gguf.api import verify
 from lora_gguf.errors import MismatchError
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
@@ -20,6 +19,7 @@ from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values
 from lora_gguf.merging.plan import Policy
 from lora_gguf.quants.ggml import BY_NAME
 from tests import tiny
+from tests.calls import merge
 from tests.common import FIXTURES, llama_server, smollm2_path
 
 KINDS = FIXTURES / "kinds"

@@ -400,7 +400,7 @@ def test_unsloths_order_is_a_warning(tmp_path, folder, trained_on):
 
 def written(folder, name, **metadata):
     """The adapter of a tiny model as a GGUF."""
-    from lora_gguf.commands.convert import convert
+    from lora_gguf.api import convert
 
     return convert(tiny.TINY / name / "adapter", folder / f"{name}.lora.gguf", base_config=tiny.TINY / name, force=True)
 

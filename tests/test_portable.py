@@ -11,7 +11,6 @@ import threading
 import pytest
 
 from lora_gguf.cli.terms import with_scale
-from lora_gguf.commands.merge import merge
 from lora_gguf.errors import FileError, LoraGgufError
 from lora_gguf.files import output, positional
 from lora_gguf.files.output import copy_file, write_bytes
@@ -19,6 +18,7 @@ from lora_gguf.hub.adapters import fetch, local_path
 from lora_gguf.hub.references import gguf_path
 from lora_gguf.mapping.sources import adapter_name
 from lora_gguf.merging.plan import Policy
+from tests.calls import merge
 from tests.hub_faults import FILES, REPO
 from tests.test_merge import base_and_adapter
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_gguf.commands.convert import convert
-from lora_gguf.commands.merge import merge
+from lora_gguf.api import convert
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import raw_key_values
@@ -20,6 +19,7 @@ from lora_gguf.mapping.sources import placement_of
 from lora_gguf.merging.identity import adapter_sha256
 from lora_gguf.merging.plan import Policy
 from tests import tiny
+from tests.calls import merge
 
 
 @pytest.fixture(scope="module")

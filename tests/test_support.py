@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from lora_gguf.commands.convert import convert
+from lora_gguf.api import convert
 from lora_gguf.errors import UnsupportedError
 from lora_gguf.mapping.architectures import ARCHITECTURES
 from lora_gguf.mapping.support import KINDS, architectures_table, cells, kinds_table

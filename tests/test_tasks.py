@@ -8,9 +8,9 @@ import shlex
 
 import pytest
 
-from lora_gguf.commands.merge import merge
 from lora_gguf.merging.plan import Policy
 from tests import tiny
+from tests.calls import merge
 from tests.common import ROOT
 from tests.test_cli import run
 from tests.test_quantizations import quantized

@@ -10,13 +10,13 @@ from libgguf import dequantize_rows, quantize_rows
 from safetensors.numpy import load_file, save_file
 
 from lora_gguf.adapters.lora import decode
-from lora_gguf.commands.merge import merge
 from lora_gguf.errors import MalformedError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, key_value
 from lora_gguf.mapping.hparams import from_config
 from lora_gguf.quants.ggml import BY_NAME
 from tests import tiny
+from tests.calls import merge
 
 PREFIX = "base_model.model."
 NAMES = ("embed_tokens", "lm_head")

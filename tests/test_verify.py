@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
+from lora_gguf.api import verify
 from lora_gguf.checks import diagnosis
 from lora_gguf.cli import execute
-from lora_gguf.commands.merge import merge
-from lora_gguf.commands.verify import verify
 from lora_gguf.errors import MismatchError
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
@@ -24,6 +23,7 @@ from lora_gguf.mapping.hparams import from_config
 from lora_gguf.merging.plan import Policy
 from lora_gguf.merging.requantize import ROUNDINGS
 from tests import tiny
+from tests.calls import merge
 from tests.common import pack_gguf, smollm2_path, text_kv, u32_kv
 from tests.test_merge import stored
 

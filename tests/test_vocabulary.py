@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_gguf.adapters.adapter import read_adapter
-from lora_gguf.commands.convert import convert
+from lora_gguf.api import convert
 from lora_gguf.errors import MalformedError, MismatchError
 from lora_gguf.files.gguf_reader import GgufReader, decode_value
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 
 from lora_gguf.errors import LoraGgufError, printable
@@ -62,11 +63,12 @@ class TensorOutlook:
 class DoctorReport:
     """Whether a merge will work: ``refusal`` is the error with which it would end, None where it will work.
 
-    Sizes are in bytes, ``seconds`` on this machine; they are None, and the lists empty, where it is refused.
+    ``inputs`` are the role (base, adapter) and path of what was read. Sizes are in bytes, ``seconds`` on this machine; they are None, and the lists empty, where it is refused.
     """
 
     base: str
     adapters: list[tuple[str, float]]
+    inputs: list[tuple[str, str | os.PathLike[str]]] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
     outlooks: list[Outlook] = field(default_factory=list)
     tensors: list[TensorOutlook] = field(default_factory=list)
@@ -97,7 +99,7 @@ class DoctorReport:
         fields = {
             name: value
             for name, value in vars(self).items()
-            if name not in ("refusal", "tensors", "remarks", "outlooks")
+            if name not in ("inputs", "refusal", "tensors", "remarks", "outlooks")
         }
         return {
             "ok": self.ok,

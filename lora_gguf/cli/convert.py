@@ -9,7 +9,7 @@ import typer
 
 from lora_gguf.cli.options import BASE_HELP, AllowUnused, ExpertB, Force, Progress, Quiet
 from lora_gguf.cli.terms import OutType, say_written, warn
-from lora_gguf.progress import bar, download_bar
+from lora_gguf.progress import bars
 from lora_gguf.text import json_text
 
 
@@ -43,26 +43,23 @@ def convert(
 
     lora-gguf convert user/my-adapter --base model-Q4_K_M.gguf -o my-adapter.gguf
     """
-    from lora_gguf.commands.convert import convert as convert_adapter
-    from lora_gguf.hub.inputs import local_adapters, local_model
+    from lora_gguf import api
     from lora_gguf.mapping.sources import adapter_name
 
     out = output or Path(f"{adapter_name(adapter)}.gguf")
-    with download_bar(progress and not quiet) as files:
-        [(directory, _)] = local_adapters([(adapter, 1.0)], files)
-        base_path = base and local_model(base, files)
-    with bar("converting", progress and not quiet) as advance:
-        placement = convert_adapter(
-            directory,
+    with bars("converting", progress and not quiet) as (downloads, work):
+        placement = api.convert(
+            adapter,
             out,
-            base_path,
-            base_config,
-            outtype.value,
+            base,
+            base_config=base_config,
+            outtype=outtype.value,
             force=force,
             allow_unused=allow_unused,
             expert_b_layout=expert_b_layout and expert_b_layout.value,
             rank=rank,
-            progress=advance,
+            progress=work,
+            downloads=downloads,
         )
     warn(placement.warnings)
     print(json_text(placement.as_dict()) if as_json else "\n".join(placement.summary()))

@@ -24,7 +24,7 @@ from lora_gguf.cli.options import (
     TiedHead,
 )
 from lora_gguf.cli.terms import Tied, base_and_adapter, draw, named_adapters, pictures
-from lora_gguf.progress import bar, download_bar
+from lora_gguf.progress import bars
 from lora_gguf.text import json_text
 
 if TYPE_CHECKING:
@@ -57,32 +57,30 @@ def doctor(
 
     lora-gguf doctor model-Q4_K_M.gguf user/my-adapter
     """
-    from lora_gguf.hub.inputs import local_adapters
+    from lora_gguf import api
 
     source, adapter = base_and_adapter(base, adapter, model)
     named = named_adapters(adapter, scale, lora)
     wanted = pictures(report, plot, force, [source, *(name for name, _ in named)])
     wanted.check()
-    with download_bar(progress and not quiet) as files:
-        adapters = local_adapters(named, files)
-    from lora_gguf.commands.doctor import doctor as examine
-    from lora_gguf.report.content import of_doctor
-
-    with bar("examining", progress and not quiet, of_bytes=False) as advance:
-        found = examine(
+    with bars("examining", progress and not quiet, of_bytes=False) as (downloads, work):
+        found = api.doctor(
             source,
-            adapters,
+            named,
             tied=tied.value,
             allow_unused=allow_unused,
             expert_b_layout=expert_b_layout and expert_b_layout.value,
             base_config=base_config,
             threads=threads,
-            progress=advance,
+            progress=work,
+            downloads=downloads,
         )
+    from lora_gguf.report.content import of_doctor
+
     text = json_text(found.as_dict()) if as_json else as_text(found)
     if text:
         print(text)
-    draw(wanted, lambda: of_doctor(found, source, adapters), quiet)
+    draw(wanted, lambda: of_doctor(found, source, named), quiet)
     if found.refusal:
         raise found.refusal
 

@@ -9,7 +9,7 @@ import typer
 
 from lora_gguf.cli.options import BASE_HELP, Force, Progress, Quiet
 from lora_gguf.cli.terms import OutType, say_written, warn
-from lora_gguf.progress import bar, download_bar
+from lora_gguf.progress import bars
 from lora_gguf.text import json_text
 
 
@@ -28,14 +28,14 @@ def extract(
 
     lora-gguf extract base.gguf tuned.gguf --rank 32 -o adapter.gguf
     """
-    from lora_gguf.cli import tables
-    from lora_gguf.commands.extract import extract as extract_adapter
-    from lora_gguf.hub.inputs import local_model
+    from lora_gguf import api
 
-    with download_bar(progress and not quiet) as files:
-        before, after = local_model(base, files), local_model(tuned, files)
-    with bar("extracting", progress and not quiet) as advance:
-        found = extract_adapter(before, after, output, rank, outtype.value, force=force, progress=advance)
+    with bars("extracting", progress and not quiet) as (downloads, work):
+        found = api.extract(
+            base, tuned, output, rank, outtype=outtype.value, force=force, progress=work, downloads=downloads
+        )
+    from lora_gguf.cli import tables
+
     print(json_text(found.as_dict()) if as_json else tables.extraction_table(found))
     warn(found.warnings)
     if not quiet:

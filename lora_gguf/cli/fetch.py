@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lora_gguf.cli.options import Progress, Quiet
 from lora_gguf.cli.terms import say
 from lora_gguf.errors import UsageError, printable
-from lora_gguf.progress import download_bar
+from lora_gguf.progress import bar
 from lora_gguf.text import json_text, size_text
+
+if TYPE_CHECKING:
+    from lora_gguf.hub.base_models import Bases
 
 SHOWN = 3  # repositories in the list of bases
 
@@ -55,27 +58,23 @@ def fetch(
 
     lora-gguf fetch user/my-adapter --quant Q4_K_M -o models
     """
-    if not (base or quant):
-        if as_json:
-            raise UsageError("--json lists bases: give --base too")
-        from lora_gguf.hub.adapters import fetch as fetch_adapter
+    from lora_gguf import api
 
-        with download_bar(progress and not quiet) as files:
-            found = fetch_adapter(adapter, subfolder=subfolder, output=output, force=force, progress=files)
-        print(found)
+    if as_json and not base:
+        raise UsageError("--json lists bases: give --base too")
+    if base and not quant:
+        _list(api.bases(adapter, subfolder=subfolder), as_json)
         return
-    from lora_gguf.hub import base_models
-
-    model = base_models.base_model_of(adapter, subfolder)
-    if quant:
-        with download_bar(progress and not quiet) as files:
-            found = base_models.fetch_base(model, quant, output, force=force, progress=files)
-        print(found)
-    else:
-        _list(model, base_models.named(base_models.find_quantizations(model)), as_json)
+    with bar("fetching", progress and not quiet) as work:
+        if quant:
+            found = api.fetch_base(adapter, quant, subfolder=subfolder, output=output, force=force, progress=work)
+        else:
+            found = api.fetch(adapter, subfolder=subfolder, output=output, force=force, progress=work)
+    print(found)
 
 
-def _list(model: str, names: dict, as_json: bool) -> None:
+def _list(bases: Bases, as_json: bool) -> None:
+    model, names = bases.model, bases.found
     if as_json:
         print(json_text([{"reference": name, **vars(entry)} for name, entry in names.items()]))
         return

@@ -23,9 +23,9 @@ def inspect(
 
     lora-gguf inspect merged.gguf
     """
-    from lora_gguf.commands.inspect import inspect as inspect_source
+    from lora_gguf import api
 
-    found = inspect_source(source)
+    found = api.inspect(source)
     print(json_text(found.as_dict()) if as_json else as_text(found))
 
 

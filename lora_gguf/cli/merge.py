@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +37,7 @@ from lora_gguf.cli.terms import (
     warn,
 )
 from lora_gguf.errors import printable
-from lora_gguf.progress import bar, download_bar
+from lora_gguf.progress import bars
 from lora_gguf.text import json_text
 
 
@@ -117,49 +116,41 @@ def merge(
 
     lora-gguf merge model-Q4_K_M.gguf user/my-adapter -o merged.gguf
     """
-    from lora_gguf.files.output import check_target
-    from lora_gguf.hub.inputs import local_adapters, local_model
+    from lora_gguf import api
 
     source, adapter = base_and_adapter(base, adapter, model)
     named = named_adapters(adapter, scale, lora)
-    with download_bar(progress and not quiet) as files:
-        model_path = local_model(source, files)
-    if not (dry_run or keep_split or split_max_size or shard or os.path.isdir(output)):
-        check_target(output, force=force, inputs=[model_path])
-    wanted = pictures(report, plot, force, [model_path, *(name for name, _ in named)])
+    wanted = pictures(report, plot, force, [source, *(name for name, _ in named)])
     wanted.check([] if dry_run else [output])
-    with download_bar(progress and not quiet) as files:
-        adapters = local_adapters(named, files)
-    from lora_gguf.cli import tables
-    from lora_gguf.commands.merge import merge as merge_adapters
-    from lora_gguf.files.imatrix import read_imatrix
-    from lora_gguf.merging.growth import parse_growth
-    from lora_gguf.merging.plan import Policy
-    from lora_gguf.report.content import of_merge
-
-    measured = read_imatrix(imatrix) if imatrix else None
-    policy = Policy(rounding.value, seed, type and type.upper(), quantize and quantize.upper(), measured)
-    with bar("merging", progress and not quiet) as advance:
-        merged = merge_adapters(
-            model_path,
-            adapters,
+    with bars("merging", progress and not quiet) as (downloads, work):
+        merged = api.merge(
+            source,
+            named,
             None if dry_run else output,
-            policy,
+            rounding=rounding.value,
+            seed=seed,
+            type=type,
+            quantize=quantize,
+            imatrix=imatrix,
             tied=tied.value,
             allow_unused=allow_unused,
             expert_b_layout=expert_b_layout and expert_b_layout.value,
             base_config=base_config,
-            max_growth=parse_growth(max_growth),
+            max_growth=max_growth,
             min_retention=min_retention,
             max_bytes=n_bytes("--split-max-size", split_max_size),
-            shards=keep_split,
+            keep_split=keep_split,
             shard=shard,
             modelfile=modelfile,
             threads=threads,
             memory=n_bytes("--memory", memory),
             force=force,
-            progress=advance,
+            progress=work,
+            downloads=downloads,
         )
+    from lora_gguf.cli import tables
+    from lora_gguf.report.content import of_merge
+
     warn(merged.plan.warnings)
     print(json_text(merged.as_dict()) if as_json else tables.retention_table(merged))
     if dry_run and not quiet:
@@ -171,4 +162,4 @@ def merge(
     if not quiet:
         for path in merged.written:
             say_written(path, f": ollama create NAME -f {printable(path)}" if path.suffix == ".Modelfile" else "")
-    draw(wanted, lambda: of_merge(merged, model_path, adapters, policy.rounding), quiet)
+    draw(wanted, lambda: of_merge(merged, source, named, rounding.value), quiet)

@@ -9,6 +9,7 @@ import typer
 
 from lora_gguf.cli.options import (
     BASE_HELP,
+    AllowUnused,
     BaseConfig,
     ExpertB,
     ForcePictures,
@@ -18,9 +19,9 @@ from lora_gguf.cli.options import (
     ReportFile,
     Threads,
 )
-from lora_gguf.cli.terms import adapters_of, draw, pictures, say
+from lora_gguf.cli.terms import draw, named_adapters, pictures, say
 from lora_gguf.errors import printable
-from lora_gguf.progress import bar, download_bar
+from lora_gguf.progress import bars
 from lora_gguf.text import json_text
 
 
@@ -35,6 +36,7 @@ def verify(
             "--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="An adapter that should be in it; repeat."
         ),
     ],
+    allow_unused: AllowUnused = None,
     base_config: BaseConfig = None,
     expert_b_layout: ExpertB = None,
     imatrix: Annotated[
@@ -52,36 +54,32 @@ def verify(
 
     lora-gguf verify merged.gguf --base model-Q4_K_M.gguf --lora user/my-adapter
     """
-    from lora_gguf.hub.inputs import local_adapters, local_model
+    from lora_gguf import api
 
-    with download_bar(progress and not quiet) as files:
-        merged_path, base_path = local_model(merged, files), local_model(base, files)
-    wanted = pictures(report, plot, force, [merged_path, base_path, *(name for name, _ in adapters_of(lora))])
+    named = named_adapters(None, 1.0, lora)
+    wanted = pictures(report, plot, force, [merged, base, *(name for name, _ in named)])
     wanted.check()
-    with download_bar(progress and not quiet) as files:
-        adapters = local_adapters(adapters_of(lora), files)
-    from lora_gguf.checks.findings import as_error
-    from lora_gguf.cli import tables
-    from lora_gguf.commands.verify import verify as verify_merge
-    from lora_gguf.files.imatrix import read_imatrix
-    from lora_gguf.report.content import of_verify
-
-    with bar("verifying", progress and not quiet) as advance:
-        measured = read_imatrix(imatrix) if imatrix else None
-        found = verify_merge(
-            merged_path,
-            base_path,
-            adapters,
+    with bars("verifying", progress and not quiet) as (downloads, work):
+        found = api.verify(
+            merged,
+            base,
+            named,
+            allow_unused=allow_unused,
             expert_b_layout=expert_b_layout and expert_b_layout.value,
             base_config=base_config,
-            imatrix=measured,
+            imatrix=imatrix,
             threads=threads,
-            progress=advance,
+            progress=work,
+            downloads=downloads,
         )
+    from lora_gguf.checks.findings import as_error
+    from lora_gguf.cli import tables
+    from lora_gguf.report.content import of_verify
+
     print(json_text(found.as_dict()) if as_json else tables.verify_table(found))
     for note in [] if quiet else found.notes:
         say(f"lora-gguf: note: {printable(note, 600)}")
-    draw(wanted, lambda: of_verify(found, merged_path, base_path, adapters), quiet)
+    draw(wanted, lambda: of_verify(found, merged, base, named), quiet)
     if found.ok and not quiet:
         say(f"{found.label} is right: it holds the base and what is expected of the adapters after rounding")
     if not found.ok:

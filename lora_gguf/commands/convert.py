@@ -9,53 +9,54 @@ from contextlib import nullcontext
 import numpy as np
 
 from lora_gguf.adapters.adapter import Adapter, read_adapter
+from lora_gguf.adapters.adapter_file import AdapterFile
 from lora_gguf.adapters.factoring import factor
-from lora_gguf.adapters.lora import OUT_TYPES, LoraPair, decode, write_adapter_gguf
+from lora_gguf.adapters.lora import LoraPair, decode, write_adapter_gguf
 from lora_gguf.adapters.updates import Update
 from lora_gguf.errors import UnsupportedError, UsageError
 from lora_gguf.files.base import Base
 from lora_gguf.hub.quantizations import REPO_ID
 from lora_gguf.mapping import hparams
 from lora_gguf.mapping.placement import Placement, gguf_pairs
+from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import read_base_config
 from lora_gguf.progress import Progress
 
 
 def convert(
-    directory: str | os.PathLike,
-    out: str | os.PathLike,
-    base: str | os.PathLike | None = None,
-    base_config: str | os.PathLike | None = None,
-    outtype: str = "f32",
-    *,
-    force: bool = False,
-    allow_unused: str | None = None,
-    expert_b_layout: str | None = None,
-    rank: int | None = None,
+    directory: str | os.PathLike[str],
+    output: AdapterFile,
+    base: str | os.PathLike[str] | None = None,
+    reading: Reading = Reading(),
     progress: Progress | None = None,
 ) -> Placement:
-    """Write the PEFT adapter in ``directory`` as a GGUF to ``out`` and return the account of its tensors.
+    """Write the PEFT adapter in ``directory`` as a GGUF, and return the account of its tensors.
 
-    The layout follows the header of ``base``, a GGUF, and ``base_config``, a ``config.json`` or the folder that holds
-    it, where the GGUF does not say or is not given. ``outtype`` is one of ``OUT_TYPES``; F32, the default, is exact.
-    What isn't low rank (DoRA, OFT, …) is refused, or with ``rank`` approximated at that rank against ``base``. That
-    takes its time: ``progress`` is called with (bytes of the base done since the last call, bytes in all, tensor
-    name).
+    The layout follows the header of ``base``, a GGUF, and the ``config.json`` that ``reading`` names, where the GGUF
+    does not say or is not given. What isn't low rank (DoRA, OFT, …) is refused, or approximated at the rank of
+    ``output`` against ``base``. That takes its time: ``progress`` is called with (bytes of the base done since the
+    last call, bytes in all, tensor name).
     """
-    if outtype not in OUT_TYPES:
-        raise UsageError(f"--outtype {outtype}: expected one of {', '.join(OUT_TYPES)}")
-    adapter = read_adapter(directory, expert_b_layout, allow_unused)
+    adapter = read_adapter(directory, reading.expert_b_layout, reading.allow_unused)
     with Base(base) if base is not None else nullcontext() as opened:
-        model = base_model(opened, base_config)
-        placement = gguf_pairs(adapter, model, updates=True, allow_unused=allow_unused)
-        to_pairs(placement, adapter, opened, rank, progress)
+        model = base_model(opened, reading.base_config)
+        placement = gguf_pairs(adapter, model, updates=True, allow_unused=reading.allow_unused)
+        to_pairs(placement, adapter, opened, output.rank, progress)
         placement.warnings += [
             f"{pair.name}: it is the head too (tied), and llama.cpp stops at an adapter of such a tensor: merge instead"
             for pair in placement.pairs
             if pair.shared
         ]
-        inputs = [adapter.directory, *(opened.paths if opened else []), *([base_config] if base_config else [])]
-    write_adapter_gguf(out, placement.pairs, model.architecture, outtype, metadata(adapter), force=force, inputs=inputs)
+        inputs = [adapter.directory, *(opened.paths if opened else ()), *filter(None, [reading.base_config])]
+    write_adapter_gguf(
+        output.path,
+        placement.pairs,
+        model.architecture,
+        output.outtype,
+        metadata(adapter),
+        force=output.force,
+        inputs=inputs,
+    )
     return placement
 
 

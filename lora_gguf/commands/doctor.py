@@ -20,6 +20,7 @@ from lora_gguf.files.input_file import InputFile
 from lora_gguf.hub.references import remote_gguf
 from lora_gguf.hub.remote import open_model
 from lora_gguf.mapping.accounts import Placement
+from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import adapter_name, placement_of
 from lora_gguf.merging.forecast import STEADY_BYTES, chosen, expected, expected_seconds, scratch_bytes, step_of, thinned
 from lora_gguf.merging.plan import Plan, Policy, TensorPlan, make_plan
@@ -41,11 +42,7 @@ OPTIONS: dict[str, tuple[str, dict]] = {
 def doctor(
     base: str | os.PathLike,
     adapters: Sequence[tuple[str | os.PathLike, float]],
-    *,
-    tied: str = "separate",
-    allow_unused: str | None = None,
-    expert_b_layout: str | None = None,
-    base_config: str | os.PathLike | None = None,
+    reading: Reading = Reading(),
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> DoctorReport:
@@ -57,12 +54,12 @@ def doctor(
     is called with (samples done since the last call, samples in all, tensor name).
     """
     with open_base(base) as model:
-        report = DoctorReport(model.label, [(adapter_name(path), float(factor)) for path, factor in adapters])
+        named = [(adapter_name(path), float(factor)) for path, factor in adapters]
+        report = DoctorReport(model.label, named, [("base", base), *(("adapter", path) for path, _ in adapters)])
         for path, _ in adapters:
             report.remarks += remarks_on(path, model, named=len(adapters) > 1)
-        reading = (tied, allow_unused, expert_b_layout, base_config)
         try:
-            placements = [(placement_of(path, model, *reading), factor) for path, factor in adapters]
+            placements = [(placement_of(path, model, reading), factor) for path, factor in adapters]
             plan = make_plan(model, placements, Policy("auto" if is_local(model) else "dither"))
             report.remarks += remarks_on_fit(model, plan, [placement for placement, _ in placements])
             foresee(report, model, plan, threads, progress)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_gguf.adapters.adapter_file import AdapterFile
 from lora_gguf.adapters.factoring import factor
-from lora_gguf.adapters.lora import EMBEDDING, OUT_TYPES, LoraPair, decode, write_adapter_gguf
+from lora_gguf.adapters.lora import EMBEDDING, LoraPair, decode, write_adapter_gguf
 from lora_gguf.errors import MismatchError, NumericError, UsageError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.progress import Progress
-from lora_gguf.quants.table import CODECS
+from lora_gguf.quants.table import QUANTS
 
 CHUNK_BYTES = 16 << 20
 LOW_RANK = 0.8  # share of a difference's energy below which it is hardly that of a fine-tune of the rank
@@ -60,35 +61,36 @@ class Extraction:
 
 
 def extract(
-    base: str | os.PathLike,
-    tuned: str | os.PathLike,
-    out: str | os.PathLike,
-    rank: int = 32,
-    outtype: str = "f16",
-    *,
-    force: bool = False,
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    output: AdapterFile,
     progress: Progress | None = None,
 ) -> Extraction:
-    """Write to ``out`` the adapter of ``rank`` that turns ``base`` into ``tuned`` as nearly as that rank can.
+    """Write the adapter that turns ``base`` into ``tuned``, as nearly as the rank of ``output`` can.
 
     Both are GGUFs of one architecture, of any types: each difference is taken between dequantized weights, so what the
     quantization of either adds is in it. One tensor is in memory at a time. Raises ``MismatchError`` where the two are
     not of one model, ``NumericError`` for NaN and infinity.
     """
-    if rank < 1 or outtype not in OUT_TYPES:
-        raise UsageError(f"expected a rank from 1 and a type of {', '.join(OUT_TYPES)}, found {rank} and {outtype}")
+    if output.rank is None:
+        raise UsageError("rank: an adapter is made of a rank: name one, such as 32")
     with Base(base) as before, Base(tuned) as after:
         check_alike(before, after)
-        found = Extraction(before.architecture, rank)
+        found = Extraction(before.architecture, output.rank)
         pairs = [pair for name in before.tensors if (pair := extract_tensor(name, before, after, found, progress))]
         inputs = [*before.paths, *after.paths]
         label = after.label
         found.warnings += noise_warnings(found, before, after)
     if not pairs:
         raise MismatchError(f"{label}: nothing differs from {printable(Path(base).name)} that an adapter could hold")
-    metadata = [("general.name", Path(out).stem, "str"), ("general.base_model.count", 1, "u32")]
-    metadata.append(("general.base_model.0.name", printable(Path(base).stem, 100), "str"))
-    write_adapter_gguf(out, pairs, found.architecture, outtype, metadata, force=force, inputs=inputs)
+    metadata: list[tuple[str, object, str]] = [
+        ("general.name", Path(output.path).stem, "str"),
+        ("general.base_model.count", 1, "u32"),
+        ("general.base_model.0.name", printable(Path(base).stem, 100), "str"),
+    ]
+    write_adapter_gguf(
+        output.path, pairs, found.architecture, output.outtype, metadata, force=output.force, inputs=inputs
+    )
     return found
 
 
@@ -180,7 +182,7 @@ def why_left_out(info: TensorInfo, base: Base) -> str | None:
     """The reason why a tensor's difference has no place in an adapter, or None."""
     if not info.name.endswith(".weight") or len(info.shape) not in (2, 3) or "norm" in info.name:
         return "llama.cpp applies adapters to weight matrices only"
-    if info.type.name not in CODECS:
+    if info.type.name not in QUANTS:
         return f"its type {info.type} cannot be read"
     if info.name == EMBEDDING and "output.weight" not in base.tensors:
         return "embedding and head are one tensor (tied), on which llama.cpp cannot apply an adapter"

@@ -8,18 +8,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from lora_gguf.errors import NumericError, UsageError
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_writer import GgufWriter
 from lora_gguf.files.output import check_space, check_target, write_bytes
 from lora_gguf.mapping.placement import Account
+from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import adapter_name, inputs_of, placement_of
 from lora_gguf.merging.forecast import chosen, expected
 from lora_gguf.merging.growth import promote
-from lora_gguf.merging.layout import OutputPart, one_shard, output_parts
+from lora_gguf.merging.layout import OutputPart, output_parts
 from lora_gguf.merging.modelfile import modelfile as modelfile_text
-from lora_gguf.merging.naming import output_path
-from lora_gguf.merging.plan import Plan, Policy, make_plan
+from lora_gguf.merging.options import Policy, Resources, Writing
+from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.provenance import merged_key_values, names_of
 from lora_gguf.merging.retention import WARN_BELOW, Retention, kind_of, layer_of, total
 from lora_gguf.merging.steps import planned_step
@@ -32,10 +35,14 @@ REMEDIES = {"--rounding auto": {"rounding": "auto"}, "--type Q8_0": {"type": "Q8
 
 @dataclass
 class MergeReport:
-    """What a merge did: its plan, the account of each adapter's tensors, and per merged tensor what was kept."""
+    """What a merge did: its plan, the account of each adapter's tensors, and per merged tensor what was kept.
+
+    ``inputs`` are the role (base, adapter) and path of what was read, ``written`` the files that it made.
+    """
 
     plan: Plan
     accounts: list[Account]
+    inputs: list[tuple[str, str | os.PathLike[str]]] = field(default_factory=list)
     retention: dict[str, Retention] = field(default_factory=dict)
     written: list[Path] = field(default_factory=list)
 
@@ -55,8 +62,9 @@ class MergeReport:
         return {key: groups[key] for key in sorted(groups, key=lambda key: kinds.index(key[0]))}
 
     def as_dict(self) -> dict:
-        """The report as plain data for JSON: the whole, each kind of tensor, each merged tensor, each of "
-        "the adapter's."""
+        """Return the report as plain data for JSON: the whole, each kind of tensor, each merged tensor, each of the
+        adapter's.
+        """
         tensors = [
             {
                 "name": tensor.target.name,
@@ -85,65 +93,44 @@ class MergeReport:
 def merge(
     base: str | os.PathLike,
     adapters: Sequence[tuple[str | os.PathLike, float]],
-    out: str | os.PathLike | None,
+    writing: Writing | None,
     policy: Policy = Policy(),
-    *,
-    tied: str = "separate",
-    allow_unused: str | None = None,
-    expert_b_layout: str | None = None,
-    base_config: str | os.PathLike | None = None,
-    max_growth: float = 0.0,
-    min_retention: float = 0.0,
-    max_bytes: int | None = None,
-    shards: bool = False,
-    shard: str | None = None,
-    modelfile: bool = False,
-    threads: int | None = None,
-    memory: int | None = None,
-    force: bool = False,
+    reading: Reading = Reading(),
+    resources: Resources = Resources(),
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Add the updates of ``adapters`` to ``base`` and write the result to ``out``; in a folder, under its conventional
-    name.
+    """Add the updates of ``adapters`` to ``base`` and write the result; ``writing`` None only plans.
 
     Each adapter is a PEFT directory or an adapter GGUF with the factor that multiplies its own scale; their updates are
-    summed in f32 and rounded once, as ``policy`` says. ``out`` None only plans. ``tied``, ``allow_unused``,
-    ``expert_b_layout`` and ``base_config`` are those of ``placement_of``, ``max_growth`` that of ``growth``,
-    ``max_bytes``, ``shards`` and ``shard`` those of ``outfiles.layout``. ``modelfile``: write one for Ollama beside it.
-    ``memory``: about how many bytes the rows in work may take in all ``threads``; the bytes written do not depend on
-    either. ``progress`` is called with (bytes of the base done since the last call, bytes in all, tensor name). Raises
-    the subclasses of ``LoraGgufError``, before the first byte is written wherever that is possible; ``NumericError``
-    where less than ``min_retention`` of the update is kept. Then ``out`` stays what it was.
+    summed in f32 and rounded once, as ``policy`` says. The bytes written do not depend on ``resources``. ``progress``
+    is called with (bytes of the base done since the last call, bytes in all, tensor name). Raises the subclasses of
+    ``LoraGgufError``, before the first byte is written wherever that is possible; then the output stays what it was.
     """
     with Base(base) as model:
-        placements = [
-            (placement_of(path, model, tied, allow_unused, expert_b_layout, base_config), scale)
-            for path, scale in adapters
-        ]
+        placements = [(placement_of(path, model, reading), scale) for path, scale in adapters]
         plan = make_plan(model, placements, policy)
-        promote(plan, model, max_growth)
-        report = MergeReport(plan, [account for placement, _ in placements for account in placement.accounts])
-        if out is None:
+        promote(plan, model, policy.max_growth)
+        accounts = [account for placement, _ in placements for account in placement.accounts]
+        report = MergeReport(plan, accounts, [("base", base), *(("adapter", path) for path, _ in adapters)])
+        if writing is None:
             return report
-        out = output_path(out, model, plan, [adapter_name(path) for path, _ in adapters])
-        names = names_of(model, [adapter_name(path) for path, _ in adapters], policy)
-        metadata = merged_key_values(model, plan, placements, policy, names)
-        parts = output_parts(out, model, plan, max_bytes=max_bytes, shards=shards or shard is not None)
-        parts = one_shard(parts, shard) if shard else parts
-        inputs = files_read(model, adapters, policy, base_config)
-        writers = [writer_of(part, plan, metadata, model.alignment, force, inputs) for part in parts]
+        names = [adapter_name(path) for path, _ in adapters]
+        parts = output_parts(writing, model, plan, names)
+        metadata = merged_key_values(model, plan, placements, policy, names_of(model, names, policy))
+        inputs = files_read(model, adapters, policy, reading)
+        writers = [writer_of(part, plan, metadata, model.alignment, writing.force, inputs) for part in parts]
         check_space(writers[0].output.target, sum(writer.size for writer in writers))
-        recipe = ollama_recipe(parts, model, force) if modelfile else None
+        recipe = ollama_recipe(parts, model, writing.force) if writing.modelfile else None
         report.plan = replace(plan, tensors=[tensor for part in parts for tensor in part.tensors])
         with ExitStack() as opened:
-            for part, writer in zip(parts, writers, strict=False):
-                write_part(part, model, opened.enter_context(writer), report, threads, memory, progress)
+            for part, writer in zip(parts, writers, strict=True):
+                write_part(part, model, opened.enter_context(writer), report, resources, progress)
             note_steps(report, model)
-            check_retention(report, model, policy, min_retention)
+            check_retention(report, model, policy)
             model.check_unchanged()
             report.written += committed(writers)
     if recipe:
-        write_bytes(*recipe, force=force)
+        write_bytes(*recipe, force=writing.force)
         report.written.append(recipe[0])
     return report
 
@@ -152,11 +139,11 @@ def files_read(
     model: Base,
     adapters: Sequence[tuple[str | os.PathLike, float]],
     policy: Policy,
-    base_config: str | os.PathLike | None,
+    reading: Reading,
 ) -> list[str | os.PathLike]:
-    """Every path that a merge reads, and so must not write."""
+    """Return every path that a merge reads, and so must not write."""
     paths = [*model.paths, *(inputs_of(path) for path, _ in adapters)]
-    return [*paths, *(policy.imatrix.paths if policy.imatrix else ()), *([base_config] if base_config else ())]
+    return [*paths, *(policy.imatrix.paths if policy.imatrix else ()), *filter(None, [reading.base_config])]
 
 
 def committed(writers: Sequence[GgufWriter]) -> list[Path]:
@@ -193,16 +180,17 @@ def write_part(
     model: Base,
     writer: GgufWriter,
     report: MergeReport,
-    threads: int | None,
-    memory: int | None,
+    resources: Resources,
     progress: Progress | None,
 ) -> None:
     """Carry out all chunks of one output file, and note what was kept."""
 
-    def work(chunk: Chunk):
+    n_weights = weights_within(resources.memory, resources.threads)
+
+    def work(chunk: Chunk) -> tuple[int, np.ndarray] | None:
         return carry_out(chunk, model.reader_of(chunk.tensor.source.name), writer)
 
-    for chunk, outcome in in_threads(work, cut(part.tensors, weights_within(memory, threads)), threads):
+    for chunk, outcome in in_threads(work, cut(part.tensors, n_weights), resources.threads):
         name = chunk.tensor.target.name
         if outcome and chunk.tensor.changes:
             report.retention.setdefault(name, Retention()).add(*outcome)
@@ -217,12 +205,13 @@ def note_steps(report: MergeReport, model: Base) -> None:
             found.steps2 = found.n_weights * planned_step(tensor, model) ** 2
 
 
-def check_retention(report: MergeReport, model: Base, policy: Policy, min_retention: float) -> None:
-    """Warn where little of the update was kept, or raise ``NumericError`` below ``min_retention``."""
+def check_retention(report: MergeReport, model: Base, policy: Policy) -> None:
+    """Warn where little of the update was kept, or raise ``NumericError`` where less than the policy asks for."""
     kept = report.whole.kept
-    if kept < min_retention:
+    if kept < policy.min_retention:
         raise NumericError(
-            f"kept {kept:.2f} of the adapter, --min-retention is {min_retention}: {remedy(report, model, policy)}"
+            f"kept {kept:.2f} of the adapter, --min-retention is {policy.min_retention}: "
+            f"{remedy(report, model, policy)}"
         )
     if kept < WARN_BELOW:
         report.plan.warnings.append(f"only {kept:.2f} of the adapter was kept: {remedy(report, model, policy)}")

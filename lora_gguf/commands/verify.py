@@ -21,22 +21,27 @@ from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.base import Base
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.accounts import Account
+from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import adapter_name, placement_of
 from lora_gguf.merging.plan import HEAD, Plan, Policy, make_plan
 from lora_gguf.merging.retention import WARN_BELOW, kind_of
 from lora_gguf.merging.steps import stored_step
 from lora_gguf.merging.work import CHUNK_WEIGHTS, Chunk, cut, encoded, in_threads, update_of
 from lora_gguf.progress import Progress
-from lora_gguf.quants.table import CODECS
+from lora_gguf.quants.table import QUANTS
 
 PLAIN = Policy("dither")  # only where the updates go matters here, not how they would be rounded
 
 
 @dataclass
 class VerifyReport:
-    """What ``verify`` found: ``ok`` where the merged file holds what it should, else ``findings`` with their causes."""
+    """What ``verify`` found: ``ok`` where the merged file holds what it should, else ``findings`` with their causes.
+
+    ``inputs`` are the role (merged, base, adapter) and path of what was read.
+    """
 
     label: str
+    inputs: list[tuple[str, str | os.PathLike[str]]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -94,28 +99,25 @@ def verify(
     merged: str | os.PathLike,
     base: str | os.PathLike,
     adapters: Sequence[tuple[str | os.PathLike, float]],
-    *,
-    expert_b_layout: str | None = None,
-    base_config: str | os.PathLike | None = None,
+    reading: Reading = Reading(),
     imatrix: Imatrix | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare ``merged`` with ``base`` and ``adapters``, PEFT directories or adapter GGUFs with their factors.
 
-    ``expert_b_layout`` and ``base_config`` are those of ``placement_of``.
+    The adapters are read as ``reading`` says, but for a tied head, which is what the merged file makes of it.
     ``imatrix`` is the importance matrix that the merge used, if it did: with it, tensors can be merged again.
     ``progress`` is called with (bytes of the base done since the last call, bytes in all, tensor name).
     Raises ``MismatchError`` where the adapters do not fit the base, ``UnsupportedError`` for an unreadable type.
     """
     with Base(base) as model, Base(merged) as result:
-        tied = "separate" if HEAD in result.tensors else "shared"
-        placements = [
-            (placement_of(path, model, tied, None, expert_b_layout, base_config), scale) for path, scale in adapters
-        ]
+        reading = replace(reading, tied="separate" if HEAD in result.tensors else "shared")
+        placements = [(placement_of(path, model, reading), scale) for path, scale in adapters]
         plan = make_plan(model, placements, PLAIN)
         accounts = [account for placement, _ in placements for account in placement.accounts]
-        report = VerifyReport(result.label, accounts=accounts)
+        inputs = [("merged", merged), ("base", base), *(("adapter", path) for path, _ in adapters)]
+        report = VerifyReport(result.label, inputs, accounts=accounts)
         names = [adapter_name(path) for path, _ in adapters]
         evidence = Evidence(model, result, placements, plan, names, imatrix=imatrix)
         if len(adapters) > 1:
@@ -158,7 +160,7 @@ def check_tensors(
     present = [tensor for tensor in plan.tensors if fits(tensor.target, result)]
     for tensor in present:
         for info in (tensor.source, result.tensors[tensor.target.name]):
-            if info.type.name not in CODECS and (tensor.changes or info.type != tensor.source.type):
+            if info.type.name not in QUANTS and (tensor.changes or info.type != tensor.source.type):
                 raise UnsupportedError(f"{info.name}: type {info.type} cannot be read")
     checks = {
         tensor.target.name: Check(
@@ -197,13 +199,13 @@ def inspect(chunk: Chunk, model: Base, result: Base) -> tuple[int, Comparison]:
     n_different = after.size if source.type != target.type else int(np.count_nonzero(before != after))
     if chunk.tensor.changes:
         delta = update_of(chunk, before)
-        return n_different, compare_rows(CODECS[source.type.name], CODECS[target.type.name], before, after, delta)
-    if not n_different or source.type.name not in CODECS:
+        return n_different, compare_rows(QUANTS[source.type.name], QUANTS[target.type.name], before, after, delta)
+    if not n_different or source.type.name not in QUANTS:
         return n_different, Comparison()
     comparison = Comparison()
     for rows in row_slices(chunk.n_rows, source.n_cols):
         nothing = np.zeros((len(before[rows]), source.n_cols), np.float32)
-        quants = CODECS[source.type.name], CODECS[target.type.name]
+        quants = QUANTS[source.type.name], QUANTS[target.type.name]
         comparison += compare_rows(*quants, before[rows], after[rows], nothing)
     return n_different, comparison
 
@@ -214,7 +216,7 @@ def inspect_new(chunk: Chunk, result: Base) -> tuple[int, Comparison]:
     after = result.reader_of(target.name).read(target, chunk.first, chunk.n_rows)
     tensor = replace(chunk.tensor, target=target)
     wanted = encoded(replace(chunk, tensor=tensor))
-    n_different, comparison, quant = int(np.count_nonzero(wanted != after)), Comparison(), CODECS[target.type.name]
+    n_different, comparison, quant = int(np.count_nonzero(wanted != after)), Comparison(), QUANTS[target.type.name]
     if n_different:
         comparison += compare_rows(quant, quant, wanted, after, np.zeros_like(chunk.new))
     return n_different, comparison

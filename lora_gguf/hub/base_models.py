@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from lora_gguf.adapters.adapter_config import read_json
@@ -16,6 +17,22 @@ from lora_gguf.hub.repository import download, open_repo
 from lora_gguf.progress import FileProgress
 
 ADDRESS = "https://huggingface.co/"
+
+
+@dataclass(frozen=True)
+class Bases:
+    """The ``model`` that an adapter was trained on, and its quantizations by what to write as BASE for each."""
+
+    model: str
+    found: dict[str, Quantization]
+
+
+def bases_of(source: str | os.PathLike[str], subfolder: str | None = None) -> Bases:
+    """Return the model that the adapter ``source`` was trained on, and its GGUFs on the Hub. Raises as
+    ``base_model_of``.
+    """
+    model = base_model_of(source, subfolder)
+    return Bases(model, named(find_quantizations(model)))
 
 
 def base_model_of(source: str | os.PathLike, subfolder: str | None = None) -> str:

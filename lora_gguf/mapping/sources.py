@@ -12,6 +12,7 @@ from lora_gguf.adapters.adapter_config import read_json
 from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.base import Base
 from lora_gguf.mapping.placement import Placement, adapter_gguf_pairs, gguf_pairs
+from lora_gguf.mapping.reading import Reading
 
 
 def read_base_config(path: str | os.PathLike | None) -> dict | None:
@@ -31,27 +32,25 @@ def inputs_of(path: str | os.PathLike) -> Path:
     return Path(path) if _is_gguf(path) else adapter_directory(path)
 
 
-def placement_of(
-    path: str | os.PathLike,
-    base: Base,
-    tied: str = "separate",
-    allow_unused: str | None = None,
-    expert_b_layout: str | None = None,
-    base_config: str | os.PathLike | None = None,
-) -> Placement:
-    """The updates of the adapter at ``path``, a directory or a GGUF, in the layout of ``base``, as a merge carries them
-    out.
+def placement_of(path: str | os.PathLike[str], base: Base, reading: Reading = Reading()) -> Placement:
+    """Return the updates of the adapter at ``path``, a directory or a GGUF, in the layout of ``base``, as a merge
+    carries them out.
 
-    ``tied`` and ``allow_unused`` are those of ``gguf_pairs``, ``expert_b_layout`` that of ``read_adapter``;
-    ``base_config`` is the base's ``config.json``, or the folder that holds it, for what its GGUF does not say. Raises
-    ``UnsupportedError`` for an adapter that cannot be merged.
+    Raises ``UnsupportedError`` for an adapter that cannot be merged.
     """
     if _is_gguf(path):
-        placement = adapter_gguf_pairs(path, base, tied, allow_unused)
+        placement = adapter_gguf_pairs(path, base, reading.tied, reading.allow_unused)
     else:
-        adapter, config = read_adapter(path, expert_b_layout, allow_unused), read_base_config(base_config)
-        wanted = dict(updates=True, new_tokens=True, tied=tied, allow_unused=allow_unused)
-        placement = gguf_pairs(adapter, base, config=config, **wanted)
+        adapter = read_adapter(path, reading.expert_b_layout, reading.allow_unused)
+        placement = gguf_pairs(
+            adapter,
+            base,
+            config=read_base_config(reading.base_config),
+            updates=True,
+            new_tokens=True,
+            tied=reading.tied,
+            allow_unused=reading.allow_unused,
+        )
     if placement.invocation_tokens:
         raise UnsupportedError(
             f"{adapter_name(path)}: an aLoRA, active only after its invocation tokens: it cannot be merged; "

@@ -10,6 +10,8 @@ from pathlib import Path
 from lora_gguf.errors import UsageError
 from lora_gguf.files.base import Base, shard_path
 from lora_gguf.files.gguf_writer import key_value
+from lora_gguf.merging.naming import output_path
+from lora_gguf.merging.options import Writing
 from lora_gguf.merging.plan import Plan, TensorPlan
 
 
@@ -34,22 +36,34 @@ class OutputPart:
         return (metadata if self.number == 0 else []) + split
 
 
-def output_parts(
-    out: str | os.PathLike, base: Base, plan: Plan, *, max_bytes: int | None, shards: bool
-) -> list[OutputPart]:
-    """The files of a merge: one, or the base's own ``shards``, or as many as it takes to keep each below
-    ``max_bytes``.
+def output_parts(writing: Writing, base: Base, plan: Plan, adapters: Sequence[str]) -> list[OutputPart]:
+    """Return the files that ``writing`` asks for; ``adapters`` are the names that a file in a folder is called by.
+
+    Raises ``UsageError`` where there is no such shard.
     """
+    parts = all_parts(output_path(writing.path, base, plan, adapters), writing, base, plan)
+    if writing.part is None:
+        return parts
+    number, count = writing.part
+    if count != len(parts):
+        raise UsageError(
+            f"--shard {number}/{count}: there are {len(parts)} output files: expected --shard N/{len(parts)}"
+        )
+    return [parts[number - 1]]
+
+
+def all_parts(out: Path, writing: Writing, base: Base, plan: Plan) -> list[OutputPart]:
+    """Return all files of a merge: one, or the base's own shards, or as many as keep each below a size."""
     groups = [plan.tensors]
-    if max_bytes:
-        groups = _by_size(plan.tensors, max_bytes)
-    elif shards:
+    if writing.max_bytes:
+        groups = _by_size(plan.tensors, writing.max_bytes)
+    elif writing.keep_split or writing.shard:
         owners = [base.reader_of(tensor.source.name) for tensor in plan.tensors]
         groups = [
-            [t for t, owner in zip(plan.tensors, owners, strict=False) if owner is reader] for reader in base.readers
+            [t for t, owner in zip(plan.tensors, owners, strict=True) if owner is reader] for reader in base.readers
         ]
     if len(groups) == 1:
-        return [OutputPart(Path(out), groups[0])]
+        return [OutputPart(out, groups[0])]
     prefix = os.fspath(out).removesuffix(".gguf")
     return [OutputPart(shard_path(prefix, i, len(groups)), group, i, len(groups)) for i, group in enumerate(groups)]
 
@@ -64,13 +78,3 @@ def _by_size(tensors: Sequence[TensorPlan], max_bytes: int) -> list[list[TensorP
         groups[-1].append(tensor)
         size += tensor.target.n_bytes
     return groups
-
-
-def one_shard(parts: list[OutputPart], shard: str) -> list[OutputPart]:
-    """The part that ``shard``, such as 3/5, names."""
-    number, _, count = shard.partition("/")
-    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise UsageError(f"--shard {shard}: expected N/COUNT, such as 3/5")
-    if int(count) != len(parts):
-        raise UsageError(f"--shard {shard}: there are {len(parts)} output files: expected --shard N/{len(parts)}")
-    return [parts[int(number) - 1]]

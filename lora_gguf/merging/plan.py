@@ -17,37 +17,17 @@ from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.placement import Placement
 from lora_gguf.merging.importance import importance_of
+from lora_gguf.merging.options import Policy
 from lora_gguf.merging.refit import Weighting
-from lora_gguf.merging.requantize import ROUNDINGS, Later, Recipe, weighting_of
+from lora_gguf.merging.requantize import Later, Recipe, weighting_of
 from lora_gguf.merging.rounding import tensor_key
 from lora_gguf.quants.ggml import BY_NAME, GgmlType
 from lora_gguf.quants.mixes import fallback_type, file_type_of, mix_types, model_of, requires_importance
-from lora_gguf.quants.table import CODECS
+from lora_gguf.quants.table import QUANTS
 
 HEAD = "output.weight"
 LARGEST_SCALE = 1e30
 PROMOTED = "Q6_K"  # of a tensor whose weights are not coded one by one (IQ1 to IQ3), so that codes cannot be moved
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What the user asked for: the rounding, and which types the tensors get.
-
-    ``type`` is that of the adapted tensors (None keeps the base's), ``mix`` names one of llama.cpp's quantization mixes
-    for all tensors; ``imatrix`` tells the importance of their columns.
-    """
-
-    rounding: str = "auto"
-    seed: int = 0
-    type: str | None = None
-    mix: str | None = None
-    imatrix: Imatrix | None = None
-
-    def __post_init__(self):
-        if self.type and self.type not in CODECS:
-            raise UsageError(f"type {self.type}: expected one of {', '.join(CODECS)}")
-        if self.rounding not in ROUNDINGS:
-            raise UsageError(f"rounding {self.rounding}: expected one of {', '.join(ROUNDINGS)}")
 
 
 @dataclass
@@ -196,7 +176,7 @@ def choose(tensor: TensorPlan, mix_type: GgmlType | None, policy: Policy) -> Non
     """Set the type that ``tensor`` gets, and the recipe by which it gets there."""
     info = tensor.source
     chosen = mix_type or (adapted_type(tensor, policy) if tensor.changes else info.type)
-    if tensor.new_rows is not None and CODECS[chosen.name].needs_importance:
+    if tensor.new_rows is not None and QUANTS[chosen.name].needs_importance:
         chosen = fallback_type(BY_NAME[PROMOTED], info.n_cols)
     tensor.target = replace(tensor.target, type=chosen)
     if tensor.changes or chosen != info.type:
@@ -207,18 +187,18 @@ def choose(tensor: TensorPlan, mix_type: GgmlType | None, policy: Policy) -> Non
         )
         key = tensor_key(policy.seed, tensor.target.name)
         importance = policy.imatrix.of(info) if policy.imatrix else None
-        tensor.recipe = Recipe(CODECS[info.type.name], CODECS[chosen.name], rounding, key, importance)
+        tensor.recipe = Recipe(QUANTS[info.type.name], QUANTS[chosen.name], rounding, key, importance)
 
 
 def adapted_type(tensor: TensorPlan, policy: Policy) -> GgmlType:
     """The type of an adapted tensor: what the user chose, or the base's, or one that can hold the result."""
     info = tensor.source
-    quant = CODECS[info.type.name]
+    quant = QUANTS[info.type.name]
     if policy.type and len(info.shape) > 1:
         return fallback_type(BY_NAME[policy.type], info.n_cols)
-    rounds = quant.grid is not None or info.type.block_size == 1
+    rounds = quant.unpack is not None or info.type.block_size == 1
     replaced = any(update.replaces for update, _ in tensor.updates)
-    if rounds or (not quant.needs_importance and (policy.rounding == "fresh" or replaced)):
+    if rounds or (quant.encode and not quant.needs_importance and (policy.rounding == "fresh" or replaced)):
         return info.type
     return fallback_type(BY_NAME[PROMOTED], info.n_cols)
 
@@ -228,7 +208,7 @@ def _check(base: Base, plans: Iterable[TensorPlan]) -> None:
     merged = [tensor for tensor in plans if tensor.changes or tensor.new_rows is not None]
     for tensor in merged:
         info = tensor.source
-        if info.type.name not in CODECS:
+        if info.type.name not in QUANTS:
             unsupported.append(f"{info.name}: type {info.type} cannot be merged into")
         for pair in tensor.pairs:
             if pair.shape != info.shape:

@@ -112,11 +112,7 @@ def of_merge(report: MergeReport, base: str | os.PathLike, adapters: Adapters, r
         tables=[
             Table("By kind of tensor", "kinds", MERGED_KINDS, {"kind": "all merged", "count": n_merged, **data["all"]})
         ],
-        files=[
-            ("base", base),
-            *(("adapter", path) for path, _ in adapters),
-            *(("output", path) for path in report.written),
-        ],
+        files=[*report.inputs, *(("output", path) for path in report.written)],
     )
 
 
@@ -141,7 +137,7 @@ def of_verify(report: VerifyReport, merged: str | os.PathLike, base: str | os.Pa
         rows="tensors",
         measures=("holds", "kept", "delta_per_step", "delta_norm", "noise", "correlation", "type"),
         tables=[Table("By kind of tensor", "kinds", VERIFIED_KINDS, whole)],
-        files=[("merged", merged), ("base", base), *(("adapter", path) for path, _ in adapters)],
+        files=report.inputs,
     )  # fmt: skip
 
 
@@ -167,7 +163,7 @@ def of_doctor(report: DoctorReport, base: str | os.PathLike, adapters: Adapters)
         rows="tensors",
         measures=("delta_per_step", *ways, "delta_norm", "type"),
         tables=[Table("Ways to merge", "outlooks", WAYS), Table("What was looked at", "remarks", REMARKS)],
-        files=[("base", base), *(("adapter", path) for path, _ in adapters)],
+        files=report.inputs,
     )
 
 

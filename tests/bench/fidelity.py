@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_gguf.commands.convert import convert
-from lora_gguf.commands.merge import merge
+from lora_gguf.api import convert
 from lora_gguf.merging.plan import Policy
-from lora_gguf.quants.table import CODECS
+from lora_gguf.quants.table import QUANTS
 from tests.bench.bases import requantized
 from tests.bench.oracle import Oracle, linear_weights, peft_deltas
+from tests.calls import merge
 from tests.common import FIXTURES, gemma3_path, llama_server, smollm2_path
 
 ROUNDINGS = ("fresh", "nearest", "dither", "auto", "Q8_0")
@@ -52,7 +52,7 @@ def line(row: dict) -> str:
 
 def merged_figures(oracle: Oracle, base: Path, adapter: Path, scale: float, way: str, seed: int, folder: Path) -> dict:
     """Merge by one rounding, or promote to a type, and judge the file."""
-    policy = Policy(type=way, seed=seed) if way in CODECS else Policy(way, seed=seed)
+    policy = Policy(type=way, seed=seed) if way in QUANTS else Policy(way, seed=seed)
     out = folder / "merged.gguf"
     report = merge(base, [(adapter, scale)], out, policy, force=True)
     figures = oracle.judge(linear_weights(out))

@@ -1,0 +1,68 @@
+"""What a caller gives, looked at before any work: each function raises ``UsageError`` where it is not what is expected.
+
+The one line names the argument, what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import re
+from collections.abc import Collection
+
+from lora_gguf.errors import UsageError, printable
+
+
+def refuse(name: str, expected: str, found: object) -> UsageError:
+    """Return the error of an argument that is not what is expected."""
+    return UsageError(f"{name}: expected {expected}, found {printable(repr(found), 60)}")
+
+
+def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
+    """Raise unless ``value`` is one of ``allowed``."""
+    if not (isinstance(value, str) and value in allowed):
+        raise refuse(name, f"one of {', '.join(allowed)}", value)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless ``value`` is True or False: the text "no" would count as yes."""
+    if not isinstance(value, bool):
+        raise refuse(name, "True or False", value)
+
+
+def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise unless ``value`` is a whole number from ``least`` to ``most``."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        raise refuse(name, f"a whole number from {least}" + (f" to {most}" if most is not None else ""), value)
+
+
+def check_number(name: str, value: object, least: float = -math.inf, most: float = math.inf) -> None:
+    """Raise unless ``value`` is a finite number from ``least`` to ``most``."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (real and math.isfinite(value) and least <= value <= most):
+        bounds = "" if math.isinf(least) else f" from {least:g}" + ("" if math.isinf(most) else f" to {most:g}")
+        raise refuse(name, f"a finite number{bounds}", value)
+
+
+def check_path(name: str, value: object, expected: str = "a path") -> None:
+    """Raise unless ``value`` is text or a path without a NUL, which no file system can hold."""
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise refuse(name, expected, value)
+
+
+def check_text(name: str, value: object, expected: str = "text") -> None:
+    """Raise unless ``value`` is text, not empty, without control characters."""
+    if not (isinstance(value, str) and value and value.isprintable()):
+        raise refuse(name, expected, value)
+
+
+def check_pattern(name: str, value: object) -> None:
+    """Raise unless ``value`` is a regular expression."""
+    check_text(name, value, "a regular expression")
+    try:
+        re.compile(str(value))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UsageError(f"{name} {printable(value, 60)}: not a regular expression: {error}") from None

@@ -1,0 +1,36 @@
+"""How adapters are read: the choices that a user has where an adapter, or a base, does not say."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from lora_gguf.arguments import check_choice, check_path, check_pattern
+
+TIED = ("separate", "shared", "refuse")
+EXPERT_B_LAYOUTS = ("rank-major", "expert-major")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How adapters are read. Raises ``UsageError`` where a value is none that is known.
+
+    ``tied`` says what becomes of an adapted head that the base shares with its embedding: ``separate`` gives it a
+    tensor of its own, ``shared`` changes the one tensor, ``refuse`` refuses. Adapter tensors that fit nowhere are left
+    out where the regular expression ``allow_unused`` finds their name. ``expert_b_layout`` tells how lora_B of fused
+    experts lies, ``base_config`` is the base's ``config.json``, or its folder, for what its GGUF does not say.
+    """
+
+    tied: str = "separate"
+    allow_unused: str | None = None
+    expert_b_layout: str | None = None
+    base_config: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("tied", self.tied, TIED)
+        if self.allow_unused is not None:
+            check_pattern("allow_unused", self.allow_unused)
+        if self.expert_b_layout is not None:
+            check_choice("expert_b_layout", self.expert_b_layout, EXPERT_B_LAYOUTS)
+        if self.base_config is not None:
+            check_path("base_config", self.base_config)

@@ -1,0 +1,119 @@
+"""What a user chooses of a merge: how it rounds and into which types, which files it writes, what it may take.
+
+The objects are checked when they are made; nothing here loads a kernel, so a wrong word is told at once.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from lora_gguf.arguments import check_choice, check_flag, check_number, check_path, check_text, check_whole, refuse
+from lora_gguf.errors import UsageError, printable
+from lora_gguf.files.imatrix import Imatrix
+
+ROUNDINGS = ("auto", "dither", "nearest", "fresh")
+MAX_GROWTH = 10  # times the base's size
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a merge rounds, which types the tensors get, and how much must be kept.
+
+    ``rounding`` is one of ``ROUNDINGS``. ``type`` is that of the adapted tensors (None keeps the base's), ``mix`` names
+    one of llama.cpp's quantization mixes for all tensors; ``imatrix`` tells the importance of their columns.
+    ``max_growth`` is the share of the base's size by which promoted tensors may make the file larger,
+    ``min_retention`` the share of the update below which the merge is refused.
+    """
+
+    rounding: str = "auto"
+    seed: int = 0
+    type: str | None = None
+    mix: str | None = None
+    imatrix: Imatrix | None = None
+    max_growth: float = 0.0
+    min_retention: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        check_whole("seed", self.seed, 0, 2**64 - 1)
+        check_number("max_growth", self.max_growth, 0, MAX_GROWTH)
+        check_number("min_retention", self.min_retention, 0)
+        if not isinstance(self.imatrix, Imatrix | None):
+            raise refuse("imatrix", "a path or an Imatrix", self.imatrix)
+        if self.type is not None:
+            from lora_gguf.quants.table import QUANTS
+
+            check_choice("type", self.type, QUANTS)
+        if self.mix is not None:
+            from lora_gguf.quants.mixes import MIXES
+
+            check_choice("quantize", self.mix, MIXES)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What a merge writes: a file at ``path``, or where that is a folder one with its conventional name in it.
+
+    ``max_bytes`` is the most that a shard's tensors take; ``keep_split`` writes the base's shards; ``shard``, such as
+    3/5, writes only that one. ``modelfile`` writes one for Ollama beside the file; ``force`` replaces what is there.
+    """
+
+    path: str | os.PathLike[str]
+    max_bytes: int | None = None
+    keep_split: bool = False
+    shard: str | None = None
+    modelfile: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        check_path("out", self.path)
+        if self.max_bytes is not None:
+            check_whole("max_bytes", self.max_bytes, 1)
+        for name in ("keep_split", "modelfile", "force"):
+            check_flag(name, getattr(self, name))
+        if self.shard is not None:
+            check_text("shard", self.shard)
+            self.part  # noqa: B018
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """(number, count) of the one shard to write, from 1; None for all. Raises ``UsageError``."""
+        if self.shard is None:
+            return None
+        number, _, count = self.shard.partition("/")
+        digits = all(part.isascii() and part.isdigit() and len(part) < 10 for part in (number, count))
+        if not (digits and 1 <= int(number) <= int(count)):
+            raise UsageError(f"--shard {printable(self.shard, 60)}: expected N/COUNT, such as 3/5")
+        return int(number), int(count)
+
+    @property
+    def one_file(self) -> str | os.PathLike[str] | None:
+        """The one file that is written, where its name is known before the merge."""
+        several = self.max_bytes or self.keep_split or self.shard
+        return None if several or os.path.isdir(self.path) else self.path
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the work may take: ``threads`` (None: all cores), ``memory`` in bytes of the rows in work (None: enough)."""
+
+    threads: int | None = None
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            check_whole("threads", self.threads, 1)
+        if self.memory is not None:
+            check_whole("memory", self.memory, 1)
+
+
+def parse_growth(text: str) -> float:
+    """Return ``10%`` or ``0.1`` as 0.1; 10 alone would be a guess. Raises ``UsageError``."""
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= (MAX_GROWTH if text.endswith("%") else 1):
+        raise UsageError(f"--max-growth {printable(text)}: expected a share of the base's size, such as 10%")
+    return share
