@@ -8,17 +8,17 @@ import ctypes
 
 import numpy as np
 
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 from tests import quant_cases as cases
 from tests.common import ggml
 
 
 def values_of(name: str, codes: np.ndarray, steps: np.ndarray) -> np.ndarray:
     """The weights that the contract promises for codes and steps."""
-    quant = QUANTS[name]
-    units = codes.astype(np.float32) if quant.levels is None else quant.levels[codes - quant.code_min]
+    quant = CODECS[name]
+    units = codes.astype(np.float32) if quant.grid.levels is None else quant.grid.levels[codes - quant.grid.code_min]
     with np.errstate(invalid="ignore", over="ignore"):
-        return units * np.repeat(steps, quant.group, axis=1)
+        return units * np.repeat(steps, quant.grid.group, axis=1)
 
 
 def assert_same_weights(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -28,14 +28,16 @@ def assert_same_weights(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 def assert_grid(name: str) -> None:
     """Codes and steps are the weights; pack undoes unpack on any bytes, and writes any code and nothing else."""
-    quant, blocks = QUANTS[name], cases.random_blocks(name)
+    quant, blocks = CODECS[name], cases.random_blocks(name)
     codes, steps = cases.unpack(name, blocks)
     assert_same_weights(values_of(name, codes, steps), cases.decode(name, blocks))
     packed = blocks.copy()
-    quant.pack(codes, packed)
+    quant.grid.pack(codes, packed)
     assert np.array_equal(packed, blocks)
-    wanted = np.random.default_rng(11).integers(quant.code_min, quant.code_max + 1, codes.shape).astype(np.int8)
-    quant.pack(wanted, packed)
+    wanted = (
+        np.random.default_rng(11).integers(quant.grid.code_min, quant.grid.code_max + 1, codes.shape).astype(np.int8)
+    )
+    quant.grid.pack(wanted, packed)
     found, kept = cases.unpack(name, packed)
     assert np.array_equal(found, wanted)
     assert np.array_equal(kept.view(np.uint32), steps.view(np.uint32))
@@ -47,14 +49,14 @@ def _pointer(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def llama_cpp_decode(name: str, blocks: np.ndarray) -> np.ndarray:
-    type_ = QUANTS[name].type
+    type_ = CODECS[name].type
     out = np.empty((len(blocks), blocks.shape[1] // type_.block_bytes * type_.block_size), np.float32)
     getattr(ggml(), f"dequantize_row_{name.lower()}")(_pointer(blocks), _pointer(out), ctypes.c_int64(out.size))
     return out
 
 
 def llama_cpp_encode(name: str, weights: np.ndarray, importance: np.ndarray = cases.NO_IMPORTANCE) -> np.ndarray:
-    type_, (n_rows, n_cols) = QUANTS[name].type, weights.shape
+    type_, (n_rows, n_cols) = CODECS[name].type, weights.shape
     blocks = np.empty((n_rows, type_.row_bytes(n_cols)), np.uint8)
     sizes = ctypes.c_int64(0), ctypes.c_int64(n_rows), ctypes.c_int64(n_cols)
     imatrix = _pointer(importance) if importance.size else None

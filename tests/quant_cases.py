@@ -6,7 +6,7 @@ import libgguf
 import numpy as np
 
 from lora_gguf.files.gguf_reader import GgufReader
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 
 NO_IMPORTANCE = np.empty(0, np.float32)
 _TINY_DECADES = (-40, -38, -30, -25, -20, -16, -15, -14, -12, -9, -8, -7, -3)
@@ -45,7 +45,7 @@ def importances(n_cols: int) -> list[np.ndarray]:
 
 def random_blocks(name: str, n_rows: int = 24, n_cols: int = 2048) -> np.ndarray:
     """Any bytes, so scales are also negative, denormal, infinite and NaN."""
-    return np.random.default_rng(9).integers(0, 256, (n_rows, QUANTS[name].type.row_bytes(n_cols)), np.uint8)
+    return np.random.default_rng(9).integers(0, 256, (n_rows, CODECS[name].type.row_bytes(n_cols)), np.uint8)
 
 
 def real_blocks(path, name: str, max_rows: int = 64):
@@ -59,7 +59,7 @@ def real_blocks(path, name: str, max_rows: int = 64):
 
 
 def decode(name: str, blocks: np.ndarray) -> np.ndarray:
-    quant = QUANTS[name]
+    quant = CODECS[name]
     n_cols = blocks.shape[1] // quant.type.block_bytes * quant.type.block_size
     out = np.full((len(blocks), n_cols), np.nan, np.float32)
     quant.decode(blocks, out)
@@ -68,47 +68,50 @@ def decode(name: str, blocks: np.ndarray) -> np.ndarray:
 
 def encode(name: str, weights: np.ndarray, importance: np.ndarray = NO_IMPORTANCE) -> np.ndarray:
     """Into memory that was not zero before."""
-    blocks = np.full((len(weights), QUANTS[name].type.row_bytes(weights.shape[1])), 0xA5, np.uint8)
-    QUANTS[name].encode(weights, importance, blocks)
+    blocks = np.full((len(weights), CODECS[name].type.row_bytes(weights.shape[1])), 0xA5, np.uint8)
+    CODECS[name].encode(weights, importance, blocks)
     return blocks
 
 
 def unpack(name: str, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(codes, steps)"""
-    quant = QUANTS[name]
+    quant = CODECS[name]
     n_cols = blocks.shape[1] // quant.type.block_bytes * quant.type.block_size
-    codes, steps = np.empty((len(blocks), n_cols), np.int8), np.empty((len(blocks), n_cols // quant.group), np.float32)
-    quant.unpack(blocks, codes, steps)
+    codes, steps = (
+        np.empty((len(blocks), n_cols), np.int8),
+        np.empty((len(blocks), n_cols // quant.grid.group), np.float32),
+    )
+    quant.grid.unpack(blocks, codes, steps)
     return codes, steps
 
 
 def assert_decodes_as_libgguf(name: str, blocks: np.ndarray) -> None:
     """Bit for bit; of NaNs only that they are."""
-    ours, theirs = decode(name, blocks), libgguf.dequantize_rows(blocks, QUANTS[name].type.id)
+    ours, theirs = decode(name, blocks), libgguf.dequantize_rows(blocks, CODECS[name].type.id)
     differ = (ours.view(np.uint32) != theirs.view(np.uint32)) & ~(np.isnan(ours) & np.isnan(theirs))
     assert not differ.any(), f"{name}: {differ.sum()} of {differ.size} weights, the first at {np.argwhere(differ)[0]}"
 
 
 def assert_encodes_as_libgguf(name: str, weights: np.ndarray, importance: np.ndarray = NO_IMPORTANCE) -> None:
     imatrix = importance if importance.size else None
-    theirs = libgguf.quantize_rows(weights, QUANTS[name].type.id, imatrix=imatrix)
+    theirs = libgguf.quantize_rows(weights, CODECS[name].type.id, imatrix=imatrix)
     differ = encode(name, weights, importance) != theirs
     assert not differ.any(), f"{name}: rows {np.flatnonzero(differ.any(1))}, the first at byte {np.argwhere(differ)[0]}"
 
 
 def assert_grid_is_that_of_decode(name: str, blocks: np.ndarray) -> None:
     """A code one higher moves its weight by the group's step and nothing else; unpack then pack is the identity."""
-    quant = QUANTS[name]
+    quant = CODECS[name]
     codes, steps = unpack(name, blocks)
-    assert codes.min() == quant.code_min and codes.max() == quant.code_max
+    assert codes.min() == quant.grid.code_min and codes.max() == quant.grid.code_max
     repacked = blocks.copy()
-    quant.pack(codes, repacked)
+    quant.grid.pack(codes, repacked)
     assert np.array_equal(repacked, blocks)
-    is_raised = (np.random.default_rng(10).random(codes.shape) < 0.5) & (codes < quant.code_max)
-    quant.pack((codes + is_raised).astype(np.int8), repacked)
+    is_raised = (np.random.default_rng(10).random(codes.shape) < 0.5) & (codes < quant.grid.code_max)
+    quant.grid.pack((codes + is_raised).astype(np.int8), repacked)
     before, after = decode(name, blocks).astype(np.float64), decode(name, repacked).astype(np.float64)
     with np.errstate(invalid="ignore"):
-        off = np.abs(after - before - np.repeat(steps, quant.group, axis=1) * is_raised)
+        off = np.abs(after - before - np.repeat(steps, quant.grid.group, axis=1) * is_raised)
         is_finite = np.isfinite(before) & np.isfinite(after)
         assert is_finite.mean() > 0.5
         assert (off <= 1e-6 * (np.abs(before) + np.abs(after)))[is_finite].all()

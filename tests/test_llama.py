@@ -15,7 +15,7 @@ from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values
 from lora_gguf.merging.plan import Policy
 from lora_gguf.quants.ggml import BY_NAME
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 from tests.calls import merge
 from tests.common import DEMO_ADAPTER, FIXTURES, complete, gemma3_path, llama_server, smollm2_path
 
@@ -104,7 +104,7 @@ def test_every_real_tensor_decodes_as_in_c(model):
             for first in range(0, info.n_rows, 8192):
                 raw = reader.read(info, first, min(8192, info.n_rows - first))
                 ours = np.empty((len(raw), info.n_cols), np.float32)
-                QUANTS[info.type.name].decode(raw, ours)
+                CODECS[info.type.name].decode(raw, ours)
                 assert ours.tobytes() == np.asarray(dequantize_rows(raw, info.type.id, n_per_row=info.n_cols)).tobytes()
 
 

@@ -30,7 +30,7 @@ from lora_gguf.quants.mixes import (
     model_of,
     requires_importance,
 )
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 from tests.calls import merge
 from tests.common import ROOT, gemma3_path, pack_gguf, pack_kv, smollm2_path, text_kv, u32_kv
 from tests.test_verify import some_pairs, write_adapter, write_base
@@ -218,7 +218,7 @@ def few_layers(tmp_path_factory):
             if not name.startswith("blk.") or int(name.split(".")[1]) < 3:
                 n_rows = min(info.n_rows, 128)
                 weights[name] = np.empty((n_rows, info.n_cols), np.float32)
-                QUANTS[info.type.name].decode(model.read(info, 0, n_rows), weights[name])
+                CODECS[info.type.name].decode(model.read(info, 0, n_rows), weights[name])
         keys = [key for key in model.kv if key.startswith("llama.")]
         dropped = set(model.kv) - {"general.architecture", *keys} | {"llama.block_count"}
         key_values = [*raw_key_values(model, dropped), u32_kv("llama.block_count", 3)]
@@ -237,7 +237,7 @@ def test_a_whole_file_has_llama_quantizes_bytes(few_layers, tmp_path, mix):
         for name, info in quantized.tensors.items():
             assert types[name] == info.type
             blocks = np.empty((info.n_rows, info.row_bytes), np.uint8)
-            QUANTS[info.type.name].encode(weights[name], np.empty(0, np.float32), blocks)
+            CODECS[info.type.name].encode(weights[name], np.empty(0, np.float32), blocks)
             assert (blocks == quantized.read(info)).all(), (name, info.type)
         assert quantized.get("general.file_type") == FILE_TYPES[mix]
 

@@ -15,13 +15,13 @@ from lora_gguf.errors import MalformedError, NumericError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.output import SUFFIX
 from lora_gguf.merging.plan import Policy
-from lora_gguf.merging.requantize import F16_FIELDS
 from lora_gguf.quants.ggml import BY_NAME
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 from tests.calls import merge
 from tests.common import pack_gguf, pack_kv, text_kv, u32_kv, valid_rows
 
 NAME = "blk.0.ffn_up.weight"
+SCALED = sorted(name for name, codec in CODECS.items() if codec.scales_at)
 MODULE = "base_model.model.model.layers.0.mlp.up_proj"
 ROWS, COLS = 4, 512
 NAN, INF, NEGATIVE = float("nan"), float("inf"), float("-inf")
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.campaign("number cases")
 
 
 def encoded(weights: np.ndarray, type_name: str) -> np.ndarray:
-    quant = QUANTS[type_name]
+    quant = CODECS[type_name]
     out = np.empty((len(weights), quant.type.row_bytes(weights.shape[1])), np.uint8)
     importance = np.ones(weights.shape[1], np.float32) if quant.needs_importance else np.empty(0, np.float32)
     quant.encode(np.ascontiguousarray(weights, np.float32), importance, out)
@@ -43,7 +43,7 @@ def encoded(weights: np.ndarray, type_name: str) -> np.ndarray:
 
 def decoded(raw: np.ndarray, type_name: str, cols: int = COLS) -> np.ndarray:
     out = np.empty((len(raw), cols), np.float32)
-    QUANTS[type_name].decode(np.ascontiguousarray(raw), out)
+    CODECS[type_name].decode(np.ascontiguousarray(raw), out)
     return out
 
 
@@ -176,9 +176,9 @@ def test_weights_of_a_base_of_floats(tmp_path, type_name, value):
 
 
 @pytest.mark.parametrize("value", [NAN, INF, NEGATIVE])
-@pytest.mark.parametrize("type_name", sorted(F16_FIELDS))
+@pytest.mark.parametrize("type_name", SCALED)
 def test_scales_of_a_base_of_blocks(tmp_path, type_name, value):
-    for field in F16_FIELDS[type_name]:
+    for field in CODECS[type_name].scales_at:
         raw = plain(type_name)
         raw[1, field : field + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
         assert not valid_rows(type_name, raw)
@@ -219,13 +219,13 @@ def test_what_a_type_cannot_hold(tmp_path, type_name, rounding):
     except NumericError:
         refused(tmp_path, path, lora, NAME, "--type", policy=Policy(rounding))
     else:
-        assert rounding in ("dither", "nearest") or QUANTS[type_name].levels is not None
+        assert rounding in ("dither", "nearest") or CODECS[type_name].grid.levels is not None
         assert report.whole.kept < 0.5 and report.plan.warnings
         with GgufReader(tmp_path / "out.gguf") as reader:
             assert valid_rows(type_name, reader.read(reader.tensors[NAME]))
 
 
-@pytest.mark.parametrize("type_name", sorted({*F16_FIELDS, "F16", "BF16", "F32", "MXFP4", "NVFP4"}))
+@pytest.mark.parametrize("type_name", sorted({*SCALED, "F16", "BF16", "F32", "MXFP4", "NVFP4"}))
 def test_odd_weights_and_odd_updates(tmp_path, type_name):
     """Blocks of zeros, of signed zeros, of denormals, of one value, of one large weight: written as ggml would load
     them.
@@ -262,7 +262,7 @@ def test_largest_scales_do_not_become_infinite(tmp_path):
     """``auto`` moves f16 scales; at the largest f16 there is no next one."""
     for type_name in ("Q8_0", "Q4_0", "Q4_1", "Q5_1", "Q4_K", "Q6_K"):
         raw = plain(type_name).reshape(-1, BY_NAME[type_name].block_bytes)
-        for field in F16_FIELDS[type_name]:
+        for field in CODECS[type_name].scales_at:
             raw[:, field : field + 2] = np.frombuffer(np.float16(65504).tobytes(), np.uint8)
         path = base(tmp_path, raw, type_name)
         for size in (1e3, 1e5, -1e5):

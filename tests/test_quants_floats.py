@@ -6,7 +6,7 @@ import libgguf
 import numpy as np
 import pytest
 
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 from tests.common import ggml
 from tests.quant_cases import decode, encode
 
@@ -34,7 +34,7 @@ def test_encode(name):
     ours = encode(name, weights[None]).view(np.uint16)[0]
     assert np.array_equal(ours, _through_ggml(ENCODERS[name], weights, np.uint16))
     with np.errstate(over="ignore", invalid="ignore"):
-        theirs = libgguf.quantize_rows(weights[None], QUANTS[name].type.id)
+        theirs = libgguf.quantize_rows(weights[None], CODECS[name].type.id)
     assert np.array_equal(ours, theirs.reshape(-1).view(np.uint16))
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lora_gguf.quants.iquant_grids import SHELLS, grid, lattice
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 from tests import codebook_cases
 from tests import quant_cases as cases
 from tests.common import gemma3_path, smollm2_path, valid_rows
@@ -14,7 +14,7 @@ NAMES = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]
 
 
 def importances(name: str, n_cols: int) -> list[np.ndarray]:
-    return cases.importances(n_cols)[QUANTS[name].needs_importance :]
+    return cases.importances(n_cols)[CODECS[name].needs_importance :]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -24,7 +24,7 @@ def test_decode_random_blocks(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_needs_importance_as_ggml(name):
-    assert QUANTS[name].needs_importance == libgguf.quantize_requires_imatrix(QUANTS[name].type.id)
+    assert CODECS[name].needs_importance == libgguf.quantize_requires_imatrix(CODECS[name].type.id)
 
 
 @pytest.mark.parametrize("name", NAMES)

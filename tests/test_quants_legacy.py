@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 from tests import quant_cases as cases
 from tests.common import gemma3_path, smollm2_path
 
@@ -62,4 +62,4 @@ def test_codes_of_the_largest_magnitude():
     weights[0, 3] = -1
     for name, code in [("Q4_0", 0), ("Q4_1", 0), ("Q5_0", 0), ("Q5_1", 0), ("Q8_0", -127)]:
         codes, steps = cases.unpack(name, cases.encode(name, weights))
-        assert codes[0, 3] == code and steps.shape == (1, 32 // QUANTS[name].group)
+        assert codes[0, 3] == code and steps.shape == (1, 32 // CODECS[name].grid.group)

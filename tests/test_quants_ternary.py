@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 from tests import codebook_cases
 from tests import quant_cases as cases
 from tests.common import smollm2_path, valid_rows
@@ -63,4 +63,9 @@ def test_non_finite_rows(name):
 
 
 def test_ternary_grids_are_ternary():
-    assert [(QUANTS[name].code_min, QUANTS[name].code_max) for name in NAMES] == [(-1, 1), (-1, 1), (0, 1), (-1, 2)]
+    assert [(CODECS[name].grid.code_min, CODECS[name].grid.code_max) for name in NAMES] == [
+        (-1, 1),
+        (-1, 1),
+        (0, 1),
+        (-1, 2),
+    ]

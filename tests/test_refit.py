@@ -8,7 +8,7 @@ from lora_gguf.merging.refit import refit_row, refit_work
 from lora_gguf.merging.requantize import Recipe, grid_of, recode, weighting_of
 from lora_gguf.merging.rounding import tensor_key
 from lora_gguf.quants.ggml import BY_NAME
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 
 KEY = tensor_key(0, "t")
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
@@ -29,17 +29,19 @@ def decoded(type_name, blocks, cols=512):
 
 def refitted(type_name, importance, seed=0):
     """The blocks after, the weights before, the update, what is left of it, what the grid moved by, the new steps."""
-    quant = QUANTS[type_name]
+    quant = CODECS[type_name]
     blocks, before, delta = blocks_of(type_name, seed=seed)
-    codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), 512 // quant.group), np.float32)
-    quant.unpack(blocks, codes, steps)
+    codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), 512 // quant.grid.group), np.float32)
+    quant.grid.unpack(blocks, codes, steps)
     grid = grid_of(Recipe(quant, quant, "auto", KEY, weighting=[weighting_of(quant, importance)]), blocks, steps, 0)
     unit = (
-        codes.astype(np.float32) - quant.zero
-        if quant.levels is None
-        else quant.levels[codes.astype(int) - quant.code_min]
+        codes.astype(np.float32) - quant.grid.zero
+        if quant.grid.levels is None
+        else quant.grid.levels[codes.astype(int) - quant.grid.code_min]
     )
-    assert np.allclose(np.repeat(steps, quant.group, 1) * unit - np.repeat(grid[1], quant.group, 1), before, atol=1e-7)
+    assert np.allclose(
+        np.repeat(steps, quant.grid.group, 1) * unit - np.repeat(grid[1], quant.grid.group, 1), before, atol=1e-7
+    )
     left = np.empty_like(delta)
     for i in range(len(delta)):
         refit_row(grid, i, unit[i], np.float32(0), steps[i], delta[i], left[i], refit_work(grid))
@@ -53,7 +55,7 @@ def test_what_it_says_is_what_the_blocks_hold(type_name):
     after = decoded(type_name, blocks)
     assert np.allclose(after - before, shift, atol=2e-6) and np.allclose(left + shift, delta, atol=1e-6)
     codes, again = np.empty(delta.shape, np.int8), np.empty_like(steps)
-    QUANTS[type_name].unpack(blocks, codes, again)
+    CODECS[type_name].grid.unpack(blocks, codes, again)
     assert np.allclose(again, steps, rtol=1e-5)
 
 
@@ -62,7 +64,7 @@ def test_the_weighted_error_never_grows(type_name):
     importance = np.ones(512, np.float32)
     importance[[5, 100, 301, 477]] = 3000
     _, _, delta, left, _, _ = refitted(type_name, importance)
-    of_block = (len(delta), -1, QUANTS[type_name].type.block_size)
+    of_block = (len(delta), -1, CODECS[type_name].type.block_size)
     error, error_before = ((importance * x**2).reshape(of_block).sum(2) for x in (left, delta))
     assert (error <= error_before * (1 + 1e-4)).all()
 
@@ -77,7 +79,7 @@ def test_one_column_that_matters_is_met(type_name):
 
 @pytest.mark.parametrize("type_name", TYPES)
 def test_auto_is_unbiased(type_name):
-    quant = QUANTS[type_name]
+    quant = CODECS[type_name]
     importance = np.ones((1, 512), np.float32)
     importance[0, 40] = 1000
     total, tries = 0.0, 60
@@ -93,7 +95,7 @@ def test_auto_is_unbiased(type_name):
 
 @pytest.mark.parametrize("type_name", TYPES)
 def test_auto_in_chunks_and_without_an_update(type_name):
-    quant = QUANTS[type_name]
+    quant = CODECS[type_name]
     blocks, _, delta = blocks_of(type_name, size=1.0)
     recipe = Recipe(quant, quant, "auto", tensor_key(0, "t"), None, None)
     whole, _ = recode(recipe, blocks.copy(), delta.copy(), 0)
@@ -105,7 +107,7 @@ def test_auto_in_chunks_and_without_an_update(type_name):
 
 @pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q4_K", "Q6_K"])
 def test_auto_keeps_an_update_that_leaves_the_grid(type_name):
-    quant = QUANTS[type_name]
+    quant = CODECS[type_name]
     blocks, before, delta = blocks_of(type_name, size=3.0)
     new, sums = recode(Recipe(quant, quant, "auto", tensor_key(0, "t"), None, None), blocks, delta.copy(), 0)
     moved = decoded(type_name, new).astype(np.float64) - before
@@ -115,7 +117,7 @@ def test_auto_keeps_an_update_that_leaves_the_grid(type_name):
 
 @pytest.mark.parametrize("type_name", TYPES)
 def test_blocks_of_zeros_and_of_one_value(type_name):
-    quant = QUANTS[type_name]
+    quant = CODECS[type_name]
     for value in (0.0, 0.01, -0.01):
         weights = np.full((2, 512), value, np.float32)
         blocks = np.frombuffer(bytes(quantize_rows(weights, quant.type.id)), np.uint8).reshape(2, -1).copy()
@@ -126,11 +128,11 @@ def test_blocks_of_zeros_and_of_one_value(type_name):
 
 @pytest.mark.parametrize(("source", "target"), [("IQ4_NL", "Q8_0"), ("Q4_1", "Q8_0"), ("Q4_K", "Q8_0")])
 def test_a_small_update_survives_a_type_on_whose_grid_the_old_one_lies(source, target):
-    recipe = Recipe(QUANTS[source], QUANTS[target], "auto", tensor_key(0, "t"))
+    recipe = Recipe(CODECS[source], CODECS[target], "auto", tensor_key(0, "t"))
     blocks, before, delta = blocks_of(source, rows=128, size=0.004)
     new, sums = recode(recipe, blocks.copy(), delta, 0)
     moved = decoded(target, new).astype(np.float64) - before
-    fresh, _ = recode(Recipe(QUANTS[source], QUANTS[target], "fresh", tensor_key(0, "t")), blocks.copy(), delta, 0)
+    fresh, _ = recode(Recipe(CODECS[source], CODECS[target], "fresh", tensor_key(0, "t")), blocks.copy(), delta, 0)
     kept, erased = (
         ((x * delta).sum() / (delta.astype(np.float64) ** 2).sum()) for x in (moved, decoded(target, fresh) - before)
     )

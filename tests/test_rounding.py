@@ -6,7 +6,7 @@ import pytest
 from lora_gguf.kernels.low_rank import low_rank
 from lora_gguf.merging.requantize import NO_GRID, Recipe, grid_of
 from lora_gguf.merging.rounding import round_bf16, round_codes, round_f16, round_levels, tally_rows, tensor_key
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 
 KEY = tensor_key(0, "blk.0.attn_q.weight")
 LEVELS = np.array([-12, -8, -6, -4, -3, -2, -1, -0.0, 0, 1, 2, 3, 4, 6, 8, 12], np.float32)
@@ -61,7 +61,7 @@ def test_nearest_is_the_nearest_code(group, size):
 
 @pytest.mark.parametrize("type_name", ["Q4_1", "Q5_0", "Q4_K", "Q6_K"])
 def test_codes_round_what_the_grid_has_left(type_name):
-    rng, quant = np.random.default_rng(4), QUANTS[type_name]
+    rng, quant = np.random.default_rng(4), CODECS[type_name]
     weights = rng.normal(size=(24, 512)).astype(np.float32)
     delta = (rng.normal(size=weights.shape) * 0.2).astype(np.float32)
     blocks = np.empty((24, quant.type.row_bytes(512)), np.uint8)
@@ -69,25 +69,25 @@ def test_codes_round_what_the_grid_has_left(type_name):
     before, codes, steps = (
         np.empty_like(weights),
         np.empty(weights.shape, np.int8),
-        np.empty((24, 512 // quant.group), np.float32),
+        np.empty((24, 512 // quant.grid.group), np.float32),
     )
     quant.decode(blocks, before)
-    quant.unpack(blocks, codes, steps)
+    quant.grid.unpack(blocks, codes, steps)
     grid = grid_of(Recipe(quant, quant, "auto", KEY), blocks, steps, 0)
     old, sums, outside = codes.copy(), np.zeros(4), np.zeros((24, 512 // quant.type.block_size), np.float32)
-    limits = np.float32(quant.code_min), np.float32(quant.code_max)
-    round_codes(codes, np.float32(quant.zero), steps, delta, *limits, np.float32(0), KEY, 0, sums, grid, outside)
+    limits = np.float32(quant.grid.code_min), np.float32(quant.grid.code_max)
+    round_codes(codes, np.float32(quant.grid.zero), steps, delta, *limits, np.float32(0), KEY, 0, sums, grid, outside)
     moved_grid, after, step = (
         np.empty_like(weights),
         np.empty_like(weights),
-        np.repeat(steps.astype(np.float64), quant.group, 1),
+        np.repeat(steps.astype(np.float64), quant.grid.group, 1),
     )
     quant.decode(blocks, moved_grid)
     ideal = old + (before + delta - moved_grid.astype(np.float64)) / step
     assert (codes == np.clip(np.floor(ideal + 0.5), *limits)).mean() > 0.999
     gone = (ideal < limits[0] - 0.5) | (ideal > limits[1] + 0.5)
     assert np.abs(outside - gone.reshape(24, -1, quant.type.block_size).sum(2)).max() <= 1 and gone.sum() > 20
-    quant.pack(codes, blocks)
+    quant.grid.pack(codes, blocks)
     quant.decode(blocks, after)
     achieved = after.astype(np.float64) - before
     assert np.allclose(sums[:3], [(achieved * delta).sum(), (delta**2.0).sum(), (achieved**2).sum()], rtol=1e-4)

@@ -9,7 +9,7 @@ import pytest
 
 from lora_gguf.merging.plan import Policy
 from lora_gguf.merging.steps import step_rms, steps_of
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 from tests.calls import merge
 from tests.test_merge import NAME, base_and_adapter, stored
 
@@ -24,13 +24,13 @@ def weights():
 @pytest.mark.parametrize("type_name", ["Q4_0", "Q8_0"])
 def test_one_scale_a_block(weights, type_name):
     blocks = stored(weights, type_name)
-    scales = blocks.reshape(-1, QUANTS[type_name].type.block_bytes)[:, :2].copy().view(np.float16)
-    assert step_rms(QUANTS[type_name], blocks) == pytest.approx(math.sqrt(np.mean(np.square(scales, dtype=np.float64))))
+    scales = blocks.reshape(-1, CODECS[type_name].type.block_bytes)[:, :2].copy().view(np.float16)
+    assert step_rms(CODECS[type_name], blocks) == pytest.approx(math.sqrt(np.mean(np.square(scales, dtype=np.float64))))
 
 
 def test_floats_have_the_spacing_of_each_weight(weights):
     half = weights.astype(np.float16)
-    assert np.array_equal(steps_of(QUANTS["F16"], half.view(np.uint8)), np.spacing(np.abs(half)).astype(np.float32))
+    assert np.array_equal(steps_of(CODECS["F16"], half.view(np.uint8)), np.spacing(np.abs(half)).astype(np.float32))
 
 
 @pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])

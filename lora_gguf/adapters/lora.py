@@ -132,11 +132,11 @@ def encode(name: str, array: np.ndarray, type: GgmlType) -> np.ndarray:
         return array
     if type.name == "F16":
         return array.astype(np.float16)
-    from lora_gguf.quants.table import QUANTS
+    from lora_gguf.quants.table import CODECS
 
     rows = array.reshape(-1, array.shape[-1])
     blocks = np.empty((len(rows), type.row_bytes(rows.shape[1])), np.uint8)
-    QUANTS[type.name].encode(rows, np.empty(0, np.float32), blocks)
+    CODECS[type.name].encode(rows, np.empty(0, np.float32), blocks)
     return blocks
 
 
@@ -145,12 +145,12 @@ def decode(reader: GgufReader, info: TensorInfo) -> np.ndarray:
     raw = reader.read(info)
     if info.type.name in ("F32", "F16"):
         return raw.view("<f4" if info.type.name == "F32" else "<f2").astype(np.float32).reshape(info.shape)
-    from lora_gguf.quants.table import QUANTS
+    from lora_gguf.quants.table import CODECS
 
-    if info.type.name not in QUANTS:
+    if info.type.name not in CODECS:
         raise UnsupportedError(f"{reader.label}: {info.name}: cannot read type {info.type}: write the adapter as F16")
     out = np.empty((info.n_rows, info.n_cols), np.float32)
-    QUANTS[info.type.name].decode(raw, out)
+    CODECS[info.type.name].decode(raw, out)
     return out.reshape(info.shape)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from lora_gguf.checks.neighbours import free_range, neighbours, same_grid
 from lora_gguf.kernels.decorators import kernel
 from lora_gguf.merging.requantize import scratch
-from lora_gguf.quants.codec import Quant
+from lora_gguf.quants.codec import Codec
 
 # the sums of a comparison, in the order that ``compare`` writes them; the last one is a maximum
 (
@@ -281,7 +281,7 @@ class Comparison:
         return bool(fine or self.beyond > (LOOSE_SHARE if self.loose else 0.0))
 
 
-def compare_rows(source: Quant, target: Quant, stored_before, stored_after, delta: np.ndarray) -> Comparison:
+def compare_rows(source: Codec, target: Codec, stored_before, stored_after, delta: np.ndarray) -> Comparison:
     """Compare rows as stored, uint8 (rows, row_bytes), of types ``source`` in the base and ``target`` in the merge."""
     before, after = scratch("before", delta.shape), scratch("after", delta.shape)
     source.decode(stored_before, before)
@@ -292,7 +292,7 @@ def compare_rows(source: Quant, target: Quant, stored_before, stored_after, delt
         source is target and same_grid(target, stored_before, stored_after, delta.shape)
     )
     result = Comparison(delta.size, gridded=found is not None, loose=loose)
-    block = target.type.block_size if target.unpack else 0
+    block = target.type.block_size if target.grid else 0
     coarse = (
         coarse_rows(target.type.name, before, delta) if target.type.name in UNITS else np.zeros(len(delta), np.uint8)
     )

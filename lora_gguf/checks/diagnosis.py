@@ -19,7 +19,7 @@ from lora_gguf.mapping.placement import Placement
 from lora_gguf.merging.plan import Plan, TensorPlan
 from lora_gguf.merging.retention import kind_of
 from lora_gguf.merging.work import cut, update_of
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 
 # how many tensors are read again to find out what they hold
 N_EXAMPLES = 12
@@ -239,8 +239,8 @@ def project(evidence: Evidence, tensors: Sequence[TensorPlan]) -> tuple[np.ndarr
         first, n_rows = chunks[0].first, chunks[0].n_rows
         stored = evidence.model.reader_of(source.name).read(source, first, n_rows)
         before, after = np.empty((2, n_rows, source.n_cols), np.float32)
-        QUANTS[source.type.name].decode(stored, before)
-        QUANTS[target.type.name].decode(evidence.result.reader_of(target.name).read(target, first, n_rows), after)
+        CODECS[source.type.name].decode(stored, before)
+        CODECS[target.type.name].decode(evidence.result.reader_of(target.name).read(target, first, n_rows), after)
         deltas = np.empty((n, n_rows * source.n_cols))
         for delta, chunk in zip(deltas, chunks, strict=True):
             delta[:] = update_of(chunk, stored).ravel()

@@ -6,7 +6,7 @@ import numpy as np
 
 from lora_gguf.kernels.decorators import kernel
 from lora_gguf.merging.requantize import scratch
-from lora_gguf.quants.codec import Quant
+from lora_gguf.quants.codec import Codec
 
 
 @kernel
@@ -78,7 +78,7 @@ def bracket_floats(type_name: str, before, delta, wanted) -> tuple[np.ndarray, n
     return np.minimum(inner, outer) - margin, np.maximum(inner, outer) + margin
 
 
-def neighbours(quant: Quant, blocks, before, after, delta) -> tuple[np.ndarray, np.ndarray] | None:
+def neighbours(quant: Codec, blocks, before, after, delta) -> tuple[np.ndarray, np.ndarray] | None:
     """``low`` and ``high`` around ``before + delta``, all f32 (rows, cols), on the grid of ``blocks``.
 
     None where the type's weights are not coded one by one.
@@ -86,24 +86,24 @@ def neighbours(quant: Quant, blocks, before, after, delta) -> tuple[np.ndarray, 
     wanted = np.add(before, delta, out=scratch("wanted", delta.shape))
     if quant.type.name in ("F32", "F16", "BF16"):
         return bracket_floats(quant.type.name, before, delta, wanted)
-    if quant.unpack is None:
+    if quant.grid is None:
         return None
     codes, steps = unpacked(quant, blocks, wanted.shape)
     low, high = scratch("low", wanted.shape), scratch("high", wanted.shape)
-    if quant.levels is None:
-        bracket_codes(codes, steps, after, wanted, quant.code_min, quant.code_max, low, high)
+    if quant.grid.levels is None:
+        bracket_codes(codes, steps, after, wanted, quant.grid.code_min, quant.grid.code_max, low, high)
     else:
-        bracket_levels(codes, steps, after, wanted, quant.levels, quant.code_min, low, high)
+        bracket_levels(codes, steps, after, wanted, quant.grid.levels, quant.grid.code_min, low, high)
     return low, high
 
 
-def unpacked(quant: Quant, blocks: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    codes, steps = scratch("codes", shape, np.int8), np.empty((shape[0], shape[1] // quant.group), np.float32)
-    quant.unpack(blocks, codes, steps)
+def unpacked(quant: Codec, blocks: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    codes, steps = scratch("codes", shape, np.int8), np.empty((shape[0], shape[1] // quant.grid.group), np.float32)
+    quant.grid.unpack(blocks, codes, steps)
     return codes, steps
 
 
-def same_grid(quant: Quant, one: np.ndarray, other: np.ndarray, shape: tuple[int, int]) -> bool:
+def same_grid(quant: Codec, one: np.ndarray, other: np.ndarray, shape: tuple[int, int]) -> bool:
     return bool((unpacked(quant, one, shape)[1] == unpacked(quant, other, shape)[1]).all())
 
 

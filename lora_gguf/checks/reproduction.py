@@ -11,7 +11,7 @@ from lora_gguf.mapping.placement import Placement
 from lora_gguf.merging.plan import Policy, TensorPlan, make_plan
 from lora_gguf.merging.requantize import ROUNDINGS
 from lora_gguf.merging.work import cut, encoded, rewritten, update_of
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 
 IMATRIX_KEY = "lora_gguf.imatrix"
 N_TRIES = 5  # tensors, none of which come out the same, before the others are given up
@@ -48,9 +48,7 @@ def reproduced(
 def is_same(tensor: TensorPlan, model: Base, merged: Base) -> bool:
     """Whether merging ``tensor`` again, into the type that it has in ``merged``, gives the same bytes."""
     source, target = tensor.source, merged.tensors[tensor.target.name]
-    quant = QUANTS[target.type.name]
-    if quant.encode is None and source.type != target.type:
-        return False
+    quant = CODECS[target.type.name]
     recipe = replace(tensor.recipe, target=quant)
     for chunk in cut([replace(tensor, recipe=recipe, target=target)]):
         if chunk.new is None:

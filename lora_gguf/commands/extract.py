@@ -15,7 +15,7 @@ from lora_gguf.errors import MismatchError, NumericError, UsageError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.progress import Progress
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 
 CHUNK_BYTES = 16 << 20
 LOW_RANK = 0.8  # share of a difference's energy below which it is hardly that of a fine-tune of the rank
@@ -182,7 +182,7 @@ def why_left_out(info: TensorInfo, base: Base) -> str | None:
     """The reason why a tensor's difference has no place in an adapter, or None."""
     if not info.name.endswith(".weight") or len(info.shape) not in (2, 3) or "norm" in info.name:
         return "llama.cpp applies adapters to weight matrices only"
-    if info.type.name not in QUANTS:
+    if info.type.name not in CODECS:
         return f"its type {info.type} cannot be read"
     if info.name == EMBEDDING and "output.weight" not in base.tensors:
         return "embedding and head are one tensor (tied), on which llama.cpp cannot apply an adapter"

@@ -28,7 +28,7 @@ from lora_gguf.merging.retention import WARN_BELOW, kind_of
 from lora_gguf.merging.steps import stored_step
 from lora_gguf.merging.work import CHUNK_WEIGHTS, Chunk, cut, encoded, in_threads, update_of
 from lora_gguf.progress import Progress
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 
 PLAIN = Policy("dither")  # only where the updates go matters here, not how they would be rounded
 
@@ -160,7 +160,7 @@ def check_tensors(
     present = [tensor for tensor in plan.tensors if fits(tensor.target, result)]
     for tensor in present:
         for info in (tensor.source, result.tensors[tensor.target.name]):
-            if info.type.name not in QUANTS and (tensor.changes or info.type != tensor.source.type):
+            if info.type.name not in CODECS and (tensor.changes or info.type != tensor.source.type):
                 raise UnsupportedError(f"{info.name}: type {info.type} cannot be read")
     checks = {
         tensor.target.name: Check(
@@ -199,13 +199,13 @@ def inspect(chunk: Chunk, model: Base, result: Base) -> tuple[int, Comparison]:
     n_different = after.size if source.type != target.type else int(np.count_nonzero(before != after))
     if chunk.tensor.changes:
         delta = update_of(chunk, before)
-        return n_different, compare_rows(QUANTS[source.type.name], QUANTS[target.type.name], before, after, delta)
-    if not n_different or source.type.name not in QUANTS:
+        return n_different, compare_rows(CODECS[source.type.name], CODECS[target.type.name], before, after, delta)
+    if not n_different or source.type.name not in CODECS:
         return n_different, Comparison()
     comparison = Comparison()
     for rows in row_slices(chunk.n_rows, source.n_cols):
         nothing = np.zeros((len(before[rows]), source.n_cols), np.float32)
-        quants = QUANTS[source.type.name], QUANTS[target.type.name]
+        quants = CODECS[source.type.name], CODECS[target.type.name]
         comparison += compare_rows(*quants, before[rows], after[rows], nothing)
     return n_different, comparison
 
@@ -216,7 +216,7 @@ def inspect_new(chunk: Chunk, result: Base) -> tuple[int, Comparison]:
     after = result.reader_of(target.name).read(target, chunk.first, chunk.n_rows)
     tensor = replace(chunk.tensor, target=target)
     wanted = encoded(replace(chunk, tensor=tensor))
-    n_different, comparison, quant = int(np.count_nonzero(wanted != after)), Comparison(), QUANTS[target.type.name]
+    n_different, comparison, quant = int(np.count_nonzero(wanted != after)), Comparison(), CODECS[target.type.name]
     if n_different:
         comparison += compare_rows(quant, quant, wanted, after, np.zeros_like(chunk.new))
     return n_different, comparison

@@ -19,7 +19,7 @@ import numpy as np
 from lora_gguf.files.base import Base, evenly
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.files.imatrix import Imatrix
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 
 POWER = -1.5
 SAMPLE_ROWS = 64
@@ -92,7 +92,7 @@ def _fits(base: Base, name: str, like: str) -> bool:
 
 
 def _readable(info: TensorInfo, n_cols: int) -> bool:
-    return info.n_cols == n_cols and info.type.name in QUANTS
+    return info.n_cols == n_cols and info.type.name in CODECS
 
 
 def column_energy(base: Base, info: TensorInfo) -> np.ndarray:
@@ -105,5 +105,5 @@ def column_energy(base: Base, info: TensorInfo) -> np.ndarray:
 def decoded_rows(base: Base, info: TensorInfo, rows: np.ndarray) -> np.ndarray:
     """Some rows of a tensor, f32 (rows, cols)."""
     weights = np.empty((len(rows), info.n_cols), np.float32)
-    QUANTS[info.type.name].decode(base.rows(info, rows), weights)
+    CODECS[info.type.name].decode(base.rows(info, rows), weights)
     return weights

@@ -42,9 +42,9 @@ class Policy:
         if not isinstance(self.imatrix, Imatrix | None):
             raise refuse("imatrix", "a path or an Imatrix", self.imatrix)
         if self.type is not None:
-            from lora_gguf.quants.table import QUANTS
+            from lora_gguf.quants.table import CODECS
 
-            check_choice("type", self.type, QUANTS)
+            check_choice("type", self.type, CODECS)
         if self.mix is not None:
             from lora_gguf.quants.mixes import MIXES
 

@@ -23,7 +23,7 @@ from lora_gguf.merging.requantize import Later, Recipe, weighting_of
 from lora_gguf.merging.rounding import tensor_key
 from lora_gguf.quants.ggml import BY_NAME, GgmlType
 from lora_gguf.quants.mixes import fallback_type, file_type_of, mix_types, model_of, requires_importance
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 
 HEAD = "output.weight"
 LARGEST_SCALE = 1e30
@@ -176,7 +176,7 @@ def choose(tensor: TensorPlan, mix_type: GgmlType | None, policy: Policy) -> Non
     """Set the type that ``tensor`` gets, and the recipe by which it gets there."""
     info = tensor.source
     chosen = mix_type or (adapted_type(tensor, policy) if tensor.changes else info.type)
-    if tensor.new_rows is not None and QUANTS[chosen.name].needs_importance:
+    if tensor.new_rows is not None and CODECS[chosen.name].needs_importance:
         chosen = fallback_type(BY_NAME[PROMOTED], info.n_cols)
     tensor.target = replace(tensor.target, type=chosen)
     if tensor.changes or chosen != info.type:
@@ -187,18 +187,18 @@ def choose(tensor: TensorPlan, mix_type: GgmlType | None, policy: Policy) -> Non
         )
         key = tensor_key(policy.seed, tensor.target.name)
         importance = policy.imatrix.of(info) if policy.imatrix else None
-        tensor.recipe = Recipe(QUANTS[info.type.name], QUANTS[chosen.name], rounding, key, importance)
+        tensor.recipe = Recipe(CODECS[info.type.name], CODECS[chosen.name], rounding, key, importance)
 
 
 def adapted_type(tensor: TensorPlan, policy: Policy) -> GgmlType:
     """The type of an adapted tensor: what the user chose, or the base's, or one that can hold the result."""
     info = tensor.source
-    quant = QUANTS[info.type.name]
+    quant = CODECS[info.type.name]
     if policy.type and len(info.shape) > 1:
         return fallback_type(BY_NAME[policy.type], info.n_cols)
-    rounds = quant.unpack is not None or info.type.block_size == 1
+    rounds = quant.grid is not None or info.type.block_size == 1
     replaced = any(update.replaces for update, _ in tensor.updates)
-    if rounds or (quant.encode and not quant.needs_importance and (policy.rounding == "fresh" or replaced)):
+    if rounds or (not quant.needs_importance and (policy.rounding == "fresh" or replaced)):
         return info.type
     return fallback_type(BY_NAME[PROMOTED], info.n_cols)
 
@@ -208,7 +208,7 @@ def _check(base: Base, plans: Iterable[TensorPlan]) -> None:
     merged = [tensor for tensor in plans if tensor.changes or tensor.new_rows is not None]
     for tensor in merged:
         info = tensor.source
-        if info.type.name not in QUANTS:
+        if info.type.name not in CODECS:
             unsupported.append(f"{info.name}: type {info.type} cannot be merged into")
         for pair in tensor.pairs:
             if pair.shape != info.shape:

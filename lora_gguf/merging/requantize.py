@@ -12,8 +12,7 @@ import numpy as np
 
 from lora_gguf.merging.refit import Weighting, weighting
 from lora_gguf.merging.rounding import round_bf16, round_codes, round_f16, round_levels, tally_rows
-from lora_gguf.quants.codec import Quant
-from lora_gguf.quants.ggml import GgmlType
+from lora_gguf.quants.codec import Codec
 
 NO_IMPORTANCE = np.empty(0, np.float32)
 NO_GRID = (
@@ -31,16 +30,7 @@ OUTSIDE = 0.02  # share of a block's weights beyond its range from which on it g
 # the width of the random offset before the floor; a rounding that is not here finds a new grid
 SPREADS = {"auto": 1.0, "dither": 1.0, "nearest": 0.0}
 ROUNDINGS = (*SPREADS, "fresh")
-_HALVES = {"F16": round_f16, "BF16": round_bf16}
-_UNITS = {"F16": 2.0**-11, "BF16": 2.0**-8}
-# where a block's f16 scales and minima lie, in bytes: ggml refuses to load a block in which one is NaN or infinity
-F16_FIELDS = {
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
-    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,), "IQ1_S": (0,), "IQ2_XXS": (0,),
-    "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,), "Q1_0": (0,), "Q2_0": (0,),
-}  # fmt: skip
-
-
+HALVES = {"F16": round_f16, "BF16": round_bf16}
 _local = threading.local()
 
 
@@ -91,8 +81,8 @@ class Recipe:
     a grid.
     """
 
-    source: Quant
-    target: Quant
+    source: Codec
+    target: Codec
     rounding: str
     key: np.uint64
     importance: np.ndarray | None = None
@@ -100,12 +90,14 @@ class Recipe:
 
     @property
     def keeps_grid(self) -> bool:
-        gridded = self.source.unpack is not None or self.source.type.name in _HALVES
+        gridded = self.source.grid is not None or self.source.half is not None
         return self.rounding in SPREADS and self.source is self.target and gridded
 
     @property
     def moves_grid(self) -> bool:
-        return self.rounding == "auto" and self.keeps_grid and self.source.type.name in F16_FIELDS
+        return (
+            self.rounding == "auto" and self.keeps_grid and self.source.grid is not None and bool(self.source.scales_at)
+        )
 
 
 def recode(
@@ -119,7 +111,7 @@ def recode(
     sums = np.zeros(4)
     if not recipe.keeps_grid:
         return _renew(recipe, blocks, delta, first_row, matrix, sums), sums
-    if recipe.source.unpack is None:
+    if recipe.source.half:
         halves = blocks.view(np.uint16)
         _move_halves(recipe, halves, delta, first_row, sums)
     else:
@@ -131,7 +123,7 @@ def _move_halves(recipe: Recipe, halves, delta, first_row: int, sums) -> None:
     """``auto`` dithers the rows whose update is smaller than what the type can tell apart, and rounds the others to
     nearest.
     """
-    move, unit = _HALVES[recipe.source.type.name], _UNITS[recipe.source.type.name]
+    move, unit = HALVES[recipe.source.type.name], 2.0 ** -(recipe.source.half.bits + 1)
     spreads = np.full(len(delta), SPREADS[recipe.rounding])
     if recipe.rounding == "auto":
         weights = np.empty_like(delta)
@@ -143,22 +135,27 @@ def _move_halves(recipe: Recipe, halves, delta, first_row: int, sums) -> None:
 
 def _move_codes(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums) -> None:
     quant, spread = recipe.source, np.float32(SPREADS[recipe.rounding])
-    codes, steps = scratch("codes", delta.shape, np.int8), scratch("steps", (len(delta), delta.shape[1] // quant.group))
-    quant.unpack(blocks, codes, steps)
+    codes, steps = (
+        scratch("codes", delta.shape, np.int8),
+        scratch("steps", (len(delta), delta.shape[1] // quant.grid.group)),
+    )
+    quant.grid.unpack(blocks, codes, steps)
     refits = recipe.moves_grid
     grid = grid_of(recipe, blocks, steps, matrix) if refits else NO_GRID
-    if quant.levels is not None:
-        round_levels(codes, steps, delta, quant.levels, quant.code_min, spread, recipe.key, first_row, sums, grid)
-        quant.pack(codes, blocks)
+    if quant.grid.levels is not None:
+        round_levels(
+            codes, steps, delta, quant.grid.levels, quant.grid.code_min, spread, recipe.key, first_row, sums, grid
+        )
+        quant.grid.pack(codes, blocks)
         return
     before, outside = None, NO_GRID[1]
     if refits:
         before, outside = copied(blocks), np.zeros((len(delta), delta.shape[1] // quant.type.block_size), np.float32)
-    limits = np.float32(quant.code_min), np.float32(quant.code_max)
+    limits = np.float32(quant.grid.code_min), np.float32(quant.grid.code_max)
     round_codes(
-        codes, np.float32(quant.zero), steps, delta, *limits, spread, recipe.key, first_row, sums, grid, outside
+        codes, np.float32(quant.grid.zero), steps, delta, *limits, spread, recipe.key, first_row, sums, grid, outside
     )
-    quant.pack(codes, blocks)
+    quant.grid.pack(codes, blocks)
     renew = outside > OUTSIDE * quant.type.block_size
     if renew.any():
         sums[:3] = _renew_some(recipe, blocks, before, delta, renew, matrix)[:3]
@@ -166,20 +163,20 @@ def _move_codes(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums
 
 def grid_of(recipe: Recipe, blocks, steps, matrix: int) -> tuple:
     """The ``grid`` of ``refit_row``."""
-    quant, n_cols = recipe.source, steps.shape[1] * recipe.source.group
+    quant, n_cols = recipe.source, steps.shape[1] * recipe.source.grid.group
     lows = scratch("lows", steps.shape)
-    if quant.lows:
-        quant.lows(blocks, lows)
+    if quant.grid.lows:
+        quant.grid.lows(blocks, lows)
     else:
         lows[...] = 0
     weighed = recipe.weighting[matrix] if recipe.weighting else weighting_of(quant, np.ones(n_cols, np.float32))
-    place = quant.type.block_bytes, *(*F16_FIELDS[quant.type.name], -1)[:2]
+    place = quant.type.block_bytes, *(*quant.scales_at, -1)[:2]
     return blocks, lows, weighed.importance, weighed.heights, weighed.blocks, *place
 
 
-def weighting_of(quant: Quant, importance: np.ndarray) -> Weighting:
+def weighting_of(quant: Codec, importance: np.ndarray) -> Weighting:
     """The weighting of columns of ``importance`` f32 (cols,) on the grid of a type."""
-    return weighting(importance, quant.type.block_size, quant.group, len(F16_FIELDS[quant.type.name]))
+    return weighting(importance, quant.type.block_size, quant.grid.group, len(quant.scales_at))
 
 
 def _renew_some(recipe: Recipe, blocks, before, delta, renew, matrix: int) -> np.ndarray:
@@ -205,7 +202,7 @@ def _renew(recipe: Recipe, blocks, delta, first_row: int, matrix: int, sums) -> 
     wanted = before + delta
     renewed = np.empty((len(delta), recipe.target.type.row_bytes(delta.shape[1])), np.uint8)
     recipe.target.encode(wanted, NO_IMPORTANCE if recipe.importance is None else recipe.importance[matrix], renewed)
-    promoted = recipe.source.unpack and recipe.source is not recipe.target
+    promoted = recipe.source.grid and recipe.source is not recipe.target
     if promoted and recipe.target.type.name == "Q8_0" and recipe.rounding in ("auto", "dither"):
         _dither_faint(recipe, renewed, wanted, delta, first_row)
     recipe.target.decode(renewed, after)
@@ -218,19 +215,22 @@ def _dither_faint(recipe: Recipe, renewed, wanted, delta, first_row: int) -> Non
     IQ4_NL's does.
     """
     quant = recipe.target
-    codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), delta.shape[1] // quant.group), np.float32)
-    quant.unpack(renewed, codes, steps)
+    codes, steps = (
+        np.empty(delta.shape, np.int8),
+        np.empty((len(delta), delta.shape[1] // quant.grid.group), np.float32),
+    )
+    quant.grid.unpack(renewed, codes, steps)
     step2 = np.einsum("ij,ij->i", steps, steps) / steps.shape[1]
     faint = np.einsum("ij,ij->i", delta, delta) / delta.shape[1] < FAINT * FAINT * step2
     if not faint.any():
         return
-    left, limits = np.empty_like(delta), (np.float32(quant.code_min), np.float32(quant.code_max))
+    left, limits = np.empty_like(delta), (np.float32(quant.grid.code_min), np.float32(quant.grid.code_max))
     quant.decode(renewed, left)
     np.subtract(wanted, left, out=left)
     left[~faint] = 0
     round_codes(
         codes,
-        np.float32(quant.zero),
+        np.float32(quant.grid.zero),
         steps,
         left,
         *limits,
@@ -241,16 +241,4 @@ def _dither_faint(recipe: Recipe, renewed, wanted, delta, first_row: int) -> Non
         NO_GRID,
         NO_GRID[1],
     )
-    quant.pack(codes, renewed)
-
-
-def broken_row(type: GgmlType, blocks: np.ndarray) -> int | None:
-    """The first of the rows ``blocks`` uint8 (rows, row_bytes) with a scale that is NaN or infinity, or None."""
-    of_block = blocks.reshape(-1, type.block_bytes)
-    for offset in F16_FIELDS.get(type.name, ()):
-        broken = of_block[:, offset + 1] & 0x7C == 0x7C
-        if broken.any():
-            return int(broken.argmax()) // (len(of_block) // len(blocks))
-    if type.name == "MXFP4" and (broken := of_block[:, 0] == 0xFF).any():  # E8M0's NaN
-        return int(broken.argmax()) // (len(of_block) // len(blocks))
-    return None
+    quant.grid.pack(codes, renewed)

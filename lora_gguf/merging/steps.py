@@ -7,11 +7,10 @@ import numpy as np
 from lora_gguf.files.base import Base, evenly
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.merging.plan import TensorPlan
-from lora_gguf.quants.codec import Quant
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.codec import Codec
+from lora_gguf.quants.table import CODECS
 
 SAMPLE_ROWS = 16
-_FLOATS = {"F16": (10, -14), "BF16": (7, -126)}  # the explicit bits of a value's significand, and its least exponent
 
 
 def planned_step(tensor: TensorPlan, base: Base) -> float:
@@ -27,15 +26,15 @@ def planned_step(tensor: TensorPlan, base: Base) -> float:
 
 def stored_step(base: Base, info: TensorInfo) -> float:
     """The rms step of a tensor as it is in a file, from some rows; NaN where its weights are not coded one by one."""
-    quant = QUANTS.get(info.type.name)
+    quant = CODECS.get(info.type.name)
     return step_rms(quant, sample(base, info)) if quant and has_steps(quant) else float("nan")
 
 
-def has_steps(quant: Quant) -> bool:
-    return quant.unpack is not None or quant.type.name in _FLOATS
+def has_steps(quant: Codec) -> bool:
+    return quant.grid is not None or quant.half is not None
 
 
-def step_rms(quant: Quant, blocks: np.ndarray) -> float:
+def step_rms(quant: Codec, blocks: np.ndarray) -> float:
     """The rms of ``steps_of``."""
     return float(np.sqrt(np.mean(np.square(steps_of(quant, blocks), dtype=np.float64))))
 
@@ -45,21 +44,26 @@ def sample(base: Base, info: TensorInfo, n_rows: int = SAMPLE_ROWS) -> np.ndarra
     return base.rows(info, evenly(info.n_rows, n_rows))
 
 
-def steps_of(quant: Quant, blocks: np.ndarray) -> np.ndarray:
+def steps_of(quant: Codec, blocks: np.ndarray) -> np.ndarray:
     """The steps of ``blocks`` uint8 (rows, row_bytes): f32, one for each group of weights, or for each weight of a
     float.
     """
     n_cols = blocks.shape[1] // quant.type.block_bytes * quant.type.block_size
-    if quant.unpack is None:
+    if quant.grid is None:
         weights = np.empty((len(blocks), n_cols), np.float32)
         quant.decode(blocks, weights)
-        bits, least = _FLOATS[quant.type.name]
+        bits, least = quant.half.bits, quant.half.least_exponent
         exponents = np.where(weights == 0, least, np.frexp(weights)[1] - 1)
         return np.ldexp(np.float32(1), np.maximum(exponents, least) - bits)
-    codes, steps = np.empty((len(blocks), n_cols), np.int8), np.empty((len(blocks), n_cols // quant.group), np.float32)
-    quant.unpack(blocks, codes, steps)
+    codes, steps = (
+        np.empty((len(blocks), n_cols), np.int8),
+        np.empty((len(blocks), n_cols // quant.grid.group), np.float32),
+    )
+    quant.grid.unpack(blocks, codes, steps)
     return (
-        steps if quant.levels is None else steps * np.sqrt(np.mean(np.square(np.diff(quant.levels.astype(np.float32)))))
+        steps
+        if quant.grid.levels is None
+        else steps * np.sqrt(np.mean(np.square(np.diff(quant.grid.levels.astype(np.float32)))))
     )
 
 

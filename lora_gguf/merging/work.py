@@ -16,8 +16,8 @@ from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter
 from lora_gguf.kernels.low_rank import low_rank
 from lora_gguf.merging.plan import TensorPlan
-from lora_gguf.merging.requantize import NO_IMPORTANCE, broken_row, recode, scratch
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.merging.requantize import NO_IMPORTANCE, recode, scratch
+from lora_gguf.quants.table import CODECS
 
 CHUNK_WEIGHTS = 1 << 20  # of a chunk: enough that Python's part in it, 0.2 ms, does not count
 WORKING_BYTES = (
@@ -112,7 +112,9 @@ def carry_out(chunk: Chunk, reader: GgufReader, writer: GgufWriter) -> tuple[int
         return None
     blocks = scratch("blocks", (chunk.n_rows, info.row_bytes), np.uint8)
     reader.read_into(info, chunk.first * info.row_bytes, blocks)
-    if (row := broken_row(info.type, blocks)) is not None:
+    broken = chunk.tensor.recipe.source.broken(blocks.reshape(-1, info.type.block_bytes))
+    if broken.any():
+        row = int(broken.argmax()) // (len(broken) // len(blocks))
         raise NumericError(
             f"{reader.label}: {info.name}: row {chunk.first + row}: a scale is NaN or infinity: the base is damaged"
         )
@@ -129,7 +131,7 @@ def carry_out(chunk: Chunk, reader: GgufReader, writer: GgufWriter) -> tuple[int
 
 def encoded(chunk: Chunk) -> np.ndarray:
     """The new rows of a chunk as stored in the tensor's type."""
-    quant, recipe = QUANTS[chunk.tensor.target.type.name], chunk.tensor.recipe
+    quant, recipe = CODECS[chunk.tensor.target.type.name], chunk.tensor.recipe
     blocks = np.empty((chunk.n_rows, quant.type.row_bytes(chunk.new.shape[1])), np.uint8)
     quant.encode(
         chunk.new, NO_IMPORTANCE if recipe is None or recipe.importance is None else recipe.importance[0], blocks

@@ -1,7 +1,7 @@
-"""The quantized types: how blocks become weights and weights become blocks.
+"""What is known of a type: its codec, and the grid on which its weights lie.
 
-One file a family, encode beside decode. All kernels take C-contiguous, writable 2-D arrays of whole rows, write into
-the output that the caller allocated, and neither check nor raise. They are called from Python, not from other kernels:
+One file a family holds the kernels, encode beside decode. All take C-contiguous, writable 2-D arrays of whole rows, write
+into the output that the caller allocated, and neither check nor raise. They are called from Python, not from other kernels:
 
     decode(blocks, out)                 blocks uint8 (rows, row_bytes) -> out f32 (rows, cols), bit-identical to ggml
     encode(weights, importance, blocks) weights f32 (rows, cols), importance f32 (cols,) or (0,) where there is none
@@ -10,11 +10,9 @@ the output that the caller allocated, and neither check nor raise. They are call
     lows(blocks, lows)                  -> lows f32 (rows, cols // group), in the types with a minimum
     pack(codes, blocks)                 writes the codes into blocks, every other bit stays
 
-A weight is ``step * (code - zero) - low``, low 0 in the types without a minimum, or ``step * levels[code - code_min]``.
-
-The grid of a group of weights: two neighbouring codes c and c + 1 differ by ``step`` where ``levels`` is None, and by
-``step * (levels[c + 1 - code_min] - levels[c - code_min])`` in the types with a codebook (levels ascending). A type
-whose weights are not coded one by one (IQ1 to IQ3) has neither unpack nor pack.
+A weight is ``step * (code - zero) - low``, low 0 in the types without a minimum, or ``step * levels[code - code_min]`` in
+those with a codebook (levels ascending). So two neighbouring codes differ by ``step``, or by ``step`` times the distance of
+their levels.
 """
 
 from __future__ import annotations
@@ -28,23 +26,70 @@ from lora_gguf.quants.ggml import BY_NAME, GgmlType
 
 
 @dataclass(frozen=True)
-class Quant:
-    """A type's kernels, and the shape of its grid; see the module's docstring."""
+class Grid:
+    """The values that the weights of a block can take, ``group`` weights a step; see the module's docstring."""
+
+    unpack: Callable
+    pack: Callable
+    group: int
+    code_max: int
+    code_min: int = 0
+    zero: int = 0
+    lows: Callable | None = None
+    levels: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Half:
+    """The values that a float of 16 bits can take: explicit ``bits`` of the significand, and the least exponent."""
+
+    bits: int
+    least_exponent: int
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A type's kernels, and what its weights lie on: a ``grid``, the values of a ``half``, or neither.
+
+    Neither is so in F32, and in IQ1 to IQ3, whose weights are not coded one by one. ``scales_at`` are the bytes of a block at
+    which its f16 scales are: that of the steps first, then that of the lows. ``exponents_at`` is the same for E8M0 scales.
+    """
 
     type: GgmlType
     decode: Callable
-    encode: Callable | None = None
-    unpack: Callable | None = None
-    lows: Callable | None = None
-    pack: Callable | None = None
-    group: int = 0
-    zero: int = 0
-    code_min: int = 0
-    code_max: int = 0
-    levels: np.ndarray | None = None
+    encode: Callable
     needs_importance: bool = False
+    scales_at: tuple[int, ...] = ()
+    exponents_at: tuple[int, ...] = ()
+    grid: Grid | None = None
+    half: Half | None = None
+
+    def row_bytes(self, n_cols: int) -> int:
+        """Return the bytes of a row of ``n_cols`` weights."""
+        return self.type.row_bytes(n_cols)
+
+    def decoded(self, blocks: np.ndarray) -> np.ndarray:
+        """Return the weights of ``blocks`` uint8 (rows, row_bytes): f32 (rows, cols)."""
+        weights = np.empty((len(blocks), blocks.shape[1] // self.type.block_bytes * self.type.block_size), np.float32)
+        self.decode(blocks, weights)
+        return weights
+
+    def encoded(self, weights: np.ndarray, importance: np.ndarray) -> np.ndarray:
+        """Return the blocks of ``weights`` f32 (rows, cols), as ``encode`` makes them: uint8 (rows, row_bytes)."""
+        blocks = np.empty((len(weights), self.row_bytes(weights.shape[1])), np.uint8)
+        self.encode(weights, importance, blocks)
+        return blocks
+
+    def broken(self, blocks: np.ndarray) -> np.ndarray:
+        """Return which ``blocks``, uint8 (n, block_bytes), ggml refuses to load, for a scale is NaN or infinity: bool (n,)."""
+        found = np.zeros(len(blocks), bool)
+        for at in self.scales_at:
+            found |= blocks[:, at + 1] & 0x7C == 0x7C
+        for at in self.exponents_at:
+            found |= blocks[:, at] == 0xFF
+        return found
 
 
-def quant(name: str, decode, **kernels) -> Quant:
-    """The ``Quant`` of the ggml type called ``name``."""
-    return Quant(BY_NAME[name], decode, **kernels)
+def codec(name: str, decode: Callable, encode: Callable, **more) -> Codec:
+    """Return the ``Codec`` of the ggml type called ``name``."""
+    return Codec(BY_NAME[name], decode, encode, **more)

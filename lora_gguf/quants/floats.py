@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lora_gguf.kernels.decorators import kernel
-from lora_gguf.quants.codec import quant
+from lora_gguf.quants.codec import Half, codec
 
 
 def decode_f32(blocks, out):
@@ -59,7 +59,7 @@ def encode_bf16(weights, importance, blocks):
 
 
 FLOATS = [
-    quant("F32", decode_f32, encode=encode_f32),
-    quant("F16", decode_f16, encode=encode_f16),
-    quant("BF16", decode_bf16, encode=encode_bf16),
+    codec("F32", decode_f32, encode_f32),
+    codec("F16", decode_f16, encode_f16, half=Half(10, -14)),
+    codec("BF16", decode_bf16, encode_bf16, half=Half(7, -126)),
 ]

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GgmlType:
-    """One ggml type: ``block_size`` weights are stored in ``block_bytes`` bytes."""
+    """One ggml type: ``block_size`` weights are stored in ``block_bytes`` bytes.
+
+    ``fallback`` is what llama.cpp takes in its place for rows that are not whole blocks.
+    """
 
     id: int
     name: str
     block_size: int
     block_bytes: int
+    fallback: str = "F16"
 
     def row_bytes(self, n_cols: int) -> int:
         """Bytes of a row of ``n_cols`` weights; ``n_cols`` is a multiple of ``block_size``."""
@@ -37,33 +41,33 @@ TYPES = {
         (7, "Q5_1", 32, 24),
         (8, "Q8_0", 32, 34),
         (9, "Q8_1", 32, 36),
-        (10, "Q2_K", 256, 84),
-        (11, "Q3_K", 256, 110),
-        (12, "Q4_K", 256, 144),
-        (13, "Q5_K", 256, 176),
-        (14, "Q6_K", 256, 210),
+        (10, "Q2_K", 256, 84, "Q4_0"),
+        (11, "Q3_K", 256, 110, "Q4_0"),
+        (12, "Q4_K", 256, 144, "Q5_0"),
+        (13, "Q5_K", 256, 176, "Q5_1"),
+        (14, "Q6_K", 256, 210, "Q8_0"),
         (15, "Q8_K", 256, 292),
-        (16, "IQ2_XXS", 256, 66),
-        (17, "IQ2_XS", 256, 74),
-        (18, "IQ3_XXS", 256, 98),
-        (19, "IQ1_S", 256, 50),
+        (16, "IQ2_XXS", 256, 66, "IQ4_NL"),
+        (17, "IQ2_XS", 256, 74, "IQ4_NL"),
+        (18, "IQ3_XXS", 256, 98, "IQ4_NL"),
+        (19, "IQ1_S", 256, 50, "IQ4_NL"),
         (20, "IQ4_NL", 32, 18),
-        (21, "IQ3_S", 256, 110),
-        (22, "IQ2_S", 256, 82),
-        (23, "IQ4_XS", 256, 136),
+        (21, "IQ3_S", 256, 110, "IQ4_NL"),
+        (22, "IQ2_S", 256, 82, "IQ4_NL"),
+        (23, "IQ4_XS", 256, 136, "IQ4_NL"),
         (24, "I8", 1, 1),
         (25, "I16", 1, 2),
         (26, "I32", 1, 4),
         (27, "I64", 1, 8),
         (28, "F64", 1, 8),
-        (29, "IQ1_M", 256, 56),
+        (29, "IQ1_M", 256, 56, "IQ4_NL"),
         (30, "BF16", 1, 2),
-        (34, "TQ1_0", 256, 54),
-        (35, "TQ2_0", 256, 66),
+        (34, "TQ1_0", 256, 54, "Q4_0"),
+        (35, "TQ2_0", 256, 66, "Q4_0"),
         (39, "MXFP4", 32, 17),
         (40, "NVFP4", 64, 36),
         (41, "Q1_0", 128, 18),
-        (42, "Q2_0", 64, 18),
+        (42, "Q2_0", 64, 18, "Q4_0"),
     )
 }
 BY_NAME = {t.name: t for t in TYPES.values()}

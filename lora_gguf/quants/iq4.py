@@ -15,7 +15,7 @@ import numpy as np
 from lora_gguf.kernels.by_block import F32, I8, U8, by_block
 from lora_gguf.kernels.decorators import kernel
 from lora_gguf.kernels.half import f16_from_f32, f32_from_f16
-from lora_gguf.quants.codec import quant
+from lora_gguf.quants.codec import Grid, codec
 
 LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / 2
@@ -246,8 +246,12 @@ def encode_iq4_xs(weights, importance, blocks):
 
 
 IQ4 = [
-    quant("IQ4_NL", decode_iq4_nl, encode=encode_iq4_nl, unpack=unpack_iq4_nl, pack=pack_iq4_nl,
-          group=32, code_min=0, code_max=15, levels=LEVELS),
-    quant("IQ4_XS", decode_iq4_xs, encode=encode_iq4_xs, unpack=unpack_iq4_xs, pack=pack_iq4_xs,
-          group=32, code_min=0, code_max=15, levels=LEVELS),
+    codec(
+        "IQ4_NL", decode_iq4_nl, encode_iq4_nl, scales_at=(0,),
+        grid=Grid(unpack_iq4_nl, pack_iq4_nl, group=32, code_max=15, levels=LEVELS),
+    ),
+    codec(
+        "IQ4_XS", decode_iq4_xs, encode_iq4_xs, scales_at=(0,),
+        grid=Grid(unpack_iq4_xs, pack_iq4_xs, group=32, code_max=15, levels=LEVELS),
+    ),
 ]  # fmt: skip

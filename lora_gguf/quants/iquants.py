@@ -24,7 +24,7 @@ import numpy as np
 from lora_gguf.kernels.by_block import F32, U8, by_block
 from lora_gguf.kernels.decorators import kernel
 from lora_gguf.kernels.half import f32_from_f16
-from lora_gguf.quants.codec import quant
+from lora_gguf.quants.codec import codec
 from lora_gguf.quants.iquant_grids import grid
 from lora_gguf.quants.iquants_encode import (
     encode_iq1_m,
@@ -162,11 +162,11 @@ def _with_grid(decode, name: str):
 
 
 IQUANTS = [
-    quant("IQ2_XXS", _with_grid(_decode_iq2_xxs, "IQ2_XXS"), encode=encode_iq2_xxs, needs_importance=True),
-    quant("IQ2_XS", _with_grid(_decode_iq2_xs, "IQ2_XS"), encode=encode_iq2_xs, needs_importance=True),
-    quant("IQ2_S", _with_grid(_decode_iq2_s, "IQ2_S"), encode=encode_iq2_s),
-    quant("IQ3_XXS", _with_grid(_decode_iq3_xxs, "IQ3_XXS"), encode=encode_iq3_xxs),
-    quant("IQ3_S", _with_grid(_decode_iq3_s, "IQ3_S"), encode=encode_iq3_s),
-    quant("IQ1_S", _with_grid(_decode_iq1_s, "IQ1_S"), encode=encode_iq1_s, needs_importance=True),
-    quant("IQ1_M", _with_grid(_decode_iq1_m, "IQ1_M"), encode=encode_iq1_m),
+    codec("IQ2_XXS", _with_grid(_decode_iq2_xxs, "IQ2_XXS"), encode_iq2_xxs, scales_at=(0,), needs_importance=True),
+    codec("IQ2_XS", _with_grid(_decode_iq2_xs, "IQ2_XS"), encode_iq2_xs, scales_at=(0,), needs_importance=True),
+    codec("IQ2_S", _with_grid(_decode_iq2_s, "IQ2_S"), encode_iq2_s, scales_at=(0,)),
+    codec("IQ3_XXS", _with_grid(_decode_iq3_xxs, "IQ3_XXS"), encode_iq3_xxs, scales_at=(0,)),
+    codec("IQ3_S", _with_grid(_decode_iq3_s, "IQ3_S"), encode_iq3_s, scales_at=(0,)),
+    codec("IQ1_S", _with_grid(_decode_iq1_s, "IQ1_S"), encode_iq1_s, scales_at=(0,), needs_importance=True),
+    codec("IQ1_M", _with_grid(_decode_iq1_m, "IQ1_M"), encode_iq1_m),
 ]

@@ -7,10 +7,12 @@ Without an importance matrix those are ggml's reference quantizers, with one tho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from lora_gguf.quants import direct, fit, kquants_blocks
-from lora_gguf.quants.codec import quant
+from lora_gguf.quants.codec import Grid, codec
 
 
 def _importance_weights(weights, importance, factor):
@@ -143,20 +145,19 @@ def encode_q6_k(weights, importance, blocks):
     kquants_blocks.pack_q6_k(codes, blocks)
 
 
-def _k_quant(name, encode, group, code_max, zero=0):
-    kernels = {
-        step: getattr(kquants_blocks, f"{step}_{name.lower()}", None) for step in ("decode", "unpack", "lows", "pack")
-    }
-    return quant(name, **kernels, encode=encode, group=group, code_max=code_max, zero=zero)
+def _k_quant(name: str, encode: Callable, scales_at: tuple[int, ...], group: int, code_max: int, zero: int = 0):
+    kernels = {step: getattr(kquants_blocks, f"{step}_{name.lower()}", None) for step in ("unpack", "pack", "lows")}
+    grid = Grid(**kernels, group=group, code_max=code_max, zero=zero)
+    return codec(name, getattr(kquants_blocks, f"decode_{name.lower()}"), encode, scales_at=scales_at, grid=grid)
 
 
 _encode_q4_k = _encode_k4(144, 15, fit.upward(15, -1, 0.1, 21), kquants_blocks.pack_q4_k)
 _encode_q5_k = _encode_k4(176, 31, fit.upward(31, -0.5, 0.1, 16), kquants_blocks.pack_q5_k)
 
 K_QUANTS = [
-    _k_quant("Q2_K", encode_q2_k, group=16, code_max=3),
-    _k_quant("Q3_K", encode_q3_k, group=16, code_max=7, zero=4),
-    _k_quant("Q4_K", _encode_q4_k, group=32, code_max=15),
-    _k_quant("Q5_K", _encode_q5_k, group=32, code_max=31),
-    _k_quant("Q6_K", encode_q6_k, group=16, code_max=63, zero=32),
+    _k_quant("Q2_K", encode_q2_k, (80, 82), group=16, code_max=3),
+    _k_quant("Q3_K", encode_q3_k, (108,), group=16, code_max=7, zero=4),
+    _k_quant("Q4_K", _encode_q4_k, (0, 2), group=32, code_max=15),
+    _k_quant("Q5_K", _encode_q5_k, (0, 2), group=32, code_max=31),
+    _k_quant("Q6_K", encode_q6_k, (208,), group=16, code_max=63, zero=32),
 ]

@@ -6,10 +6,12 @@ importance times the root of the row's mean square plus the weight's own square.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from lora_gguf.quants import direct, fit, legacy_blocks
-from lora_gguf.quants.codec import quant
+from lora_gguf.quants.codec import Grid, codec
 
 
 def _importance_weights(weights, importance):
@@ -68,11 +70,11 @@ def encode_q8_0(weights, importance, blocks):
     legacy_blocks.pack_q8_0(codes, blocks)
 
 
-def _legacy(name, encode, code_min=0, code_max=0, zero=0):
-    kernels = {
-        step: getattr(legacy_blocks, f"{step}_{name.lower()}", None) for step in ("decode", "unpack", "lows", "pack")
-    }
-    return quant(name, **kernels, encode=encode, group=32, code_min=code_min, code_max=code_max, zero=zero)
+def _legacy(name: str, encode: Callable, code_max: int, zero: int = 0, **more):
+    kernels = {step: getattr(legacy_blocks, f"{step}_{name.lower()}", None) for step in ("unpack", "pack", "lows")}
+    scales_at = (0, 2) if kernels["lows"] else (0,)
+    grid = Grid(**kernels, group=32, code_max=code_max, zero=zero, **more)
+    return codec(name, getattr(legacy_blocks, f"decode_{name.lower()}"), encode, scales_at=scales_at, grid=grid)
 
 
 LEGACY = [

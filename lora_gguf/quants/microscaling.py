@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_gguf.kernels.by_block import F32, I8, U8, by_block
 from lora_gguf.kernels.decorators import kernel
-from lora_gguf.quants.codec import quant
+from lora_gguf.quants.codec import Grid, codec
 
 VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 LEVELS = np.sort(VALUES)
@@ -178,8 +178,12 @@ def encode_nvfp4(weights, importance, blocks):
 
 
 MICROSCALING = [
-    quant("MXFP4", decode_mxfp4, encode=encode_mxfp4, unpack=unpack_mxfp4, pack=pack_mxfp4,
-          group=32, code_min=0, code_max=15, levels=LEVELS),
-    quant("NVFP4", decode_nvfp4, encode=encode_nvfp4, unpack=unpack_nvfp4, pack=pack_nvfp4,
-          group=16, code_min=0, code_max=15, levels=LEVELS),
+    codec(
+        "MXFP4", decode_mxfp4, encode_mxfp4, exponents_at=(0,),
+        grid=Grid(unpack_mxfp4, pack_mxfp4, group=32, code_max=15, levels=LEVELS),
+    ),
+    codec(
+        "NVFP4", decode_nvfp4, encode_nvfp4,
+        grid=Grid(unpack_nvfp4, pack_nvfp4, group=16, code_max=15, levels=LEVELS),
+    ),
 ]  # fmt: skip

@@ -203,11 +203,6 @@ KEPT = re.compile(
     r"|time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight|attn_rel_b\.weight"
     r"|\.position_embd|sam\.(pos_embd|neck\.|net_)|\.rel_pos|\.patch_(embd|merger)|a\.rvq\.codebook|mm\.a\.code_embd"
 )
-_FALLBACKS = {
-    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
-    **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
-    "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
-}  # fmt: skip
 # general.file_type of a file of mostly one type
 _FILE_TYPE_NAMES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 # architecture -> number of layers of the model that llama.cpp calls 70B, whose small attn_v gets more bits
@@ -268,7 +263,7 @@ def fallback_type(type: GgmlType, n_cols: int) -> GgmlType:
     """``type``, or what takes its place where rows of ``n_cols`` are not whole blocks of it; F16 where nothing fits."""
     if n_cols % type.block_size == 0:
         return type
-    fallback = BY_NAME[_FALLBACKS.get(type.name, "F16")]
+    fallback = BY_NAME[type.fallback]
     return fallback if n_cols % fallback.block_size == 0 else BY_NAME["F16"]
 
 

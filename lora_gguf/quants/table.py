@@ -11,4 +11,4 @@ from lora_gguf.quants.microscaling import MICROSCALING
 from lora_gguf.quants.ternary import TERNARY
 
 FAMILIES = (FLOATS, LEGACY, K_QUANTS, IQ4, IQUANTS, TERNARY, MICROSCALING)
-QUANTS = {entry.type.name: entry for family in FAMILIES for entry in family}
+CODECS = {entry.type.name: entry for family in FAMILIES for entry in family}

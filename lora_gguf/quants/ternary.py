@@ -24,7 +24,7 @@ import numpy as np
 from lora_gguf.kernels.by_block import F32, I8, U8, by_block
 from lora_gguf.kernels.decorators import kernel
 from lora_gguf.kernels.half import f32_at
-from lora_gguf.quants.codec import quant
+from lora_gguf.quants.codec import Grid, codec
 from lora_gguf.quants.direct import store_f16
 
 POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)
@@ -217,12 +217,20 @@ def _encode(quantize, pack, block_size: int, block_bytes: int, scale_at: int):
 
 
 TERNARY = [
-    quant("TQ1_0", decode_tq1_0, encode=_encode(partial(_round, 0), pack_tq1_0, 256, 54, 52),
-          unpack=unpack_tq1_0, pack=pack_tq1_0, group=256, code_min=-1, code_max=1),
-    quant("TQ2_0", decode_tq2_0, encode=_encode(partial(_round, 0), pack_tq2_0, 256, 66, 64),
-          unpack=unpack_tq2_0, pack=pack_tq2_0, group=256, code_min=-1, code_max=1),
-    quant("Q1_0", decode_q1_0, encode=_encode(_signs, pack_q1_0, 128, 18, 0),
-          unpack=unpack_q1_0, pack=pack_q1_0, group=128, code_min=0, code_max=1, levels=np.array([-1, 1], np.float32)),
-    quant("Q2_0", decode_q2_0, encode=_encode(partial(_round, -1), pack_q2_0, 64, 18, 0),
-          unpack=unpack_q2_0, pack=pack_q2_0, group=64, code_min=-1, code_max=2),
+    codec(
+        "TQ1_0", decode_tq1_0, _encode(partial(_round, 0), pack_tq1_0, 256, 54, 52), scales_at=(52,),
+        grid=Grid(unpack_tq1_0, pack_tq1_0, group=256, code_min=-1, code_max=1),
+    ),
+    codec(
+        "TQ2_0", decode_tq2_0, _encode(partial(_round, 0), pack_tq2_0, 256, 66, 64), scales_at=(64,),
+        grid=Grid(unpack_tq2_0, pack_tq2_0, group=256, code_min=-1, code_max=1),
+    ),
+    codec(
+        "Q1_0", decode_q1_0, _encode(_signs, pack_q1_0, 128, 18, 0), scales_at=(0,),
+        grid=Grid(unpack_q1_0, pack_q1_0, group=128, code_max=1, levels=np.array([-1, 1], np.float32)),
+    ),
+    codec(
+        "Q2_0", decode_q2_0, _encode(partial(_round, -1), pack_q2_0, 64, 18, 0), scales_at=(0,),
+        grid=Grid(unpack_q2_0, pack_q2_0, group=64, code_min=-1, code_max=2),
+    ),
 ]  # fmt: skip

@@ -22,7 +22,7 @@ import numpy as np
 
 from lora_gguf.api import convert
 from lora_gguf.merging.plan import Policy
-from lora_gguf.quants.table import QUANTS
+from lora_gguf.quants.table import CODECS
 from tests.bench.bases import requantized
 from tests.bench.oracle import Oracle, linear_weights, peft_deltas
 from tests.calls import merge
@@ -52,7 +52,7 @@ def line(row: dict) -> str:
 
 def merged_figures(oracle: Oracle, base: Path, adapter: Path, scale: float, way: str, seed: int, folder: Path) -> dict:
     """Merge by one rounding, or promote to a type, and judge the file."""
-    policy = Policy(type=way, seed=seed) if way in QUANTS else Policy(way, seed=seed)
+    policy = Policy(type=way, seed=seed) if way in CODECS else Policy(way, seed=seed)
     out = folder / "merged.gguf"
     report = merge(base, [(adapter, scale)], out, policy, force=True)
     figures = oracle.judge(linear_weights(out))

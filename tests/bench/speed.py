@@ -246,19 +246,19 @@ def fresh_rates() -> list[dict]:
     from libgguf import quantize_rows
 
     from lora_gguf.quants.ggml import BY_NAME
-    from lora_gguf.quants.table import QUANTS
+    from lora_gguf.quants.table import CODECS
 
     rows, none = [], np.empty(0, np.float32)
     weights = (np.random.default_rng(0).normal(size=(128, 4096)) * 0.02).astype(np.float32)
     importance = np.random.default_rng(1).uniform(0.1, 2, 4096).astype(np.float32)
     for name in FRESH:
         for label, ours, theirs in (("", none, None), (" imatrix", importance, importance)):
-            if ours is none and QUANTS[name].needs_importance:
+            if ours is none and CODECS[name].needs_importance:
                 continue
             blocks = np.empty((128, BY_NAME[name].row_bytes(4096)), np.uint8)
-            QUANTS[name].encode(weights, ours, blocks)
+            CODECS[name].encode(weights, ours, blocks)
             c = timed(lambda name=name, theirs=theirs: quantize_rows(weights, BY_NAME[name].id, imatrix=theirs))
-            mine = timed(lambda name=name, ours=ours, blocks=blocks: QUANTS[name].encode(weights, ours, blocks))
+            mine = timed(lambda name=name, ours=ours, blocks=blocks: CODECS[name].encode(weights, ours, blocks))
             same = bytes(quantize_rows(weights, BY_NAME[name].id, imatrix=theirs)) == blocks.tobytes()
             n = weights.size / 1e6
             rows.append({"type": name + label, "ours": n / mine, "ggml": n / c, "ratio": c / mine, "identical": same})
@@ -273,7 +273,7 @@ def kept_rates() -> list[dict]:
     from lora_gguf.merging.requantize import Recipe, recode
     from lora_gguf.merging.rounding import tensor_key
     from lora_gguf.quants.ggml import BY_NAME
-    from lora_gguf.quants.table import QUANTS
+    from lora_gguf.quants.table import CODECS
 
     rng, rows = np.random.default_rng(0), []
     weights = (rng.normal(size=(64, 4096)) * 0.02).astype(np.float32)
@@ -291,7 +291,7 @@ def kept_rates() -> list[dict]:
         raw = raw.reshape(64, -1)
         row = {"type": name}
         for rounding in ("dither", "auto"):
-            recipe = Recipe(QUANTS[name], QUANTS[name], rounding, tensor_key(0, name))
+            recipe = Recipe(CODECS[name], CODECS[name], rounding, tensor_key(0, name))
 
             def one(recipe=recipe, raw=raw):
                 low_rank(b, a, delta)
