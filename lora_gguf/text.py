@@ -45,6 +45,11 @@ def count_text(n: float) -> str:
     return f"{n:.0f}" if not unit else f"{n:.4g} {unit}"
 
 
+def share_text(share: float, digits: int = 3) -> str:
+    """A share of one for a reader; n/a where there is nothing to share."""
+    return f"{share:.{digits}f}" if math.isfinite(share) else "n/a"
+
+
 def json_text(data: object, indent: int | None = 1) -> str:
     """``data`` as JSON that any parser takes: null for NaN and infinity, ASCII only."""
     return json.dumps(_finite(data), indent=indent, allow_nan=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -87,14 +88,16 @@ def doctor(
 
 def as_text(report: DoctorReport) -> str:
     """The report for a reader: what was looked at, what each way to merge keeps, which tensors change by how much."""
-    from lora_gguf.text import aligned, size_text, text_table
+    from lora_gguf.text import aligned, share_text, size_text, text_table
 
     remarks = [remark for remark in report.remarks if remark.level in MARKS]
     parts = (
         [aligned([(MARKS[remark.level], remark.topic, remark.text) for remark in remarks], left=3)] if remarks else []
     )
     if report.outlooks:
-        ways = [(way.options, f"{way.kept:.3f}", f"{way.noise:.1f}", size_text(way.n_bytes)) for way in report.outlooks]
+        ways = [
+            (way.options, share_text(way.kept), f"{way.noise:.1f}", size_text(way.n_bytes)) for way in report.outlooks
+        ]
         parts.append(text_table(("merge with", "delta kept", "noise/delta", "file"), ways))
         parts.append(
             text_table(
@@ -123,13 +126,15 @@ def by_kind(report: DoctorReport) -> list[tuple]:
 
 def averages(group: list[TensorOutlook]) -> tuple[str, ...]:
     """rms(delta), delta/step, and what is kept by default and with nearest rounding, over the tensors' energy."""
+    from lora_gguf.text import share_text
+
     energy = [tensor.delta_norm**2 for tensor in group]
-    whole = sum(energy) or 1.0
+    whole = sum(energy) or math.nan
     steps = [tensor.step for tensor in group if tensor.step]
     rms = (sum(tensor.delta_rms**2 for tensor in group) / len(group)) ** 0.5
     step = (sum(step**2 for step in steps) / len(steps)) ** 0.5 if steps else 0.0
     kept = [
-        sum(e * t.kept.get(way, t.kept["auto"]) for e, t in zip(energy, group, strict=False)) / whole
+        sum(e * t.kept.get(way, t.kept["auto"]) for e, t in zip(energy, group, strict=False) if e) / whole
         for way in ("auto", "nearest")
     ]
-    return f"{rms:.2e}", f"{rms / step:.4f}" if step else "-", *(f"{share:.3f}" for share in kept)
+    return f"{rms:.2e}", f"{rms / step:.4f}" if step else "-", *map(share_text, kept)

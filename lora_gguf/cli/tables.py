@@ -11,7 +11,7 @@ from lora_gguf.commands.merge import MergeReport
 from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.mapping.accounts import summary
 from lora_gguf.merging.retention import Retention, kind_of, total
-from lora_gguf.text import text_table
+from lora_gguf.text import share_text, text_table
 
 HEAD = ("tensors", "type", "count", "delta kept", "codes changed", "rms(delta)", "noise/delta")
 
@@ -31,7 +31,15 @@ def retention_table(report: MergeReport) -> str:
 def _row(kind: str, types: str, count: int, part: Retention) -> tuple:
     if not part.n_weights:
         return (kind, types, count, "-", "-", "-", "-")
-    return (kind, types, count, f"{part.kept:.3f}", f"{part.changed:.2%}", f"{part.delta_rms:.2e}", f"{part.noise:.1f}")
+    return (
+        kind,
+        types,
+        count,
+        share_text(part.kept),
+        f"{part.changed:.2%}",
+        f"{part.delta_rms:.2e}",
+        f"{part.noise:.1f}",
+    )
 
 
 def verify_table(report: VerifyReport) -> str:

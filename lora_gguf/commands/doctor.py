@@ -11,6 +11,7 @@ from pathlib import Path
 from lora_gguf.adapters.adapter import adapter_directory
 from lora_gguf.checks.checkup import NOTE, OK, REFUSAL, WARNING, DoctorReport, Outlook, Remark, TensorOutlook, recommend
 from lora_gguf.checks.inspection import AdapterInspection
+from lora_gguf.checks.keeping import NOTHING, idle, listed, poorly_kept
 from lora_gguf.checks.tokenizer import compare_tokenizer
 from lora_gguf.commands.inspect import inspect
 from lora_gguf.errors import LoraGgufError, printable
@@ -61,6 +62,7 @@ def doctor(
         try:
             placements = [(placement_of(path, model, reading), factor) for path, factor in adapters]
             plan = make_plan(model, placements, Policy("auto" if is_local(model) else "dither"))
+            plan.warnings += idle(adapters, placements)
             report.remarks += remarks_on_fit(model, plan, [placement for placement, _ in placements])
             foresee(report, model, plan, threads, progress)
         except LoraGgufError as error:
@@ -142,8 +144,21 @@ def foresee(report: DoctorReport, model: Base, plan: Plan, threads: int | None, 
     factors = sum(pair.a.nbytes + pair.b.nbytes for tensor in merged for pair in tensor.pairs)
     report.memory_bytes = STEADY_BYTES + 3 * factors + scratch_bytes(threads)
     report.seconds = expected_seconds(model, plan.tensors, threads) if local else None
-    report.recommendation = recommend(report.outlooks)
+    whole = total(found["auto"].values())
+    whole.steps2 = sum((tensor.step or 0.0) ** 2 * weights[tensor.name] for tensor in report.tensors)
+    report.recommendation = NOTHING if whole.is_nothing else recommend(report.outlooks)
+    report.remarks += poor_remarks(sampled, found["auto"])
     report.remarks.append(disk_remark(report))
+
+
+def poor_remarks(tensors: Sequence[TensorPlan], found: dict[str, Retention]) -> list[Remark]:
+    """A warning where the defaults keep little of some kind of tensor."""
+    kinds: dict[tuple[str, str, str], list[Retention]] = {}
+    for tensor in tensors:
+        key = (kind_of(tensor.target.name), tensor.source.type.name, tensor.target.type.name)
+        kinds.setdefault(key, []).append(found[tensor.target.name])
+    poor = poorly_kept(kinds)
+    return [Remark("kept", WARNING, f"the defaults keep only {listed(poor)}")] if poor else []
 
 
 def chosen_for(name: str, tensors: Sequence[TensorPlan], local: bool) -> list[TensorPlan]:

@@ -10,27 +10,24 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_gguf.errors import NumericError, UsageError
+from lora_gguf.checks.keeping import idle, judged
+from lora_gguf.errors import UsageError
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_writer import GgufWriter
 from lora_gguf.files.output import check_space, check_target, write_bytes
 from lora_gguf.mapping.placement import Account
 from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import adapter_name, inputs_of, placement_of
-from lora_gguf.merging.forecast import chosen, expected
 from lora_gguf.merging.growth import promote
 from lora_gguf.merging.layout import OutputPart, output_parts
 from lora_gguf.merging.modelfile import modelfile as modelfile_text
 from lora_gguf.merging.options import Policy, Resources, Writing
 from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.provenance import merged_key_values, names_of
-from lora_gguf.merging.retention import WARN_BELOW, Retention, kind_of, layer_of, total
+from lora_gguf.merging.retention import Retention, kind_of, layer_of, total
 from lora_gguf.merging.steps import planned_step
 from lora_gguf.merging.work import Chunk, carry_out, cut, in_threads, weights_within
 from lora_gguf.progress import Progress
-
-# what to do where little is kept, from the cheapest on
-REMEDIES = {"--rounding auto": {"rounding": "auto"}, "--type Q8_0": {"type": "Q8_0"}, "--type BF16": {"type": "BF16"}}
 
 
 @dataclass
@@ -109,6 +106,7 @@ def merge(
     with Base(base) as model:
         placements = [(placement_of(path, model, reading), scale) for path, scale in adapters]
         plan = make_plan(model, placements, policy)
+        plan.warnings += idle(adapters, placements)
         promote(plan, model, policy.max_growth)
         accounts = [account for placement, _ in placements for account in placement.accounts]
         report = MergeReport(plan, accounts, [("base", base), *(("adapter", path) for path, _ in adapters)])
@@ -126,7 +124,7 @@ def merge(
             for part, writer in zip(parts, writers, strict=True):
                 write_part(part, model, opened.enter_context(writer), report, resources, progress)
             note_steps(report, model)
-            check_retention(report, model, policy)
+            plan.warnings += judged(report.by_kind(), report.plan, model, policy)
             model.check_unchanged()
             report.written += committed(writers)
     if recipe:
@@ -203,28 +201,3 @@ def note_steps(report: MergeReport, model: Base) -> None:
     for tensor in report.plan.merged:
         if found := report.retention.get(tensor.target.name):
             found.steps2 = found.n_weights * planned_step(tensor, model) ** 2
-
-
-def check_retention(report: MergeReport, model: Base, policy: Policy) -> None:
-    """Warn where little of the update was kept, or raise ``NumericError`` where less than the policy asks for."""
-    kept = report.whole.kept
-    if kept < policy.min_retention:
-        raise NumericError(
-            f"kept {kept:.2f} of the adapter, --min-retention is {policy.min_retention}: "
-            f"{remedy(report, model, policy)}"
-        )
-    if kept < WARN_BELOW:
-        report.plan.warnings.append(f"only {kept:.2f} of the adapter was kept: {remedy(report, model, policy)}")
-
-
-def remedy(report: MergeReport, model: Base, policy: Policy) -> str:
-    """The smallest change of the command that keeps more, with what a sample of rows says that it keeps."""
-    for option, change in REMEDIES.items():
-        other = replace(policy, mix=None, **change)
-        tensors = chosen(report.plan.merged, other)
-        kept = total(expected(model, tensors).values()).kept
-        if kept > max(report.whole.kept, WARN_BELOW):
-            growth = sum(tensor.target.n_bytes - tensor.source.n_bytes for tensor in tensors) / model.n_bytes
-            size = f"in a file {1 + growth:.2f} times the base's size" if growth else "at the same size"
-            return f"{option} would keep about {kept:.2f} of it {size}"
-    return "no other rounding or type keeps more: is the scale right?"

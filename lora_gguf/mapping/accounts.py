@@ -60,6 +60,12 @@ class Placement:
     new_rows: dict[str, np.ndarray] = field(default_factory=dict)
     key_values: dict[str, bytes] = field(default_factory=dict)
 
+    def is_idle(self, factor: float) -> bool:
+        """Whether it changes nothing at ``factor`` times its own scale, as far as that shows without the base."""
+        if self.updates or self.new_rows or self.key_values:
+            return not factor and not self.new_rows and not self.key_values
+        return not any(factor and pair.scale and pair.a.any() and pair.b.any() for pair in self.pairs)
+
     @property
     def changes_vocabulary(self) -> bool:
         """Whether the embedding or the head changes, so that tokens may have been added."""

@@ -90,7 +90,7 @@ def expected(
         if done and name not in found:
             done(chunk.tensor)
         found.setdefault(name, Retention()).add(*outcome)
-    return {tensor.target.name: scaled(found[tensor.target.name], tensor.source.n_elements) for tensor in tensors}
+    return {tensor.target.name: scaled(found[tensor.target.name], tensor) for tensor in tensors}
 
 
 def rows_each(tensors: Sequence[TensorPlan]) -> int:
@@ -100,15 +100,27 @@ def rows_each(tensors: Sequence[TensorPlan]) -> int:
 
 
 def some_chunks(tensor: TensorPlan, n_rows: int, n_places: int) -> Iterable[Chunk]:
-    """About ``n_rows`` rows of a tensor as chunks, evenly spaced over its rows and so over its experts."""
+    """About ``n_rows`` rows of a tensor as chunks, evenly spaced over those that change and so over its experts."""
     n_out, n_cols = (1, *tensor.source.shape)[-2:]
     n_matrices = tensor.source.n_rows // n_out
     a, b = stack(tensor.pairs, n_matrices, n_out, n_cols)
-    n_places = min(n_places, tensor.source.n_rows)
+    rows = changing_rows(tensor)
+    n_places = min(n_places, len(rows))
     n_run = min(max(1, n_rows // n_places), n_out)
-    places = ((np.arange(n_places) + 0.5) / n_places * tensor.source.n_rows).astype(int)
+    places = rows[((np.arange(n_places) + 0.5) / n_places * len(rows)).astype(int)]
     for matrix, row in sorted({(int(place) // n_out, min(int(place) % n_out, n_out - n_run)) for place in places}):
         yield Chunk(tensor, matrix * n_out + row, n_run, matrix, a[matrix], b[matrix, row : row + n_run])
+
+
+def changing_rows(tensor: TensorPlan) -> np.ndarray:
+    """The rows that the adapters change; all of them where they change none."""
+    n_rows = tensor.source.n_rows
+    changes = np.zeros(n_rows, bool)
+    for pair in tensor.pairs:
+        changes |= np.asarray(pair.b).reshape(n_rows, -1).any(axis=1)
+    for update, _ in tensor.updates:
+        changes |= update.touches(0, n_rows)
+    return np.flatnonzero(changes) if changes.any() else np.arange(n_rows)
 
 
 def step_of(base: Base, tensor: TensorPlan, near: bool = True) -> float | None:
@@ -124,9 +136,10 @@ def step_of(base: Base, tensor: TensorPlan, near: bool = True) -> float | None:
     return step if step > 0 else None
 
 
-def scaled(part: Retention, n_weights: int) -> Retention:
-    """The sums of a sample as if it were ``n_weights`` large."""
-    return Retention(n_weights, part.sums * (n_weights / max(part.n_weights, 1)))
+def scaled(part: Retention, tensor: TensorPlan) -> Retention:
+    """The sums of a sample of the rows that change as if it were of the whole tensor."""
+    n_weights = len(changing_rows(tensor)) * tensor.source.n_cols
+    return Retention(tensor.source.n_elements, part.sums * (n_weights / max(part.n_weights, 1)))
 
 
 def expected_seconds(base: Base, tensors: Sequence[TensorPlan], threads: int | None = None) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 WARN_BELOW = 0.8  # of an adapter kept
+NOTHING = 1e-5  # of a step: what sums in f32 leave of updates that cancel
 _BLOCK = re.compile(r"^(?:(enc|dec)\.)?blk\.(\d+)\.")
 _SUFFIX = re.compile(r"\.weight$")
 
@@ -46,7 +47,13 @@ class Retention:
 
     @property
     def kept(self) -> float:
-        return float(self.sums[0] / self.sums[1]) if self.sums[1] > 0 else 1.0
+        """NaN where there is nothing to keep."""
+        return float(self.sums[0] / self.sums[1]) if self.sums[1] > 0 else float("nan")
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether the delta is zero, or beside the type's steps as good as zero."""
+        return not self.sums[1] > 0 or self.delta_per_step < NOTHING
 
     @property
     def changed(self) -> float:

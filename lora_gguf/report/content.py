@@ -13,6 +13,7 @@ from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.errors import printable
 from lora_gguf.mapping.sources import adapter_name
 from lora_gguf.merging.retention import WARN_BELOW
+from lora_gguf.text import share_text
 
 Adapters = Sequence[tuple[str | os.PathLike, float]]
 
@@ -91,9 +92,9 @@ def of_merge(report: MergeReport, base: str | os.PathLike, adapters: Adapters, r
     data, whole = report.as_dict(), report.whole
     n_merged, n_copied = len(data["merged"]), len(data["copied"])
     figure = {
-        "value": f"{whole.kept:.3f}",
+        "value": share_text(whole.kept),
         "label": "of the adapter is kept (1 is all of it)",
-        "bad": whole.kept < WARN_BELOW,
+        "bad": not whole.kept >= WARN_BELOW,
     }
     if not whole.n_weights:
         figure = {
@@ -147,9 +148,9 @@ def of_doctor(report: DoctorReport, base: str | os.PathLike, adapters: Adapters)
     if report.ok:
         kept = report.outlooks[0].kept
         figure = {
-            "value": f"{kept:.3f}",
+            "value": share_text(kept),
             "label": "of the adapter would be kept (1 is all of it)",
-            "bad": kept < WARN_BELOW,
+            "bad": not kept >= WARN_BELOW,
         }
     else:
         figure = {"value": "refused", "label": str(report.refusal), "bad": True}
