@@ -112,6 +112,8 @@ def doctor(
     tied: str = "separate",
     allow_unused: str | None = None,
     expert_b_layout: str | None = None,
+    expert_a_axis: str | None = None,
+    layout_of: str | None = None,
     base_config: Name | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -126,7 +128,10 @@ def doctor(
     """
     check_path("base", base, MODEL)
     named = scaled_names(adapters)
-    reading, resources = Reading(tied, allow_unused, expert_b_layout, base_config), Resources(threads)
+    reading, resources = (
+        Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of),
+        Resources(threads),
+    )
     local = local_adapters(named, by_file(downloads or progress))
     from lora_gguf.commands.doctor import doctor as work
 
@@ -143,6 +148,8 @@ def convert(
     rank: int | None = None,
     allow_unused: str | None = None,
     expert_b_layout: str | None = None,
+    expert_a_axis: str | None = None,
+    layout_of: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
     downloads: Progress | None = None,
@@ -158,7 +165,7 @@ def convert(
         check_path("base", base, MODEL)
     [named] = scaled_names([adapter])
     output = AdapterFile(out, outtype, rank, force)
-    reading = Reading(allow_unused=allow_unused, expert_b_layout=expert_b_layout, base_config=base_config)
+    reading = Reading("refuse", allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of)
     files = by_file(downloads or progress)
     [(folder, _)] = local_adapters([named], files)
     model = None if base is None else local_model(base, files)
@@ -180,6 +187,8 @@ def merge(
     tied: str = "separate",
     allow_unused: str | None = None,
     expert_b_layout: str | None = None,
+    expert_a_axis: str | None = None,
+    layout_of: str | None = None,
     base_config: Name | None = None,
     max_growth: float | str = 0.0,
     min_retention: float = 0.0,
@@ -207,7 +216,10 @@ def merge(
     """
     check_path("base", base, MODEL)
     named = scaled_names(adapters)
-    reading, resources = Reading(tied, allow_unused, expert_b_layout, base_config), Resources(threads, memory)
+    reading, resources = (
+        Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of),
+        Resources(threads, memory),
+    )
     writing = None if out is None else Writing(out, max_bytes, keep_split, shard, modelfile, force)
     growth, measured = parse_growth(str(max_growth)), _importance(imatrix)
     policy = Policy(rounding, seed, _upper(type), _upper(quantize), measured, growth, min_retention)
@@ -227,6 +239,8 @@ def verify(
     *,
     allow_unused: str | None = None,
     expert_b_layout: str | None = None,
+    expert_a_axis: str | None = None,
+    layout_of: str | None = None,
     base_config: Name | None = None,
     imatrix: Name | Imatrix | None = None,
     threads: int | None = None,
@@ -241,7 +255,10 @@ def verify(
     check_path("merged", merged, MODEL)
     check_path("base", base, MODEL)
     named = scaled_names(adapters)
-    reading, resources = Reading("separate", allow_unused, expert_b_layout, base_config), Resources(threads)
+    reading, resources = (
+        Reading("separate", allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of),
+        Resources(threads),
+    )
     measured = Policy(imatrix=_importance(imatrix)).imatrix
     files = by_file(downloads or progress)
     models = local_model(merged, files), local_model(base, files)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lora_gguf.cli.options import BASE_HELP, AllowUnused, ExpertB, Force, Progress, Quiet
+from lora_gguf.cli.options import BASE_HELP, AllowUnused, ExpertA, ExpertB, Force, LayoutOf, Progress, Quiet
 from lora_gguf.cli.terms import OutType, say_written, warn
 from lora_gguf.progress import bars
 from lora_gguf.text import json_text
@@ -34,6 +34,8 @@ def convert(
     ] = None,
     allow_unused: AllowUnused = None,
     expert_b_layout: ExpertB = None,
+    expert_a_axis: ExpertA = None,
+    layout_of: LayoutOf = None,
     force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what became of each adapter tensor as JSON.")] = False,
     quiet: Quiet = False,
@@ -57,6 +59,8 @@ def convert(
             force=force,
             allow_unused=allow_unused,
             expert_b_layout=expert_b_layout and expert_b_layout.value,
+            expert_a_axis=expert_a_axis and expert_a_axis.value,
+            layout_of=layout_of,
             rank=rank,
             progress=work,
             downloads=downloads,

@@ -12,8 +12,10 @@ from lora_gguf.cli.options import (
     AllowUnused,
     BaseArgument,
     BaseConfig,
+    ExpertA,
     ExpertB,
     Force,
+    LayoutOf,
     Lora,
     Model,
     PlotFile,
@@ -79,6 +81,8 @@ def merge(
     allow_unused: AllowUnused = None,
     base_config: BaseConfig = None,
     expert_b_layout: ExpertB = None,
+    expert_a_axis: ExpertA = None,
+    layout_of: LayoutOf = None,
     keep_split: Annotated[
         bool, typer.Option("--keep-split", help="Write the base's shards; default: one file.")
     ] = False,
@@ -135,6 +139,8 @@ def merge(
             tied=tied.value,
             allow_unused=allow_unused,
             expert_b_layout=expert_b_layout and expert_b_layout.value,
+            expert_a_axis=expert_a_axis and expert_a_axis.value,
+            layout_of=layout_of,
             base_config=base_config,
             max_growth=max_growth,
             min_retention=min_retention,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lora_gguf.cli.terms import ExpertLayout, Tied
+from lora_gguf.cli.terms import ExpertAxis, ExpertLayout, Tied
 
 BASE_HELP = (
     "The model: a path (of a split one any shard), or on the Hub OWNER/NAME:Q4_K_M or hf://OWNER/NAME/FILE.gguf."
@@ -43,6 +43,14 @@ BaseConfig = Annotated[
 ExpertB = Annotated[
     ExpertLayout | None,
     typer.Option("--expert-b-layout", help="How lora_B of fused experts is laid out, where the adapter doesn't say."),
+]
+ExpertA = Annotated[
+    ExpertAxis | None,
+    typer.Option("--expert-a-axis", help="What lora_A of square fused experts reads, where nothing else tells."),
+]
+LayoutOf = Annotated[
+    str | None,
+    typer.Option("--layout-of", metavar="ARCH", help="Read a base of an unknown architecture as one of this."),
 ]
 Threads = Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Default: all cores.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]

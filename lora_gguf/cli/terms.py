@@ -36,6 +36,11 @@ class ExpertLayout(str, Enum):
     expert_major = "expert-major"
 
 
+class ExpertAxis(str, Enum):
+    given = "in"
+    made = "out"
+
+
 class OutType(str, Enum):
     f32 = "f32"
     f16 = "f16"

@@ -11,8 +11,10 @@ from lora_gguf.cli.options import (
     BASE_HELP,
     AllowUnused,
     BaseConfig,
+    ExpertA,
     ExpertB,
     ForcePictures,
+    LayoutOf,
     PlotFile,
     Progress,
     Quiet,
@@ -39,6 +41,8 @@ def verify(
     allow_unused: AllowUnused = None,
     base_config: BaseConfig = None,
     expert_b_layout: ExpertB = None,
+    expert_a_axis: ExpertA = None,
+    layout_of: LayoutOf = None,
     imatrix: Annotated[
         Path | None, typer.Option(metavar="PATH", help="The importance matrix that the merge used, if it did.")
     ] = None,
@@ -66,6 +70,8 @@ def verify(
             named,
             allow_unused=allow_unused,
             expert_b_layout=expert_b_layout and expert_b_layout.value,
+            expert_a_axis=expert_a_axis and expert_a_axis.value,
+            layout_of=layout_of,
             base_config=base_config,
             imatrix=imatrix,
             threads=threads,

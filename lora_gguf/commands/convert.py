@@ -39,8 +39,10 @@ def convert(
     """
     adapter = read_adapter(directory, reading.expert_b_layout, reading.allow_unused)
     with Base(base) if base is not None else nullcontext() as opened:
-        model = base_model(opened, reading.base_config)
-        placement = gguf_pairs(adapter, model, updates=True, allow_unused=reading.allow_unused)
+        model = base_model(opened, reading)
+        placement = gguf_pairs(
+            adapter, model, updates=True, allow_unused=reading.allow_unused, a_axis=reading.expert_a_axis
+        )
         to_pairs(placement, adapter, opened, output.rank, progress)
         placement.warnings += [
             f"{pair.name}: it is the head too (tied), and llama.cpp stops at an adapter of such a tensor: merge instead"
@@ -51,7 +53,7 @@ def convert(
     write_adapter_gguf(
         output.path,
         placement.pairs,
-        model.architecture,
+        model.stated,
         output.outtype,
         metadata(adapter),
         force=output.force,
@@ -104,11 +106,11 @@ def approximate(name: str, updates: list[Update], placement: Placement, base: Ba
     placement.approximations[name] = max(0.0, 1.0 - kept / energy) ** 0.5 if energy else 0.0
 
 
-def base_model(base: Base | None, base_config: str | os.PathLike | None) -> hparams.Hparams:
-    """The base's dimensions, from its GGUF and its ``config.json``."""
-    config = read_base_config(base_config)
+def base_model(base: Base | None, reading: Reading) -> hparams.Hparams:
+    """Return the base's dimensions, from its GGUF and its ``config.json``."""
+    config = read_base_config(reading.base_config)
     if base is not None:
-        return hparams.from_base(base, config)
+        return hparams.from_base(base, config, reading.layout_of)
     if config is None:
         raise UsageError("the layout depends on the base: give --base BASE.gguf or --base-config DIR")
     return hparams.from_config(config)

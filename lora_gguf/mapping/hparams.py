@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from lora_gguf.errors import MalformedError, UnsupportedError, printable
+from lora_gguf.errors import MalformedError, UnsupportedError, UsageError, printable
 from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
 from lora_gguf.mapping.architectures import ARCHITECTURES, VARIANTS
+from lora_gguf.mapping.likeness import likeliest
 
 # GGUF key without the architecture -> names in config.json, the first that is there counts
 CONFIG_KEYS: dict[str, tuple[str, ...]] = {
@@ -110,13 +111,15 @@ class Hparams:
     """What the base is like: ``architecture`` as GGUF names it, its hyperparameters, and its ``tensors`` if its GGUF is
     there.
 
-    The GGUF's header decides; ``config`` (config.json) is asked for what it does not say.
+    The GGUF's header decides; ``config`` (config.json) is asked for what it does not say. ``stated`` is the architecture
+    that the base itself names, where it borrows the layout of another.
     """
 
     def __init__(
         self, architecture: str, values: dict, tensors: dict[str, TensorInfo] | None, config: dict, label: str
     ):
         self.architecture, self.values, self.tensors, self.label = architecture, values, tensors, label
+        self.stated = architecture
         text = next((part for key in TEXT_CONFIGS if isinstance(part := _at(config, key), dict)), {})
         self.configs = (text, config)
 
@@ -162,18 +165,51 @@ def _at(config, path: str):
     return config
 
 
-def from_base(base: GgufReader, config: dict | None = None) -> Hparams:
-    """The hyperparameters of an open base GGUF; ``config`` may add what its header does not say."""
+def from_base(base: GgufReader, config: dict | None = None, layout_of: str | None = None) -> Hparams:
+    """Return the hyperparameters of an open base GGUF; ``config`` may add what its header does not say.
+
+    ``layout_of`` is the architecture whose layout a base of an unknown one has. Raises ``MalformedError``,
+    ``UnsupportedError`` for an unknown architecture, ``UsageError`` where it is known and another is given.
+    """
     if not base.architecture:
         raise MalformedError(f"{base.label}: expected general.architecture, found none: it is no model")
     if base.get("general.type", "model") != "model":
         raise MalformedError(
             f"{base.label}: expected a model, found general.type {printable(base.get('general.type'), 40)}"
         )
-    check_known(base.architecture, base.label)
+    architecture = layout_of or base.architecture
+    if base.architecture not in ARCHITECTURES and layout_of is None:
+        raise UnsupportedError(unknown(base))
+    if base.architecture in ARCHITECTURES and architecture != base.architecture:
+        raise UsageError(
+            f"{base.label}: --layout-of {architecture}: the layout of {base.architecture} is known: leave it out"
+        )
     prefix = f"{base.architecture}."
     values = {key.removeprefix(prefix): base.get(key) for key in base.kv if key.startswith(prefix)}
-    return Hparams(base.architecture, values, base.tensors, config or {}, base.label)
+    found = Hparams(architecture, values, base.tensors, config or {}, base.label)
+    found.stated = base.architecture
+    return found
+
+
+def unknown(base: GgufReader) -> str:
+    """Return why a base of an unknown architecture is refused, and what may be tried."""
+    named = printable(base.architecture, 40)
+    line = f"{base.label}: architecture {named}: the layout of its weights is not known to us"
+    guess = likeliest(base.architecture, set(base.tensors))
+    if guess is None:
+        return f"{line}: give --layout-of ARCH if it is that of another architecture"
+    arch, n = guess
+    return f"{line}: if it is that of {arch}, whose names fit {n} of its {len(base.tensors)} tensors, give --layout-of {arch}"
+
+
+def borrowed_layout(hparams: Hparams) -> list[str]:
+    """Return the warning that a layout was taken on the user's word."""
+    if hparams.stated == hparams.architecture:
+        return []
+    return [
+        f"{hparams.label}: {printable(hparams.stated, 40)} is read with the layout of {hparams.architecture} "
+        "(--layout-of): every shape is checked, the order of rows cannot be: try the result"
+    ]
 
 
 def from_config(config: dict) -> Hparams:
@@ -191,13 +227,6 @@ def key_value_heads(architecture: str, config: dict) -> dict[str, object]:
         return {}
     sizes = [_at(block, "attention.n_heads_in_group") for block in blocks]
     return {"attention.head_count_kv": [heads // size if type(size) is int and size > 0 else 0 for size in sizes]}
-
-
-def check_known(architecture: str, label: str) -> None:
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"{label}: architecture {printable(architecture, 40)}: the layout of its weights is not known to us"
-        )
 
 
 def architecture_of(config: dict) -> str:

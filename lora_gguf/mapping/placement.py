@@ -23,7 +23,7 @@ from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.accounts import Account, Placement, base_shape, misfit
 from lora_gguf.mapping.architectures import ARCHITECTURES
 from lora_gguf.mapping.heads import check_new_rows, cut_to_vocabulary, resolve_tied
-from lora_gguf.mapping.hparams import Hparams, from_base
+from lora_gguf.mapping.hparams import Hparams, borrowed_layout, from_base
 from lora_gguf.mapping.names import gguf_pieces, layer_of, pieces, shape_in_base, why_skipped
 from lora_gguf.mapping.orientation import oriented
 from lora_gguf.mapping.stacking import Part, joined
@@ -40,6 +40,7 @@ def gguf_pairs(
     tied: str = "refuse",
     allow_unused: str | None = None,
     a_axis: str | None = None,
+    layout_of: str | None = None,
 ) -> Placement:
     """Place all updates of ``adapter`` in ``base``: an open GGUF, or the dimensions in a ``config.json``.
 
@@ -47,11 +48,14 @@ def gguf_pairs(
     rank (``Placement.updates``) is refused, without ``new_tokens`` one with a larger vocabulary
     (``Placement.new_rows``). ``tied`` says what becomes of an adapted head or embedding where the base has one tensor
     for both: ``refuse``, ``separate`` (see ``Placement``), or ``shared`` (the one tensor changes). What does not fit
-    and whose name the regular expression ``allow_unused`` finds is ignored; ``a_axis`` is that of ``oriented``. Raises
-    ``MismatchError`` that lists every update which does not fit, with the likely cause.
+    and whose name the regular expression ``allow_unused`` finds is ignored; ``a_axis`` is that of ``oriented``,
+    ``layout_of`` that of ``from_base``. Raises ``MismatchError`` that lists every update which does not fit, with the
+    likely cause.
     """
-    hparams = base if isinstance(base, Hparams) else from_base(base, config)
-    placement = Placement(invocation_tokens=adapter.invocation_tokens, warnings=list(adapter.warnings))
+    hparams = base if isinstance(base, Hparams) else from_base(base, config, layout_of)
+    placement = Placement(
+        invocation_tokens=adapter.invocation_tokens, warnings=[*adapter.warnings, *borrowed_layout(hparams)]
+    )
     placement.accounts += [Account(name, "ignored", "", why) for name, why in adapter.ignored.items()]
     parts: dict[str, list[Part]] = {}
     errors: list[str] = []
@@ -111,20 +115,25 @@ def settle_vocabulary(placement: Placement, adapter: Adapter, base: GgufReader) 
 
 
 def adapter_gguf_pairs(
-    path: str | os.PathLike, base: GgufReader, tied: str = "separate", allow_unused: str | None = None
+    path: str | os.PathLike,
+    base: GgufReader,
+    tied: str = "separate",
+    allow_unused: str | None = None,
+    layout_of: str | None = None,
 ) -> Placement:
     """The pairs of the adapter GGUF at ``path`` as they fit the open ``base``. Options and errors as of
     ``gguf_pairs``.
     """
     pairs, architecture = read_adapter_gguf(path)
-    hparams = from_base(base)
+    hparams = from_base(base, layout_of=layout_of)
     label = printable(Path(path).name)
-    if architecture != hparams.architecture:
+    if architecture != hparams.stated:
         raise MismatchError(
-            f"{label}: expected an adapter for {hparams.architecture} ({base.label}), found one for "
+            f"{label}: expected an adapter for {hparams.stated} ({base.label}), found one for "
             f"{printable(architecture, 40)}: is it for another base model?"
         )
     placement = unplaced(path)
+    placement.warnings += borrowed_layout(hparams)
     parts: dict[str, list[Part]] = {}
     errors: list[str] = []
     for pair in pairs:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from difflib import get_close_matches
 
-from lora_gguf.arguments import check_choice, check_path, check_pattern
+from lora_gguf.arguments import check_choice, check_path, check_pattern, refuse
+from lora_gguf.mapping.architectures import ARCHITECTURES
 
 TIED = ("separate", "shared", "refuse")
 EXPERT_B_LAYOUTS = ("rank-major", "expert-major")
+EXPERT_A_AXES = ("in", "out")
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,16 @@ class Reading:
     tensor of its own, ``shared`` changes the one tensor, ``refuse`` refuses. Adapter tensors that fit nowhere are left
     out where the regular expression ``allow_unused`` finds their name. ``expert_b_layout`` tells how lora_B of fused
     experts lies, ``base_config`` is the base's ``config.json``, or its folder, for what its GGUF does not say.
+    ``expert_a_axis`` tells which side of square fused experts lora_A is on, where nothing else does; ``layout_of`` is
+    the architecture whose layout a base of an unknown one has.
     """
 
     tied: str = "separate"
     allow_unused: str | None = None
     expert_b_layout: str | None = None
     base_config: str | os.PathLike[str] | None = None
+    expert_a_axis: str | None = None
+    layout_of: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("tied", self.tied, TIED)
@@ -32,5 +39,16 @@ class Reading:
             check_pattern("allow_unused", self.allow_unused)
         if self.expert_b_layout is not None:
             check_choice("expert_b_layout", self.expert_b_layout, EXPERT_B_LAYOUTS)
+        if self.expert_a_axis is not None:
+            check_choice("expert_a_axis", self.expert_a_axis, EXPERT_A_AXES)
+        if self.layout_of is not None:
+            check_architecture(self.layout_of)
         if self.base_config is not None:
             check_path("base_config", self.base_config)
+
+
+def check_architecture(name: object) -> None:
+    """Raise ``UsageError`` unless ``name`` is an architecture of the table."""
+    if name not in ARCHITECTURES:
+        alike = get_close_matches(str(name)[:40], ARCHITECTURES, n=3, cutoff=0.0)
+        raise refuse("layout_of", f"an architecture of the README's table, such as {', '.join(alike)}", name)

@@ -39,7 +39,7 @@ def placement_of(path: str | os.PathLike[str], base: Base, reading: Reading = Re
     Raises ``UnsupportedError`` for an adapter that cannot be merged.
     """
     if _is_gguf(path):
-        placement = adapter_gguf_pairs(path, base, reading.tied, reading.allow_unused)
+        placement = adapter_gguf_pairs(path, base, reading.tied, reading.allow_unused, reading.layout_of)
     else:
         adapter = read_adapter(path, reading.expert_b_layout, reading.allow_unused)
         placement = gguf_pairs(
@@ -50,6 +50,8 @@ def placement_of(path: str | os.PathLike[str], base: Base, reading: Reading = Re
             new_tokens=True,
             tied=reading.tied,
             allow_unused=reading.allow_unused,
+            a_axis=reading.expert_a_axis,
+            layout_of=reading.layout_of,
         )
     if placement.invocation_tokens:
         raise UnsupportedError(
