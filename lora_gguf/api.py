@@ -18,6 +18,7 @@ downloads instead. An exception that they raise ends the call, and leaves no fil
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ from lora_gguf.progress import Progress, by_file
 
 if TYPE_CHECKING:
     from lora_gguf.checks.checkup import DoctorReport
+    from lora_gguf.checks.closeness import CompareReport
     from lora_gguf.checks.inspection import Inspection
     from lora_gguf.commands.extract import Extraction
     from lora_gguf.commands.merge import MergeReport
@@ -266,6 +268,41 @@ def verify(
     from lora_gguf.commands.verify import verify as work
 
     return work(*models, local, reading, measured, resources.threads, progress)
+
+
+def compare(
+    base: Name,
+    adapters: Adapters,
+    merged: Name,
+    prompts: Sequence[str] = (),
+    *,
+    n_predict: int = 32,
+    raw: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    downloads: Progress | None = None,
+) -> CompareReport:
+    """Let llama.cpp (the package xllamacpp) answer ``prompts`` with ``base``, with ``adapters`` at run time, and with
+    ``merged``: ``report.ok`` unless the merged file does not do as the adapter, which ``report.verdict`` tells.
+
+    Prompts are a user's messages where the base has a chat template and they are not ``raw``; without any some general
+    ones are asked. The work is counted in answers. Raises ``UnsupportedError`` where llama.cpp is not installed or
+    cannot apply such an adapter.
+    """
+    check_path("base", base, MODEL)
+    check_path("merged", merged, MODEL)
+    named = scaled_names(adapters)
+    from lora_gguf.checks.llama import check_installed
+    from lora_gguf.checks.prompts import Prompts
+
+    asked, resources = Prompts(tuple(prompts), n_predict, raw), Resources(threads)
+    check_installed("compare")
+    files = by_file(downloads or progress)
+    models = local_model(base, files), local_model(merged, files)
+    local = local_adapters(named, files)
+    from lora_gguf.commands.compare import compare as work
+
+    return work(models[0], local, models[1], asked, threads=resources.threads, progress=progress)
 
 
 def extract(

@@ -15,7 +15,12 @@ SIGINT ends with 130, SIGHUP with 129, SIGTERM with 143.
 
 from __future__ import annotations
 
+import contextlib
+import re
+import shlex
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class LoraGgufError(Exception):
@@ -61,6 +66,23 @@ class HubError(LoraGgufError):
 
 class IntegrityError(LoraGgufError):
     exit_code = 9
+
+
+def not_installed(what: str, package: str, purpose: str) -> UnsupportedError:
+    """Return the refusal of ``what`` for want of an optional ``package``, with the command that this installation needs
+    to add it.
+    """
+    return UnsupportedError(f"{what}: expected the package {package} ({purpose}), not found: {_how_to_add(package)}")
+
+
+def _how_to_add(package: str) -> str:
+    home = Path(sys.prefix)
+    if (home / "pipx_metadata.json").is_file():
+        return f"pipx inject lora-gguf {package}"
+    with contextlib.suppress(OSError):
+        if re.search(r"^uv\s*=", (home / "pyvenv.cfg").read_text(encoding="utf-8"), re.MULTILINE):
+            return f"uv pip install --python {shlex.quote(sys.executable)} {package}"
+    return f"pip install {package}"
 
 
 def printable(text: object, limit: int = 200) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from lora_gguf import __version__
+from lora_gguf.cli.compare import compare
 from lora_gguf.cli.convert import convert
 from lora_gguf.cli.doctor import doctor
 from lora_gguf.cli.extract import extract
@@ -70,6 +71,7 @@ COMMANDS = {
     convert: "Turn an adapter into a GGUF for llama.cpp's --lora.",
     merge: "Add adapters to a quantized model: one standalone GGUF.",
     verify: "Check that a merged file holds its base plus adapters.",
+    compare: "Ask llama.cpp with base, adapter and merged file.",
     extract: "Make the adapter that turns one GGUF into another.",
     init_pipeline: "Write a Makefile for many adapters and quantizations.",
 }

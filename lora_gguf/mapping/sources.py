@@ -23,13 +23,14 @@ def read_base_config(path: str | os.PathLike | None) -> dict | None:
     return read_json(path / "config.json" if path.is_dir() else path)
 
 
-def _is_gguf(path: str | os.PathLike) -> bool:
+def is_gguf(path: str | os.PathLike) -> bool:
+    """Return whether ``path`` is a file that calls itself a GGUF."""
     return Path(path).is_file() and Path(path).suffix == ".gguf"
 
 
 def inputs_of(path: str | os.PathLike) -> Path:
     """What ``placement_of`` reads: the GGUF, or the folder in which the adapter's files lie."""
-    return Path(path) if _is_gguf(path) else adapter_directory(path)
+    return Path(path) if is_gguf(path) else adapter_directory(path)
 
 
 def placement_of(path: str | os.PathLike[str], base: Base, reading: Reading = Reading()) -> Placement:
@@ -38,7 +39,7 @@ def placement_of(path: str | os.PathLike[str], base: Base, reading: Reading = Re
 
     Raises ``UnsupportedError`` for an adapter that cannot be merged.
     """
-    if _is_gguf(path):
+    if is_gguf(path):
         placement = adapter_gguf_pairs(path, base, reading.tied, reading.allow_unused, reading.layout_of)
     else:
         adapter = read_adapter(path, reading.expert_b_layout, reading.allow_unused)

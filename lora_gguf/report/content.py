@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_gguf.checks.checkup import WARNING, DoctorReport
+from lora_gguf.checks.closeness import CompareReport
 from lora_gguf.commands.merge import MergeReport
 from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.errors import printable
@@ -55,6 +56,11 @@ VERIFIED_KINDS = [
 WAYS = [
     Column("options", "merge with"), _KEPT, Column("noise", "noise / delta", ".1f"), Column("n_bytes", "file", "bytes"),
 ]  # fmt: skip
+ANSWERS = [
+    Column("prompt", "prompt"), Column("base", "the base"), Column("adapter", "with the adapter at run time"),
+    Column("merged", "the merged file"),
+]  # fmt: skip
+NEAR = [Column("model", ""), Column("agreement", "same next token", ".1%"), Column("kl", "KL from the adapter", ".4f")]
 REMARKS = [Column("topic", "about"), Column("level", "level"), Column("text", "found")]
 
 
@@ -165,6 +171,30 @@ def of_doctor(report: DoctorReport, base: str | os.PathLike, adapters: Adapters)
         measures=("delta_per_step", *ways, "delta_norm", "type"),
         tables=[Table("Ways to merge", "outlooks", WAYS), Table("What was looked at", "remarks", REMARKS)],
         files=report.inputs,
+    )
+
+
+def of_compare(
+    report: CompareReport, base: str | os.PathLike, adapters: Adapters, merged: str | os.PathLike
+) -> Content:
+    """The page of a comparison: no charts, but the answers."""
+    data = report.as_dict()
+    answers = [{"prompt": part["prompt"], **part["answers"]} for part in data["prompts"]]
+    near = [{"model": "the base", **data["base"]}, {"model": "the merged file", **data["merged"]}]
+    return Content(
+        title=f"{report.merged_name} beside {_names(adapters)} at run time",
+        figure={
+            "value": f"{report.merged.agreement:.0%}",
+            "label": f"of {report.merged.n_tokens} next tokens are the adapter's",
+            "bad": not report.ok,
+        },
+        lines=[report.verdict],
+        warnings=[],
+        report=data | {"answers": answers, "near": near, "tensors": []},
+        rows="tensors",
+        measures=(),
+        tables=[Table("How near they are", "near", NEAR), Table("What they answer", "answers", ANSWERS)],
+        files=[("base", base), *(("adapter", path) for path, _ in adapters), ("merged", merged)],
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_gguf.errors import UnsupportedError, UsageError, printable
+from lora_gguf.errors import UsageError, not_installed, printable
 from lora_gguf.files.output import check_target
 
 EXTRA = "vl_convert"
@@ -37,9 +37,7 @@ class Pictures:
             if path is None:
                 continue
             if importlib.util.find_spec(EXTRA) is None:
-                raise UnsupportedError(
-                    f"{option}: expected the package vl-convert-python, not found: pip install vl-convert-python"
-                )
+                raise not_installed(option, "vl-convert-python", "Vega-Lite, which draws the charts")
             if option == "--plot" and path.suffix.lower() not in PLOT_TYPES:
                 raise UsageError(f"--plot {printable(path)}: expected a name that ends in {' or '.join(PLOT_TYPES)}")
             if os.path.realpath(path) in taken:

@@ -1,0 +1,103 @@
+"""Does the merged file do what the adapter does? llama.cpp answers with base, adapter at run time, and merged file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lora_gguf.adapters.adapter_file import AdapterFile
+from lora_gguf.checks.closeness import CompareReport, Spoken
+from lora_gguf.checks.llama import Answer, Llama, check_installed
+from lora_gguf.checks.prompts import BEGINNINGS, QUESTIONS, Prompts
+from lora_gguf.commands.convert import convert
+from lora_gguf.errors import UnsupportedError, printable
+from lora_gguf.files.base import Base
+from lora_gguf.mapping.sources import is_gguf
+from lora_gguf.progress import Progress
+
+NOT_AT_RUN_TIME = (
+    "llama.cpp cannot apply this adapter at run time, so nothing can be compared: 'lora-gguf verify' proves what the "
+    "merged file holds"
+)
+
+
+def compare(
+    base: str | os.PathLike[str],
+    adapters: Sequence[tuple[str | os.PathLike[str], float]],
+    merged: str | os.PathLike[str],
+    prompts: Prompts = Prompts(),
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> CompareReport:
+    """Let llama.cpp answer ``prompts`` with ``base``, with ``adapters`` (paths, each with the factor of its scale) at
+    run time, and with ``merged``, and measure how near base and merged file are on the adapter's own words.
+
+    ``progress`` is called with (answers done since the last call, answers in all, which model). Raises
+    ``UnsupportedError`` where llama.cpp is not installed, or cannot apply such an adapter.
+    """
+    check_installed("compare")
+    before, has_template = _first_shard(base)
+    after, _ = _first_shard(merged)
+    chat = has_template and not prompts.raw
+    spoken = [Spoken(prompt) for prompt in prompts.texts or (QUESTIONS if chat else BEGINNINGS)]
+    report = CompareReport(printable(before.name), printable(after.name), spoken)
+
+    def done(what: str) -> None:
+        if progress:
+            progress(1, 3 * len(spoken), what)
+
+    asked, said = [], []
+    with run_time_adapters(adapters, before) as loras:
+        llama = Llama(before, loras, threads=threads)
+        for part in spoken:
+            asked.append(llama.prompt_tokens(part.prompt, chat=chat))
+            said.append(llama.answer(asked[-1], prompts.n_predict))
+            part.answers["adapter"] = said[-1].text.strip()
+            done("adapter")
+        del llama
+    for name, path in (("base", before), ("merged", after)):
+        llama = Llama(path, threads=threads)
+        for part, tokens, answer in zip(spoken, asked, said, strict=True):
+            listen(llama, name, part, tokens, answer, prompts.n_predict)
+            done(name)
+        del llama
+    return report
+
+
+def listen(llama: Llama, name: str, part: Spoken, tokens: list[int], answer: Answer, n_predict: int) -> None:
+    """Note what ``llama`` answers itself, and what it would say at each of the adapter's words."""
+    part.answers[name] = llama.answer(tokens, n_predict).text.strip()
+    closeness = getattr(part, name)
+    for k, reference in enumerate(answer.logprobs):
+        closeness.add(reference, llama.next_logprobs([*tokens, *answer.tokens[:k]]))
+
+
+def _first_shard(path: str | os.PathLike[str]) -> tuple[Path, bool]:
+    """The file of a model that llama.cpp is given, and whether it has a chat template."""
+    with Base(path) as model:
+        return model.paths[0], bool(model.get("tokenizer.chat_template"))
+
+
+@contextmanager
+def run_time_adapters(
+    adapters: Sequence[tuple[str | os.PathLike[str], float]], base: Path
+) -> Iterator[list[tuple[Path, float]]]:
+    """The adapters as GGUFs that llama.cpp loads beside ``base``; PEFT's are converted for as long as it lasts."""
+    with TemporaryDirectory(prefix="lora-gguf-") as folder:
+        yield [(_as_gguf(path, base, Path(folder) / f"{i}.gguf"), scale) for i, (path, scale) in enumerate(adapters)]
+
+
+def _as_gguf(path: str | os.PathLike[str], base: Path, target: Path) -> Path:
+    if is_gguf(path):
+        return Path(path)
+    try:
+        placement = convert(path, AdapterFile(target), base)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error} ({NOT_AT_RUN_TIME})", error.details) from None
+    if shared := [pair.name for pair in placement.pairs if pair.shared]:
+        raise UnsupportedError(f"{printable(path)}: it adapts {shared[0]}, which the head shares ({NOT_AT_RUN_TIME})")
+    return target
