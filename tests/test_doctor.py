@@ -17,8 +17,7 @@ from lora_gguf.cli import execute
 from lora_gguf.errors import MismatchError, UnsupportedError
 from lora_gguf.files.base import Base
 from lora_gguf.mapping.sources import placement_of
-from lora_gguf.merging.plan import Policy
-from lora_gguf.merging.requantize import ROUNDINGS
+from lora_gguf.merging.options import ROUNDINGS, Policy
 from tests import tiny
 from tests.calls import merge
 from tests.common import DEMO_ADAPTER, FIXTURES, gemma3_path, smollm2_path

@@ -17,7 +17,7 @@ from lora_gguf.errors import FileError, HubError, MalformedError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.hub.references import remote_gguf
 from lora_gguf.hub.remote import open_model
-from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.options import Policy
 from tests.calls import merge
 from tests.common import DEMO_ADAPTER, FIXTURES, gemma3_path, smollm2_path
 from tests.hub import TOKEN

@@ -13,7 +13,7 @@ from libgguf import dequantize_rows
 from lora_gguf.api import convert
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values
-from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.options import Policy
 from lora_gguf.quants.ggml import BY_NAME
 from lora_gguf.quants.table import CODECS
 from tests.calls import merge

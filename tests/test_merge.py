@@ -17,8 +17,8 @@ from lora_gguf.errors import FileError, MismatchError, NumericError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.output import SUFFIX
 from lora_gguf.kernels.low_rank import low_rank
-from lora_gguf.merging import work
-from lora_gguf.merging.plan import Policy
+from lora_gguf.merging import chunks, work
+from lora_gguf.merging.options import Policy
 from lora_gguf.quants.ggml import BY_NAME
 from tests.calls import merge
 from tests.common import FIXTURES, ROOT, pack_gguf, smollm2_path, text_kv, u32_kv, valid_rows
@@ -105,7 +105,7 @@ def test_the_bytes_depend_on_neither_threads_nor_chunks(tmp_path, monkeypatch):
     digests = set()
     ways = (1, 1 << 18, None), (2, 1 << 18, None), (2, 512, None), (3, 5000, None), (2, 1 << 18, 100_000), (1, 9, 1)
     for threads, chunk, memory in ways:
-        monkeypatch.setattr(work, "CHUNK_WEIGHTS", chunk)
+        monkeypatch.setattr(chunks, "CHUNK_WEIGHTS", chunk)
         merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", threads=threads, memory=memory, force=True)
         digests.add(hashlib.sha256((tmp_path / "out.gguf").read_bytes()).hexdigest())
     assert len(digests) == 1
@@ -201,7 +201,7 @@ def test_an_error_on_the_way_leaves_the_output_as_it_was(tmp_path, monkeypatch):
     def fail(*_):
         raise FileError("disk")
 
-    monkeypatch.setattr(work, "recode", fail)
+    monkeypatch.setattr(work, "merge_rows", fail)
     with pytest.raises(FileError, match="disk"):
         merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", force=True)
     assert (tmp_path / "out.gguf").read_bytes() == b"old"

@@ -18,7 +18,7 @@ import pytest
 from lora_gguf.errors import UnsupportedError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import raw_key_values
-from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.options import Policy
 from lora_gguf.quants.ggml import BY_NAME, FILE_TYPES
 from lora_gguf.quants.mixes import (
     MIXES,

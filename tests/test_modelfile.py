@@ -11,7 +11,7 @@ import pytest
 from lora_gguf.errors import FileError, UsageError
 from lora_gguf.files.base import Base
 from lora_gguf.merging.modelfile import CHAT_TEMPLATE, FAMILIES, SAMPLING, family_of, modelfile
-from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.options import Policy
 from tests.calls import merge
 from tests.common import gemma3_path, ggml, smollm2_path
 from tests.test_cli import run

@@ -11,7 +11,7 @@ import pytest
 from lora_gguf.errors import FileError
 from lora_gguf.files.base import Base
 from lora_gguf.merging.naming import merged_name
-from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.options import Policy
 from tests.calls import merge
 from tests.common import DEMO_ADAPTER, smollm2_path
 from tests.test_cli import run

@@ -16,7 +16,7 @@ from lora_gguf.errors import MismatchError
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values
-from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.options import Policy
 from lora_gguf.quants.ggml import BY_NAME
 from tests import tiny
 from tests.calls import merge

@@ -14,7 +14,7 @@ from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
 from lora_gguf.errors import MalformedError, NumericError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.output import SUFFIX
-from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.options import Policy
 from lora_gguf.quants.ggml import BY_NAME
 from lora_gguf.quants.table import CODECS
 from tests.calls import merge

@@ -17,7 +17,7 @@ from lora_gguf.files.output import copy_file, write_bytes
 from lora_gguf.hub.adapters import fetch, local_path
 from lora_gguf.hub.references import gguf_path
 from lora_gguf.mapping.sources import adapter_name
-from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.options import Policy
 from tests.calls import merge
 from tests.hub_faults import FILES, REPO
 from tests.test_merge import base_and_adapter

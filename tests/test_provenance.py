@@ -17,7 +17,7 @@ from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import raw_key_values
 from lora_gguf.mapping.sources import placement_of
 from lora_gguf.merging.identity import adapter_sha256
-from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.options import Policy
 from tests import tiny
 from tests.calls import merge
 

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 from libgguf import dequantize_rows, quantize_rows
 
+from lora_gguf.merging.importance import weighting_of
 from lora_gguf.merging.refit import refit_row, refit_work
-from lora_gguf.merging.requantize import Recipe, grid_of, recode, weighting_of
 from lora_gguf.merging.rounding import tensor_key
+from lora_gguf.merging.rows import moving_grid
 from lora_gguf.quants.ggml import BY_NAME
 from lora_gguf.quants.table import CODECS
+from tests.chunk_cases import chunk_of, merged, recipe
 
 KEY = tensor_key(0, "t")
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
@@ -33,7 +35,9 @@ def refitted(type_name, importance, seed=0):
     blocks, before, delta = blocks_of(type_name, seed=seed)
     codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), 512 // quant.grid.group), np.float32)
     quant.grid.unpack(blocks, codes, steps)
-    grid = grid_of(Recipe(quant, quant, "auto", KEY, weighting=[weighting_of(quant, importance)]), blocks, steps, 0)
+    grid = moving_grid(
+        chunk_of(recipe(type_name), delta.shape, weighting=weighting_of(quant, importance)), blocks, steps
+    )
     unit = (
         codes.astype(np.float32) - quant.grid.zero
         if quant.grid.levels is None
@@ -85,8 +89,8 @@ def test_auto_is_unbiased(type_name):
     total, tries = 0.0, 60
     for seed in range(tries):
         blocks, before, delta = blocks_of(type_name, rows=16)
-        recipe = Recipe(quant, quant, "auto", tensor_key(seed, "t"), weighting=[weighting_of(quant, importance[0])])
-        new, sums = recode(recipe, blocks, delta.copy(), 0)
+        weighting = weighting_of(quant, importance[0])
+        new, sums = merged(recipe(type_name, seed=seed), blocks, delta, weighting=weighting)
         moved = decoded(type_name, new) - before
         assert np.isclose(sums[0], (moved.astype(np.float64) * delta).sum(), rtol=2e-2)
         total += (moved * delta).sum() / (delta * delta).sum() / tries
@@ -95,21 +99,19 @@ def test_auto_is_unbiased(type_name):
 
 @pytest.mark.parametrize("type_name", TYPES)
 def test_auto_in_chunks_and_without_an_update(type_name):
-    quant = CODECS[type_name]
     blocks, _, delta = blocks_of(type_name, size=1.0)
-    recipe = Recipe(quant, quant, "auto", tensor_key(0, "t"), None, None)
-    whole, _ = recode(recipe, blocks.copy(), delta.copy(), 0)
-    parts = [recode(recipe, blocks[i : i + 3].copy(), delta[i : i + 3].copy(), i)[0] for i in range(0, 8, 3)]
+    how = recipe(type_name)
+    whole, _ = merged(how, blocks, delta)
+    parts = [merged(how, blocks[i : i + 3], delta[i : i + 3], i)[0] for i in range(0, 8, 3)]
     assert (np.concatenate(parts) == whole).all()
-    still, _ = recode(recipe, blocks.copy(), np.zeros_like(delta), 0)
+    still, _ = merged(how, blocks, np.zeros_like(delta))
     assert (still == blocks).all()
 
 
 @pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q4_K", "Q6_K"])
 def test_auto_keeps_an_update_that_leaves_the_grid(type_name):
-    quant = CODECS[type_name]
     blocks, before, delta = blocks_of(type_name, size=3.0)
-    new, sums = recode(Recipe(quant, quant, "auto", tensor_key(0, "t"), None, None), blocks, delta.copy(), 0)
+    new, sums = merged(recipe(type_name), blocks, delta)
     moved = decoded(type_name, new).astype(np.float64) - before
     assert (moved * delta).sum() / (delta.astype(np.float64) ** 2).sum() > 0.9
     assert np.isclose(sums[0] / sums[1], (moved * delta).sum() / (delta.astype(np.float64) ** 2).sum(), atol=1e-3)
@@ -122,22 +124,22 @@ def test_blocks_of_zeros_and_of_one_value(type_name):
         weights = np.full((2, 512), value, np.float32)
         blocks = np.frombuffer(bytes(quantize_rows(weights, quant.type.id)), np.uint8).reshape(2, -1).copy()
         delta = (np.random.default_rng(0).normal(size=(2, 512)) * 1e-3).astype(np.float32)
-        new, sums = recode(Recipe(quant, quant, "auto", tensor_key(0, "t"), None, None), blocks, delta, 0)
+        new, sums = merged(recipe(type_name), blocks, delta)
         assert np.isfinite(sums).all() and np.isfinite(decoded(type_name, new)).all()
 
 
 @pytest.mark.parametrize(("source", "target"), [("IQ4_NL", "Q8_0"), ("Q4_1", "Q8_0"), ("Q4_K", "Q8_0")])
 def test_a_small_update_survives_a_type_on_whose_grid_the_old_one_lies(source, target):
-    recipe = Recipe(CODECS[source], CODECS[target], "auto", tensor_key(0, "t"))
+    how = recipe(source, target=target)
     blocks, before, delta = blocks_of(source, rows=128, size=0.004)
-    new, sums = recode(recipe, blocks.copy(), delta, 0)
+    new, sums = merged(how, blocks, delta)
     moved = decoded(target, new).astype(np.float64) - before
-    fresh, _ = recode(Recipe(CODECS[source], CODECS[target], "fresh", tensor_key(0, "t")), blocks.copy(), delta, 0)
+    fresh, _ = merged(recipe(source, "fresh", target), blocks, delta)
     kept, erased = (
         ((x * delta).sum() / (delta.astype(np.float64) ** 2).sum()) for x in (moved, decoded(target, fresh) - before)
     )
     assert abs(kept - 1) < 0.15 and np.isclose(sums[0] / sums[1], kept, atol=1e-3)
     if source == "IQ4_NL":
         assert erased < 0.6
-    parts = [recode(recipe, blocks[i : i + 5].copy(), delta[i : i + 5], i)[0] for i in range(0, 128, 5)]
+    parts = [merged(how, blocks[i : i + 5], delta[i : i + 5], i)[0] for i in range(0, 128, 5)]
     assert (np.concatenate(parts) == new).all()

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from lora_gguf.kernels.low_rank import low_rank
-from lora_gguf.merging.requantize import NO_GRID, Recipe, grid_of
+from lora_gguf.merging.refit import NO_GRID
 from lora_gguf.merging.rounding import round_bf16, round_codes, round_f16, round_levels, tally_rows, tensor_key
+from lora_gguf.merging.rows import moving_grid
 from lora_gguf.quants.table import CODECS
+from tests.chunk_cases import chunk_of, recipe
 
 KEY = tensor_key(0, "blk.0.attn_q.weight")
 LEVELS = np.array([-12, -8, -6, -4, -3, -2, -1, -0.0, 0, 1, 2, 3, 4, 6, 8, 12], np.float32)
@@ -73,7 +75,7 @@ def test_codes_round_what_the_grid_has_left(type_name):
     )
     quant.decode(blocks, before)
     quant.grid.unpack(blocks, codes, steps)
-    grid = grid_of(Recipe(quant, quant, "auto", KEY), blocks, steps, 0)
+    grid = moving_grid(chunk_of(recipe(type_name), weights.shape), blocks, steps)
     old, sums, outside = codes.copy(), np.zeros(4), np.zeros((24, 512 // quant.type.block_size), np.float32)
     limits = np.float32(quant.grid.code_min), np.float32(quant.grid.code_max)
     round_codes(codes, np.float32(quant.grid.zero), steps, delta, *limits, np.float32(0), KEY, 0, sums, grid, outside)

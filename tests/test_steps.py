@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.options import Policy
 from lora_gguf.merging.steps import step_rms, steps_of
 from lora_gguf.quants.table import CODECS
 from tests.calls import merge

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.options import Policy
 from tests import tiny
 from tests.calls import merge
 from tests.common import ROOT

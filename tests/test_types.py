@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_gguf.merging.requantize import HALVES
+from lora_gguf.merging.rows import HALVES
 from lora_gguf.quants.ggml import BY_NAME
 from lora_gguf.quants.mixes import fallback_type
 from lora_gguf.quants.table import CODECS

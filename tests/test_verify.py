@@ -20,8 +20,7 @@ from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import raw_key_values
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.hparams import from_config
-from lora_gguf.merging.plan import Policy
-from lora_gguf.merging.requantize import ROUNDINGS
+from lora_gguf.merging.options import ROUNDINGS, Policy
 from tests import tiny
 from tests.calls import merge
 from tests.common import pack_gguf, smollm2_path, text_kv, u32_kv

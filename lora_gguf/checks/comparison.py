@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_gguf.checks.neighbours import free_range, neighbours, same_grid
 from lora_gguf.kernels.decorators import kernel
-from lora_gguf.merging.requantize import scratch
+from lora_gguf.merging.scratch import scratch
 from lora_gguf.quants.codec import Codec
 
 # the sums of a comparison, in the order that ``compare`` writes them; the last one is a maximum

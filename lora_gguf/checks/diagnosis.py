@@ -16,9 +16,10 @@ from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_writer import raw_key_values
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.placement import Placement
-from lora_gguf.merging.plan import Plan, TensorPlan
+from lora_gguf.merging.chunks import cut, update_of
+from lora_gguf.merging.plan import Plan
 from lora_gguf.merging.retention import kind_of
-from lora_gguf.merging.work import cut, update_of
+from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.quants.table import CODECS
 
 # how many tensors are read again to find out what they hold

@@ -15,9 +15,10 @@ from lora_gguf.mapping.accounts import Placement
 from lora_gguf.mapping.sources import adapter_name
 from lora_gguf.merging.forecast import expected, rows_each
 from lora_gguf.merging.options import Policy
-from lora_gguf.merging.plan import Plan, TensorPlan, choose
+from lora_gguf.merging.plan import Plan
 from lora_gguf.merging.retention import WARN_BELOW, Retention, kind_of, total
-from lora_gguf.quants.mixes import mix_types, model_of
+from lora_gguf.merging.tensor import TensorPlan
+from lora_gguf.merging.types import with_types
 
 ZERO = "its update is zero, or next to it: are its lora_B, its lora_alpha and the scale right?"
 NOTHING = f"nothing changes: {ZERO.replace('its update', 'the update', 1)}"
@@ -91,7 +92,7 @@ def remedy(plan: Plan, model: Base, policy: Policy, goal: float, by_kind: bool =
     """
     best = ("", 0.0)
     for option, other in alternatives(policy):
-        tensors = redone(plan, model, other)
+        tensors = with_types(model, plan.tensors, other)
         merged = [tensor for tensor in tensors if tensor.changes]
         found = expected(model, merged)
         whole = surely(merged, found)
@@ -112,18 +113,6 @@ def alternatives(policy: Policy) -> Iterator[tuple[str, Policy]]:
         other = replace(policy, **change)
         if other != policy:
             yield option, other
-
-
-def redone(plan: Plan, model: Base, policy: Policy) -> list[TensorPlan]:
-    """Copies of the plan's tensors with the types and recipes that ``policy`` gives them."""
-    types = {}
-    if policy.mix:
-        targets = [tensor.target for tensor in plan.tensors]
-        types = mix_types(policy.mix, model_of(model), targets, has_imatrix=bool(policy.imatrix))
-    copies = [replace(tensor) for tensor in plan.tensors]
-    for tensor in copies:
-        choose(tensor, types.get(tensor.target.name), policy)
-    return copies
 
 
 def grouped(tensors: Iterable[TensorPlan]) -> list[list[TensorPlan]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lora_gguf.kernels.decorators import kernel
-from lora_gguf.merging.requantize import scratch
+from lora_gguf.merging.scratch import scratch
 from lora_gguf.quants.codec import Codec
 
 

@@ -8,9 +8,13 @@ from dataclasses import replace
 from lora_gguf.files.base import Base
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.placement import Placement
-from lora_gguf.merging.plan import Policy, TensorPlan, make_plan
-from lora_gguf.merging.requantize import ROUNDINGS
-from lora_gguf.merging.work import cut, encoded, rewritten, update_of
+from lora_gguf.merging.chunks import Weigh, cut
+from lora_gguf.merging.importance import weigher
+from lora_gguf.merging.options import ROUNDINGS, Policy
+from lora_gguf.merging.plan import make_plan
+from lora_gguf.merging.rows import merge_rows
+from lora_gguf.merging.tensor import TensorPlan
+from lora_gguf.merging.work import encoded
 from lora_gguf.quants.table import CODECS
 
 IMATRIX_KEY = "lora_gguf.imatrix"
@@ -39,21 +43,23 @@ def reproduced(
     policy = recorded_policy(merged, imatrix) if names else None
     if policy is None:
         return set()
-    plan = make_plan(model, placements, policy)
+    plan, weigh = make_plan(model, placements, policy), weigher(model, imatrix)
     return {
-        tensor.target.name for tensor in plan.merged if tensor.target.name in names and is_same(tensor, model, merged)
+        tensor.target.name
+        for tensor in plan.merged
+        if tensor.target.name in names and is_same(tensor, model, merged, weigh)
     }
 
 
-def is_same(tensor: TensorPlan, model: Base, merged: Base) -> bool:
+def is_same(tensor: TensorPlan, model: Base, merged: Base, weigh: Weigh) -> bool:
     """Whether merging ``tensor`` again, into the type that it has in ``merged``, gives the same bytes."""
     source, target = tensor.source, merged.tensors[tensor.target.name]
     quant = CODECS[target.type.name]
     recipe = replace(tensor.recipe, target=quant)
-    for chunk in cut([replace(tensor, recipe=recipe, target=target)]):
+    for chunk in cut([replace(tensor, recipe=recipe, target=target)], weigh):
         if chunk.new is None:
             blocks = model.reader_of(source.name).read(source, chunk.first, chunk.n_rows)
-            blocks, _ = rewritten(chunk, blocks, update_of(chunk, blocks))
+            blocks, _ = merge_rows(chunk, blocks)
         else:
             blocks = encoded(chunk)
         if (blocks != merged.reader_of(target.name).read(target, chunk.first, chunk.n_rows)).any():

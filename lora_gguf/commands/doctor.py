@@ -23,9 +23,13 @@ from lora_gguf.hub.remote import open_model
 from lora_gguf.mapping.accounts import Placement
 from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import adapter_name, placement_of
-from lora_gguf.merging.forecast import STEADY_BYTES, chosen, expected, expected_seconds, scratch_bytes, step_of, thinned
-from lora_gguf.merging.plan import Plan, Policy, TensorPlan, make_plan
+from lora_gguf.merging.forecast import STEADY_BYTES, expected, expected_seconds, scratch_bytes, step_of, thinned
+from lora_gguf.merging.importance import weigher
+from lora_gguf.merging.options import Policy
+from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.retention import Retention, kind_of, layer_of, total
+from lora_gguf.merging.tensor import TensorPlan
+from lora_gguf.merging.types import rechosen
 from lora_gguf.progress import Progress
 from lora_gguf.text import size_text
 
@@ -61,7 +65,7 @@ def doctor(
             report.remarks += remarks_on(path, model, named=len(adapters) > 1)
         try:
             placements = [(placement_of(path, model, reading), factor) for path, factor in adapters]
-            plan = make_plan(model, placements, Policy("auto" if is_local(model) else "dither"))
+            plan = make_plan(model, placements, Policy())
             plan.warnings += idle(adapters, placements)
             report.remarks += remarks_on_fit(model, plan, [placement for placement, _ in placements])
             foresee(report, model, plan, threads, progress)
@@ -124,8 +128,9 @@ def remarks_on_fit(model: Base, plan: Plan, placements: Sequence[Placement]) -> 
 def foresee(report: DoctorReport, model: Base, plan: Plan, threads: int | None, progress: Progress | None) -> None:
     """Add to ``report`` what is kept by each option, and what a merge with the defaults costs."""
     local, merged = is_local(model), plan.merged
+    weigh = weigher(model, None) if local else None  # which samples rows: far ones cost a request each
     sampled = merged if local else thinned(merged)
-    options = {name: chosen_for(name, sampled, local) for name in OPTIONS}
+    options = {name: rechosen(sampled, Policy(**change)) for name, (_, change) in OPTIONS.items()}
     options = {
         name: tensors for name, tensors in options.items() if name == "auto" or is_other(tensors, options["auto"])
     }
@@ -134,16 +139,20 @@ def foresee(report: DoctorReport, model: Base, plan: Plan, threads: int | None, 
     found: dict[str, dict[str, Retention]] = {}
     for name, tensors in options.items():
         done = progress and (lambda tensor: progress(1, n_samples, tensor.target.name))
-        found[name] = expected(model, tensors, threads, local, done)
+        found[name] = expected(model, tensors, weigh if name == "auto" else None, threads, local, done)
     for name in options:
-        whole, types = total(found[name].values()), {t.target.name: t.target for t in chosen_for(name, merged, local)}
-        report.outlooks.append(Outlook(name, OPTIONS[name][0], whole.kept, whole.noise, file_bytes(model, plan, types)))
+        words, change = OPTIONS[name]
+        whole, types = (
+            total(found[name].values()),
+            {t.target.name: t.target for t in rechosen(merged, Policy(**change))},
+        )
+        report.outlooks.append(Outlook(name, words, whole.kept, whole.noise, file_bytes(model, plan, types)))
     report.tensors = [outlook_of(tensor, model, weights, found) for tensor in sampled]
     report.output_bytes = report.outlooks[0].n_bytes
     report.free_bytes = shutil.disk_usage(".").free
     factors = sum(pair.a.nbytes + pair.b.nbytes for tensor in merged for pair in tensor.pairs)
     report.memory_bytes = STEADY_BYTES + 3 * factors + scratch_bytes(threads)
-    report.seconds = expected_seconds(model, plan.tensors, threads) if local else None
+    report.seconds = expected_seconds(model, plan.tensors, weigh, threads) if local else None
     whole = total(found["auto"].values())
     whole.steps2 = sum((tensor.step or 0.0) ** 2 * weights[tensor.name] for tensor in report.tensors)
     report.recommendation = NOTHING if whole.is_nothing else recommend(report.outlooks)
@@ -159,11 +168,6 @@ def poor_remarks(tensors: Sequence[TensorPlan], found: dict[str, Retention]) -> 
         kinds.setdefault(key, []).append(found[tensor.target.name])
     poor = poorly_kept(kinds)
     return [Remark("kept", WARNING, f"the defaults keep only {listed(poor)}")] if poor else []
-
-
-def chosen_for(name: str, tensors: Sequence[TensorPlan], local: bool) -> list[TensorPlan]:
-    """The tensors as an option has them; the plan's own, with their columns' weights, are those of the default."""
-    return list(tensors) if name == "auto" and local else chosen(tensors, Policy(**OPTIONS[name][1]))
 
 
 def is_other(tensors: Sequence[TensorPlan], default: Sequence[TensorPlan]) -> bool:

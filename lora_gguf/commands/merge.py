@@ -18,7 +18,8 @@ from lora_gguf.files.output import check_space, check_target, write_bytes
 from lora_gguf.mapping.placement import Account
 from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import adapter_name, inputs_of, placement_of
-from lora_gguf.merging.growth import promote
+from lora_gguf.merging.chunks import Chunk, Weigh, cut, weights_within
+from lora_gguf.merging.importance import weigher
 from lora_gguf.merging.layout import OutputPart, output_parts
 from lora_gguf.merging.modelfile import modelfile as modelfile_text
 from lora_gguf.merging.options import Policy, Resources, Writing
@@ -26,7 +27,7 @@ from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.provenance import merged_key_values, names_of
 from lora_gguf.merging.retention import Retention, kind_of, layer_of, total
 from lora_gguf.merging.steps import planned_step
-from lora_gguf.merging.work import Chunk, carry_out, cut, in_threads, weights_within
+from lora_gguf.merging.work import in_threads, merge_chunk
 from lora_gguf.progress import Progress
 
 
@@ -107,7 +108,6 @@ def merge(
         placements = [(placement_of(path, model, reading), scale) for path, scale in adapters]
         plan = make_plan(model, placements, policy)
         plan.warnings += idle(adapters, placements)
-        promote(plan, model, policy.max_growth)
         accounts = [account for placement, _ in placements for account in placement.accounts]
         report = MergeReport(plan, accounts, [("base", base), *(("adapter", path) for path, _ in adapters)])
         if writing is None:
@@ -121,8 +121,9 @@ def merge(
         recipe = ollama_recipe(parts, model, writing.force) if writing.modelfile else None
         report.plan = replace(plan, tensors=[tensor for part in parts for tensor in part.tensors])
         with ExitStack() as opened:
+            weigh = weigher(model, policy.imatrix)
             for part, writer in zip(parts, writers, strict=True):
-                write_part(part, model, opened.enter_context(writer), report, resources, progress)
+                write_part(part, model, opened.enter_context(writer), report, weigh, resources, progress)
             note_steps(report, model)
             plan.warnings += judged(report.by_kind(), report.plan, model, policy)
             model.check_unchanged()
@@ -178,6 +179,7 @@ def write_part(
     model: Base,
     writer: GgufWriter,
     report: MergeReport,
+    weigh: Weigh,
     resources: Resources,
     progress: Progress | None,
 ) -> None:
@@ -185,13 +187,13 @@ def write_part(
 
     n_weights = weights_within(resources.memory, resources.threads)
 
-    def work(chunk: Chunk) -> tuple[int, np.ndarray] | None:
-        return carry_out(chunk, model.reader_of(chunk.tensor.source.name), writer)
+    def work(chunk: Chunk) -> np.ndarray | None:
+        return merge_chunk(chunk, model.reader_of(chunk.tensor.source.name), writer)
 
-    for chunk, outcome in in_threads(work, cut(part.tensors, n_weights), resources.threads):
+    for chunk, sums in in_threads(work, cut(part.tensors, weigh, n_weights), resources.threads):
         name = chunk.tensor.target.name
-        if outcome and chunk.tensor.changes:
-            report.retention.setdefault(name, Retention()).add(*outcome)
+        if sums is not None and chunk.tensor.changes:
+            report.retention.setdefault(name, Retention()).add(chunk.n_rows * chunk.tensor.source.n_cols, sums)
         if progress:
             progress(chunk.n_bytes, model.n_bytes, name)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lora_gguf.adapters.lora import HEAD
 from lora_gguf.checks.comparison import Comparison, compare_rows
 from lora_gguf.checks.diagnosis import Evidence, causes
 from lora_gguf.checks.findings import Check, Finding, grouped, rounded_to_nearest
@@ -23,10 +24,12 @@ from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.accounts import Account
 from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import adapter_name, placement_of
-from lora_gguf.merging.plan import HEAD, Plan, Policy, make_plan
+from lora_gguf.merging.chunks import CHUNK_WEIGHTS, Chunk, cut, update_of
+from lora_gguf.merging.options import Policy
+from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.retention import WARN_BELOW, kind_of
 from lora_gguf.merging.steps import stored_step
-from lora_gguf.merging.work import CHUNK_WEIGHTS, Chunk, cut, encoded, in_threads, update_of
+from lora_gguf.merging.work import encoded, in_threads
 from lora_gguf.progress import Progress
 from lora_gguf.quants.table import CODECS
 

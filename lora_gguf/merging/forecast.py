@@ -1,6 +1,6 @@
 """What a merge would keep of an adapter, and how long it would take: the merge itself, carried out on a sample of rows.
 
-Some rows of each tensor go through ``chunks.carry_out``, the code that a merge runs, and what it would have written is
+Some rows of each tensor go through ``work.merged``, the code that a merge runs, and what it would have written is
 thrown away. Their sums, scaled to the whole tensor, are those that the merge would report.
 """
 
@@ -8,25 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from lora_gguf.files.base import Base, evenly
-from lora_gguf.merging.plan import Policy, TensorPlan, choose
+from lora_gguf.merging.chunks import CHUNK_WEIGHTS, COPY_BYTES, WORKING_BYTES, Chunk, Weigh, chunks_of, cut, n_cores
 from lora_gguf.merging.retention import Retention, kind_of
 from lora_gguf.merging.steps import has_steps, step_rms
-from lora_gguf.merging.work import (
-    CHUNK_WEIGHTS,
-    COPY_BYTES,
-    WORKING_BYTES,
-    Chunk,
-    carry_out,
-    cut,
-    in_threads,
-    n_cores,
-    stack,
-)
+from lora_gguf.merging.tensor import TensorPlan
+from lora_gguf.merging.work import in_threads, merged
 
 SAMPLE_WEIGHTS = 8 << 20  # of all tensors together
 MIN_ROWS, MAX_ROWS = 16, 64  # of one tensor
@@ -34,27 +24,6 @@ N_PLACES = 8
 N_FAR = 3  # layers of a kind that a sample takes of a base on the Hub, where each place costs a request
 STARTUP_SECONDS = 1.0  # loading the compiled kernels, reading the headers
 STEADY_BYTES = 160 << 20  # the interpreter, numpy, the compiled kernels
-
-
-class Nowhere:
-    """A writer of ``tensors`` that keeps nothing."""
-
-    def __init__(self, tensors: Iterable[TensorPlan]):
-        self.tensors = {tensor.target.name: tensor.target for tensor in tensors}
-
-    def write(self, *_what) -> None:
-        pass
-
-    def copy(self, *_what) -> None:
-        pass
-
-
-def chosen(tensors: Iterable[TensorPlan], policy: Policy) -> list[TensorPlan]:
-    """Copies of changed ``tensors`` with the types and recipes that ``policy`` gives them."""
-    copies = [replace(tensor) for tensor in tensors]
-    for tensor in copies:
-        choose(tensor, None, policy)
-    return copies
 
 
 def thinned(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
@@ -68,28 +37,28 @@ def thinned(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
 def expected(
     base: Base,
     tensors: Sequence[TensorPlan],
+    weigh: Weigh | None = None,
     threads: int | None = None,
     near: bool = True,
     done: Callable[[TensorPlan], None] | None = None,
 ) -> dict[str, Retention]:
-    """What merging ``tensors`` as planned would report of each, by name, from up to ``MAX_ROWS`` rows of each.
+    """Return what merging ``tensors`` as planned would report of each, by name, from up to ``MAX_ROWS`` rows of each.
 
-    Where the base is not ``near``, these are from one place. ``done`` is called with each tensor when its first rows
-    are done. Raises ``NumericError`` as the merge would.
+    ``weigh`` is that of ``cut``. Where the base is not ``near``, the rows are from one place. ``done`` is called with
+    each tensor when its first rows are done. Raises ``NumericError`` as the merge would.
     """
     n_rows, n_places = rows_each(tensors), N_PLACES if near else 1
-    nowhere = Nowhere(tensors)
     found: dict[str, Retention] = {}
 
-    def work(chunk: Chunk) -> tuple[int, np.ndarray] | None:
-        return carry_out(chunk, base.reader_of(chunk.tensor.source.name), nowhere)
+    def work(chunk: Chunk) -> np.ndarray:
+        return merged(chunk, base.reader_of(chunk.tensor.source.name))[1]
 
-    chunks = (chunk for tensor in tensors for chunk in some_chunks(tensor, n_rows, n_places))
-    for chunk, outcome in in_threads(work, chunks, threads):
+    chunks = (chunk for tensor in tensors for chunk in some_chunks(tensor, n_rows, n_places, weigh))
+    for chunk, sums in in_threads(work, chunks, threads):
         name = chunk.tensor.target.name
         if done and name not in found:
             done(chunk.tensor)
-        found.setdefault(name, Retention()).add(*outcome)
+        found.setdefault(name, Retention()).add(chunk.n_rows * chunk.tensor.source.n_cols, sums)
     return {tensor.target.name: scaled(found[tensor.target.name], tensor) for tensor in tensors}
 
 
@@ -99,21 +68,19 @@ def rows_each(tensors: Sequence[TensorPlan]) -> int:
     return min(max(SAMPLE_WEIGHTS // max(n_cols, 1), MIN_ROWS), MAX_ROWS)
 
 
-def some_chunks(tensor: TensorPlan, n_rows: int, n_places: int) -> Iterable[Chunk]:
-    """About ``n_rows`` rows of a tensor as chunks, evenly spaced over those that change and so over its experts."""
-    n_out, n_cols = (1, *tensor.source.shape)[-2:]
-    n_matrices = tensor.source.n_rows // n_out
-    a, b = stack(tensor.pairs, n_matrices, n_out, n_cols)
+def some_chunks(tensor: TensorPlan, n_rows: int, n_places: int, weigh: Weigh | None = None) -> Iterable[Chunk]:
+    """Return about ``n_rows`` rows of a tensor as chunks, evenly spaced over those that change and over its experts."""
+    n_out = (1, *tensor.source.shape)[-2]
     rows = changing_rows(tensor)
     n_places = min(n_places, len(rows))
     n_run = min(max(1, n_rows // n_places), n_out)
     places = rows[((np.arange(n_places) + 0.5) / n_places * len(rows)).astype(int)]
-    for matrix, row in sorted({(int(place) // n_out, min(int(place) % n_out, n_out - n_run)) for place in places}):
-        yield Chunk(tensor, matrix * n_out + row, n_run, matrix, a[matrix], b[matrix, row : row + n_run])
+    starts = {(int(place) // n_out, min(int(place) % n_out, n_out - n_run)) for place in places}
+    return chunks_of(tensor, ((matrix * n_out + row, n_run) for matrix, row in sorted(starts)), weigh)
 
 
 def changing_rows(tensor: TensorPlan) -> np.ndarray:
-    """The rows that the adapters change; all of them where they change none."""
+    """Return the rows that the adapters change; all of them where they change none."""
     n_rows = tensor.source.n_rows
     changes = np.zeros(n_rows, bool)
     for pair in tensor.pairs:
@@ -137,22 +104,24 @@ def step_of(base: Base, tensor: TensorPlan, near: bool = True) -> float | None:
 
 
 def scaled(part: Retention, tensor: TensorPlan) -> Retention:
-    """The sums of a sample of the rows that change as if it were of the whole tensor."""
+    """Return the sums of a sample of the rows that change as if it were of the whole tensor."""
     n_weights = len(changing_rows(tensor)) * tensor.source.n_cols
     return Retention(tensor.source.n_elements, part.sums * (n_weights / max(part.n_weights, 1)))
 
 
-def expected_seconds(base: Base, tensors: Sequence[TensorPlan], threads: int | None = None) -> float:
-    """How long a merge of ``tensors`` takes: one whole chunk of each recipe is timed, and one that is copied.
+def expected_seconds(
+    base: Base, tensors: Sequence[TensorPlan], weigh: Weigh | None = None, threads: int | None = None
+) -> float:
+    """Return how long a merge of ``tensors`` takes: a chunk of each recipe is timed, and one that is copied.
 
     The disk's speed in writing is not in it.
     """
-    nowhere, rates = Nowhere(tensors), {}
+    rates: dict[tuple, float] = {}
     total = 0.0
     for tensor in tensors:
         key = recipe_key(tensor)
         if key not in rates:
-            rates[key] = seconds_a_byte(base, tensor, nowhere)
+            rates[key] = seconds_a_byte(base, tensor, weigh)
         total += rates[key] * tensor.source.n_bytes
     return STARTUP_SECONDS + total / min(threads or n_cores(), n_cores())
 
@@ -173,15 +142,15 @@ def recipe_key(tensor: TensorPlan) -> tuple:
     )
 
 
-def seconds_a_byte(base: Base, tensor: TensorPlan, nowhere: Nowhere) -> float:
-    """The time that a byte of the tensor takes one thread, after a first run that warms caches up."""
+def seconds_a_byte(base: Base, tensor: TensorPlan, weigh: Weigh | None = None) -> float:
+    """Return the time that a byte of the tensor takes one thread, after a first run that warms caches up."""
     reader = base.reader_of(tensor.source.name)
     if tensor.recipe is None:
         n_bytes = min(tensor.source.n_bytes, COPY_BYTES)
         buffer = np.empty(n_bytes, np.uint8)
         return timed(lambda: reader.read_into(tensor.source, 0, buffer)) / max(n_bytes, 1)
-    chunk = next(iter(cut([tensor])))
-    return timed(lambda: carry_out(chunk, reader, nowhere)) / max(chunk.n_bytes, 1)
+    chunk = next(cut([tensor], weigh))
+    return timed(lambda: merged(chunk, reader)) / max(chunk.n_bytes, 1)
 
 
 def timed(call: Callable) -> float:

@@ -19,10 +19,14 @@ import numpy as np
 from lora_gguf.files.base import Base, evenly
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.files.imatrix import Imatrix
+from lora_gguf.merging.chunks import Weigh
+from lora_gguf.merging.refit import Weighting, weighting
+from lora_gguf.merging.tensor import TensorPlan
+from lora_gguf.quants.codec import Codec
 from lora_gguf.quants.table import CODECS
 
 POWER = -1.5
-SAMPLE_ROWS = 64
+ENERGY_ROWS = 64
 FLOOR = 1e-3  # of the median: columns of zeros say nothing
 # who reads the residual stream in a layer, and which of these tell its large columns best
 _RESIDUAL = (
@@ -33,6 +37,22 @@ _TELLING = (("attn_v", "attn_qkv"), ("ffn_up", "ffn_up_exps", "ffn_gate_up_exps"
 _WRITES = ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
 HEAVIEST = 8  # columns of the residual stream
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+
+
+def weigher(base: Base, imatrix: Imatrix | None) -> Weigh:
+    """Return what tells the weighting of each matrix of a tensor; it remembers what it sampled."""
+    energies: dict[str, np.ndarray] = {}
+
+    def weigh(tensor: TensorPlan) -> list[Weighting]:
+        importances = importance_of(base, tensor.source.name, imatrix, energies)
+        return [weighting_of(CODECS[tensor.source.type.name], importance) for importance in importances]
+
+    return weigh
+
+
+def weighting_of(codec: Codec, importance: np.ndarray) -> Weighting:
+    """Return the weighting of columns of ``importance`` f32 (cols,) on the grid of a type."""
+    return weighting(importance, codec.type.block_size, codec.grid.group, len(codec.scales_at))
 
 
 def importance_of(base: Base, name: str, imatrix: Imatrix | None, energies: dict[str, np.ndarray]) -> np.ndarray:
@@ -97,7 +117,7 @@ def _readable(info: TensorInfo, n_cols: int) -> bool:
 
 def column_energy(base: Base, info: TensorInfo) -> np.ndarray:
     """The mean square of each column, (cols,), from some rows, relative to their median."""
-    energy = np.square(decoded_rows(base, info, evenly(info.n_rows, SAMPLE_ROWS)), dtype=np.float64).sum(axis=0)
+    energy = np.square(decoded_rows(base, info, evenly(info.n_rows, ENERGY_ROWS)), dtype=np.float64).sum(axis=0)
     median = np.median(energy)
     return np.maximum(energy / median, FLOOR) if np.isfinite(median) and median > 0 else np.ones(info.n_cols)
 

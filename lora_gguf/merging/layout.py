@@ -12,7 +12,8 @@ from lora_gguf.files.base import Base, shard_path
 from lora_gguf.files.gguf_writer import key_value
 from lora_gguf.merging.naming import output_path
 from lora_gguf.merging.options import Writing
-from lora_gguf.merging.plan import Plan, TensorPlan
+from lora_gguf.merging.plan import Plan
+from lora_gguf.merging.tensor import TensorPlan
 
 
 @dataclass(frozen=True)

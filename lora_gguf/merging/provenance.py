@@ -29,7 +29,8 @@ from lora_gguf.mapping.accounts import Placement
 from lora_gguf.merging.identity import adapter_sha256, header_sha256, known_sha256, n_file_bytes
 
 if TYPE_CHECKING:
-    from lora_gguf.merging.plan import Plan, Policy
+    from lora_gguf.merging.options import Policy
+    from lora_gguf.merging.plan import Plan
 
 PREFIX = "lora_gguf."
 SEAL = f"{PREFIX}metadata_sha256"

@@ -12,6 +12,7 @@ half of them in real models.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,29 @@ _NORMAL, _UNIT, _PER_UNIT, _MOST = (
     np.float32(2.0**24),
     np.float32(65472),
 )  # of f16
+
+
+class MovingGrid(NamedTuple):
+    """What ``refit_row`` moves: the grid of some rows, and the weighting of their columns.
+
+    ``blocks`` uint8 (rows, row_bytes) are changed in place; ``lows`` are f32 (rows, groups); the next three are those of
+    ``Weighting``. A block has ``block_bytes``; in it d is at ``d_at``, and m at ``m_at``, -1 if there is none.
+    """
+
+    blocks: np.ndarray
+    lows: np.ndarray
+    importance: np.ndarray
+    heights: np.ndarray
+    moving: np.ndarray
+    block_bytes: int
+    d_at: int
+    m_at: int
+
+
+_NOTHING = np.empty(0, np.float32)
+NO_GRID = MovingGrid(
+    np.empty((0, 0), np.uint8), np.empty((0, 0), np.float32), _NOTHING, _NOTHING, np.empty(0, np.int64), 0, 0, -1
+)
 
 
 @dataclass(frozen=True)
@@ -161,10 +185,8 @@ def refit_row(grid, row, unit, zero, steps, delta, left, work):
     """Move the grid of a row towards its update ``delta`` f32 (cols,); ``left`` (cols,) gets what the codes have still
     to move by.
 
-    ``grid`` is (blocks, lows, importance, heights, moving, block_bytes, d_at, m_at): uint8 (rows, row_bytes), changed
-    in place; f32 (rows, groups); those of ``Weighting``; how long a block is; where d and m are in it, m's -1 if there
-    is none. A weight is step * (unit - zero) - low: ``unit`` (cols,), int8 or f32, is what the codes count, ``steps``
-    (groups,) become those of the new grid. ``work`` is ``refit_work``.
+    ``grid`` is a ``MovingGrid``. A weight is step * (unit - zero) - low: ``unit`` (cols,), int8 or f32, is what the
+    codes count, ``steps`` (groups,) become those of the new grid. ``work`` is ``refit_work``.
     """
     blocks, all_lows, importance, heights, moving, block_bytes, d_at, m_at = grid
     stored, lows, has_m = blocks[row], all_lows[row], m_at >= 0

@@ -6,11 +6,11 @@ import numpy as np
 
 from lora_gguf.files.base import Base, evenly
 from lora_gguf.files.gguf_reader import TensorInfo
-from lora_gguf.merging.plan import TensorPlan
+from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.quants.codec import Codec
 from lora_gguf.quants.table import CODECS
 
-SAMPLE_ROWS = 16
+STEP_ROWS = 16
 
 
 def planned_step(tensor: TensorPlan, base: Base) -> float:
@@ -39,7 +39,7 @@ def step_rms(quant: Codec, blocks: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(steps_of(quant, blocks), dtype=np.float64))))
 
 
-def sample(base: Base, info: TensorInfo, n_rows: int = SAMPLE_ROWS) -> np.ndarray:
+def sample(base: Base, info: TensorInfo, n_rows: int = STEP_ROWS) -> np.ndarray:
     """Up to ``n_rows`` rows, evenly spaced, as stored: uint8 (rows, row_bytes)."""
     return base.rows(info, evenly(info.n_rows, n_rows))
 

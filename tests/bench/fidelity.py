@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_gguf.api import convert
-from lora_gguf.merging.plan import Policy
+from lora_gguf.merging.options import Policy
 from lora_gguf.quants.table import CODECS
 from tests.bench.bases import requantized
 from tests.bench.oracle import Oracle, linear_weights, peft_deltas

@@ -270,10 +270,8 @@ def kept_rates() -> list[dict]:
     from libgguf import quantize_rows
 
     from lora_gguf.kernels.low_rank import low_rank
-    from lora_gguf.merging.requantize import Recipe, recode
-    from lora_gguf.merging.rounding import tensor_key
     from lora_gguf.quants.ggml import BY_NAME
-    from lora_gguf.quants.table import CODECS
+    from tests.chunk_cases import merged, recipe
 
     rng, rows = np.random.default_rng(0), []
     weights = (rng.normal(size=(64, 4096)) * 0.02).astype(np.float32)
@@ -291,11 +289,10 @@ def kept_rates() -> list[dict]:
         raw = raw.reshape(64, -1)
         row = {"type": name}
         for rounding in ("dither", "auto"):
-            recipe = Recipe(CODECS[name], CODECS[name], rounding, tensor_key(0, name))
 
-            def one(recipe=recipe, raw=raw):
+            def one(how=recipe(name, rounding), raw=raw):
                 low_rank(b, a, delta)
-                recode(recipe, raw.copy(), delta, 0)
+                merged(how, raw, delta)
 
             one()
             row[rounding] = weights.size / 1e6 / timed(one, 5)

@@ -1,0 +1,70 @@
+"""What happens to one tensor of the base: the plan's noun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_gguf.adapters.lora import LoraPair
+from lora_gguf.adapters.updates import Update
+from lora_gguf.files.gguf_reader import TensorInfo
+from lora_gguf.quants.codec import Codec
+
+NO_IMPORTANCE = np.empty(0, np.float32)
+# the width of the random offset that rounding on a grid adds before the floor; what is not here finds a new grid
+SPREADS = {"auto": 1.0, "dither": 1.0, "nearest": 0.0}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the rows of a tensor are rewritten: from which type to which, and by which rounding.
+
+    ``key`` is that of the tensor's random numbers. ``importance`` is f32 (matrices, cols), E[x²] of each column of the
+    input as an imatrix has it, or None.
+    """
+
+    source: Codec
+    target: Codec
+    rounding: str
+    key: np.uint64
+    importance: np.ndarray | None = None
+
+    @property
+    def keeps_grid(self) -> bool:
+        """Whether rows keep the grid that they lie on: of the type that they had, and rounded on it."""
+        on_grid = self.source.grid is not None or self.source.half is not None
+        return self.rounding in SPREADS and self.source is self.target and on_grid
+
+    @property
+    def moves_grid(self) -> bool:
+        """Whether the grid of a block is itself moved towards its update."""
+        return (
+            self.rounding == "auto" and self.keeps_grid and self.source.grid is not None and bool(self.source.scales_at)
+        )
+
+    def importance_of(self, matrix: int) -> np.ndarray:
+        """Return the importance of a matrix's columns as a quantizer takes it: f32 (cols,), or (0,) for none."""
+        return NO_IMPORTANCE if self.importance is None else self.importance[matrix]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor is copied where ``recipe`` is None, else rewritten with ``pairs`` and ``updates`` added.
+
+    ``source`` is where it lies in the base, ``target`` what is written. ``updates`` are those that aren't low rank,
+    each with its factor. ``new_rows``, f32 (k, cols), come after those of the base.
+    """
+
+    source: TensorInfo
+    target: TensorInfo
+    pairs: Sequence[LoraPair] = ()
+    updates: Sequence[tuple[Update, float]] = ()
+    new_rows: np.ndarray | None = None
+    recipe: Recipe | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether the adapter changes weights that the base has."""
+        return bool(self.pairs or self.updates)
