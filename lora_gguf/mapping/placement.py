@@ -22,6 +22,7 @@ from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, pr
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.accounts import Account, Placement, base_shape, misfit
 from lora_gguf.mapping.architectures import ARCHITECTURES
+from lora_gguf.mapping.completeness import missing, missing_blocks
 from lora_gguf.mapping.heads import check_new_rows, cut_to_vocabulary, resolve_tied
 from lora_gguf.mapping.hparams import Hparams, borrowed_layout, from_base
 from lora_gguf.mapping.names import gguf_pieces, layer_of, pieces, shape_in_base, why_skipped
@@ -82,6 +83,8 @@ def gguf_pairs(
     if placement.updates and not updates:
         others = [f"{update.name}: {update.kind}" for update in placement.updates]
         raise UnsupportedError(f"{adapter.label}: {others[0]}: not supported yet: merge it with PEFT", others)
+    changed = {update.name for update in (*placement.pairs, *placement.updates)}
+    placement.warnings += missing(adapter, hparams, changed)
     placement.warnings += run_time_warnings(placement.pairs, hparams)
     placement.warnings += filter(None, [ARCHITECTURES[hparams.architecture].caution])
     if not isinstance(base, Hparams) and EMBEDDING in base.tensors:
@@ -150,6 +153,7 @@ def adapter_gguf_pairs(
     if errors:
         details = errors if placement.pairs else ()
         raise MismatchError(f"{label}: {errors[0]}: is {base.label} the base it was trained on?", details)
+    placement.warnings += missing_blocks(placement.pairs, hparams)
     return placement
 
 
