@@ -347,7 +347,7 @@ def test_modules_of_classes_with_code_of_their_own(architecture):
 
 
 def test_every_row_is_tested_by_name():
-    assert ARCHITECTURES.keys() <= MODULES.keys() | OWN_CODE.keys()
+    assert ARCHITECTURES.keys() - {"clip"} <= MODULES.keys() | OWN_CODE.keys()  # its towers: test_towers.py
 
 
 @pytest.mark.parametrize(

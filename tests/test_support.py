@@ -9,7 +9,8 @@ import pytest
 from lora_gguf.api import convert
 from lora_gguf.errors import UnsupportedError
 from lora_gguf.mapping.architectures import ARCHITECTURES
-from lora_gguf.mapping.support import KINDS, architectures_table, cells, kinds_table
+from lora_gguf.mapping.support import KINDS, architectures_table, cells, kinds_table, towers_table
+from lora_gguf.mapping.towers import TOWERS
 from tests import tiny
 from tests.common import FIXTURES
 
@@ -55,7 +56,7 @@ def test_convert_does_what_the_table_says(tmp_path, name):
 def test_the_tables_hold_every_row():
     assert len(re.findall("^\\|", kinds_table(), re.MULTILINE)) == len(KINDS) + 2
     table = architectures_table()
-    assert all(f"| {name} |" in table for name in ARCHITECTURES)
+    assert all(f"| {name} |" in table for name in ARCHITECTURES if name != "clip")
     assert cells("llama", ARCHITECTURES["llama"]) == ("exact", "exact", "exact", "exact", "")
     assert (
         cells("gemma2", ARCHITECTURES["gemma2"])[3] == "`--tied shared`"
@@ -66,3 +67,8 @@ def test_the_tables_hold_every_row():
         and cells("plamo2", ARCHITECTURES["plamo2"])[2] == "refused"
     )
     assert "--base-config" in cells("falcon-h1", ARCHITECTURES["falcon-h1"])[4]
+
+
+def test_every_projector_is_in_the_table_and_every_row_names_a_class_before_it_says_as_above():
+    rows = [line.split("|")[1:3] for line in towers_table().splitlines()[2:]]
+    assert [name.strip() for name, _ in rows] == list(TOWERS) and "as above" not in rows[0][1]

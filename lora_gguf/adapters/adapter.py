@@ -26,7 +26,7 @@ WEIGHTS = (
 PREFIX = "base_model.model."
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 EMPTY = "an empty tensor: DeepSpeed ZeRO-3 saves these where the weights are not gathered: gather and save them again"
-WHOLE = re.compile(r"(?P<path>.+?)(\.(modules_to_save|ln_tuning_layers)(\.[^.]+)?)?\.(?P<part>weight|bias)")
+WHOLE = re.compile(r"(?P<path>.+?)(\.(modules_to_save|ln_tuning_layers)(\.[^.]+)?)?[._](?P<part>weight|bias)")
 # the order in which modules of packed experts register their parameters
 PARAMETERS = ("gate_up_proj", "gate_proj", "w1", "up_proj", "v1", "w3", "down_proj", "w2", "weight")
 # a repository in huggingface_hub's cache: its folder is called by the commit, which says nothing to a reader
@@ -227,7 +227,7 @@ def add_whole(name: str, array: np.ndarray, found: Contents, config: dict) -> No
     if ".base_layer.weight" in name or ".original_module." in name:
         found.ignored[name] = "a copy of the base's own weight"
         found.originals[re.sub(r"\.(base_layer|original_module)$", "", module_path(match["path"]))] = array
-    elif match and array.ndim in (1, 2):
+    elif match and array.ndim:
         update = whole(name, match, array)
         same = next((u for u in found.updates if (u.name, u.part) == (update.name, update.part)), None)
         if same is None:
@@ -242,7 +242,7 @@ def add_whole(name: str, array: np.ndarray, found: Contents, config: dict) -> No
 
 def whole(name: str, match: re.Match, array: np.ndarray) -> Replaced:
     """A tensor that was trained and saved whole."""
-    values = array.reshape(-1, array.shape[-1])
+    values = array.reshape(len(array), -1) if array.ndim > 2 else array.reshape(-1, array.shape[-1])
     path = module_path(match["path"]).removesuffix(".base_layer")
     return Replaced(name=path, shape=values.shape, sources=(name,), part=match["part"], values=values)
 

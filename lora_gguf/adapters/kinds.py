@@ -43,6 +43,12 @@ class Module:
             raise self.malformed(f"expected matrices, found {', '.join(str(array.shape) for array in found)}")
         return found
 
+    def flatten(self) -> None:
+        """Make a convolution's factors matrices: (r, in, height, width) is (r, in * height * width)."""
+        a, b = (self.factors.get(name) for name in ("lora_A", "lora_B"))
+        if a is not None and b is not None and a.ndim == b.ndim > 2 and b.size and b.size == len(b) * b.shape[1]:
+            self.factors |= {"lora_A": a.reshape(len(a), -1), "lora_B": b.reshape(len(b), -1)}
+
     def product(self, left: str, right: str) -> tuple[np.ndarray, np.ndarray]:
         """Two factors that multiply: ``left`` (m, r), ``right`` (r, n)."""
         b, a = self.matrices(left, right)
@@ -82,6 +88,7 @@ def scale_of(path: str, rank: int, config: dict, alpha_field: str = "lora_alpha"
 
 def lora(module: Module) -> Found:
     """LoRA and rsLoRA, on linear layers and embeddings, with DoRA's magnitudes and a bias beside B."""
+    module.flatten()
     embedding = "lora_embedding_A" in module.factors or "lora_embedding_B" in module.factors
     b, a = module.product(*(("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B", "lora_A")))
     scale = scale_of(module.path, len(a), module.config)

@@ -24,7 +24,8 @@ class Piece:
     """A part of a Hugging Face weight, and where it goes: a gather of rows and columns, a factor a row, a transpose.
 
     None means all rows, all columns, no factor; ``transpose`` comes last. The part becomes the GGUF tensor ``name``, or
-    the matrix at ``slot`` of its leading axis; with an ``offset`` only the rows from there on.
+    the matrix at ``slot`` of its leading axis; with an ``offset`` only the rows from there on. ``shift`` is added to a
+    whole weight.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Piece:
     transpose: bool = False
     slot: int | None = None
     offset: int | None = None
+    shift: float = 0.0
 
 
 @dataclass(eq=False)

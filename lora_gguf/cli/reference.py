@@ -98,7 +98,12 @@ def rewritten(readme: str) -> str:
     """``readme`` with what stands between ``<!-- NAME -->`` and ``<!-- end -->`` made anew."""
     from lora_gguf.mapping import support
 
-    parts = {"kinds": support.kinds_table, "architectures": support.architectures_table, "commands": commands_reference}
+    parts = {
+        "kinds": support.kinds_table,
+        "architectures": support.architectures_table,
+        "towers": support.towers_table,
+        "commands": commands_reference,
+    }
     for name, part in parts.items():
         pattern = rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)"
         readme, n_found = re.subn(pattern, lambda _, text=part(): text, readme, count=1, flags=re.DOTALL)

@@ -17,7 +17,7 @@ class Out:
     """One GGUF tensor that a module becomes: ``tensor`` is its name in the block (None: as the name map says).
 
     ``slots`` is the key of a number: the rows are cut in so many matrices, stacked along a leading axis; ``transpose``
-    turns each.
+    turns each. ``shift`` is what GGUF adds to the module's weight.
     """
 
     tensor: str | None = None
@@ -26,6 +26,7 @@ class Out:
     scale: Scale | None = None
     slots: str | None = None
     transpose: bool = False
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ VARIANTS = {
 }
 # GGUF's general.architecture -> its row
 ARCHITECTURES: dict[str, Architecture] = {
+    "clip": Architecture(headless=True),  # vision and audio towers, whose layouts are in towers.py
     "llama": Architecture(
         (
             "LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "LlamaModel",

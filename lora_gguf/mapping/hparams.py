@@ -9,6 +9,8 @@ from lora_gguf.errors import MalformedError, UnsupportedError, UsageError, print
 from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
 from lora_gguf.mapping.architectures import ARCHITECTURES, VARIANTS
 from lora_gguf.mapping.likeness import likeliest
+from lora_gguf.mapping.tower_names import projectors
+from lora_gguf.mapping.towers import CLIP
 
 # GGUF key without the architecture -> names in config.json, the first that is there counts
 CONFIG_KEYS: dict[str, tuple[str, ...]] = {
@@ -139,6 +141,16 @@ class Hparams:
         return value
 
     @property
+    def is_tower(self) -> bool:
+        """Whether it is an mmproj: vision and audio towers beside a text model."""
+        return self.architecture == CLIP
+
+    @property
+    def kind(self) -> str:
+        """What it is, in a few words: the architecture, or the projectors of an mmproj."""
+        return f"{' and '.join(projectors(self.values, self.label))} mmproj" if self.is_tower else self.architecture
+
+    @property
     def tied(self) -> bool:
         """Whether one tensor is both the embedding and the head."""
         if ARCHITECTURES[self.architecture].headless:
@@ -173,7 +185,8 @@ def from_base(base: GgufReader, config: dict | None = None, layout_of: str | Non
     """
     if not base.architecture:
         raise MalformedError(f"{base.label}: expected general.architecture, found none: it is no model")
-    if base.get("general.type", "model") != "model":
+    kind = base.get("general.type", "model")
+    if kind != "model" and (kind, base.architecture) != ("mmproj", CLIP):
         raise MalformedError(
             f"{base.label}: expected a model, found general.type {printable(base.get('general.type'), 40)}"
         )
@@ -186,6 +199,8 @@ def from_base(base: GgufReader, config: dict | None = None, layout_of: str | Non
         )
     prefix = f"{base.architecture}."
     values = {key.removeprefix(prefix): base.get(key) for key in base.kv if key.startswith(prefix)}
+    if base.architecture == CLIP:
+        projectors(values, base.label)
     found = Hparams(architecture, values, base.tensors, config or {}, base.label)
     found.stated = base.architecture
     return found

@@ -12,6 +12,7 @@ import numpy as np
 from lora_gguf.adapters.lora import EMBEDDING, HEAD, Piece
 from lora_gguf.mapping.architectures import ARCHITECTURES, FUSED_EXPERTS, Architecture, Out
 from lora_gguf.mapping.hparams import Hparams
+from lora_gguf.mapping.tower_names import NOWHERE, WAITING, file_name, projectors, tower_outs
 
 # modules of the towers that stand beside a text model, and go into another GGUF (mmproj) or into none
 OTHER_TOWERS_START = (
@@ -23,6 +24,8 @@ OTHER_TOWERS = (
     "pre_mm_projector_norm", "image_newline", "patch_embed", "patch_merger.", "patch_merge_mlp.", "model.connector.",
     "vqmodel.", "model.aligner.", "generation_",
 )  # fmt: skip
+# parts that make speech or pictures, for which there is no GGUF
+GENERATION = ("talker.", "token2wav.", "code2wav.", "vqmodel.", "generation_")
 LAYER = re.compile(r"\.(\d+)\.")
 ALTUP = re.compile(r"(?P<head>.*altup_(?:unembed_)?projections)\.(?P<slot>\d+)")
 EXPERT = re.compile(
@@ -60,8 +63,10 @@ def is_other_tower(path: str) -> bool:
 
 def why_skipped(path: str, hparams: Hparams) -> str | None:
     """The reason why a module has no place in a text model's GGUF, or None."""
+    if hparams.is_tower:
+        return why_left_to_others(path, hparams)
     if is_other_tower(path):
-        return "part of a vision or audio tower, which the text model's GGUF does not hold"
+        return NOWHERE if any(part in path for part in GENERATION) else WAITING
     if re.match(r"(model\.)?mtp[._]", path):
         return "multi-token prediction, which the GGUF does not hold"
     if ARCHITECTURES[hparams.architecture].headless and re.match(r"(\w+\.)?(pooler|cls|vocab_\w+)(\.|$)", path):
@@ -70,6 +75,22 @@ def why_skipped(path: str, hparams: Hparams) -> str | None:
     extra = hparams.get("config.num_nextn_predict_layers")
     if hparams.tensors is None and extra and layer is not None and n_layers and layer >= n_layers:
         return "multi-token prediction, which the GGUF may not hold"
+    return None
+
+
+def why_left_to_others(path: str, hparams: Hparams) -> str | None:
+    """The reason why a module has no place in an mmproj, or None."""
+    if outs(path, hparams):
+        return None
+    if not is_other_tower(path):
+        return "part of the text model, which an mmproj does not hold"
+    if any(part in path for part in GENERATION):
+        return NOWHERE
+    kinds = ("audio", "vision") if re.search(r"audio|speech|sound|conformer", path) else ("vision", "audio")
+    if hparams.get(f"has_{kinds[0]}_encoder") is False or (
+        hparams.get(f"has_{kinds[0]}_encoder") is None and hparams.get(f"has_{kinds[1]}_encoder")
+    ):
+        return f"part of the model's {kinds[0]} tower, which this mmproj does not hold"
     return None
 
 
@@ -189,6 +210,10 @@ def shape_in_base(path: str, hparams: Hparams) -> tuple[int, int] | None:
 
 def outs(path: str, hparams: Hparams) -> tuple[Out, ...]:
     """The rule of the architecture, or of all, for ``path``; a single plain tensor where there is none."""
+    if hparams.is_tower:
+        names = projectors(hparams.values, hparams.label)
+        width = hparams.get(f"{'audio' if 'audio' in path else 'vision'}.embedding_length")
+        return tower_outs(path, names, hparams.tensors or {}, width)
     row = ARCHITECTURES.get(hparams.architecture, Architecture())
     for rule in row.rules + (() if row.fused_experts else FUSED_EXPERTS):
         if re.search(rf"(^|\.){rule.pattern}$", path) and (rule.needs is None or hparams.get(rule.needs)):
@@ -203,13 +228,19 @@ def block_name(layer: int | None, tensor: str) -> str:
 def plain_in_base(found: tuple[Out, ...], path: str, hparams: Hparams) -> tuple[Out, ...]:
     """``found``, or one plain tensor where the base is of an older layout, from before those tensors were split."""
     layer = layer_of(path)
-    if hparams.tensors is None or not all(out.tensor and hparams.lacks(block_name(layer, out.tensor)) for out in found):
+    if (
+        hparams.is_tower
+        or hparams.tensors is None
+        or not all(out.tensor and hparams.lacks(block_name(layer, out.tensor)) for out in found)
+    ):
         return found
     return (Out(),) if tensor_name(path, hparams) in hparams.tensors else found
 
 
 def out_name(out: Out, path: str, slot: int | None, hparams: Hparams) -> str | None:
     """The GGUF name of ``out``; an expert of a layer that is dense in the base has the dense layer's name."""
+    if hparams.is_tower:
+        return file_name(out)
     layer = layer_of(path)
     if out.tensor:
         return block_name(layer, out.tensor)
@@ -231,7 +262,7 @@ def out_pieces(
     if not name.endswith(STACKED):
         slot = None
     if out.slots is None:
-        return [Piece(name, rows, cols, scale, out.transpose, slot)]
+        return [Piece(name, rows, cols, scale, out.transpose, slot, shift=out.shift)]
     index = (np.arange(shape[0]) if rows is None else rows).reshape(dims(out.slots), -1)
     return [Piece(name, part, cols, scale, out.transpose, i) for i, part in enumerate(index)]
 
@@ -250,7 +281,7 @@ def apart_in_base(path: str, shape: tuple[int, int], hparams: Hparams) -> list[t
     """The modules (path, first row, rows) that a module of several weights is in the base; empty where it is one there
     too."""
     head, _, tail = path.rpartition(".")
-    if tail not in TOGETHER or hparams.tensors is None or len(outs(path, hparams)) > 1:
+    if tail not in TOGETHER or hparams.is_tower or hparams.tensors is None or len(outs(path, hparams)) > 1:
         return []
     name = tensor_name(path, hparams)
     paths = [f"{head}.{part}" for part in TOGETHER[tail]]

@@ -23,12 +23,15 @@ from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.accounts import Account, Placement, base_shape, misfit
 from lora_gguf.mapping.architectures import ARCHITECTURES
 from lora_gguf.mapping.completeness import missing, missing_blocks
+from lora_gguf.mapping.convolutions import folded, is_spread, spread
 from lora_gguf.mapping.heads import check_new_rows, cut_to_vocabulary, resolve_tied
 from lora_gguf.mapping.hparams import Hparams, borrowed_layout, from_base
 from lora_gguf.mapping.names import gguf_pieces, layer_of, pieces, shape_in_base, why_skipped
 from lora_gguf.mapping.orientation import oriented
 from lora_gguf.mapping.stacking import Part, joined
 from lora_gguf.mapping.vocabulary import added_tokens, extended, learned_tokens
+
+UNUSED_LAYER = "of a layer that the model does not use: it changes nothing, and the mmproj leaves it out"
 
 
 def gguf_pairs(
@@ -72,14 +75,14 @@ def gguf_pairs(
         else:
             errors += found
     for name, found in parts.items():
-        errors += combine(name, found, hparams, placement.pairs)
+        errors += combine(name, found, hparams, placement)
     errors += resolve_tied(placement, hparams, tied)
     errors += check_new_rows(placement, hparams, new_tokens)
     if errors:
         details = errors if placement.pairs or placement.updates else ()  # nothing fits: one line says it all
         raise MismatchError(f"{adapter.label}: {errors[0]}: {likely_cause(adapter, hparams, errors)}", details)
     if not placement.pairs and not placement.updates:
-        raise MismatchError(f"{adapter.label}: nothing in it belongs to the text model: it adapts other parts only")
+        raise MismatchError(f"{adapter.label}: nothing in it belongs to {hparams.label}: {other_part(hparams)}")
     if placement.updates and not updates:
         others = [f"{update.name}: {update.kind}" for update in placement.updates]
         raise UnsupportedError(f"{adapter.label}: {others[0]}: not supported yet: merge it with PEFT", others)
@@ -148,7 +151,7 @@ def adapter_gguf_pairs(
         errors += wrong
         placement.accounts += [Account(name, "applied", ", ".join(p.name for p in found)) for name in pair.sources]
     for name, found in parts.items():
-        errors += combine(name, found, hparams, placement.pairs)
+        errors += combine(name, found, hparams, placement)
     errors += resolve_tied(placement, hparams, tied)
     if errors:
         details = errors if placement.pairs else ()
@@ -173,6 +176,9 @@ def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Par
     if skipped:
         placement.accounts += [Account(name, "ignored", "", skipped) for name in update.sources]
         return []
+    if hparams.is_tower and is_of_unused_layer(update, hparams):
+        placement.accounts += [Account(name, "ignored", "", UNUSED_LAYER) for name in update.sources]
+        return []
     layer, n_layers = layer_of(update.name), hparams.get("block_count")
     if layer is not None and isinstance(n_layers, int) and layer >= n_layers:
         return [f"{update.name}: expected a layer below {n_layers}, as {hparams.label} has"]
@@ -196,12 +202,23 @@ def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Par
     except (MalformedError, UnsupportedError) as error:
         return [str(error) if update.name in str(error) else f"{update.name}: {error}"]
     if not found:
-        return [f"{update.name}: no tensor of {hparams.architecture} is known by this name"]
+        return [f"{update.name}: no tensor of {hparams.kind} is known by this name"]
     if not errors:
         targets = dict.fromkeys(part_name(piece, update) for piece in found)
         if not getattr(update, "optional", False):
             placement.accounts += [Account(name, "applied", ", ".join(targets)) for name in update.sources]
     return errors
+
+
+def is_of_unused_layer(update: LoraPair | Update, hparams: Hparams) -> bool:
+    """Whether it changes nothing, and the mmproj lacks its tensors: files leave out a tower's last layers where the
+    model takes the output of an earlier one, and PEFT saves them untrained.
+    """
+    if not isinstance(update, LoraPair) or update.b.any():
+        return False
+    return all(
+        base_shape(piece.name, hparams) is None for piece in pieces(update.name, shape_of(update, hparams), hparams)
+    )
 
 
 def place_pair(pair: LoraPair, found: list[Piece], hparams: Hparams, parts: dict[str, list[Part]]) -> list[str]:
@@ -225,8 +242,8 @@ def trimmed(pair: LoraPair, piece: Piece, hparams: Hparams) -> LoraPair:
     return pair
 
 
-def combine(name: str, parts: list[Part], hparams: Hparams, pairs: list[LoraPair]) -> list[str]:
-    """Make one pair of all ``parts`` of a tensor and add it to ``pairs``; return what is wrong with it."""
+def combine(name: str, parts: list[Part], hparams: Hparams, placement: Placement) -> list[str]:
+    """Make one pair of all ``parts`` of a tensor and add it to the placement; return what is wrong with it."""
     try:
         n_experts = hparams.get("expert_count")
         if n_experts and "_chexps" in name:  # GroveMoE: one for two experts
@@ -234,9 +251,13 @@ def combine(name: str, parts: list[Part], hparams: Hparams, pairs: list[LoraPair
         pair = joined(name, parts, base_shape(name, hparams), n_experts)
     except MismatchError as error:
         return [f"{name}: {error}"]
+    shape = base_shape(name, hparams)
+    if shape and is_spread(pair.shape, shape):
+        placement.updates.append(spread(pair, shape))
+        return []
     error = misfit(name, pair.shape, hparams)
     if not error:
-        pairs.append(pair)
+        placement.pairs.append(pair)
     return [error] if error else []
 
 
@@ -247,11 +268,13 @@ def place_update(update: Update, found: list[Piece], hparams: Hparams, placement
     taken, errors = [], []
     for piece in found:
         if update.part == "bias":
+            if piece.name.endswith(".weight.1"):  # a convolution's second frame: the bias is that of the first
+                continue
             piece = bias_piece(update, piece)
             if update.optional and piece.name not in hparams.tensors:
                 continue
-        part = shifted_norm(update, piece, hparams).take(piece)
         shape = base_shape(piece.name, hparams) or ()
+        part = folded(shifted_norm(update, piece, hparams).take(piece), shape)
         n_rows = math.prod(shape[:-1]) if shape else 0
         if (
             shape
@@ -286,6 +309,8 @@ def shifted_norm(update: Update, piece: Piece, hparams: Hparams) -> Update:
     """A whole norm as the GGUF has it: some architectures add one to it."""
     if not isinstance(update, Replaced) or "norm" not in piece.name or update.part == "bias":
         return update
+    if piece.shift:
+        return replace(update, values=update.values + np.float32(piece.shift))
     row = ARCHITECTURES[hparams.architecture]
     if row.norm_shift is None:
         raise UnsupportedError(f"{update.name}: whole norms of {hparams.architecture}: merge it with PEFT")
@@ -310,6 +335,13 @@ def shape_of(update: LoraPair | Update, hparams: Hparams) -> tuple[int, int]:
     return (shape[0] or base[0], shape[1] or base[1])
 
 
+def other_part(hparams: Hparams) -> str:
+    """What to do with an adapter of another part of the model than the base is."""
+    if hparams.is_tower:
+        return "it adapts the text model only: merge it into that model's GGUF"
+    return "it adapts other parts than the text model: merge it into the model's mmproj"
+
+
 def run_time_warnings(pairs: list[LoraPair], hparams: Hparams) -> list[str]:
     """A line for each kind of tensor on which llama.cpp does not apply adapters, though a merge would."""
     row = ARCHITECTURES.get(hparams.architecture)
@@ -331,6 +363,6 @@ def likely_cause(adapter: Adapter, hparams: Hparams, errors: list[str]) -> str:
     if any("--base-config" in error for error in errors):
         return f"the GGUF alone does not tell the layout of {len(errors)} of {len(adapter.updates)} modules"
     if len(errors) == len(adapter.updates):
-        return f"is {printable(hparams.label)} ({hparams.architecture}) the base it was trained on{trained_on}?"
+        return f"is {printable(hparams.label)} ({hparams.kind}) the base it was trained on{trained_on}?"
     n = f"{len(errors)} of {len(adapter.updates)} modules do not fit"
     return f"{n}: is the base of the same size and version{trained_on}?"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lora_gguf.adapters.adapter_config import REFUSED
 from lora_gguf.mapping.architectures import ARCHITECTURES, Architecture, Out
 from lora_gguf.mapping.names import has_head
+from lora_gguf.mapping.towers import CLIP, TOWERS
 from lora_gguf.mapping.transforms import rwkv6_rescaled
 
 EXACT, APPROXIMATE, NO = "exact", "`--rank N`", "refused"
@@ -45,8 +46,15 @@ def architectures_table() -> str:
     rows = [
         f"| {name} | {', '.join(row.hf) or 'as above'} | {' | '.join(cells(name, row))} |"
         for name, row in ARCHITECTURES.items()
+        if name != CLIP
     ]
     return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
+
+
+def towers_table() -> str:
+    """Projectors of mmproj files, and the Hugging Face classes that have them."""
+    rows = [f"| {name} | {', '.join(row.hf) or 'as above'} |" for name, row in TOWERS.items()]
+    return "\n".join(["| `clip.projector_type` | Hugging Face classes |", "|---|---|", *rows])
 
 
 def cells(name: str, row: Architecture) -> tuple[str, ...]:

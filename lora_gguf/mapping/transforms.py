@@ -11,6 +11,7 @@ The layouts are those of llama.cpp's converters; names in the docstrings are Hug
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -132,6 +133,32 @@ def qkvz(parts: str) -> Op:
         return np.concatenate([groups[:, ends[p] - sizes[p] : ends[p]].ravel() for p in parts])
 
     return op
+
+
+def frame(i: int, n: int) -> Op:
+    """The columns of frame ``i`` of ``n``, in a convolution over (3 colours, n frames, pixels)."""
+    return lambda index, dims: index.reshape(3, n, -1)[:, i].ravel()
+
+
+def channels_first(index: np.ndarray, dims: Dims) -> np.ndarray:
+    """A square patch's columns, (height, width, 3 colours), to (3, height, width), as a convolution has them."""
+    side = math.isqrt(len(index) // 3)
+    return index.reshape(side, side, 3).transpose(2, 0, 1).ravel()
+
+
+def moonvit_qkv(index: np.ndarray, dims: Dims) -> np.ndarray:
+    """Rotary over two axes, in q and k of q, k, v: per head, (d/4, 2 axes, 2) to (2 axes, d/4, 2)."""
+    q, k, v = index.reshape(3, -1)
+    turned = [part.reshape(dims("vision.attention.head_count"), -1, 2, 2).swapaxes(1, 2).ravel() for part in (q, k)]
+    return np.concatenate([*turned, v])
+
+
+def minimax_qk(index: np.ndarray, dims: Dims) -> np.ndarray:
+    """Rotary over three axes: per head, halves of (3 axes, n) each to axes of (2 halves, n); the rest stays."""
+    by_head = index.reshape(dims("vision.attention.head_count"), -1)
+    n = by_head.shape[1] // 2 * 2 // 3 // 2
+    turned = by_head[:, : 6 * n].reshape(len(by_head), 2, 3, n).swapaxes(1, 2).reshape(len(by_head), -1)
+    return np.concatenate([turned, by_head[:, 6 * n :]], axis=1).ravel()
 
 
 def plamo(index: np.ndarray, dims: Dims) -> np.ndarray:
