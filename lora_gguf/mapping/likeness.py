@@ -36,4 +36,4 @@ def tensor_stems() -> dict[str, set[str]]:
     from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
     named = {name: {TENSOR_NAMES[tensor] for tensor in MODEL_TENSORS[arch]} for arch, name in MODEL_ARCH_NAMES.items()}
-    return {name: named[name] for name in ARCHITECTURES if name in named}
+    return {name: named[name] for name in ARCHITECTURES if name in named and name != "clip"}
