@@ -130,10 +130,8 @@ def doctor(
     """
     check_path("base", base, MODEL)
     named = scaled_names(adapters)
-    reading, resources = (
-        Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of),
-        Resources(threads),
-    )
+    reading = Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of)
+    resources = Resources(threads)
     local = local_adapters(named, by_file(downloads or progress))
     from lora_gguf.commands.doctor import doctor as work
 
@@ -218,10 +216,8 @@ def merge(
     """
     check_path("base", base, MODEL)
     named = scaled_names(adapters)
-    reading, resources = (
-        Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of),
-        Resources(threads, memory),
-    )
+    reading = Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of)
+    resources = Resources(threads, memory)
     writing = None if out is None else Writing(out, max_bytes, keep_split, shard, modelfile, force)
     growth, measured = parse_growth(str(max_growth)), _importance(imatrix)
     policy = Policy(rounding, seed, _upper(type), _upper(quantize), measured, growth, min_retention)
@@ -257,10 +253,8 @@ def verify(
     check_path("merged", merged, MODEL)
     check_path("base", base, MODEL)
     named = scaled_names(adapters)
-    reading, resources = (
-        Reading("separate", allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of),
-        Resources(threads),
-    )
+    reading = Reading("separate", allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of)
+    resources = Resources(threads)
     measured = Policy(imatrix=_importance(imatrix)).imatrix
     files = by_file(downloads or progress)
     models = local_model(merged, files), local_model(base, files)
@@ -341,7 +335,6 @@ def _check_fetch(adapter: Name, subfolder: str | None, output: Name | None = Non
 
 
 def _importance(imatrix: Name | Imatrix | None) -> Imatrix | None:
-
     if not isinstance(imatrix, (str, os.PathLike)):
         return imatrix
     check_path("imatrix", imatrix)
