@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_gguf.api import bases, compare, convert, doctor, extract, fetch, fetch_base, inspect, merge, verify
+    from lora_gguf.api import bases, compare, convert, doctor, extract, fetch, fetch_base, inspect, merge, push, verify
     from lora_gguf.checks.checkup import DoctorReport
     from lora_gguf.checks.closeness import CompareReport
     from lora_gguf.checks.inspection import AdapterInspection, Inspection, ModelInspection
     from lora_gguf.commands.extract import Extraction
     from lora_gguf.commands.merge import MergeReport
+    from lora_gguf.commands.push import PushReport
     from lora_gguf.commands.verify import VerifyReport
     from lora_gguf.errors import (
         FileError,
@@ -34,12 +35,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "lora_gguf.api": (
-        "bases", "compare", "convert", "doctor", "extract", "fetch", "fetch_base", "inspect", "merge", "verify",
+        "bases", "compare", "convert", "doctor", "extract", "fetch", "fetch_base", "inspect", "merge", "push", "verify",
     ),
     "lora_gguf.checks.checkup": ("DoctorReport",),
     "lora_gguf.checks.closeness": ("CompareReport",),
     "lora_gguf.commands.extract": ("Extraction",),
     "lora_gguf.commands.merge": ("MergeReport",),
+    "lora_gguf.commands.push": ("PushReport",),
     "lora_gguf.commands.verify": ("VerifyReport",),
     "lora_gguf.errors": (
         "FileError", "HubError", "IntegrityError", "LoraGgufError", "MalformedError", "MismatchError", "NumericError",

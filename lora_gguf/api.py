@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_gguf.adapters.adapter_file import AdapterFile
-from lora_gguf.arguments import check_flag, check_path, check_text, check_whole
+from lora_gguf.arguments import check_flag, check_number, check_path, check_text, check_whole
 from lora_gguf.files.imatrix import Imatrix, read_imatrix
 from lora_gguf.files.output import check_target
 from lora_gguf.hub import base_models
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lora_gguf.checks.inspection import Inspection
     from lora_gguf.commands.extract import Extraction
     from lora_gguf.commands.merge import MergeReport
+    from lora_gguf.commands.push import PushReport
     from lora_gguf.commands.verify import VerifyReport
     from lora_gguf.mapping.accounts import Placement
 
@@ -297,6 +298,27 @@ def compare(
     from lora_gguf.commands.compare import compare as work
 
     return work(models[0], local, models[1], asked, threads=resources.threads, progress=progress)
+
+
+def push(merged: Name, repo: str, *, public: bool = False, kept: float | None = None, bars: bool = False) -> PushReport:
+    """Upload the GGUF ``merged`` (of a split one all shards) to the repository ``repo`` on the Hub, which is made where
+    there is none, with a Modelfile and a model card.
+
+    A new repository is private unless ``public``. ``kept``, of a ``MergeReport``, stands in the card. ``bars`` lets
+    huggingface_hub show its own. Raises ``HubError``, ``FileError``, ``MalformedError``; nothing is committed then.
+    """
+    check_path("merged", merged)
+    check_text("repo", repo, "OWNER/NAME")
+    check_flag("public", public)
+    if kept is not None:
+        check_number("kept", kept)
+    from lora_gguf.commands.push import push as work
+    from lora_gguf.files.base import Base
+    from lora_gguf.hub.uploads import make_repo
+
+    with Base(merged):  # refused here, before a repository is made
+        pass
+    return work(merged, make_repo(repo, public=public), kept, bars=bars)
 
 
 def extract(

@@ -23,7 +23,7 @@ def bar(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[Pr
 
     ``NO_COLOR`` is obeyed, and a terminal that cannot move its cursor (``TERM=dumb``) gets none.
     """
-    if not (wanted and sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")):
+    if not is_shown(wanted):
         yield None
         return
     display = _display(of_bytes)
@@ -39,6 +39,11 @@ def bar(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[Pr
         yield advance
     finally:
         display.stop()
+
+
+def is_shown(wanted: bool = True) -> bool:
+    """Return whether a bar that is ``wanted`` can be shown."""
+    return wanted and sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
 def _display(of_bytes: bool):

@@ -84,6 +84,7 @@ def local_hub(hub_server, monkeypatch, tmp_path):
         "HUGGINGFACE_CO_URL_TEMPLATE": hub_server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_CACHE": str(tmp_path / "cache"),
         "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_DISABLE_XET": True,  # the local Hub has no store of that kind
         "HF_HUB_DOWNLOAD_TIMEOUT": 0.3,
         "HF_HUB_ETAG_TIMEOUT": 0.3,
     }

@@ -4,6 +4,7 @@ faults.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -47,6 +48,9 @@ class Hub:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.tags: dict[str, list[str]] = {}
         self.downloads: dict[str, int] = {}
+        self.private: dict[str, bool] = {}
+        self.objects: dict[str, bytes] = {}  # what was uploaded, by sha256
+        self.messages: list[str] = []  # of the commits
         self.lfs_suffixes = (".safetensors", ".bin", ".gguf", ".model")
         self.commit, self.revisions = COMMIT, {"main": COMMIT, "v1": COMMIT, "feature/x": COMMIT}
         self.listing_changes: dict = {}
@@ -74,8 +78,19 @@ class Hub:
         self.faults.append([re.compile(pattern), times, action])
 
     def reset(self) -> None:
-        for state in (self.repos, self.tags, self.downloads, self.faults, self.log, self.listing_changes):
+        for state in (
+            self.repos,
+            self.tags,
+            self.downloads,
+            self.faults,
+            self.log,
+            self.listing_changes,
+            self.private,
+            self.objects,
+            self.messages,
+        ):
             state.clear()
+        self.commit = self.revisions["main"] = COMMIT
         self.n_sent = 0
         self.released.set()
         self.released = threading.Event()
@@ -92,7 +107,14 @@ class Hub:
     def listing(self, repo_id: str) -> dict:
         files = self.repos[repo_id]
         siblings = [self.sibling(name, content) for name, content in files.items()]
-        model = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": self.commit, "private": False, "gated": False}
+        model = {
+            "_id": "0",
+            "id": repo_id,
+            "modelId": repo_id,
+            "sha": self.commit,
+            "private": self.private.get(repo_id, False),
+            "gated": False,
+        }
         model |= {"tags": self.tags.get(repo_id, []), "downloads": self.downloads.get(repo_id, 0), "likes": 0}
         return {**model, "siblings": siblings, **self.listing_changes}
 
@@ -144,7 +166,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.route()
 
+    def do_POST(self) -> None:
+        self.route()
+
+    def do_PUT(self) -> None:
+        self.route()
+
     def route(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         self.hub.log.append((self.command, path, {key.lower(): value for key, value in self.headers.items()}))
         for fault in self.hub.faults:
@@ -156,6 +185,8 @@ class Handler(BaseHTTPRequestHandler):
         self.serve(path)
 
     def serve(self, path: str) -> None:
+        if self.command in ("POST", "PUT"):
+            return self.serve_upload(path)
         if path == "/api/models":
             return self.serve_search(parse_qs(urlsplit(self.path).query).get("filter", []))
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
@@ -165,6 +196,65 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
             return self.send_content(self.hub.repos[match[1]][match[2]])
         self.send_error_code(404, "RepoNotFound")
+
+    def serve_upload(self, path: str) -> None:
+        """What a client sends to make a repository and to commit files to it: large ones go to the CDN first."""
+        if match := re.fullmatch(r"/lfs/([0-9a-f]{64})", path):
+            self.hub.objects[match[1]] = self.body
+            return self.send_content(b"")
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.send_error_code(401)
+        if path == "/api/repos/create":
+            return self.make_repo(json.loads(self.body))
+        if path == "/api/validate-yaml":
+            return self.send_json({"errors": [], "warnings": []})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            files = json.loads(self.body)["files"]
+            return self.send_json({"files": [self.upload_mode(match[1], file["path"]) for file in files]})
+        if re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
+            return self.send_json(
+                {"transfer": "basic", "objects": list(map(self.upload_of, json.loads(self.body)["objects"]))}
+            )
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            return self.commit(match[1], [json.loads(line) for line in self.body.splitlines()])
+        return self.send_error_code(404)
+
+    def make_repo(self, wanted: dict) -> None:
+        repo_id = f"{wanted['organization']}/{wanted['name']}"
+        if repo_id in self.hub.repos:
+            return self.send_json({"url": f"{self.hub.endpoint}/{repo_id}"}, 409)
+        self.hub.repos[repo_id] = {}
+        self.hub.private[repo_id] = wanted.get("visibility") == "private" or wanted.get("private") is True
+        return self.send_json({"url": f"{self.hub.endpoint}/{repo_id}"})
+
+    def upload_mode(self, repo_id: str, name: str) -> dict:
+        content = self.hub.repos[repo_id].get(name)
+        large = self.hub.is_lfs(name)
+        oid = None if content is None else sha256(content) if large else git_sha1(content)
+        return {"path": name, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
+
+    def upload_of(self, wanted: dict) -> dict:
+        """Where an object goes; nowhere if it is here."""
+        here = wanted["oid"] in self.hub.objects
+        action = {"upload": {"href": f"{self.hub.cdn}/lfs/{wanted['oid']}"}}
+        return {"oid": wanted["oid"], "size": wanted["size"], **({} if here else {"actions": action})}
+
+    def commit(self, repo_id: str, lines: list[dict]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                self.hub.messages.append(value["summary"])
+            elif line["key"] == "lfsFile":
+                self.hub.repos[repo_id][value["path"]] = self.hub.objects[value["oid"]]
+            else:
+                self.hub.repos[repo_id][value["path"]] = base64.b64decode(value["content"])
+        self.hub.commit = self.hub.revisions["main"] = git_sha1(self.body)
+        self.send_json(
+            {"commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{self.hub.commit}", "commitOid": self.hub.commit}
+        )
+
+    def send_json(self, data: dict, status: int = 200) -> None:
+        self.send_content(json.dumps(data).encode(), {"Content-Type": "application/json"}, status)
 
     def serve_search(self, tags: list[str]) -> None:
         found = [repo_id for repo_id in self.hub.repos if set(tags) <= set(self.hub.tags.get(repo_id, []))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -236,20 +237,20 @@ def vocabulary(n: int, architecture: str) -> list[bytes]:
     ]
 
 
-def write_gguf(path: Path, name: str, tensors: dict[str, np.ndarray]) -> Path:
-    """An F32 GGUF of the model ``name`` with ``tensors``."""
+def write_gguf(path: Path, name: str, tensors: dict[str, np.ndarray], extra: Sequence[bytes] = ()) -> Path:
+    """An F32 GGUF of the model ``name`` with ``tensors``, and key/value pairs ``extra``."""
     model = from_config(config_of(name))
     specs = [TensorSpec(key, BY_NAME["F32"], array.shape) for key, array in tensors.items()]
-    with GgufWriter(path, key_values(name, model), specs, force=True) as writer:
+    with GgufWriter(path, [*key_values(name, model), *extra], specs, force=True) as writer:
         for key, array in tensors.items():
             writer.write(writer.tensors[key], 0, np.ascontiguousarray(array, np.float32))
         writer.commit()
     return path
 
 
-def base_gguf(folder: Path, name: str) -> Path:
-    """The model ``name`` of ``fixtures/tiny`` as a GGUF in ``folder``."""
-    return write_gguf(Path(folder) / f"{name}.gguf", name, tensors_of(name, from_config(config_of(name))))
+def base_gguf(folder: Path, name: str, extra: Sequence[bytes] = ()) -> Path:
+    """The model ``name`` of ``fixtures/tiny`` as a GGUF in ``folder``, with key/value pairs ``extra``."""
+    return write_gguf(Path(folder) / f"{name}.gguf", name, tensors_of(name, from_config(config_of(name))), extra)
 
 
 def server(model: Path, adapter: Path | None = None, embedding: bool = False):

@@ -20,6 +20,7 @@ from lora_gguf.cli.fetch import fetch
 from lora_gguf.cli.init_pipeline import init_pipeline
 from lora_gguf.cli.inspect import inspect
 from lora_gguf.cli.merge import merge
+from lora_gguf.cli.push import push
 from lora_gguf.cli.terms import COMMAND_LINE, joined_scales, say
 from lora_gguf.cli.verify import verify
 from lora_gguf.errors import LoraGgufError, printable
@@ -72,6 +73,7 @@ COMMANDS = {
     merge: "Add adapters to a quantized model: one standalone GGUF.",
     verify: "Check that a merged file holds its base plus adapters.",
     compare: "Ask llama.cpp with base, adapter and merged file.",
+    push: "Put a merged file on the Hub, with a model card.",
     extract: "Make the adapter that turns one GGUF into another.",
     init_pipeline: "Write a Makefile for many adapters and quantizations.",
 }

@@ -26,6 +26,7 @@ from lora_gguf.cli.options import (
     Threads,
     TiedHead,
 )
+from lora_gguf.cli.push import say_pushed
 from lora_gguf.cli.terms import (
     Rounding,
     Tied,
@@ -38,8 +39,8 @@ from lora_gguf.cli.terms import (
     say_written,
     warn,
 )
-from lora_gguf.errors import printable
-from lora_gguf.progress import bars
+from lora_gguf.errors import UsageError, printable
+from lora_gguf.progress import bars, is_shown
 from lora_gguf.text import json_text
 
 
@@ -95,6 +96,9 @@ def merge(
     modelfile: Annotated[
         bool, typer.Option("--modelfile", help="Write a Modelfile for Ollama beside the merged file.")
     ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Then put it on the Hub, as lora-gguf push does: private.")
+    ] = None,
     max_growth: Annotated[
         str, typer.Option(metavar="N%", help="Promote the tensors that gain most to Q8_0, up to this growth.")
     ] = "0%",
@@ -121,11 +125,18 @@ def merge(
     lora-gguf merge model-Q4_K_M.gguf user/my-adapter -o merged.gguf
     """
     from lora_gguf import api
+    from lora_gguf.hub.uploads import make_repo
 
     source, adapter = base_and_adapter(base, adapter, model)
     named = named_adapters(adapter, scale, lora)
     wanted = pictures(report, plot, force, [source, *(name for name, _ in named)])
     wanted.check([] if dry_run else [output])
+    if push and (dry_run or shard):
+        raise UsageError(
+            f"--push {printable(push)}: {'--dry-run' if dry_run else '--shard'} writes no whole file: leave one out"
+        )
+    if push:
+        make_repo(push)
     with bars("merging", progress and not quiet) as (downloads, work):
         merged = api.merge(
             source,
@@ -168,4 +179,9 @@ def merge(
     if not quiet:
         for path in merged.written:
             say_written(path, f": ollama create NAME -f {printable(path)}" if path.suffix == ".Modelfile" else "")
+    if push:
+        pushed = api.push(merged.written[0], push, kept=merged.whole.kept, bars=is_shown(progress and not quiet))
+        say(f"pushed to {pushed.url}")
+        if not quiet:
+            say_pushed(push, pushed.own_card)
     draw(wanted, lambda: of_merge(merged, source, named, rounding.value), quiet)

@@ -61,7 +61,7 @@ def open_repo(repo_id: str, revision: str | None = None) -> Repo:
     from huggingface_hub import HfApi, constants
 
     repo = Repo(repo_id, revision or DEFAULT_REVISION, "")
-    _check_names(repo)
+    check_names(repo)
     if constants.HF_HUB_OFFLINE:
         return _cached(repo)
     with client(repo):
@@ -145,7 +145,8 @@ def _is_name(repo_id: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII)) and ".." not in repo_id and len(repo_id) <= 96
 
 
-def _check_names(repo: Repo) -> None:
+def check_names(repo: Repo) -> None:
+    """Raise ``HubError`` where the repository's id or revision cannot be one."""
     if not _is_name(repo.id):
         raise HubError(f"{printable(repo.id)}: not the name of a repository: expected OWNER/NAME")
     parts = repo.revision.split("/")
@@ -226,11 +227,11 @@ def _progress_option(name: str, progress: FileProgress | None) -> dict:
 
 
 @contextlib.contextmanager
-def client(repo: Repo, file: str = "") -> Iterator[None]:
-    """Calls of huggingface_hub: its log kept quiet, its bars off, its errors explained in one line."""
+def client(repo: Repo, file: str = "", *, bars: bool = False) -> Iterator[None]:
+    """Calls of huggingface_hub: its log kept quiet, its bars off unless wanted, its errors explained in one line."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
-    verbosity, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    verbosity, had_bars = logging.get_verbosity(), not (bars or are_progress_bars_disabled())
     if not os.environ.get("HF_DEBUG"):
         logging.set_verbosity_error()
     if had_bars:

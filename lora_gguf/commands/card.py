@@ -1,0 +1,133 @@
+"""The model card of a merged file, from what its metadata say of how it was made."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_gguf.errors import printable
+from lora_gguf.files.base import Base
+from lora_gguf.merging.provenance import PREFIX
+from lora_gguf.text import share_text, size_text
+
+MARK = "<!-- This card was made by lora-gguf; a later push makes it anew unless this line is taken out. -->"
+_HUB = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", re.ASCII)
+
+
+def card(model: Base, repo_id: str, kept: float | None = None) -> str:
+    """Return the card of the merged file ``model`` for the repository ``repo_id``, in Markdown.
+
+    ``kept`` is the share of the adapters that the file keeps, where the merge has just told it.
+    """
+    name = repo_id.rpartition("/")[2]
+    made = f"{name} is one GGUF with {_adapters(model) or 'all that it needs'} merged in." if _adapters(model) else ""
+    parts = [
+        _front(model),
+        MARK,
+        f"# {name}",
+        made,
+        _run(model, repo_id),
+        _files(model),
+        _made(model, kept),
+        _check(model),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _own(model: Base, key: str, default: object = "") -> object:
+    return model.get(PREFIX + key, default)
+
+
+def _front(model: Base) -> str:
+    """Return the metadata that the Hub reads, as YAML."""
+    licence = model.get("general.license")
+    entries: dict[str, object] = {
+        "base_model": parents(model),
+        "license": licence if isinstance(licence, str) and re.fullmatch(r"[\w.-]+", licence, re.ASCII) else None,
+        "language": [word for word in model.get("general.languages") or [] if re.fullmatch(r"[a-z]{2,3}", str(word))],
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation" if model.get("tokenizer.chat_template") else None,
+        "tags": ["lora-gguf", "lora", "llama-cpp", "ollama"],
+    }
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items() if value]
+    return "\n".join(["---", *lines, "---"])
+
+
+def parents(model: Base) -> list[str]:
+    """Return the repositories on the Hub that the file names as its base and its adapters."""
+    count = model.get("general.base_model.count")
+    numbers = range(min(count, 100)) if isinstance(count, int) else ()
+    urls = [model.get(f"general.base_model.{i}.repo_url") for i in numbers] or [model.get("general.repo_url")]
+    found = [match[1] for url in urls if (match := _HUB.fullmatch(str(url or "")))]
+    return list(dict.fromkeys(found))
+
+
+def _run(model: Base, repo_id: str) -> str:
+    first = model.paths[0].name
+    lines = [f"llama-cli -hf {repo_id} --hf-file {printable(first)}"]
+    if len(model.paths) == 1:
+        lines += [
+            f"ollama run hf.co/{repo_id}",
+            f"hf download {repo_id} --local-dir . && ollama create {repo_id.rpartition('/')[2].lower()} -f Modelfile",
+        ]
+    return "\n".join(["## Run it", "", *(f"    {line}" for line in lines)])
+
+
+def _files(model: Base) -> str:
+    rows = [f"| {_cell(path.name)} | {size_text(path.stat().st_size)} |" for path in model.paths]
+    return "\n".join(["## Files", "", "| file | size |", "|---|---|", *rows])
+
+
+def _adapters(model: Base) -> str:
+    names, scales = _own(model, "adapter.names", []), _own(model, "adapter.scales", [])
+    return ", ".join(
+        f"{_cell(name)}" + ("" if scale == 1 else f" at scale {scale:g}")
+        for name, scale in zip(_list(names), _list(scales), strict=False)
+    )
+
+
+def _list(value: object) -> Sequence:
+    return value if isinstance(value, list) else []
+
+
+def _made(model: Base, kept: float | None) -> str:
+    """Return how the file was made, as a table; nothing for a file that does not say."""
+    if not _own(model, "version"):
+        return ""
+    facts = {
+        "base": ", ".join(parents(model)[:1]) or model.get("general.basename") or model.get("general.name"),
+        "sha256 of the base": ", ".join(map(str, _list(_own(model, "base.sha256")))),
+        "adapters": _adapters(model),
+        "kept of the adapters": "" if kept is None else f"{share_text(kept)} (1 is all)",
+        "rounding": f"{_own(model, 'rounding')}, seed {_own(model, 'seed')}",
+        "importance matrix": _own(model, "imatrix"),
+        "licence of the base": model.get("general.license"),
+        "made by": f"lora-gguf {_own(model, 'version')}",
+    }
+    rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value]
+    return "\n".join(["## How it was made", "", "| | |", "|---|---|", *rows])
+
+
+def _check(model: Base) -> str:
+    names = [printable(name) for name in _list(_own(model, "adapter.names", []))]
+    if not names:
+        return ""
+    scales = [f":{scale:g}" if scale != 1 else "" for scale in _list(_own(model, "adapter.scales", []))]
+    loras = " ".join(f"--lora {name}{scale}" for name, scale in zip(names, scales, strict=False))
+    first = printable(Path(model.paths[0]).name)
+    return "\n".join(
+        [
+            "## Check it",
+            "",
+            "This proves, tensor by tensor, that the file holds its base and the adapters:",
+            "",
+            f"    lora-gguf verify {first} --base BASE.gguf {loras}",
+        ]
+    )
+
+
+def _cell(value: object) -> str:
+    """Return ``value`` as it can stand in a cell of a table."""
+    return re.sub(r"([|<>`*_\[\]\\])", r"\\\1", printable(value, 200))
