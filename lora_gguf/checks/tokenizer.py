@@ -63,6 +63,15 @@ def compare_tokens(directory: Path, _config: dict, base: Base, texts: list[str])
     return Remark("vocabulary", OK, f"all {len(tokens)} tokens of the adapter's tokenizer files are the base's")
 
 
+def tokens_differ(directory: Path, base: Base) -> list[str]:
+    """A warning where the adapter's tokenizer is another one than the base's; nothing where either has none."""
+    texts = base.get("tokenizer.ggml.tokens")
+    if not isinstance(texts, list) or not texts or not (directory / "tokenizer.json").is_file():
+        return []
+    remark = compare_tokens(directory, {}, base, texts)
+    return [f"vocabulary: {remark.text}"] if remark and " tokens differ" in remark.text else []
+
+
 def is_filler(text: str, other: str) -> bool:
     return text != other and FILLER.fullmatch(text) is not None
 

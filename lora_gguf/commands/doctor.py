@@ -12,6 +12,7 @@ from lora_gguf.adapters.adapter import adapter_directory
 from lora_gguf.checks.checkup import NOTE, OK, REFUSAL, WARNING, DoctorReport, Outlook, Remark, TensorOutlook, recommend
 from lora_gguf.checks.inspection import AdapterInspection
 from lora_gguf.checks.keeping import NOTHING, idle, listed, poorly_kept
+from lora_gguf.checks.kinship import kinship
 from lora_gguf.checks.tokenizer import compare_tokenizer
 from lora_gguf.commands.inspect import inspect
 from lora_gguf.errors import LoraGgufError, printable
@@ -95,12 +96,11 @@ def remarks_on(path: str | os.PathLike, model: Base, named: bool = False) -> lis
     remarks = [
         Remark("adapter", level, f"{adapter_name(path)}: {', '.join(filter(None, (found.method, ranks)))}{trained}")
     ]
+    further = kinship(path, model)
     if not Path(path).is_file():
-        where = f"{adapter_name(path)}: " if named else ""
-        remarks += [
-            replace(remark, text=where + remark.text) for remark in compare_tokenizer(adapter_directory(path), model)
-        ]
-    return remarks
+        further += compare_tokenizer(adapter_directory(path), model)
+    where = f"{adapter_name(path)}: " if named else ""
+    return remarks + [replace(remark, text=where + remark.text) for remark in further]
 
 
 def remarks_on_fit(model: Base, plan: Plan, placements: Sequence[Placement]) -> list[Remark]:

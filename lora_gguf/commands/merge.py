@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_gguf.checks.keeping import idle, judged
+from lora_gguf.checks.kinship import kin_warnings
 from lora_gguf.errors import UsageError
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_writer import GgufWriter
@@ -107,7 +108,7 @@ def merge(
     with Base(base) as model:
         placements = [(placement_of(path, model, reading), scale) for path, scale in adapters]
         plan = make_plan(model, placements, policy)
-        plan.warnings += idle(adapters, placements)
+        plan.warnings += [*kin_warnings(adapters, model), *idle(adapters, placements)]
         accounts = [account for placement, _ in placements for account in placement.accounts]
         report = MergeReport(plan, accounts, [("base", base), *(("adapter", path) for path, _ in adapters)])
         if writing is None:
