@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_gguf.errors import MalformedError, printable
+from lora_gguf.quants.minifloats import e4m3_magnitudes
 
 MAX_DIMS = 32
 
@@ -25,9 +26,7 @@ def f8_e5m2_to_f32(raw: np.ndarray) -> np.ndarray:
 def f8_e4m3_to_f32(raw: np.ndarray) -> np.ndarray:
     """float8 with 4 exponent bits ("fn": no infinities), as uint8 of any shape, widened to f32 exactly."""
     codes = np.arange(256)
-    exponent, mantissa = codes >> 3 & 15, codes & 7
-    table = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    table = np.where(codes & 127 == 127, np.nan, table)
+    table = np.where(codes & 127 == 127, np.nan, e4m3_magnitudes())
     return np.copysign(table, np.where(codes < 128, 1.0, -1.0)).astype(np.float32)[raw]
 
 

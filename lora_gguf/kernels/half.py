@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.kernels.decorators import kernel, part
+from lora_gguf.kernels.decorators import part
 
 _UNIT = np.float32(2.0**-24)  # of f16 denormals
 
@@ -28,16 +28,15 @@ def f32_at(block, at):
     return f32_from_f16(np.uint32(block[at]) | np.uint32(block[at + 1]) << 8)
 
 
-@kernel
+@part
 def f16_from_f32(x):
     """The f16 bit pattern (uint16) nearest to the f32 ``x``, ties to even; overflow gives infinity, NaN a quiet NaN."""
     bits = np.float32(x).view(np.uint32)
-    sign = np.uint32((bits >> 16) & 0x8000)
     magnitude = np.uint32(bits & 0x7FFFFFFF)
-    if magnitude >= 0x47800000:  # 65536 and above
-        return np.uint16(sign | (0x7E00 if magnitude > 0x7F800000 else 0x7C00))
-    if magnitude < 0x38800000:  # denormal in f16: the addition rounds to its unit, 2**-24
-        rounded = np.float32(magnitude.view(np.float32) + np.float32(0.5))
-        return np.uint16(sign | (rounded.view(np.uint32) - 0x3F000000))
-    rebiased = (magnitude - 0x38000000) + 0xFFF + ((magnitude >> 13) & 1)
-    return np.uint16(sign | (rebiased >> 13))
+    normal = np.uint32(magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13
+    denormal = (
+        np.float32(magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32) - 0x3F000000
+    )  # in units of 2**-24
+    finite = np.uint32(denormal if magnitude < 0x38800000 else normal)
+    special = np.uint32(0x7E00 if magnitude > 0x7F800000 else 0x7C00)
+    return np.uint16((special if magnitude >= 0x47800000 else finite) | bits >> 16 & 0x8000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lora_gguf.kernels.decorators import kernel
+from lora_gguf.kernels.nearest import nearest_int
 
 F0, F1 = np.float32(0), np.float32(1)
 _INT32_END = np.float32(2.0**31)
@@ -18,12 +19,6 @@ def store_f16(values, blocks, at):
 
 
 @kernel
-def _nearest(t):
-    """int32, ties to even; beyond 2**22 whatever ggml's bit trick gives."""
-    return np.int32(np.int32(np.float32(t + np.float32(12582912)).view(np.int32) & 0x7FFFFF) - 0x400000)
-
-
-@kernel
 def round_scales(values, code_max, codes, scales):
     """Codes (n, groups) uint8 of values (n, groups), by the scale that makes ``code_max`` of the largest."""
     for i in range(len(values)):
@@ -32,7 +27,7 @@ def round_scales(values, code_max, codes, scales):
             largest = value if value > largest else largest
         inverse = code_max / largest if largest > F0 else F0
         for g in range(values.shape[1]):
-            codes[i, g] = _nearest(inverse * values[i, g]) & 255
+            codes[i, g] = nearest_int(inverse * values[i, g]) & 255
         scales[i] = largest / code_max
 
 
@@ -49,7 +44,7 @@ def round_signed_scales(values, lowest, highest, offset, least, codes, scales):
         is_zero = (abs(extreme) < least) | (extreme == F0)
         inverse = np.float32(lowest) / extreme
         for g in range(values.shape[1]):
-            code = np.int8(min(highest, _nearest(inverse * values[i, g])))
+            code = np.int8(min(highest, nearest_int(inverse * values[i, g])))
             codes[i, g] = 0 if is_zero else code + offset
         scales[i] = F0 if is_zero else F1 / inverse
 

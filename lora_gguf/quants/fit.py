@@ -15,10 +15,10 @@ from __future__ import annotations
 import numpy as np
 
 from lora_gguf.kernels.decorators import kernel
+from lora_gguf.kernels.nearest import nearest_int
 
 LANES = 64
 F0, F1 = np.float32(0), np.float32(1)
-_ROUNDING = np.float32(12582912)  # 1.5 * 2**23: a sum's lowest bit is worth one
 _TINY = np.float32(1e-15)
 _NO_LIMIT = np.int32(-0x7FFFFFFF)
 
@@ -36,14 +36,8 @@ def around(n, reach):
 
 
 @kernel
-def _nearest(t):
-    """The integer nearest to ``t``, ties to even; beyond 2**22 whatever ggml's bit trick gives: for infinity -2**22."""
-    return np.int32(np.int32(np.float32(t + _ROUNDING).view(np.int32) & 0x7FFFFF) - 0x400000)
-
-
-@kernel
 def _level(t, lowest, highest):
-    level = _nearest(t)
+    level = nearest_int(t)
     level = level if level > lowest else lowest
     return np.float32(level if level < highest else highest)
 

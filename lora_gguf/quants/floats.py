@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lora_gguf.kernels.decorators import kernel
+from lora_gguf.kernels.half import f16_from_f32, f32_from_f16
 from lora_gguf.quants.codec import Half, codec
 
 
@@ -19,26 +20,17 @@ def encode_f32(weights, importance, blocks):
 @kernel
 def decode_f16(blocks, out):
     """NaNs come out quiet, as the processor's own conversion gives them."""
-    halves, out = blocks.reshape(-1).view(np.uint16), out.reshape(-1).view(np.uint32)
+    halves, out = blocks.reshape(-1).view(np.uint16), out.reshape(-1)
     for j in range(halves.size):
-        bits = np.uint32(np.uint32(halves[j] & 0x7FFF) << 13)
-        finite = np.float32(bits.view(np.float32) * np.float32(2.0**112)).view(np.uint32)  # denormals come out right
-        special = np.uint32(bits | 0x7F800000 | (np.uint32(0x400000) if bits > 0x0F800000 else np.uint32(0)))
-        magnitude = special if bits >= 0x0F800000 else finite
-        out[j] = magnitude | np.uint32(halves[j] & 0x8000) << 16
+        out[j] = f32_from_f16(halves[j])
 
 
 @kernel
 def encode_f16(weights, importance, blocks):
     """Nearest, ties to even; overflow gives infinity."""
-    bits, halves = weights.reshape(-1).view(np.uint32), blocks.reshape(-1).view(np.uint16)
-    for j in range(bits.size):
-        magnitude = np.uint32(bits[j] & 0x7FFFFFFF)
-        normal = np.uint32(magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13
-        tiny = np.float32(magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32) - 0x3F000000
-        finite = np.uint32(tiny if magnitude < 0x38800000 else normal)
-        special = np.uint32(0x7E00 if magnitude > 0x7F800000 else 0x7C00)
-        halves[j] = (special if magnitude >= 0x47800000 else finite) | bits[j] >> 16 & 0x8000
+    weights, halves = weights.reshape(-1), blocks.reshape(-1).view(np.uint16)
+    for j in range(weights.size):
+        halves[j] = f16_from_f32(weights[j])
 
 
 @kernel

@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_gguf.kernels.decorators import kernel
 from lora_gguf.kernels.half import f16_from_f32
+from lora_gguf.kernels.nearest import nearest_int, nearest_vector
 
 SHIFT = np.float32(0.125)
 UP = np.array([-1, 0, 1], np.float32) + SHIFT
@@ -20,12 +21,6 @@ DOWN = np.array([-1, 0, 1], np.float32) - SHIFT
 NEGLIGIBLE_S, NEGLIGIBLE_M = np.float32(1e-12), np.float32(1e-7)
 LEAST = np.float32(-np.finfo(np.float32).max)
 FUDGE_S, FUDGE_M = np.float32(1.125), np.float32(1.1125)
-
-
-@kernel
-def _nearest_int(x):
-    """ggml's rounding to an integer, halves to even, NaN to 0, infinity to the lowest."""
-    return np.int32(np.float32(x + np.float32(12582912)).view(np.uint32) & 0x7FFFFF) - np.int32(0x400000)
 
 
 @kernel
@@ -63,28 +58,6 @@ def _eight(a, at):
 
 
 @kernel
-def _best_neighbour(neighbours, first, count, x, w, scale, shift, errors):
-    """The neighbour, of ``count`` from ``first`` on, of least weighted square error; the first if there are several.
-
-    ``x`` and ``w`` are tuples, so that their loop unrolls, and the indices unsigned, so that the other vectorises.
-    """
-    for n in range(count):
-        code, error = np.int32(neighbours[first + n]), np.float32(0)
-        for i in range(len(x)):
-            level = np.int32(code >> (2 * i)) & np.int32(3)
-            difference = scale * (np.float32(level - np.int32(1)) + shift) - x[i]
-            error += w[i] * difference * difference
-        errors[n] = np.float32(error).view(np.int32)
-    least, best = errors[0], np.int32(count)
-    for n in range(count):
-        least = errors[n] if errors[n] < least else least
-    for n in range(count):
-        at = np.int32(n) if errors[n] == least else np.int32(count)
-        best = at if at < best else best
-    return neighbours[first + np.uint64(best)]
-
-
-@kernel
 def _place(points, neighbours, x, w, k, scale, shift, errors, levels):
     """Put the ``k``-th eight of ``levels`` on the grid: the index of the vector, and whether it moved."""
     point = 0
@@ -93,7 +66,8 @@ def _place(points, neighbours, x, w, k, scale, shift, errors, levels):
     first, count = np.uint64(points[point, 0]), np.uint64(points[point, 1])
     if count == 0:
         return np.int64(first), False
-    code = _best_neighbour(neighbours, first, count, _eight(x, 8 * k), _eight(w, 8 * k), scale, shift, errors)
+    m, importance = _eight(x, 8 * k), _eight(w, 8 * k)
+    code = nearest_vector(neighbours, (first, count), m, importance, scale, shift, errors)
     for i in range(8):
         levels[8 * k + i] = code >> (2 * i) & 3
     return np.int64(code >> 16), True
@@ -220,7 +194,7 @@ def _three_bits(raw, scales):
     step = largest / np.float32(15)
     inverse = np.float32(1) / step if largest > 0 else np.float32(0)
     for g in range(len(raw)):
-        level = _nearest_int(np.float32(0.5) * (inverse * raw[g] - np.float32(1)))
+        level = nearest_int(np.float32(0.5) * (inverse * raw[g] - np.float32(1)))
         scales[g] = max(0, min(7, level)) if largest > 0 else 0
     return step
 

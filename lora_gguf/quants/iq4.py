@@ -15,6 +15,7 @@ import numpy as np
 from lora_gguf.kernels.by_block import F32, I8, U8, by_block
 from lora_gguf.kernels.decorators import kernel
 from lora_gguf.kernels.half import f16_from_f32, f32_from_f16
+from lora_gguf.kernels.nearest import nearest_int
 from lora_gguf.quants.codec import Grid, codec
 
 LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
@@ -213,12 +214,6 @@ def _write_iq4_nl(x, scales, blocks):
 
 
 @kernel
-def _nearest_int(x):
-    """ggml's rounding to an integer, halves to even, NaN to 0."""
-    return np.int32(np.float32(x + np.float32(12582912)).view(np.uint32) & 0x7FFFFF) - 0x400000
-
-
-@kernel
 def _write_iq4_xs(x, scales, blocks):
     """Quantize the eight scales of each block to six bits and the weights to those."""
     for i in range(len(blocks)):
@@ -231,7 +226,7 @@ def _write_iq4_xs(x, scales, blocks):
             block[at] = 0
         _write_f16(d, block)
         for s in range(8):
-            scale = max(-32, min(31, _nearest_int(inverse * scales[i, s])))
+            scale = max(-32, min(31, nearest_int(inverse * scales[i, s])))
             block[4 + s // 2] |= (scale + 32 & 15) << (4 * (s % 2))
             block[2 + s // 4] |= (scale + 32 >> 4) << (2 * (s % 4))
             _write_codes(x[i, 32 * s :], d * np.float32(scale), block[8 + 16 * s :])

@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_gguf.kernels.decorators import kernel
 from lora_gguf.kernels.half import f16_from_f32
+from lora_gguf.kernels.nearest import nearest_int, nearest_vector
 
 OFF_GRID, UNLESS_ON_GRID, ALWAYS = range(3)
 M, W, ROOT, Q = range(4)  # rows of ``work``: magnitudes, importances, their roots, values of two sets of vectors
@@ -43,12 +44,6 @@ RULES = {
     "IQ3_XXS": Rules(32, 15, _f32(0.2), _f32(1e-8), fudge=_f32(1.0125), even_signs=True),
     "IQ3_S": Rules(32, 9, _f32(0.2), _f32(2.0**-149), fudge=_f32(1.033), polish=UNLESS_ON_GRID, shifts=True),
 }
-
-
-@kernel
-def _nearest_int(x):
-    """ggml's rounding to an integer, halves to even, NaN to 0, infinity to the lowest."""
-    return np.int32(np.float32(x + np.float32(12582912)).view(np.uint32) & 0x7FFFFF) - np.int32(0x400000)
 
 
 @kernel
@@ -101,7 +96,7 @@ def _fit_error(m, w, scale, inverse, top):
     """The weighted square error of ``m`` at levels up to ``top``; without ``top`` a level is a byte, which wraps."""
     error = np.float32(0)
     for j in range(len(m)):
-        level = _nearest_int(inverse * m[j])
+        level = nearest_int(inverse * m[j])
         level = min(level, top) if top else level & 0xFF
         difference = m[j] - scale * np.float32(level)
         error += w[j] * difference * difference
@@ -124,7 +119,7 @@ def _fit(m, w, top):
             error, inverse = guess_error, guess
     lx, ll, levels = np.float32(0), np.float32(0), np.empty(len(m), np.uint8)
     for j in range(len(m)):
-        level = min(_nearest_int(inverse * m[j]), top)
+        level = min(nearest_int(inverse * m[j]), top)
         levels[j] = level
         lx += w[j] * m[j] * np.float32(level)
         ll += w[j] * np.float32(level) * np.float32(level)
@@ -144,7 +139,7 @@ def _move_levels(m, w, top, lx, ll, levels):
         new_lx, new_ll = lx - w[j] * m[j] * old, ll - w[j] * old * old
         if not (new_lx > 0 and new_ll > 0):
             continue
-        level = min(_nearest_int(m[j] * new_ll / new_lx), top)
+        level = min(nearest_int(m[j] * new_ll / new_lx), top)
         if level == levels[j]:
             continue
         new_lx += w[j] * m[j] * np.float32(level)
@@ -162,29 +157,6 @@ def _four(work, row, at):
 @kernel
 def _eight(work, row, at):
     return _four(work, row, at) + _four(work, row, at + 4)
-
-
-@kernel
-def _best_neighbour(neighbours, first, count, m, root, scale, errors):
-    """The neighbour, of ``count`` from ``first`` on, of least weighted square error; the first if there are several.
-
-    ``m`` and ``root`` are tuples, so that their loop unrolls, and the indices unsigned, so that the other vectorises.
-    """
-    width = 16 // len(m)
-    for n in range(count):
-        code, error = np.int32(neighbours[first + n]), np.float32(0)
-        for i in range(len(m)):
-            level = np.int32(code >> (width * i)) & np.int32((1 << width) - 1)
-            difference = scale * np.float32(np.int32(2 * level + 1)) - m[i]
-            error += root[i] * difference * difference
-        errors[n] = np.float32(error).view(np.int32)
-    least, best = errors[0], np.int32(count)
-    for n in range(count):
-        least = errors[n] if errors[n] < least else least
-    for n in range(count):
-        at = np.int32(n) if errors[n] == least else np.int32(count)
-        best = at if at < best else best
-    return neighbours[first + np.uint64(best)]
 
 
 @kernel
@@ -218,7 +190,7 @@ def _search(n_levels, dims, points, neighbours, rules, scale, start, work, round
         inverse = np.float32(1) / scale if last else (top + np.float32(t) * rules.try_step) / start
         trial = scale if last else np.float32(1) / inverse
         for j in range(work.shape[1]):
-            level = _nearest_int(np.float32(0.5) * (inverse * work[M, j] - np.float32(1)))
+            level = nearest_int(np.float32(0.5) * (inverse * work[M, j] - np.float32(1)))
             rounded[j] = max(np.int32(0), min(np.int32(n_levels - 1), level))
         for k in range(vectors.shape[1]):
             if only and vectors[row, k] < OFF_GRID_BIT:
@@ -231,10 +203,10 @@ def _search(n_levels, dims, points, neighbours, rules, scale, start, work, round
             if count > 0:
                 if dims == 8:
                     m, root = _eight(work, M, 8 * k), _eight(work, ROOT, 8 * k)
-                    code = _best_neighbour(neighbours, first, count, m, root, trial, errors)
+                    code = nearest_vector(neighbours, (first, count), m, root, trial, None, errors)
                 else:
                     m, root = _four(work, M, 4 * k), _four(work, ROOT, 4 * k)
-                    code = _best_neighbour(neighbours, first, count, m, root, trial, errors)
+                    code = nearest_vector(neighbours, (first, count), m, root, trial, None, errors)
                 vectors[row, k] = code >> 16 | OFF_GRID_BIT
                 moved = True
                 for i in range(dims):
@@ -259,7 +231,7 @@ def _quantize_scales(scales, fudge, nibbles):
     d = largest / np.float32(31)
     inverse = np.float32(1) / d if d > 0 else np.float32(0)
     for g in range(len(scales)):
-        nibble = _nearest_int(np.float32(0.5) * (inverse * scales[g] - np.float32(1)))
+        nibble = nearest_int(np.float32(0.5) * (inverse * scales[g] - np.float32(1)))
         nibbles[g] = max(0, min(15, nibble)) if largest > 0 else 0
     return f16_from_f32(d * fudge)
 

@@ -20,6 +20,7 @@ import numpy as np
 from lora_gguf.kernels.by_block import F32, I8, U8, by_block
 from lora_gguf.kernels.decorators import kernel
 from lora_gguf.quants.codec import Grid, codec
+from lora_gguf.quants.minifloats import e4m3_magnitudes
 
 VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 LEVELS = np.sort(VALUES)
@@ -30,16 +31,9 @@ def _scales_e8m0() -> np.ndarray:
     return np.ldexp(np.float32(1), np.arange(256) - 128).astype(np.float32)
 
 
-def _scales_e4m3() -> np.ndarray:
-    """Half of the E4M3 value of each byte without its sign bit; 127, which is NaN, is 0 in ggml, 255 is not."""
-    exponent, mantissa = np.arange(256) >> 3 & 15, np.arange(256) & 7
-    value = np.where(exponent == 0, np.ldexp(mantissa, -9), np.ldexp(1 + mantissa / 8, exponent - 7))
-    value[127] = 0
-    return (value / 2).astype(np.float32)
-
-
 E8M0 = _scales_e8m0()
-E4M3 = _scales_e4m3()
+# half of the E4M3 value of each byte; 127, which is NaN, is 0 in ggml, 255 is not
+E4M3 = np.where(np.arange(256) == 127, 0, e4m3_magnitudes() / 2).astype(np.float32)
 
 
 @kernel
