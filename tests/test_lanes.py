@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numba.core.errors import TypingError
 
 from lora_gguf.kernels import lanes
 from lora_gguf.kernels.decorators import kernel
@@ -88,3 +89,45 @@ def test_rows_columns_and_codes():
     target, taken = np.zeros((1, 20), np.float32), np.zeros(17, np.int8)
     moved(source, codes, target, taken)
     assert np.array_equal(target[0], [0, 0, *range(35, 51), 0, 0]) and np.array_equal(taken, [*range(-7, 9), 0])
+
+
+REFUSED = {
+    "every second": np.zeros(40, np.float32)[::2],
+    "columns": np.zeros((20, 20), np.float32)[:, 2:18],
+    "by columns": np.zeros((20, 20), np.float32, order="F"),
+    "f64": np.zeros(20),
+    "uint8": np.zeros(20, np.uint8),
+    "int32": np.zeros(20, np.int32),
+    "f16": np.zeros(20, np.float16),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_what_it_would_read_or_write_wrongly(name):
+    array = REFUSED[name]
+    at = (0, 0) if array.ndim == 2 else 0
+
+    @kernel
+    def loaded(array, at, out):
+        lanes.store(lanes.load(array, at), out, 0)
+
+    @kernel
+    def stored(array, at):
+        lanes.store(lanes.splat(np.float32(1.0)), array, at)
+
+    with pytest.raises(TypingError, match="C-contiguous arrays of f32 or int8, found"):
+        loaded(array, at, np.zeros(16, np.float32))
+    with pytest.raises(TypingError, match="C-contiguous arrays of f32 or int8, found"):
+        stored(array, at)
+
+
+def test_takes_a_part_of_a_row():
+    """Nor is a part of a C-contiguous row, or a row of a matrix, refused."""
+
+    @kernel
+    def moved(source, target):
+        lanes.store(lanes.load(source[1], 2), target[2:], 0)
+
+    source, target = np.arange(64, dtype=np.float32).reshape(2, 32), np.zeros(20, np.float32)
+    moved(source, target)
+    assert np.array_equal(target, [0, 0, *range(34, 50), 0, 0])

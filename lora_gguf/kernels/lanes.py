@@ -11,6 +11,7 @@ import operator
 
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.errors import TypingError
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, models, register_model
@@ -200,10 +201,17 @@ def _pointer(context, builder, array_type, array, at, scalar):
     return builder.bitcast(builder.gep(struct.data, [at]), _vector(scalar).as_pointer())
 
 
+def _is_f32(array) -> bool:
+    """Whether lanes of an array are f32, not int8. Raises ``TypingError`` for an array of anything else, or not in C order."""
+    if not isinstance(array, types.Array) or array.layout != "C" or array.dtype not in (types.float32, types.int8):
+        raise TypingError(f"lanes are loaded from and stored to C-contiguous arrays of f32 or int8, found {array}")
+    return array.dtype == types.float32
+
+
 @intrinsic
 def load(typing, array, at):
     """Sixteen of ``array`` from ``at`` on, f32, or int8 as f32. There must be as many: nothing checks it."""
-    is_f32 = array.dtype == types.float32
+    is_f32 = _is_f32(array)
 
     def emit(context, builder, sig, args):
         scalar = ir.FloatType() if is_f32 else ir.IntType(8)
@@ -220,7 +228,7 @@ def store(typing, lanes, array, at):
     """Put ``lanes`` into ``array`` from ``at`` on: f32, or whole numbers as int8. There must be room: nothing checks
     it.
     """
-    is_f32 = array.dtype == types.float32
+    is_f32 = _is_f32(array)
 
     def emit(context, builder, sig, args):
         scalar, lanes = (ir.FloatType() if is_f32 else ir.IntType(8)), args[0]
