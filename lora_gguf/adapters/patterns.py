@@ -114,15 +114,19 @@ def _check(key: str) -> None:
     """Raise unless ``key`` is an expression to Python, of what both engines understand alike."""
     if len(key) > MAX_KEY:
         raise _refusal(key, f"expected at most {MAX_KEY} characters, found {len(key)}")
+    _compile(key, rf"(.*\.)?({key})$")
+    for item in _ITEM.findall(key):
+        _check_item(key, item)
+    _compile(key, key)  # a bracket that closes one of PEFT's is none
+
+
+def _compile(key: str, expression: str) -> None:
     try:
-        re.compile(key)
-        re.compile(rf"(.*\.)?({key})$")
+        re.compile(expression)
     except (re.error, OverflowError) as error:
         raise MalformedError(f"pattern {printable(key, 60)!r}: not a regular expression: {error}") from None
     except RecursionError:
         raise _refusal(key, "it is nested too deeply") from None
-    for item in _ITEM.findall(key):
-        _check_item(key, item)
 
 
 def _check_item(key: str, item: str) -> None:

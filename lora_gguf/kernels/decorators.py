@@ -12,7 +12,9 @@ import contextlib
 import functools
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache
@@ -53,17 +55,17 @@ class _Cache:
     damaged: anything that ``pickle`` does.
     """
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
     @functools.cached_property
     def _files(self) -> FunctionCache:
         return FunctionCache(self._function)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._files, name)
 
-    def load_overload(self, sig, target_context):
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
         with contextlib.suppress(Exception):
             rtsys.initialize(target_context)  # all that is needed here of what Numba's own does, in a tenth of the time
             return self._files._load_overload(sig, target_context)
@@ -71,28 +73,28 @@ class _Cache:
             self._files.flush()
         return None
 
-    def save_overload(self, sig, data):
+    def save_overload(self, sig: Any, data: Any) -> None:
         with contextlib.suppress(Exception):
             self._files.save_overload(sig, data)
 
 
-def _compiled(function, **options):
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
     dispatcher = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True, **options)(function)
     if CACHE:
         dispatcher._cache = _Cache(function)
     return dispatcher
 
 
-def kernel(function):
+def kernel(function: Callable[..., Any]) -> Any:
     """Compile ``function`` on first use: no GIL, no Python errors, C's rules for division, cached on disk."""
     return _compiled(function)
 
 
-def part(function):
+def part(function: Callable[..., Any]) -> Any:
     """As ``kernel``, for what other kernels call often: it becomes a part of their code."""
     return _compiled(function, forceinline=True, no_cpython_wrapper=True)
 
 
-def report_kernel(function):
+def report_kernel(function: Callable[..., Any]) -> Any:
     """As ``kernel``, but sums may be taken in any order: for figures in reports, never for bytes that are written."""
     return _compiled(function, fastmath={"reassoc"})

@@ -8,7 +8,9 @@ rounds once everywhere. Python's operators work lane by lane.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.errors import TypingError
@@ -25,7 +27,7 @@ _SCALARS = {"F32": ir.FloatType(), "U32": ir.IntType(32)}
 class Lanes(types.Type):
     """The numba type of sixteen numbers."""
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str) -> None:
         self.kind = kind
         super().__init__(name=f"Lanes({kind})")
 
@@ -33,22 +35,22 @@ class Lanes(types.Type):
 F32, U32 = Lanes("F32"), Lanes("U32")
 
 
-def _vector(scalar) -> ir.VectorType:
+def _vector(scalar: Any) -> ir.VectorType:
     return ir.VectorType(scalar, N)
 
 
 @register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):
-    def __init__(self, manager, lanes):
+    def __init__(self, manager: Any, lanes: Any) -> None:
         super().__init__(manager, lanes, _vector(_SCALARS[lanes.kind]))
 
 
-def _operator(op, lanes: Lanes, emit: str) -> None:
+def _operator(op: Any, lanes: Lanes, emit: str) -> None:
     """Let ``op`` of two ``lanes`` be the LLVM instruction ``emit``."""
 
     @infer_global(op)
     class _Template(AbstractTemplate):
-        def generic(self, args, _):
+        def generic(self, args: Any, _: Any) -> Any:
             return signature(lanes, *args) if args == (lanes, lanes) else None
 
     lower_builtin(op, lanes, lanes)(lambda context, builder, sig, args: getattr(builder, emit)(*args))
@@ -68,10 +70,10 @@ for _op, _lanes, _emit in (
     _operator(_op, _lanes, _emit)
 
 
-def _llvm(name: str):
+def _llvm(name: str) -> Any:
     """What calls LLVM's function ``name`` on f32 lanes, or on f32."""
 
-    def emit(_context, builder, sig, args):
+    def emit(_context: Any, builder: Any, sig: Any, args: Any) -> Any:
         function = ir.FunctionType(args[0].type, [arg.type for arg in args])
         suffix = f"v{N}f32" if sig.return_type == F32 else "f32"
         return builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.{name}.{suffix}"), args)
@@ -79,7 +81,7 @@ def _llvm(name: str):
     return emit
 
 
-def _select(comparison: str):
+def _select(comparison: str) -> Any:
     """What takes the first of two lanes where the comparison holds, and the second elsewhere: one instruction, unlike
     minnum.
     """
@@ -87,90 +89,90 @@ def _select(comparison: str):
 
 
 @intrinsic
-def floor(typing, x):
+def floor(typing: Any, x: Any) -> Any:
     return x(x), _llvm("floor")
 
 
 @intrinsic
-def magnitude(typing, x):
+def magnitude(typing: Any, x: Any) -> Any:
     return x(x), _llvm("fabs")
 
 
 @intrinsic
-def fma(typing, x, y, z):
+def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
     """x * y + z, rounded once; also of three f32."""
     return x(x, y, z), _llvm("fma")
 
 
 @intrinsic
-def least(typing, x, y):
+def least(typing: Any, x: Any, y: Any) -> Any:
     """The smaller of each two; ``y`` where ``x`` is NaN."""
     return x(x, y), _select("<")
 
 
 @intrinsic
-def most(typing, x, y):
+def most(typing: Any, x: Any, y: Any) -> Any:
     """The larger of each two; ``y`` where ``x`` is NaN."""
     return x(x, y), _select(">")
 
 
-def _splat(builder, scalar):
+def _splat(builder: Any, scalar: Any) -> Any:
     vector = ir.Constant(_vector(scalar.type), ir.Undefined)
     first = builder.insert_element(vector, scalar, ir.IntType(32)(0))
     return builder.shuffle_vector(first, vector, ir.Constant(_vector(ir.IntType(32)), [0] * N))
 
 
 @intrinsic
-def splat(typing, value):
+def splat(typing: Any, value: Any) -> Any:
     """All lanes the one f32 or uint32 ``value``."""
     lanes = {types.float32: F32, types.uint32: U32}[value]
     return lanes(value), lambda context, builder, sig, args: _splat(builder, args[0])
 
 
 @intrinsic
-def iota(typing):
+def iota(typing: Any) -> Any:
     """0 to 15, uint32."""
     return U32(), lambda *_: ir.Constant(_vector(ir.IntType(32)), list(range(N)))
 
 
 @intrinsic
-def to_f32(typing, lanes):
+def to_f32(typing: Any, lanes: Any) -> Any:
     """Whole numbers below 2**31 as f32."""
     return F32(U32), lambda context, builder, sig, args: builder.sitofp(args[0], _vector(ir.FloatType()))
 
 
 @intrinsic
-def where_less(typing, x, y, one, other):
+def where_less(typing: Any, x: Any, y: Any, one: Any, other: Any) -> Any:
     """``one`` where x < y, and ``other`` elsewhere."""
 
-    def emit(_context, builder, _sig, args):
+    def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
         return builder.select(builder.fcmp_ordered("<", *args[:2]), *args[2:])
 
     return one(x, y, one, other), emit
 
 
 @intrinsic
-def bits(typing, lanes):
+def bits(typing: Any, lanes: Any) -> Any:
     """The bit patterns of f32 lanes, as U32, or the f32 that U32 lanes are the patterns of."""
     other = U32 if lanes == F32 else F32
     return other(lanes), lambda context, builder, sig, args: builder.bitcast(args[0], _vector(_SCALARS[other.kind]))
 
 
 @intrinsic
-def nonzero(typing, lanes):
+def nonzero(typing: Any, lanes: Any) -> Any:
     """1 where a lane is not 0 (or NaN), else 0."""
 
-    def emit(_context, builder, _sig, args):
+    def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
         zero = ir.Constant(args[0].type, [0.0] * N)
         return builder.uitofp(builder.fcmp_unordered("!=", args[0], zero), args[0].type)
 
     return F32(F32), emit
 
 
-def _halved(combine):
+def _halved(combine: Any) -> Any:
     """What makes one number of all lanes, by halves, the upper on the lower: in one order on every machine."""
 
-    def emit(context, builder, sig, args):
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         lanes = args[0]
         for half in (8, 4, 2, 1):
             upper = ir.Constant(_vector(ir.IntType(32)), [(k + half) % N for k in range(N)])
@@ -181,18 +183,18 @@ def _halved(combine):
 
 
 @intrinsic
-def total(typing, lanes):
+def total(typing: Any, lanes: Any) -> Any:
     """The sum of all lanes."""
     return types.float32(F32), _halved(lambda context, builder, sig, args: builder.fadd(*args))
 
 
 @intrinsic
-def greatest(typing, lanes):
+def greatest(typing: Any, lanes: Any) -> Any:
     """The largest of all lanes."""
     return types.float32(F32), _halved(_select(">"))
 
 
-def _pointer(context, builder, array_type, array, at, scalar):
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, at: int, scalar: Any) -> Any:
     """Where lanes of ``scalar`` begin in a C-contiguous array: at a flat index, or at (row, column)."""
     struct = context.make_array(array_type)(context, builder, value=array)
     if isinstance(at.type, ir.ArrayType):
@@ -201,7 +203,7 @@ def _pointer(context, builder, array_type, array, at, scalar):
     return builder.bitcast(builder.gep(struct.data, [at]), _vector(scalar).as_pointer())
 
 
-def _is_f32(array) -> bool:
+def _is_f32(array: Any) -> bool:
     """Whether lanes of an array are f32, not int8. Raises ``TypingError`` for an array of anything else, or not in C order."""
     if not isinstance(array, types.Array) or array.layout != "C" or array.dtype not in (types.float32, types.int8):
         raise TypingError(f"lanes are loaded from and stored to C-contiguous arrays of f32 or int8, found {array}")
@@ -209,11 +211,11 @@ def _is_f32(array) -> bool:
 
 
 @intrinsic
-def load(typing, array, at):
+def load(typing: Any, array: Any, at: int) -> Any:
     """Sixteen of ``array`` from ``at`` on, f32, or int8 as f32. There must be as many: nothing checks it."""
     is_f32 = _is_f32(array)
 
-    def emit(context, builder, sig, args):
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         scalar = ir.FloatType() if is_f32 else ir.IntType(8)
         lanes = builder.load(_pointer(context, builder, array, *args, scalar), align=4 if is_f32 else 1)
         return (
@@ -224,13 +226,13 @@ def load(typing, array, at):
 
 
 @intrinsic
-def store(typing, lanes, array, at):
+def store(typing: Any, lanes: Any, array: Any, at: int) -> Any:
     """Put ``lanes`` into ``array`` from ``at`` on: f32, or whole numbers as int8. There must be room: nothing checks
     it.
     """
     is_f32 = _is_f32(array)
 
-    def emit(context, builder, sig, args):
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         scalar, lanes = (ir.FloatType() if is_f32 else ir.IntType(8)), args[0]
         if not is_f32:
             lanes = builder.trunc(builder.fptosi(lanes, _vector(ir.IntType(32))), _vector(scalar))
@@ -241,7 +243,7 @@ def store(typing, lanes, array, at):
 
 
 @kernel
-def copy(source, target):
+def copy(source: np.ndarray, target: np.ndarray) -> None:
     """The f32 or int8 row ``source`` into ``target``, a multiple of sixteen long: ``target[:] = source`` takes five
     times as long.
     """

@@ -12,7 +12,7 @@ _ROWS = 24
 
 
 @part
-def _three_rows(b, tile, i, j, delta):
+def _three_rows(b: np.ndarray, tile: np.ndarray, i: int, j: int, delta: np.ndarray) -> None:
     """The columns ``j`` to ``j`` + 32 of the three rows of the product from ``i`` on; ``tile`` (r, 32) are those of the
     right factor.
     """
@@ -32,7 +32,7 @@ def _three_rows(b, tile, i, j, delta):
 
 
 @kernel
-def low_rank(b, a, delta):
+def low_rank(b: np.ndarray, a: np.ndarray, delta: np.ndarray) -> None:
     """delta = b @ a in f32: b (rows, r), a (r, cols), delta (rows, cols). The sum over r runs in one order for every
     element, each step rounded once, whatever the chunk and the machine: BLAS does not promise that."""
     n_rows, n_cols = delta.shape

@@ -10,7 +10,7 @@ _ROUNDING = np.float32(12582912)  # 1.5 * 2**23: a sum's lowest bit is worth one
 
 
 @part
-def nearest_int(x):
+def nearest_int(x: float) -> int:
     """The integer (int32) nearest to the f32 ``x``, ties to even; beyond 2**22 whatever ggml's bit trick gives: NaN
     becomes 0, infinity -2**22.
     """
@@ -18,7 +18,15 @@ def nearest_int(x):
 
 
 @kernel
-def nearest_vector(vectors, span, x, w, scale, shift, errors):
+def nearest_vector(
+    vectors: np.ndarray,
+    span: tuple[int, int],
+    x: tuple[float, ...],
+    w: tuple[float, ...],
+    scale: float,
+    shift: float | None,
+    errors: np.ndarray,
+) -> int:
     """The vector of least weighted square error, of ``span`` = (first, count) of ``vectors``; the first if there are
     several.
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,13 +30,13 @@ from lora_gguf.quants.ggml import BY_NAME, GgmlType
 class Grid:
     """The values that the weights of a block can take, ``group`` weights a step; see the module's docstring."""
 
-    unpack: Callable
-    pack: Callable
+    unpack: Callable[..., None]
+    pack: Callable[..., None]
     group: int
     code_max: int
     code_min: int = 0
     zero: int = 0
-    lows: Callable | None = None
+    lows: Callable[..., None] | None = None
     levels: np.ndarray | None = None
 
 
@@ -56,8 +57,8 @@ class Codec:
     """
 
     type: GgmlType
-    decode: Callable
-    encode: Callable
+    decode: Callable[..., None]
+    encode: Callable[..., None]
     needs_importance: bool = False
     scales_at: tuple[int, ...] = ()
     exponents_at: tuple[int, ...] = ()
@@ -90,6 +91,6 @@ class Codec:
         return found
 
 
-def codec(name: str, decode: Callable, encode: Callable, **more) -> Codec:
+def codec(name: str, decode: Callable[..., None], encode: Callable[..., None], **more: Any) -> Codec:
     """Return the ``Codec`` of the ggml type called ``name``."""
     return Codec(BY_NAME[name], decode, encode, **more)

@@ -11,7 +11,7 @@ F0, F1 = np.float32(0), np.float32(1)
 _INT32_END = np.float32(2.0**31)
 
 
-def store_f16(values, blocks, at):
+def store_f16(values: np.ndarray, blocks: np.ndarray, at: int) -> np.ndarray:
     """Writes ``values`` (n,) as f16 at byte ``at`` of ``blocks``, both even; gives them so rounded, (n, 1) f32."""
     stored = blocks.view(np.float16)[:, at // 2]
     stored[...] = values
@@ -19,7 +19,7 @@ def store_f16(values, blocks, at):
 
 
 @kernel
-def round_scales(values, code_max, codes, scales):
+def round_scales(values: np.ndarray, code_max: int, codes: np.ndarray, scales: np.ndarray) -> None:
     """Codes (n, groups) uint8 of values (n, groups), by the scale that makes ``code_max`` of the largest."""
     for i in range(len(values)):
         largest = F0
@@ -32,7 +32,9 @@ def round_scales(values, code_max, codes, scales):
 
 
 @kernel
-def round_signed_scales(values, lowest, highest, offset, least, codes, scales):
+def round_signed_scales(
+    values: np.ndarray, lowest: int, highest: int, offset: int, least: float, codes: np.ndarray, scales: np.ndarray
+) -> None:
     """Codes (n, groups) int8 of values (n, groups), by the scale that makes ``lowest`` of the largest in magnitude.
 
     ``offset`` is added to the codes. Without a value of magnitude ``least`` or more, codes and scale are 0.
@@ -49,7 +51,7 @@ def round_signed_scales(values, lowest, highest, offset, least, codes, scales):
         scales[i] = F0 if is_zero else F1 / inverse
 
 
-def sums(x):
+def sums(x: np.ndarray) -> np.ndarray:
     """f32 sums of the rows of x (groups, n), added one after the other."""
     out = np.empty(len(x), np.float32)
     _sums(x, out)
@@ -57,7 +59,7 @@ def sums(x):
 
 
 @kernel
-def _sums(x, out):
+def _sums(x: np.ndarray, out: np.ndarray) -> None:
     for g in range(len(x)):
         total = F0
         for value in x[g]:
@@ -65,7 +67,7 @@ def _sums(x, out):
         out[g] = total
 
 
-def extremes(x):
+def extremes(x: np.ndarray) -> np.ndarray:
     """Per group of x (groups, n) its largest in magnitude, its lowest and its highest weight; of equals the first."""
     found = np.empty((3, len(x)), np.float32)
     _find_extremes(x, found)
@@ -73,7 +75,7 @@ def extremes(x):
 
 
 @kernel
-def _find_extremes(x, found):
+def _find_extremes(x: np.ndarray, found: np.ndarray) -> None:
     for g in range(len(x)):
         bits = x[g].view(np.int32)
         low_key, high_key = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
@@ -89,13 +91,13 @@ def _find_extremes(x, found):
 
 
 @kernel
-def _ordered(bits):
+def _ordered(bits: int) -> int:
     """An integer that grows with the number whose bits these are, and the bits again of such an integer."""
     return np.int32(bits ^ (np.int32(bits >> 31) & 0x7FFFFFFF))
 
 
 @kernel
-def _first(x, a, b):
+def _first(x: np.ndarray, a: float, b: float) -> float:
     for value in x:
         if value == a or value == b:
             return value
@@ -103,7 +105,9 @@ def _first(x, a, b):
 
 
 @kernel
-def truncate(x, scales, minima, offset, code_max, codes):
+def truncate(
+    x: np.ndarray, scales: np.ndarray, minima: np.ndarray, offset: float, code_max: int, codes: np.ndarray
+) -> None:
     """codes = int8((x - minimum) / scale + offset), at most ``code_max``; 0 where no int32 can hold that."""
     for g in range(len(x)):
         xg, minimum, group = x[g], minima[g], codes[g]
@@ -115,7 +119,7 @@ def truncate(x, scales, minima, offset, code_max, codes):
 
 
 @kernel
-def round_away(x, scales, codes):
+def round_away(x: np.ndarray, scales: np.ndarray, codes: np.ndarray) -> None:
     """codes = int8 of x / scale rounded, halves away from zero; 0 where no int32 can hold that."""
     for g in range(len(x)):
         xg, group = x[g], codes[g]

@@ -23,27 +23,27 @@ _TINY = np.float32(1e-15)
 _NO_LIMIT = np.int32(-0x7FFFFFFF)
 
 
-def upward(code_max, first, step, count):
+def upward(code_max: int, first: float, step: float, count: int) -> np.ndarray:
     """``code_max`` itself, then ``count`` numerators from code_max + first on."""
     tries = np.float32(first) + np.float32(step) * np.arange(count, dtype=np.float32) + np.float32(code_max)
     return np.concatenate([np.array([code_max], np.float32), tries])
 
 
-def around(n, reach):
+def around(n: int, reach: int) -> np.ndarray:
     """``n`` itself, then numerators up to ``reach`` tenths below and above."""
     tenths = [0, *range(-reach, 0), *range(1, reach + 1)]
     return np.float32(n) + np.float32(0.1) * np.array(tenths, np.float32)
 
 
 @kernel
-def _level(t, lowest, highest):
+def _level(t: float, lowest: int, highest: int) -> float:
     level = nearest_int(t)
     level = level if level > lowest else lowest
     return np.float32(level if level < highest else highest)
 
 
 @kernel
-def _gather(groups, first, lanes):
+def _gather(groups: np.ndarray, first: int, lanes: np.ndarray) -> None:
     """Groups ``first`` to ``first + LANES`` into lanes; past the last group comes the last one again."""
     for v in range(LANES):
         group = groups[min(first + v, len(groups) - 1)]
@@ -52,7 +52,7 @@ def _gather(groups, first, lanes):
 
 
 @kernel
-def _scatter(s, first, codes):
+def _scatter(s: np.ndarray, first: int, codes: np.ndarray) -> None:
     for v in range(min(LANES, len(codes) - first)):
         group = codes[first + v]
         for j in range(group.size):
@@ -67,7 +67,15 @@ X, W, LEVELS, N_ROWS = 14, 46, 78, 110  # the rows of the at most 32 weights, th
 
 
 @kernel
-def fit_affine(x, w, numerators, absolute, scales, minima, codes):
+def fit_affine(
+    x: np.ndarray,
+    w: np.ndarray,
+    numerators: np.ndarray,
+    absolute: bool,
+    scales: np.ndarray,
+    minima: np.ndarray,
+    codes: np.ndarray,
+) -> None:
     """weight = scale * code - minimum, with codes 0 to ``numerators[0]`` (int8) and minima (groups,) of at least 0.
 
     Each try rounds with the scale (highest - lowest) / numerator and takes the weighted least squares fit to the codes
@@ -93,7 +101,7 @@ def fit_affine(x, w, numerators, absolute, scales, minima, codes):
 
 
 @kernel
-def _affine_start(s, n):
+def _affine_start(s: np.ndarray, n: int) -> None:
     for v in range(LANES):
         s[LOW, v], s[HIGH, v], s[SUM_W, v], s[SUM_X, v] = s[X, v], s[X, v], s[W, v], s[W, v] * s[X, v]
     for j in range(1, n):
@@ -107,7 +115,7 @@ def _affine_start(s, n):
 
 
 @kernel
-def _affine_round(s, n, numerator, highest):
+def _affine_round(s: np.ndarray, n: int, numerator: float, highest: int) -> None:
     for v in range(LANES):
         s[INVERSE, v] = numerator / (s[HIGH, v] - s[LOW, v])
         s[SUM_L, v], s[SUM_L2, v], s[SUM_XL, v] = F0, F0, F0
@@ -122,7 +130,7 @@ def _affine_round(s, n, numerator, highest):
 
 
 @kernel
-def _affine_solve(s, is_first):
+def _affine_solve(s: np.ndarray, is_first: bool) -> None:
     for v in range(LANES):
         determinant = s[SUM_W, v] * s[SUM_L2, v] - s[SUM_L, v] * s[SUM_L, v]
         scale = (s[SUM_W, v] * s[SUM_XL, v] - s[SUM_X, v] * s[SUM_L, v]) / determinant
@@ -134,7 +142,7 @@ def _affine_solve(s, is_first):
 
 
 @kernel
-def _affine_keep(s, n, absolute, is_first):
+def _affine_keep(s: np.ndarray, n: int, absolute: bool, is_first: bool) -> None:
     error = s[SUM_L]
     error[:] = F0
     for j in range(n):
@@ -151,7 +159,7 @@ def _affine_keep(s, n, absolute, is_first):
 
 
 @kernel
-def fit_symmetric(x, w, numerators, scales, codes):
+def fit_symmetric(x: np.ndarray, w: np.ndarray, numerators: np.ndarray, scales: np.ndarray, codes: np.ndarray) -> None:
     """weight = scale * (code - n), n = ``-numerators[0]``, with codes 0 to 2 n - 1 (int8).
 
     Each try rounds with the scale extreme / numerator (the extreme is the weight of the largest magnitude) and takes
@@ -175,7 +183,7 @@ def fit_symmetric(x, w, numerators, scales, codes):
 
 
 @kernel
-def fit_by_descent(x, scales, codes):
+def fit_by_descent(x: np.ndarray, scales: np.ndarray, codes: np.ndarray) -> None:
     """weight = scale * (code - 4), codes 0 to 7, importance x**2: each code in turn moves to where it explains more."""
     s, n = np.empty((N_ROWS, LANES), np.float32), x.shape[1]
     lowest, highest = np.int32(-4), np.int32(3)
@@ -195,7 +203,7 @@ def fit_by_descent(x, scales, codes):
 
 
 @kernel
-def fit_positive(x, w, numerators, scales, codes):
+def fit_positive(x: np.ndarray, w: np.ndarray, numerators: np.ndarray, scales: np.ndarray, codes: np.ndarray) -> None:
     """weight = scale * code, codes 0 to ``numerators[0]`` (uint8): the scales of a super-block as weights themselves.
 
     The best of the tries by squared error, then each code in turn moves to where it explains more. Codes are kept as
@@ -224,7 +232,7 @@ def fit_positive(x, w, numerators, scales, codes):
 
 
 @kernel
-def _find_extremes(s, n):
+def _find_extremes(s: np.ndarray, n: int) -> None:
     """n is even: the extremes go back and forth between two pairs of rows; a masked store would stall the next load."""
     s[EXTREME] = F0
     s[MAGNITUDE] = F0
@@ -238,7 +246,7 @@ def _find_extremes(s, n):
 
 
 @kernel
-def _round(s, n, lowest, highest, are_bytes):
+def _round(s: np.ndarray, n: int, lowest: int, highest: int, are_bytes: bool) -> None:
     s[EXPLAINED] = F0
     s[NORM] = F0
     for j in range(n):
@@ -250,12 +258,12 @@ def _round(s, n, lowest, highest, are_bytes):
 
 
 @kernel
-def _byte(level):
+def _byte(level: float) -> float:
     return np.float32(np.int32(level) & 255)
 
 
 @kernel
-def _keep_if_better(s, is_first):
+def _keep_if_better(s: np.ndarray, is_first: bool) -> None:
     for v in range(LANES):
         explained, norm = s[EXPLAINED, v], s[NORM, v]
         better = (norm > F0) & (explained * explained > s[BEST, v] * norm) | is_first
@@ -266,7 +274,7 @@ def _keep_if_better(s, is_first):
 
 
 @kernel
-def _positive_try(s, n, numerator, highest, is_first):
+def _positive_try(s: np.ndarray, n: int, numerator: float, highest: int, is_first: bool) -> None:
     for v in range(LANES):
         s[INVERSE, v] = numerator / s[EXTREME, v]
         s[SCALE, v] = F1 / s[INVERSE, v]
@@ -283,7 +291,7 @@ def _positive_try(s, n, numerator, highest, is_first):
 
 
 @kernel
-def _descend(s, n, lowest, highest, are_bytes):
+def _descend(s: np.ndarray, n: int, lowest: int, highest: int, are_bytes: bool) -> None:
     for _ in range(5):
         s[MOVES] = F0
         for j in range(n):
@@ -306,7 +314,7 @@ def _descend(s, n, lowest, highest, are_bytes):
 
 
 @kernel
-def _write_symmetric(s, first, lowest, scales, codes):
+def _write_symmetric(s: np.ndarray, first: int, lowest: int, scales: np.ndarray, codes: np.ndarray) -> None:
     for v in range(min(LANES, len(codes) - first)):
         is_zero, group = s[MAGNITUDE, v] < _TINY, codes[first + v]
         scales[first + v] = F0 if is_zero else s[SCALE, v]
@@ -315,7 +323,7 @@ def _write_symmetric(s, first, lowest, scales, codes):
 
 
 @kernel
-def recode(x, steps, minima, lowest, highest, codes):
+def recode(x: np.ndarray, steps: np.ndarray, minima: np.ndarray, lowest: int, highest: int, codes: np.ndarray) -> None:
     """code = round((x + minimum) / step) - lowest; where the step is 0 the code stays.
 
     x, codes (m, 32); steps, minima (m, 1), or (m, 2) for groups of 16, as fewer than 32 lanes are not vectorised.

@@ -9,16 +9,16 @@ from lora_gguf.kernels.half import f16_from_f32, f32_from_f16
 from lora_gguf.quants.codec import Half, codec
 
 
-def decode_f32(blocks, out):
+def decode_f32(blocks: np.ndarray, out: np.ndarray) -> None:
     out.view(np.uint8)[...] = blocks
 
 
-def encode_f32(weights, importance, blocks):
+def encode_f32(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     blocks[...] = weights.view(np.uint8)
 
 
 @kernel
-def decode_f16(blocks, out):
+def decode_f16(blocks: np.ndarray, out: np.ndarray) -> None:
     """NaNs come out quiet, as the processor's own conversion gives them."""
     halves, out = blocks.reshape(-1).view(np.uint16), out.reshape(-1)
     for j in range(halves.size):
@@ -26,7 +26,7 @@ def decode_f16(blocks, out):
 
 
 @kernel
-def encode_f16(weights, importance, blocks):
+def encode_f16(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     """Nearest, ties to even; overflow gives infinity."""
     weights, halves = weights.reshape(-1), blocks.reshape(-1).view(np.uint16)
     for j in range(weights.size):
@@ -34,14 +34,14 @@ def encode_f16(weights, importance, blocks):
 
 
 @kernel
-def decode_bf16(blocks, out):
+def decode_bf16(blocks: np.ndarray, out: np.ndarray) -> None:
     halves, out = blocks.reshape(-1).view(np.uint16), out.reshape(-1).view(np.uint32)
     for j in range(halves.size):
         out[j] = np.uint32(halves[j]) << 16
 
 
 @kernel
-def encode_bf16(weights, importance, blocks):
+def encode_bf16(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     """Nearest, ties to even; NaNs become quiet, denormals stay."""
     bits, halves = weights.reshape(-1).view(np.uint32), blocks.reshape(-1).view(np.uint16)
     for j in range(bits.size):

@@ -14,7 +14,9 @@ import numpy as np
 from lora_gguf.kernels.decorators import kernel
 from lora_gguf.kernels.half import f16_from_f32
 from lora_gguf.kernels.nearest import nearest_int, nearest_vector
+from lora_gguf.quants.iquant_grids import Lattice
 
+Eight = tuple[float, float, float, float, float, float, float, float]
 SHIFT = np.float32(0.125)
 UP = np.array([-1, 0, 1], np.float32) + SHIFT
 DOWN = np.array([-1, 0, 1], np.float32) - SHIFT
@@ -24,7 +26,7 @@ FUDGE_S, FUDGE_M = np.float32(1.125), np.float32(1.1125)
 
 
 @kernel
-def _twice_mean_square(x):
+def _twice_mean_square(x: np.ndarray) -> float:
     total = np.float32(0)
     for v in x:
         total += v * v
@@ -32,7 +34,7 @@ def _twice_mean_square(x):
 
 
 @kernel
-def _weigh(x, importance, variance, w):
+def _weigh(x: np.ndarray, importance: np.ndarray, variance: float, w: np.ndarray) -> float:
     """Each weight's importance in the error; returns the largest magnitude."""
     largest = np.float32(0)
     for j in range(len(x)):
@@ -43,7 +45,7 @@ def _weigh(x, importance, variance, w):
 
 
 @kernel
-def _sort(x, order):
+def _sort(x: np.ndarray, order: np.ndarray) -> None:
     """``order`` such that x[order] ascends, equals in their order."""
     for j in range(len(x)):
         rank = np.int32(0)
@@ -53,12 +55,22 @@ def _sort(x, order):
 
 
 @kernel
-def _eight(a, at):
+def _eight(a: np.ndarray, at: int) -> Eight:
     return a[at], a[at + 1], a[at + 2], a[at + 3], a[at + 4], a[at + 5], a[at + 6], a[at + 7]
 
 
 @kernel
-def _place(points, neighbours, x, w, k, scale, shift, errors, levels):
+def _place(
+    points: np.ndarray,
+    neighbours: np.ndarray,
+    x: np.ndarray,
+    w: np.ndarray,
+    k: int,
+    scale: float,
+    shift: float,
+    errors: np.ndarray,
+    levels: np.ndarray,
+) -> tuple[int, bool]:
     """Put the ``k``-th eight of ``levels`` on the grid: the index of the vector, and whether it moved."""
     point = 0
     for i in range(7, -1, -1):
@@ -74,7 +86,7 @@ def _place(points, neighbours, x, w, k, scale, shift, errors, levels):
 
 
 @kernel
-def _split_levels(order, i1, i2, reverse, levels):
+def _split_levels(order: np.ndarray, i1: int, i2: int, reverse: bool, levels: np.ndarray) -> None:
     """-1 below the i1-th of the sorted weights, 0 below the i2-th, 1 from there on, as 0, 1 and 2; or the opposite."""
     for j in range(len(order)):
         level = (j >= i1) + (j >= i2)
@@ -82,7 +94,9 @@ def _split_levels(order, i1, i2, reverse, levels):
 
 
 @kernel
-def _project(x, w, levels, q, factor, qx, qq):
+def _project(
+    x: np.ndarray, w: np.ndarray, levels: np.ndarray, q: np.ndarray, factor: float, qx: float, qq: float
+) -> tuple[float, float]:
     """Add Σ w q x to ``qx`` and Σ w q q to ``qq``, q being the levels' values times ``factor``."""
     for j in range(len(x)):
         value = q[levels[j]] * factor
@@ -92,12 +106,12 @@ def _project(x, w, levels, q, factor, qx, qq):
 
 
 @kernel
-def _better(qx, qq, best):
+def _better(qx: float, qq: float, best: float) -> bool:
     return (qq > 0) & (qx * qx > best * qq)
 
 
 @kernel
-def _score(q, x1, x2, x, w1, w2, w):
+def _score(q: np.ndarray, x1: float, x2: float, x: float, w1: float, w2: float, w: float) -> tuple[float, float]:
     """Σ w q x and Σ w q q of a split, from the sums of w x and of w below its two boundaries and over all."""
     qx = x1 * q[0] + (x2 - x1) * q[1] + (x - x2) * q[2]
     qq = w1 * q[0] * q[0] + (w2 - w1) * q[1] * q[1] + (w - w2) * q[2] * q[2]
@@ -105,7 +119,7 @@ def _score(q, x1, x2, x, w1, w2, w):
 
 
 @kernel
-def _mark_better(cx, cw, i1, best, hits):
+def _mark_better(cx: np.ndarray, cw: np.ndarray, i1: int, best: float, hits: np.ndarray) -> int:
     """Mark the splits with the lower boundary ``i1`` that beat ``best``; returns how many."""
     x1, x, w1, w, n_hits = cx[i1], cx[32], cw[i1], cw[32], np.int32(0)
     for i2 in range(len(hits)):
@@ -117,7 +131,9 @@ def _mark_better(cx, cw, i1, best, hits):
 
 
 @kernel
-def _best_split_s(x, w, order, cx, cw, hits):
+def _best_split_s(
+    x: np.ndarray, w: np.ndarray, order: np.ndarray, cx: np.ndarray, cw: np.ndarray, hits: np.ndarray
+) -> tuple[float, int, int, bool]:
     """The scale, the boundaries and whether the shift is down of the best split of 32 weights, the first one if there
     are several, boundary -1 if none has a weight. Of each row of splits only those are looked at one by one that beat
     the best before it, ``hits``."""
@@ -141,12 +157,12 @@ def _best_split_s(x, w, order, cx, cw, hits):
 
 
 @kernel
-def _plus(a, b):
+def _plus(a: Eight, b: Eight) -> Eight:
     return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7]
 
 
 @kernel
-def _terms(x, w, order, terms):
+def _terms(x: np.ndarray, w: np.ndarray, order: np.ndarray, terms: np.ndarray) -> None:
     """The terms w q x, in columns 0 to 3, and w q q, in 4 to 7, of 16 sorted weights at each of the three levels; the
     columns are for the shifts of the two halves of the group: up up, up down, down up, down down."""
     for j in range(16):
@@ -160,7 +176,7 @@ def _terms(x, w, order, terms):
 
 
 @kernel
-def _best_split_m(terms):
+def _best_split_m(terms: np.ndarray) -> tuple[float, int, int, int]:
     """The scale, the boundaries and the shifts (0 to 3, as above) of the best split of 16 weights, as _best_split_s.
 
     Tuples, not arrays, hold the eight sums: those below the lower boundary, below the higher one, and of all.
@@ -186,7 +202,7 @@ def _best_split_m(terms):
 
 
 @kernel
-def _three_bits(raw, scales):
+def _three_bits(raw: np.ndarray, scales: np.ndarray) -> float:
     """Round the scales of a block to the nearest of 1, 3, … 15 steps, kept as 0 to 7; returns the step."""
     largest = np.float32(0)
     for scale in raw:
@@ -200,7 +216,15 @@ def _three_bits(raw, scales):
 
 
 @kernel
-def search_iq1_s(weights, importance, lattice, d, scales, down, vectors):
+def search_iq1_s(
+    weights: np.ndarray,
+    importance: np.ndarray,
+    lattice: Lattice,
+    d: np.ndarray,
+    scales: np.ndarray,
+    down: np.ndarray,
+    vectors: np.ndarray,
+) -> None:
     """The fields of all IQ1_S blocks: d (f16), scales (blocks, 8), down and vectors (blocks, 32), zero on entry."""
     n_cols, points, neighbours = weights.shape[1], lattice.points, lattice.neighbours
     w, order, levels = np.empty(32, np.float32), np.empty(32, np.int64), np.empty(32, np.int64)
@@ -230,7 +254,17 @@ def search_iq1_s(weights, importance, lattice, d, scales, down, vectors):
 
 
 @kernel
-def _place_halves(points, neighbours, x, w, scale, shifts, errors, levels, vectors):
+def _place_halves(
+    points: np.ndarray,
+    neighbours: np.ndarray,
+    x: np.ndarray,
+    w: np.ndarray,
+    scale: float,
+    shifts: int,
+    errors: np.ndarray,
+    levels: np.ndarray,
+    vectors: np.ndarray,
+) -> float:
     """Put both eights of a group of IQ1_M on the grid; returns the scale refined if one of them moved."""
     qx, qq, moved = np.float32(0), np.float32(0), False
     for k in range(2):
@@ -244,7 +278,15 @@ def _place_halves(points, neighbours, x, w, scale, shifts, errors, levels, vecto
 
 
 @kernel
-def _fit_d(x, importance, variance, w, down, levels, scales):
+def _fit_d(
+    x: np.ndarray,
+    importance: np.ndarray,
+    variance: float,
+    w: np.ndarray,
+    down: np.ndarray,
+    levels: np.ndarray,
+    scales: np.ndarray,
+) -> tuple[float, float]:
     """Σ w q x and Σ w q q of a whole block of IQ1_M, whose quotient is its best scale."""
     qx, qq = np.float32(0), np.float32(0)
     for k in range(32):
@@ -256,7 +298,15 @@ def _fit_d(x, importance, variance, w, down, levels, scales):
 
 
 @kernel
-def search_iq1_m(weights, importance, lattice, d, scales, down, vectors):
+def search_iq1_m(
+    weights: np.ndarray,
+    importance: np.ndarray,
+    lattice: Lattice,
+    d: np.ndarray,
+    scales: np.ndarray,
+    down: np.ndarray,
+    vectors: np.ndarray,
+) -> None:
     """The fields of all IQ1_M blocks: d (f16), scales (blocks, 16), down and vectors (blocks, 32), zero on entry."""
     n_cols, points, neighbours = weights.shape[1], lattice.points, lattice.neighbours
     w, order, levels = np.empty(16, np.float32), np.empty(16, np.int64), np.empty(256, np.int64)

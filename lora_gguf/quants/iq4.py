@@ -25,7 +25,7 @@ NEGLIGIBLE = np.float32(1e-15)
 
 
 @by_block((U8, 18), (F32, 32))
-def decode_iq4_nl(blocks, out):
+def decode_iq4_nl(blocks: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(block[0] | block[1] << 8)
@@ -35,7 +35,7 @@ def decode_iq4_nl(blocks, out):
 
 
 @by_block((U8, 18), (I8, 32), (F32,))
-def unpack_iq4_nl(blocks, codes, steps):
+def unpack_iq4_nl(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
     for i in range(len(blocks)):
         block = blocks[i]
         steps[i] = f32_from_f16(block[0] | block[1] << 8)
@@ -45,14 +45,14 @@ def unpack_iq4_nl(blocks, codes, steps):
 
 
 @by_block((I8, 32), (U8, 18))
-def pack_iq4_nl(codes, blocks):
+def pack_iq4_nl(codes: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         for j in range(16):
             blocks[i, 2 + j] = codes[i, j] | codes[i, j + 16] << 4
 
 
 @kernel
-def _step_iq4_xs(block, s):
+def _step_iq4_xs(block: np.ndarray, s: np.ndarray) -> float:
     """The step of 32-weight group ``s`` of a block."""
     d = f32_from_f16(block[0] | block[1] << 8)
     low = block[4 + s // 2] >> (4 * (s % 2)) & 15
@@ -61,7 +61,7 @@ def _step_iq4_xs(block, s):
 
 
 @by_block((U8, 136), (F32, 8, 32))
-def decode_iq4_xs(blocks, out):
+def decode_iq4_xs(blocks: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         for s in range(8):
             step = _step_iq4_xs(blocks[i], s)
@@ -72,7 +72,7 @@ def decode_iq4_xs(blocks, out):
 
 
 @by_block((U8, 136), (I8, 8, 32), (F32, 8))
-def unpack_iq4_xs(blocks, codes, steps):
+def unpack_iq4_xs(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
     for i in range(len(blocks)):
         for s in range(8):
             steps[i, s] = _step_iq4_xs(blocks[i], s)
@@ -83,7 +83,7 @@ def unpack_iq4_xs(blocks, codes, steps):
 
 
 @by_block((I8, 8, 32), (U8, 136))
-def pack_iq4_xs(codes, blocks):
+def pack_iq4_xs(codes: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         for s in range(8):
             for j in range(16):
@@ -91,7 +91,7 @@ def pack_iq4_xs(codes, blocks):
 
 
 @kernel
-def _twice_mean_square(x):
+def _twice_mean_square(x: np.ndarray) -> float:
     total = np.float32(0)
     for v in x:
         total += v * v
@@ -99,7 +99,7 @@ def _twice_mean_square(x):
 
 
 @kernel
-def _load(x, importance, variance, xs, ws):
+def _load(x: np.ndarray, importance: np.ndarray, variance: float, xs: np.ndarray, ws: np.ndarray) -> None:
     """Lay a group's weights and their importances into a lane; ``variance`` is twice their block's mean square."""
     for j in range(32):
         xs[j] = x[j]
@@ -108,7 +108,7 @@ def _load(x, importance, variance, xs, ws):
 
 
 @kernel
-def _project(xs, ws, inverse, qx, qq):
+def _project(xs: np.ndarray, ws: np.ndarray, inverse: np.ndarray, qx: np.ndarray, qq: np.ndarray) -> None:
     """Each lane's sums of w q x and of w q q, q being the level nearest to x * inverse, added in the order of j."""
     for lane in range(LANES):
         qx[lane] = qq[lane] = 0
@@ -124,7 +124,7 @@ def _project(xs, ws, inverse, qx, qq):
 
 
 @kernel
-def _extremes(xs, largest):
+def _extremes(xs: np.ndarray, largest: np.ndarray) -> None:
     """The weight of largest magnitude in each lane."""
     for lane in range(LANES):
         largest[lane] = 0
@@ -135,7 +135,7 @@ def _extremes(xs, largest):
 
 
 @kernel
-def _search(xs, ws, scratch, scales):
+def _search(xs: np.ndarray, ws: np.ndarray, scratch: np.ndarray, scales: np.ndarray) -> None:
     """Each lane's scale of least weighted square error: 16 guesses, each refined once; 0 for a negligible lane."""
     largest, inverse, best, qx, qq = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
     _extremes(xs, largest)
@@ -156,7 +156,7 @@ def _search(xs, ws, scratch, scales):
 
 
 @kernel
-def _fit(x, importance, scales):
+def _fit(x: np.ndarray, importance: np.ndarray, scales: np.ndarray) -> None:
     """The scales (blocks, groups) of the weights (blocks, groups * 32)."""
     n_groups, n_cols = scales.shape[1], max(1, len(importance))
     xs, ws = np.empty((32, LANES), np.float32), np.empty((32, LANES), np.float32)
@@ -176,7 +176,7 @@ def _fit(x, importance, scales):
             flat[first + lane] = found[lane]
 
 
-def _fitted(weights, importance, block_size: int):
+def _fitted(weights: np.ndarray, importance: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     x = weights.reshape(-1, block_size)
     scales = np.empty((len(x), block_size // 32), np.float32)
     _fit(x, importance, scales)
@@ -184,7 +184,7 @@ def _fitted(weights, importance, block_size: int):
 
 
 @kernel
-def _code(scaled):
+def _code(scaled: float) -> int:
     """The code of the level nearest to ``scaled``; a tie, and NaN, goes up."""
     code = np.int8(15)
     for middle in MIDDLES:
@@ -193,28 +193,28 @@ def _code(scaled):
 
 
 @kernel
-def _write_f16(x, target):
+def _write_f16(x: float, target: np.ndarray) -> None:
     h = f16_from_f32(x)
     target[0] = h & 0xFF
     target[1] = h >> 8
 
 
 @kernel
-def _write_codes(x, scale, qs):
+def _write_codes(x: np.ndarray, scale: float, qs: np.ndarray) -> None:
     inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
     for j in range(16):
         qs[j] = _code(inverse * x[j]) | _code(inverse * x[j + 16]) << 4
 
 
 @kernel
-def _write_iq4_nl(x, scales, blocks):
+def _write_iq4_nl(x: np.ndarray, scales: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         _write_f16(scales[i, 0], blocks[i])
         _write_codes(x[i], scales[i, 0], blocks[i, 2:])
 
 
 @kernel
-def _write_iq4_xs(x, scales, blocks):
+def _write_iq4_xs(x: np.ndarray, scales: np.ndarray, blocks: np.ndarray) -> None:
     """Quantize the eight scales of each block to six bits and the weights to those."""
     for i in range(len(blocks)):
         block, extreme = blocks[i], np.float32(0)
@@ -232,11 +232,11 @@ def _write_iq4_xs(x, scales, blocks):
             _write_codes(x[i, 32 * s :], d * np.float32(scale), block[8 + 16 * s :])
 
 
-def encode_iq4_nl(weights, importance, blocks):
+def encode_iq4_nl(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     _write_iq4_nl(*_fitted(weights, importance, 32), blocks.reshape(-1, 18))
 
 
-def encode_iq4_xs(weights, importance, blocks):
+def encode_iq4_xs(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     _write_iq4_xs(*_fitted(weights, importance, 256), blocks.reshape(-1, 136))
 
 

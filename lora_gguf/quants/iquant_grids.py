@@ -59,7 +59,7 @@ def lattice(name: str) -> Lattice:
 
 
 @kernel
-def _distances(point, ranks, shells, distances):
+def _distances(point: np.ndarray, ranks: np.ndarray, shells: np.ndarray, distances: np.ndarray) -> int:
     """The squared distance of each vector to ``point``; returns the largest that is within the nearest ``shells``."""
     seen = np.zeros(1024, np.bool_)
     for v in range(len(ranks)):
@@ -77,7 +77,7 @@ def _distances(point, ranks, shells, distances):
 
 
 @kernel
-def _count_neighbours(coordinates, ranks, shells, points):
+def _count_neighbours(coordinates: np.ndarray, ranks: np.ndarray, shells: np.ndarray, points: np.ndarray) -> None:
     distances = np.empty(len(ranks), np.int64)
     for p in range(len(points)):
         if points[p, 0] >= 0:
@@ -89,7 +89,9 @@ def _count_neighbours(coordinates, ranks, shells, points):
 
 
 @kernel
-def _list_neighbours(coordinates, ranks, shells, points, vectors):
+def _list_neighbours(
+    coordinates: np.ndarray, ranks: np.ndarray, shells: np.ndarray, points: np.ndarray, vectors: np.ndarray
+) -> None:
     at = 0
     distances = np.empty(len(ranks), np.int64)
     for p in range(len(points)):

@@ -19,6 +19,8 @@ IQ1's grid values are -1, 0 and 1, all shifted by an eighth. The grids come from
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from lora_gguf.kernels.by_block import F32, U8, by_block
@@ -41,17 +43,17 @@ EVEN_SIGNS = np.array([s | (s.bit_count() & 1) << 7 for s in range(128)], np.uin
 
 
 @kernel
-def _u16(block, at):
+def _u16(block: np.ndarray, at: int) -> int:
     return np.uint32(block[at]) | np.uint32(block[at + 1]) << np.uint32(8)
 
 
 @kernel
-def _u32(block, at):
+def _u32(block: np.ndarray, at: int) -> int:
     return np.int64(_u16(block, at)) | np.int64(_u16(block, at + 2)) << 16
 
 
 @kernel
-def _signed(step, first, second, signs, y):
+def _signed(step: float, first: int, second: bool, signs: np.ndarray, y: np.ndarray) -> None:
     """Eight weights: four times ``first``, four times ``second``, minus where a bit of ``signs`` is set."""
     for j in range(4):
         low, high = step * first[j], step * second[j]
@@ -60,7 +62,7 @@ def _signed(step, first, second, signs, y):
 
 
 @by_block((U8, 66), (F32, 8), (F32, 8, 4, 8))
-def _decode_iq2_xxs(blocks, grid, out):
+def _decode_iq2_xxs(blocks: np.ndarray, grid: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(_u16(block, 0))
@@ -74,7 +76,7 @@ def _decode_iq2_xxs(blocks, grid, out):
 
 
 @by_block((U8, 74), (F32, 8), (F32, 32, 8))
-def _decode_iq2_xs(blocks, grid, out):
+def _decode_iq2_xs(blocks: np.ndarray, grid: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(_u16(block, 0))
@@ -87,7 +89,7 @@ def _decode_iq2_xs(blocks, grid, out):
 
 
 @by_block((U8, 82), (F32, 8), (F32, 32, 8))
-def _decode_iq2_s(blocks, grid, out):
+def _decode_iq2_s(blocks: np.ndarray, grid: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(_u16(block, 0))
@@ -99,7 +101,7 @@ def _decode_iq2_s(blocks, grid, out):
 
 
 @by_block((U8, 98), (F32, 4), (F32, 8, 4, 8))
-def _decode_iq3_xxs(blocks, grid, out):
+def _decode_iq3_xxs(blocks: np.ndarray, grid: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(_u16(block, 0))
@@ -113,7 +115,7 @@ def _decode_iq3_xxs(blocks, grid, out):
 
 
 @by_block((U8, 110), (F32, 4), (F32, 32, 8))
-def _decode_iq3_s(blocks, grid, out):
+def _decode_iq3_s(blocks: np.ndarray, grid: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(_u16(block, 0))
@@ -125,14 +127,14 @@ def _decode_iq3_s(blocks, grid, out):
 
 
 @kernel
-def _shifted(step, vector, minus, y):
+def _shifted(step: float, vector: int, minus: bool, y: np.ndarray) -> None:
     shift = -SHIFT if minus else SHIFT
     for j in range(8):
         y[j] = step * (vector[j] + shift)
 
 
 @by_block((U8, 50), (F32, 8), (F32, 8, 4, 8))
-def _decode_iq1_s(blocks, grid, out):
+def _decode_iq1_s(blocks: np.ndarray, grid: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(_u16(block, 0))
@@ -145,7 +147,7 @@ def _decode_iq1_s(blocks, grid, out):
 
 
 @by_block((U8, 56), (F32, 8), (F32, 32, 8))
-def _decode_iq1_m(blocks, grid, out):
+def _decode_iq1_m(blocks: np.ndarray, grid: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_from_f16(block[49] >> 4 | block[51] & 0xF0 | (block[53] & 0xF0) << 4 | (block[55] & 0xF0) << 8)
@@ -156,7 +158,7 @@ def _decode_iq1_m(blocks, grid, out):
             _shifted(step, grid[block[k] | (high & 7) << 8], high & 8, out[i, k])
 
 
-def _with_grid(decode, name: str):
+def _with_grid(decode: Callable[..., None], name: str) -> Callable[..., None]:
     """The kernel ``decode`` with the grid of the type ``name``."""
     return lambda blocks, out: decode(blocks, grid(name), out)
 

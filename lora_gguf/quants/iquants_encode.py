@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from lora_gguf.quants.iq1_search import search_iq1_m, search_iq1_s
@@ -12,7 +14,7 @@ from lora_gguf.quants.iquant_grids import lattice
 from lora_gguf.quants.iquants_search import RULES, search_iq2_iq3
 
 
-def _fields(name: str, weights, importance):
+def _fields(name: str, weights: np.ndarray, importance: np.ndarray) -> tuple[np.ndarray, ...]:
     """d u16 (blocks,), scales u8 (blocks, groups), sign bytes u8 (blocks, 32), vectors u16 (blocks, 32; in IQ3 64)."""
     points, rules, n_blocks = lattice(name), RULES[name], weights.size // 256
     d, scales = np.empty(n_blocks, np.uint16), np.empty((n_blocks, 256 // rules.group), np.uint8)
@@ -21,18 +23,18 @@ def _fields(name: str, weights, importance):
     return d, scales, signs, vectors
 
 
-def _combined(values, width: int, count: int, dtype):
+def _combined(values: np.ndarray, width: int, count: int, dtype: type[np.unsignedinteger]) -> np.ndarray:
     """Numbers of ``dtype`` made of ``count`` of the ``values`` (blocks, …) of ``width`` bits, the first one lowest."""
     shifted = values.reshape(len(values), -1, count).astype(dtype) << np.arange(0, width * count, width, dtype=dtype)
     return np.bitwise_or.reduce(shifted, axis=2)
 
 
-def _bytes(values):
+def _bytes(values: np.ndarray) -> np.ndarray:
     """The bytes (blocks, …) of ``values`` (blocks, …)."""
     return np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
 
 
-def encode_iq2_xxs(weights, importance, blocks):
+def encode_iq2_xxs(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     d, scales, signs, vectors = _fields("IQ2_XXS", weights, importance)
     words = np.empty((len(d), 8, 2), np.uint32)
     words[..., 0] = _combined(vectors, 8, 4, np.uint32)
@@ -42,7 +44,7 @@ def encode_iq2_xxs(weights, importance, blocks):
     blocks[:, 2:] = _bytes(words)
 
 
-def encode_iq2_xs(weights, importance, blocks):
+def encode_iq2_xs(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     d, scales, signs, vectors = _fields("IQ2_XS", weights, importance)
     blocks = blocks.reshape(-1, 74)
     blocks[:, :2] = _bytes(d)
@@ -50,7 +52,7 @@ def encode_iq2_xs(weights, importance, blocks):
     blocks[:, 66:] = _combined(scales, 4, 2, np.uint8)
 
 
-def encode_iq2_s(weights, importance, blocks):
+def encode_iq2_s(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     d, scales, signs, vectors = _fields("IQ2_S", weights, importance)
     blocks = blocks.reshape(-1, 82)
     blocks[:, :2] = _bytes(d)
@@ -60,7 +62,7 @@ def encode_iq2_s(weights, importance, blocks):
     blocks[:, 74:] = _combined(scales, 4, 2, np.uint8)
 
 
-def encode_iq3_xxs(weights, importance, blocks):
+def encode_iq3_xxs(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     d, scales, signs, vectors = _fields("IQ3_XXS", weights, importance)
     blocks = blocks.reshape(-1, 98)
     blocks[:, :2] = _bytes(d)
@@ -68,7 +70,7 @@ def encode_iq3_xxs(weights, importance, blocks):
     blocks[:, 66:] = _bytes(_combined(signs & 127, 7, 4, np.uint32) | scales.astype(np.uint32) << 28)
 
 
-def encode_iq3_s(weights, importance, blocks):
+def encode_iq3_s(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     d, scales, signs, vectors = _fields("IQ3_S", weights, importance)
     blocks = blocks.reshape(-1, 110)
     blocks[:, :2] = _bytes(d)
@@ -78,7 +80,9 @@ def encode_iq3_s(weights, importance, blocks):
     blocks[:, 106:] = _combined(scales, 4, 2, np.uint8)
 
 
-def _iq1_fields(search, n_groups: int, weights, importance):
+def _iq1_fields(
+    search: Callable[..., None], n_groups: int, weights: np.ndarray, importance: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """d (blocks,), scales (blocks, groups), 1 where the shift is down and vectors (blocks, 32), all u16."""
     n_blocks = weights.size // 256
     d, scales = np.empty(n_blocks, np.uint16), np.empty((n_blocks, n_groups), np.uint16)
@@ -87,7 +91,7 @@ def _iq1_fields(search, n_groups: int, weights, importance):
     return d, scales, down, vectors
 
 
-def encode_iq1_s(weights, importance, blocks):
+def encode_iq1_s(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     d, scales, down, vectors = _iq1_fields(search_iq1_s, 8, weights, importance)
     blocks = blocks.reshape(-1, 50)
     blocks[:, :2] = _bytes(d)
@@ -95,7 +99,7 @@ def encode_iq1_s(weights, importance, blocks):
     blocks[:, 34:] = _bytes(_combined(vectors >> 8, 3, 4, np.uint16) | scales << 12 | down[:, ::4] << 15)
 
 
-def encode_iq1_m(weights, importance, blocks):
+def encode_iq1_m(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     d, scales, down, vectors = _iq1_fields(search_iq1_m, 16, weights, importance)
     blocks = blocks.reshape(-1, 56)
     blocks[:, :32] = vectors & 255

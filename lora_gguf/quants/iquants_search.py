@@ -14,6 +14,7 @@ import numpy as np
 from lora_gguf.kernels.decorators import kernel
 from lora_gguf.kernels.half import f16_from_f32
 from lora_gguf.kernels.nearest import nearest_int, nearest_vector
+from lora_gguf.quants.iquant_grids import Lattice
 
 OFF_GRID, UNLESS_ON_GRID, ALWAYS = range(3)
 M, W, ROOT, Q = range(4)  # rows of ``work``: magnitudes, importances, their roots, values of two sets of vectors
@@ -47,7 +48,7 @@ RULES = {
 
 
 @kernel
-def _mean_square(x):
+def _mean_square(x: np.ndarray) -> float:
     total = np.float32(0)
     for v in x:
         total += v * v
@@ -55,7 +56,7 @@ def _mean_square(x):
 
 
 @kernel
-def _weigh(x, importance, mean_square, rules, work):
+def _weigh(x: np.ndarray, importance: np.ndarray, mean_square: float, rules: Rules, work: np.ndarray) -> None:
     """Each weight's importance in the error, and its root."""
     variance, floor = rules.variance * mean_square, rules.floor * mean_square
     for j in range(len(x)):
@@ -68,7 +69,7 @@ def _weigh(x, importance, mean_square, rules, work):
 
 
 @kernel
-def _split_signs(x, even, work, signs):
+def _split_signs(x: np.ndarray, even: bool, work: np.ndarray, signs: np.ndarray) -> float:
     """Magnitudes and sign bits of ``x``; to make the minuses even, the least important of eight changes its sign.
 
     Returns the largest magnitude.
@@ -92,7 +93,7 @@ def _split_signs(x, even, work, signs):
 
 
 @kernel
-def _fit_error(m, w, scale, inverse, top):
+def _fit_error(m: np.ndarray, w: np.ndarray, scale: float, inverse: float, top: int) -> float:
     """The weighted square error of ``m`` at levels up to ``top``; without ``top`` a level is a byte, which wraps."""
     error = np.float32(0)
     for j in range(len(m)):
@@ -104,7 +105,7 @@ def _fit_error(m, w, scale, inverse, top):
 
 
 @kernel
-def _fit(m, w, top):
+def _fit(m: np.ndarray, w: np.ndarray, top: int) -> float:
     """The scale of levels 0 to ``top`` that fits ``m``: make_qp_quants of ggml, which tries nine scales, then moves
     single levels as long as that helps. Levels are kept in bytes, where -1 is 255."""
     largest = np.float32(0)
@@ -131,7 +132,9 @@ def _fit(m, w, top):
 
 
 @kernel
-def _move_levels(m, w, top, lx, ll, levels):
+def _move_levels(
+    m: np.ndarray, w: np.ndarray, top: int, lx: float, ll: float, levels: np.ndarray
+) -> tuple[float, float, bool]:
     """Give each weight in turn the level that suits the others' scale, where the error shrinks."""
     changed = False
     for j in range(len(m)):
@@ -150,17 +153,17 @@ def _move_levels(m, w, top, lx, ll, levels):
 
 
 @kernel
-def _four(work, row, at):
+def _four(work: np.ndarray, row: int, at: int) -> tuple[float, ...]:
     return work[row, at], work[row, at + 1], work[row, at + 2], work[row, at + 3]
 
 
 @kernel
-def _eight(work, row, at):
+def _eight(work: np.ndarray, row: int, at: int) -> tuple[float, ...]:
     return _four(work, row, at) + _four(work, row, at + 4)
 
 
 @kernel
-def _sums(work, row):
+def _sums(work: np.ndarray, row: int) -> tuple[float, float]:
     """The sums of w m q and of w q q."""
     qx, qq = np.float32(0), np.float32(0)
     for j in range(work.shape[1]):
@@ -171,7 +174,19 @@ def _sums(work, row):
 
 
 @kernel
-def _search(n_levels, dims, points, neighbours, rules, scale, start, work, rounded, errors, vectors):
+def _search(
+    n_levels: int,
+    dims: int,
+    points: np.ndarray,
+    neighbours: np.ndarray,
+    rules: Rules,
+    scale: float,
+    start: float,
+    work: np.ndarray,
+    rounded: np.ndarray,
+    errors: np.ndarray,
+    vectors: np.ndarray,
+) -> tuple[float, int]:
     """A group's scale; its vectors come to lie in the row of ``vectors`` that is also returned.
 
     Row 0 or 1 of ``vectors``, and of the values 1, 3, 5 … from the row Q of ``work`` on, is the best so far, the other
@@ -223,7 +238,7 @@ def _search(n_levels, dims, points, neighbours, rules, scale, start, work, round
 
 
 @kernel
-def _quantize_scales(scales, fudge, nibbles):
+def _quantize_scales(scales: np.ndarray, fudge: float, nibbles: np.ndarray) -> int:
     """Round the scales of a block to the nearest of 1, 3, 5 … 31 steps; returns the step as f16."""
     largest = np.float32(0)
     for scale in scales:
@@ -237,7 +252,16 @@ def _quantize_scales(scales, fudge, nibbles):
 
 
 @kernel
-def search_iq2_iq3(weights, importance, lattice, rules, d, nibbles, signs, vectors):
+def search_iq2_iq3(
+    weights: np.ndarray,
+    importance: np.ndarray,
+    lattice: Lattice,
+    rules: Rules,
+    d: np.ndarray,
+    nibbles: np.ndarray,
+    signs: np.ndarray,
+    vectors: np.ndarray,
+) -> None:
     """The fields of all blocks: d (f16), nibbles (blocks, groups), signs (blocks, 32), vectors (blocks, 256 / dims).
 
     ``signs`` and ``vectors`` are zero on entry. In IQ3_S ggml does not leave room for a group of zeros: the signs and

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import numpy as np
 
 from lora_gguf.quants import direct, fit, kquants_blocks
-from lora_gguf.quants.codec import Grid, codec
+from lora_gguf.quants.codec import Codec, Grid, codec
 
 
-def _importance_weights(weights, importance, factor):
+def _importance_weights(weights: np.ndarray, importance: np.ndarray, factor: float) -> np.ndarray:
     """importance * sqrt(factor * the super-block's mean square + the weight's own square), shaped as the weights."""
     squares = weights * weights
     mean_squares = np.float32(factor) * direct.sums(squares.reshape(-1, 256)) / np.float32(256)
@@ -23,25 +23,27 @@ def _importance_weights(weights, importance, factor):
     return importance * spread.reshape(weights.shape)
 
 
-def _root_mean_square_plus(x):
+def _root_mean_square_plus(x: np.ndarray) -> np.ndarray:
     return np.sqrt(direct.sums(x * x) / np.float32(x.shape[1]))[:, None] + np.abs(x)
 
 
-def _round_scales(values, code_max):
+def _round_scales(values: np.ndarray, code_max: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes (super-blocks, groups) uint8 and f32 scales (super-blocks,): the largest value gets ``code_max``."""
     codes, scales = np.empty(values.shape, np.uint8), np.empty(len(values), np.float32)
     direct.round_scales(values, np.float32(code_max), codes, scales)
     return codes, scales
 
 
-def _fit_scales(values, importance_sums, code_max):
+def _fit_scales(values: np.ndarray, importance_sums: np.ndarray, code_max: int) -> tuple[np.ndarray, np.ndarray]:
     """As ``_round_scales``, by ggml's search."""
     codes, scales = np.empty(values.shape, np.uint8), np.empty(len(values), np.float32)
     fit.fit_positive(values, importance_sums, fit.around(code_max, 4), scales, codes)
     return codes, scales
 
 
-def _fit_minimum_type(x, w, tries, absolute, scale_max, is_reference):
+def _fit_minimum_type(
+    x: np.ndarray, w: np.ndarray, tries: np.ndarray, absolute: bool, scale_max: int, is_reference: bool
+) -> tuple[np.ndarray, ...]:
     """Codes (groups, n), then codes and scale of the super-blocks' scales, then of their minima."""
     n_groups = 256 // x.shape[1]
     scales, minima, codes = np.empty(len(x), np.float32), np.empty(len(x), np.float32), np.empty(x.shape, np.int8)
@@ -53,14 +55,14 @@ def _fit_minimum_type(x, w, tries, absolute, scale_max, is_reference):
     return codes, *_fit_scales(scales, importance_sums, scale_max), *_fit_scales(minima, importance_sums, scale_max)
 
 
-def _recode(x, steps, lows, lowest, highest, codes):
+def _recode(x: np.ndarray, steps: np.ndarray, lows: np.ndarray, lowest: int, highest: int, codes: np.ndarray) -> None:
     per_32 = 32 // x.shape[1]
     grid = steps.reshape(-1, per_32), lows.reshape(-1, per_32)
     fit.recode(x.reshape(-1, 32), *grid, np.int32(lowest), np.int32(highest), codes.reshape(-1, 32))
 
 
 @np.errstate(all="ignore")
-def encode_q2_k(weights, importance, blocks):
+def encode_q2_k(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     x, blocks = weights.reshape(-1, 16), blocks.reshape(-1, 84)
     if importance.size:
         w, tries = _importance_weights(weights, importance, 1).reshape(x.shape), fit.upward(3, -0.9, 0.05, 37)
@@ -75,12 +77,14 @@ def encode_q2_k(weights, importance, blocks):
     kquants_blocks.pack_q2_k(codes, blocks)
 
 
-def _encode_k4(block_bytes, code_max, reference_tries, pack):
+def _encode_k4(
+    block_bytes: int, code_max: int, reference_tries: np.ndarray, pack: Callable[..., None]
+) -> Callable[..., None]:
     """Q4_K and Q5_K: the same scales, one bit more in a code."""
     importance_tries = fit.upward(code_max, -0.9, 0.05, 37)
 
     @np.errstate(all="ignore")
-    def encode(weights, importance, blocks):
+    def encode(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
         x, blocks = weights.reshape(-1, 32), blocks.reshape(-1, block_bytes)
         if importance.size:
             w, tries = _importance_weights(weights, importance, 2).reshape(x.shape), importance_tries
@@ -100,14 +104,14 @@ def _encode_k4(block_bytes, code_max, reference_tries, pack):
     return encode
 
 
-def _store_six_bit_pairs(scales, minima, out):
+def _store_six_bit_pairs(scales: np.ndarray, minima: np.ndarray, out: np.ndarray) -> None:
     out[:, :4] = scales[:, :4] | scales[:, 4:] >> 4 << 6
     out[:, 4:8] = minima[:, :4] | minima[:, 4:] >> 4 << 6
     out[:, 8:] = scales[:, 4:] & 15 | minima[:, 4:] << 4
 
 
 @np.errstate(all="ignore")
-def encode_q3_k(weights, importance, blocks):
+def encode_q3_k(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     x, blocks = weights.reshape(-1, 16), blocks.reshape(-1, 110)
     scales, codes = np.empty(len(x), np.float32), np.empty(x.shape, np.int8)
     d, scale_codes = np.empty(len(blocks), np.float32), np.empty((len(blocks), 16), np.int8)
@@ -124,14 +128,14 @@ def encode_q3_k(weights, importance, blocks):
     kquants_blocks.pack_q3_k(codes, blocks)
 
 
-def _store_six_bits(scales, out):
+def _store_six_bits(scales: np.ndarray, out: np.ndarray) -> None:
     out[:, :8] = scales[:, :8] & 15 | scales[:, 8:] << 4
     high = scales >> 4
     out[:, 8:] = high[:, :4] | high[:, 4:8] << 2 | high[:, 8:12] << 4 | high[:, 12:] << 6
 
 
 @np.errstate(all="ignore")
-def encode_q6_k(weights, importance, blocks):
+def encode_q6_k(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     x, blocks = weights.reshape(-1, 16), blocks.reshape(-1, 210)
     scales, codes = np.empty(len(x), np.float32), np.empty(x.shape, np.int8)
     w = np.broadcast_to(importance, weights.shape).reshape(x.shape) if importance.size else x * x
@@ -145,7 +149,9 @@ def encode_q6_k(weights, importance, blocks):
     kquants_blocks.pack_q6_k(codes, blocks)
 
 
-def _k_quant(name: str, encode: Callable, scales_at: tuple[int, ...], group: int, code_max: int, zero: int = 0):
+def _k_quant(
+    name: str, encode: Callable, scales_at: tuple[int, ...], group: int, code_max: int, zero: int = 0
+) -> Codec:
     kernels = {step: getattr(kquants_blocks, f"{step}_{name.lower()}", None) for step in ("unpack", "pack", "lows")}
     grid = Grid(**kernels, group=group, code_max=code_max, zero=zero)
     return codec(name, getattr(kquants_blocks, f"decode_{name.lower()}"), encode, scales_at=scales_at, grid=grid)

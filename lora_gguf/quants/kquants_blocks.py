@@ -15,7 +15,7 @@ from lora_gguf.kernels.half import f32_at
 
 
 @by_block((U8, 84), (F32, 16, 16))
-def decode_q2_k(blocks, out):
+def decode_q2_k(blocks: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         block = blocks[i]
         d, dmin = f32_at(block, 80), f32_at(block, 82)
@@ -28,7 +28,7 @@ def decode_q2_k(blocks, out):
 
 
 @by_block((U8, 84), (I8, 8, 32), (F32, 16))
-def unpack_q2_k(blocks, codes, steps):
+def unpack_q2_k(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
     for i in range(len(blocks)):
         d = f32_at(blocks[i], 80)
         for g in range(16):
@@ -40,7 +40,7 @@ def unpack_q2_k(blocks, codes, steps):
 
 
 @by_block((U8, 84), (F32, 16))
-def lows_q2_k(blocks, lows):
+def lows_q2_k(blocks: np.ndarray, lows: np.ndarray) -> None:
     for i in range(len(blocks)):
         dmin = f32_at(blocks[i], 82)
         for g in range(16):
@@ -48,7 +48,7 @@ def lows_q2_k(blocks, lows):
 
 
 @by_block((I8, 2, 4, 32), (U8, 84))
-def pack_q2_k(codes, blocks):
+def pack_q2_k(codes: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         for half in range(2):
             qs = blocks[i, 16 + 32 * half :]
@@ -63,14 +63,14 @@ def pack_q2_k(codes, blocks):
 
 
 @kernel
-def _scale_q3_k(scales, g):
+def _scale_q3_k(scales: np.ndarray, g: int) -> float:
     low = scales[g & 7] >> np.uint8(g >> 3 << 2) & 15
     high = scales[8 + (g & 3)] >> np.uint8(g >> 2 << 1) & 3
     return np.float32(np.int32(low | high << 4) - 32)
 
 
 @by_block((U8, 110), (F32, 16, 16))
-def decode_q3_k(blocks, out):
+def decode_q3_k(blocks: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_at(block, 108)
@@ -83,7 +83,7 @@ def decode_q3_k(blocks, out):
 
 
 @by_block((U8, 110), (I8, 8, 32), (F32, 16))
-def unpack_q3_k(blocks, codes, steps):
+def unpack_q3_k(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
     for i in range(len(blocks)):
         d, scales, hmask = f32_at(blocks[i], 108), blocks[i, 96:], blocks[i]
         for g in range(16):
@@ -96,7 +96,7 @@ def unpack_q3_k(blocks, codes, steps):
 
 
 @by_block((I8, 2, 4, 32), (U8, 110))
-def pack_q3_k(codes, blocks):
+def pack_q3_k(codes: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         hmask = blocks[i, :32]
         for half in range(2):
@@ -116,7 +116,7 @@ def pack_q3_k(codes, blocks):
 
 
 @part
-def _steps_and_lows(block, steps, lows):
+def _steps_and_lows(block: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> None:
     d, dmin, s = f32_at(block, 0), f32_at(block, 2), block[4:16]
     for k in range(4):
         steps[k] = d * np.float32(s[k] & 63)
@@ -126,14 +126,14 @@ def _steps_and_lows(block, steps, lows):
 
 
 @kernel
-def steps_and_lows(blocks, steps, lows):
+def steps_and_lows(blocks: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> None:
     """The grid of Q4_K or Q5_K: steps and lows f32 (blocks, 8) of blocks (blocks, block_bytes)."""
     for i in range(len(blocks)):
         _steps_and_lows(blocks[i], steps[i], lows[i])
 
 
 @by_block((U8, 144), (F32, 8, 32))
-def decode_q4_k(blocks, out):
+def decode_q4_k(blocks: np.ndarray, out: np.ndarray) -> None:
     steps, lows = np.empty(8, np.float32), np.empty(8, np.float32)
     for i in range(len(blocks)):
         _steps_and_lows(blocks[i], steps, lows)
@@ -146,7 +146,7 @@ def decode_q4_k(blocks, out):
 
 
 @by_block((U8, 144), (I8, 8, 32), (F32, 8))
-def unpack_q4_k(blocks, codes, steps):
+def unpack_q4_k(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
     lows = np.empty(8, np.float32)
     for i in range(len(blocks)):
         _steps_and_lows(blocks[i], steps[i], lows)
@@ -158,14 +158,14 @@ def unpack_q4_k(blocks, codes, steps):
 
 
 @by_block((U8, 144), (F32, 8))
-def lows_q4_k(blocks, lows):
+def lows_q4_k(blocks: np.ndarray, lows: np.ndarray) -> None:
     steps = np.empty(8, np.float32)
     for i in range(len(blocks)):
         _steps_and_lows(blocks[i], steps, lows[i])
 
 
 @by_block((I8, 8, 32), (U8, 144))
-def pack_q4_k(codes, blocks):
+def pack_q4_k(codes: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         for k in range(0, 8, 2):
             low, high, qs = codes[i, k], codes[i, k + 1], blocks[i, 16 + 16 * k :]
@@ -177,7 +177,7 @@ def pack_q4_k(codes, blocks):
 
 
 @by_block((U8, 176), (F32, 8, 32))
-def decode_q5_k(blocks, out):
+def decode_q5_k(blocks: np.ndarray, out: np.ndarray) -> None:
     steps, lows = np.empty(8, np.float32), np.empty(8, np.float32)
     for i in range(len(blocks)):
         _steps_and_lows(blocks[i], steps, lows)
@@ -190,7 +190,7 @@ def decode_q5_k(blocks, out):
 
 
 @by_block((U8, 176), (I8, 8, 32), (F32, 8))
-def unpack_q5_k(blocks, codes, steps):
+def unpack_q5_k(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
     lows = np.empty(8, np.float32)
     for i in range(len(blocks)):
         _steps_and_lows(blocks[i], steps[i], lows)
@@ -203,14 +203,14 @@ def unpack_q5_k(blocks, codes, steps):
 
 
 @by_block((U8, 176), (F32, 8))
-def lows_q5_k(blocks, lows):
+def lows_q5_k(blocks: np.ndarray, lows: np.ndarray) -> None:
     steps = np.empty(8, np.float32)
     for i in range(len(blocks)):
         _steps_and_lows(blocks[i], steps, lows[i])
 
 
 @by_block((I8, 8, 32), (U8, 176))
-def pack_q5_k(codes, blocks):
+def pack_q5_k(codes: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         qh = blocks[i, 16:48]
         for k in range(0, 8, 2):
@@ -228,7 +228,7 @@ def pack_q5_k(codes, blocks):
 
 
 @by_block((U8, 210), (F32, 16, 16))
-def decode_q6_k(blocks, out):
+def decode_q6_k(blocks: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_at(block, 208)
@@ -242,7 +242,7 @@ def decode_q6_k(blocks, out):
 
 
 @by_block((U8, 210), (I8, 8, 32), (F32, 16))
-def unpack_q6_k(blocks, codes, steps):
+def unpack_q6_k(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
     for i in range(len(blocks)):
         block = blocks[i]
         d = f32_at(block, 208)
@@ -257,7 +257,7 @@ def unpack_q6_k(blocks, codes, steps):
 
 
 @by_block((I8, 2, 4, 32), (U8, 210))
-def pack_q6_k(codes, blocks):
+def pack_q6_k(codes: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         for half in range(2):
             for k in range(2):

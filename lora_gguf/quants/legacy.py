@@ -7,24 +7,25 @@ importance times the root of the row's mean square plus the weight's own square.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from lora_gguf.quants import direct, fit, legacy_blocks
-from lora_gguf.quants.codec import Grid, codec
+from lora_gguf.quants.codec import Codec, Grid, codec
 
 
-def _importance_weights(weights, importance):
+def _importance_weights(weights: np.ndarray, importance: np.ndarray) -> np.ndarray:
     squares = weights * weights
     mean_squares = direct.sums(squares) / np.float32(weights.shape[1])
     return (importance * np.sqrt(mean_squares[:, None] + squares)).reshape(-1, 32)
 
 
-def _encode_symmetric(block_bytes, n, pack):
+def _encode_symmetric(block_bytes: int, n: int, pack: Callable[..., None]) -> Callable[..., None]:
     """weight = d * (code - n), codes 0 to 2 n - 1."""
 
     @np.errstate(all="ignore")
-    def encode(weights, importance, blocks):
+    def encode(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
         x = weights.reshape(-1, 32)
         d, codes = np.empty(len(x), np.float32), np.empty(x.shape, np.int8)
         if importance.size:
@@ -38,11 +39,11 @@ def _encode_symmetric(block_bytes, n, pack):
     return encode
 
 
-def _encode_affine(block_bytes, code_max, pack):
+def _encode_affine(block_bytes: int, code_max: int, pack: Callable[..., None]) -> Callable[..., None]:
     """weight = d * code + m, codes 0 to ``code_max``."""
 
     @np.errstate(all="ignore")
-    def encode(weights, importance, blocks):
+    def encode(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
         x = weights.reshape(-1, 32)
         d, minima, codes = np.empty(len(x), np.float32), np.empty(len(x), np.float32), np.empty(x.shape, np.int8)
         if importance.size:
@@ -61,7 +62,7 @@ def _encode_affine(block_bytes, code_max, pack):
 
 
 @np.errstate(all="ignore")
-def encode_q8_0(weights, importance, blocks):
+def encode_q8_0(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     x = weights.reshape(-1, 32)
     d = np.abs(direct.extremes(x)[0]) / np.float32(127)
     codes = np.empty(x.shape, np.int8)
@@ -70,7 +71,7 @@ def encode_q8_0(weights, importance, blocks):
     legacy_blocks.pack_q8_0(codes, blocks)
 
 
-def _legacy(name: str, encode: Callable, code_max: int, zero: int = 0, **more):
+def _legacy(name: str, encode: Callable, code_max: int, zero: int = 0, **more: Any) -> Codec:
     kernels = {step: getattr(legacy_blocks, f"{step}_{name.lower()}", None) for step in ("unpack", "pack", "lows")}
     scales_at = (0, 2) if kernels["lows"] else (0,)
     grid = Grid(**kernels, group=32, code_max=code_max, zero=zero, **more)

@@ -37,18 +37,18 @@ E4M3 = np.where(np.arange(256) == 127, 0, e4m3_magnitudes() / 2).astype(np.float
 
 
 @kernel
-def _rank(nibble):
+def _rank(nibble: int) -> int:
     """The place of a nibble's value among the sixteen, 0 to 15; ``_nibble`` is its inverse."""
     return nibble ^ 8 ^ (7 * (nibble >> 3))
 
 
 @kernel
-def _nibble(rank):
+def _nibble(rank: int) -> int:
     return rank ^ 15 ^ (7 * (rank >> 3))
 
 
 @by_block((U8, 17), (F32, 32))
-def decode_mxfp4(blocks, out):
+def decode_mxfp4(blocks: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         d = E8M0[blocks[i, 0]]
         for j in range(16):
@@ -58,7 +58,7 @@ def decode_mxfp4(blocks, out):
 
 
 @by_block((U8, 17), (I8, 32), (F32,))
-def unpack_mxfp4(blocks, codes, steps):
+def unpack_mxfp4(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
     for i in range(len(blocks)):
         steps[i] = E8M0[blocks[i, 0]]
         for j in range(16):
@@ -68,14 +68,14 @@ def unpack_mxfp4(blocks, codes, steps):
 
 
 @by_block((I8, 32), (U8, 17))
-def pack_mxfp4(codes, blocks):
+def pack_mxfp4(codes: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         for j in range(16):
             blocks[i, 1 + j] = _nibble(codes[i, j]) | _nibble(codes[i, j + 16]) << 4
 
 
 @by_block((U8, 36), (F32, 4, 16))
-def decode_nvfp4(blocks, out):
+def decode_nvfp4(blocks: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         for s in range(4):
             d = E4M3[blocks[i, s]]
@@ -86,7 +86,7 @@ def decode_nvfp4(blocks, out):
 
 
 @by_block((U8, 36), (I8, 4, 16), (F32, 4))
-def unpack_nvfp4(blocks, codes, steps):
+def unpack_nvfp4(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
     for i in range(len(blocks)):
         for s in range(4):
             steps[i, s] = E4M3[blocks[i, s]]
@@ -97,7 +97,7 @@ def unpack_nvfp4(blocks, codes, steps):
 
 
 @by_block((I8, 4, 16), (U8, 36))
-def pack_nvfp4(codes, blocks):
+def pack_nvfp4(codes: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         for s in range(4):
             for j in range(8):
@@ -105,7 +105,7 @@ def pack_nvfp4(codes, blocks):
 
 
 @kernel
-def _amax(x):
+def _amax(x: np.ndarray) -> float:
     """The largest magnitude of ``x``, found on the bit patterns because that vectorises."""
     largest = np.uint32(0)
     for bits in x.view(np.uint32):
@@ -114,7 +114,7 @@ def _amax(x):
 
 
 @kernel
-def _nearest(x, d, nibbles):
+def _nearest(x: np.ndarray, d: float, nibbles: np.ndarray) -> None:
     """The nibbles of the values nearest to ``x`` in steps of ``d``; a tie goes to the smaller magnitude, zero is +0."""
     for j in range(len(x)):
         best = abs(x[j])
@@ -127,7 +127,7 @@ def _nearest(x, d, nibbles):
 
 
 @kernel
-def _e8m0(amax):
+def _e8m0(amax: float) -> int:
     """The shared exponent: that of the largest magnitude less 2, the logarithm rounded to f32 as ggml's is.
 
     Below 2**-125 it wraps around as the conversion to a byte does on x86, and the block decodes to zeros.
@@ -138,7 +138,7 @@ def _e8m0(amax):
 
 
 @by_block((F32, 32), (F32,), (U8, 17))
-def encode_mxfp4(weights, importance, blocks):
+def encode_mxfp4(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     nibbles = np.empty(32, np.uint8)
     for i in range(len(blocks)):
         e = _e8m0(_amax(weights[i]))
@@ -149,7 +149,7 @@ def encode_mxfp4(weights, importance, blocks):
 
 
 @kernel
-def _e4m3(x):
+def _e4m3(x: float) -> int:
     """The E4M3 byte of ``x`` >= 0, halves up; from 248 on ggml writes the largest, 448."""
     if not x > 0:
         return 0
@@ -160,7 +160,7 @@ def _e4m3(x):
 
 
 @by_block((F32, 4, 16), (F32,), (U8, 36))
-def encode_nvfp4(weights, importance, blocks):
+def encode_nvfp4(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
     nibbles = np.empty(16, np.uint8)
     for i in range(len(blocks)):
         for s in range(4):

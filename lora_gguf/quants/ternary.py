@@ -17,6 +17,7 @@ TQ2_0 ends at 1, as the type's name promises. 13 of the 256 bytes of five trits 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -45,13 +46,13 @@ CANONICAL = np.stack([_canonical_trits(5), _canonical_trits(4)])
 
 
 @kernel
-def _trit(byte, n):
+def _trit(byte: int, n: int) -> int:
     """The n-th trit of a byte, 0 to 2."""
     return (np.uint16(np.uint8(byte * POWERS_OF_3[n])) * np.uint16(3)) >> 8
 
 
 @by_block((U8, 54), (F32, 256))
-def decode_tq1_0(blocks, out):
+def decode_tq1_0(blocks: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         block, y, d = blocks[i], out[i], f32_at(blocks[i], 52)
         for start, n_bytes, n_trits, first in RUNS:
@@ -61,7 +62,7 @@ def decode_tq1_0(blocks, out):
 
 
 @by_block((U8, 54), (I8, 256), (F32,))
-def unpack_tq1_0(blocks, codes, steps):
+def unpack_tq1_0(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
     for i in range(len(blocks)):
         block, y = blocks[i], codes[i]
         steps[i] = f32_at(block, 52)
@@ -72,7 +73,7 @@ def unpack_tq1_0(blocks, codes, steps):
 
 
 @by_block((I8, 256), (U8, 54))
-def pack_tq1_0(codes, blocks):
+def pack_tq1_0(codes: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         block, y = blocks[i], codes[i]
         for start, n_bytes, n_trits, first in RUNS:
@@ -87,7 +88,7 @@ def pack_tq1_0(codes, blocks):
 
 
 @by_block((U8, 66), (F32, 2, 4, 32))
-def decode_tq2_0(blocks, out):
+def decode_tq2_0(blocks: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         d = f32_at(blocks[i], 64)
         for h in range(2):
@@ -97,7 +98,7 @@ def decode_tq2_0(blocks, out):
 
 
 @by_block((U8, 66), (I8, 2, 4, 32), (F32,))
-def unpack_tq2_0(blocks, codes, steps):
+def unpack_tq2_0(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
     for i in range(len(blocks)):
         steps[i] = f32_at(blocks[i], 64)
         for h in range(2):
@@ -107,7 +108,7 @@ def unpack_tq2_0(blocks, codes, steps):
 
 
 @by_block((I8, 2, 4, 32), (U8, 66))
-def pack_tq2_0(codes, blocks):
+def pack_tq2_0(codes: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         for h in range(2):
             for m in range(32):
@@ -118,7 +119,7 @@ def pack_tq2_0(codes, blocks):
 
 
 @by_block((U8, 18), (F32, 16, 8))
-def decode_q1_0(blocks, out):
+def decode_q1_0(blocks: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         d = f32_at(blocks[i], 0)
         for k in range(16):
@@ -127,7 +128,7 @@ def decode_q1_0(blocks, out):
 
 
 @by_block((U8, 18), (I8, 16, 8), (F32,))
-def unpack_q1_0(blocks, codes, steps):
+def unpack_q1_0(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
     for i in range(len(blocks)):
         steps[i] = f32_at(blocks[i], 0)
         for k in range(16):
@@ -136,7 +137,7 @@ def unpack_q1_0(blocks, codes, steps):
 
 
 @by_block((I8, 16, 8), (U8, 18))
-def pack_q1_0(codes, blocks):
+def pack_q1_0(codes: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         for k in range(16):
             byte = 0
@@ -146,7 +147,7 @@ def pack_q1_0(codes, blocks):
 
 
 @by_block((U8, 18), (F32, 16, 4))
-def decode_q2_0(blocks, out):
+def decode_q2_0(blocks: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(blocks)):
         d = f32_at(blocks[i], 0)
         for k in range(16):
@@ -155,7 +156,7 @@ def decode_q2_0(blocks, out):
 
 
 @by_block((U8, 18), (I8, 16, 4), (F32,))
-def unpack_q2_0(blocks, codes, steps):
+def unpack_q2_0(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
     for i in range(len(blocks)):
         steps[i] = f32_at(blocks[i], 0)
         for k in range(16):
@@ -164,7 +165,7 @@ def unpack_q2_0(blocks, codes, steps):
 
 
 @by_block((I8, 16, 4), (U8, 18))
-def pack_q2_0(codes, blocks):
+def pack_q2_0(codes: np.ndarray, blocks: np.ndarray) -> None:
     for i in range(len(blocks)):
         for k in range(16):
             byte = 0
@@ -174,7 +175,7 @@ def pack_q2_0(codes, blocks):
 
 
 @kernel
-def _round(overflow, x, codes, d):
+def _round(overflow: int, x: np.ndarray, codes: np.ndarray, d: np.ndarray) -> None:
     """Round each row of ``x`` over its largest magnitude, ``d``, to -1, 0 or 1, halves away from zero.
 
     The inverse of a denormal magnitude may be infinite, and so the quotient; ggml converts it to an integer as x86
@@ -193,7 +194,7 @@ def _round(overflow, x, codes, d):
 
 
 @kernel
-def _signs(x, codes, d):
+def _signs(x: np.ndarray, codes: np.ndarray, d: np.ndarray) -> None:
     """The signs of each row of ``x`` as 0 and 1, and the mean magnitude ``d``."""
     for i in range(len(x)):
         total = np.float32(0)
@@ -203,9 +204,11 @@ def _signs(x, codes, d):
         d[i] = total / np.float32(x.shape[1])
 
 
-def _encode(quantize, pack, block_size: int, block_bytes: int, scale_at: int):
+def _encode(
+    quantize: Callable[..., None], pack: Callable[..., None], block_size: int, block_bytes: int, scale_at: int
+) -> Callable[..., None]:
     @np.errstate(over="ignore")
-    def encode(weights, importance, blocks):
+    def encode(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
         x = weights.reshape(-1, block_size)
         codes, d = np.empty(x.shape, np.int8), np.empty(len(x), np.float32)
         quantize(x, codes, d)
