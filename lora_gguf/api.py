@@ -27,9 +27,9 @@ from lora_gguf.arguments import check_flag, check_number, check_path, check_text
 from lora_gguf.files.imatrix import Imatrix, read_imatrix
 from lora_gguf.files.output import check_target
 from lora_gguf.hub import base_models
-from lora_gguf.hub.adapters import fetch as fetch_adapter
 from lora_gguf.hub.base_models import Bases, bases_of
-from lora_gguf.hub.inputs import Adapters, Name, local_adapters, local_model, scaled_names
+from lora_gguf.hub.downloads import fetch_adapter, fetch_adapters, fetch_model
+from lora_gguf.hub.references import Adapters, Name, scaled_names
 from lora_gguf.mapping.reading import Reading
 from lora_gguf.merging.options import Policy, Resources, Writing, parse_growth
 from lora_gguf.progress import Progress, by_file
@@ -133,7 +133,7 @@ def doctor(
     named = scaled_names(adapters)
     reading = Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of)
     resources = Resources(threads)
-    local = local_adapters(named, by_file(downloads or progress))
+    local = fetch_adapters(named, by_file(downloads or progress))
     from lora_gguf.commands.doctor import doctor as work
 
     return work(base, local, reading, resources.threads, progress)
@@ -168,8 +168,8 @@ def convert(
     output = AdapterFile(out, outtype, rank, force)
     reading = Reading("refuse", allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of)
     files = by_file(downloads or progress)
-    [(folder, _)] = local_adapters([named], files)
-    model = None if base is None else local_model(base, files)
+    [(folder, _)] = fetch_adapters([named], files)
+    model = None if base is None else fetch_model(base, files)
     from lora_gguf.commands.convert import convert as work
 
     return work(folder, output, model, reading, progress)
@@ -225,7 +225,7 @@ def merge(
     if writing and writing.one_file:
         check_target(writing.one_file, force=force, inputs=[base])
     files = by_file(downloads or progress)
-    model, local = local_model(base, files), local_adapters(named, files)
+    model, local = fetch_model(base, files), fetch_adapters(named, files)
     from lora_gguf.commands.merge import merge as work
 
     return work(model, local, writing, policy, reading, resources, progress)
@@ -258,8 +258,8 @@ def verify(
     resources = Resources(threads)
     measured = Policy(imatrix=_importance(imatrix)).imatrix
     files = by_file(downloads or progress)
-    models = local_model(merged, files), local_model(base, files)
-    local = local_adapters(named, files)
+    models = fetch_model(merged, files), fetch_model(base, files)
+    local = fetch_adapters(named, files)
     from lora_gguf.commands.verify import verify as work
 
     return work(*models, local, reading, measured, resources.threads, progress)
@@ -293,8 +293,8 @@ def compare(
     asked, resources = Prompts(tuple(prompts), n_predict, raw), Resources(threads)
     check_installed("compare")
     files = by_file(downloads or progress)
-    models = local_model(base, files), local_model(merged, files)
-    local = local_adapters(named, files)
+    models = fetch_model(base, files), fetch_model(merged, files)
+    local = fetch_adapters(named, files)
     from lora_gguf.commands.compare import compare as work
 
     return work(models[0], local, models[1], asked, threads=resources.threads, progress=progress)
@@ -341,7 +341,7 @@ def extract(
     check_whole("rank", rank, 1)
     output = AdapterFile(out, outtype, rank, force)
     files = by_file(downloads or progress)
-    before, after = local_model(base, files), local_model(tuned, files)
+    before, after = fetch_model(base, files), fetch_model(tuned, files)
     from lora_gguf.commands.extract import extract as work
 
     return work(before, after, output, progress)

@@ -10,7 +10,7 @@ import pytest
 from lora_gguf.api import convert
 from lora_gguf.errors import FileError, HubError, MalformedError, UsageError
 from lora_gguf.hub.base_models import base_model_of
-from lora_gguf.hub.references import remote_gguf
+from lora_gguf.hub.downloads import find_model
 from tests.common import DEMO_ADAPTER, smollm2_path
 from tests.test_cli import run
 from tests.test_quantizations import quantized
@@ -57,7 +57,7 @@ def test_the_list_names_what_merge_takes(hub, capsys):
     found = json.loads(out)
     assert [entry["reference"] for entry in found] == names
     for entry in found:
-        assert list(remote_gguf(entry["reference"])[1].files) == entry["files"] and entry["n_bytes"] > 0
+        assert list(find_model(entry["reference"])[1].files) == entry["files"] and entry["n_bytes"] > 0
     assert not hub.requests("safetensors")
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lora_gguf.errors import FileError, HubError, MalformedError, UsageError
-from lora_gguf.hub.adapters import fetch, parse_reference
+from lora_gguf.hub.downloads import fetch_adapter as fetch
+from lora_gguf.hub.references import adapter_reference
 from tests.hub import TOKEN
 from tests.hub_faults import (
     BLOB,
@@ -176,11 +177,11 @@ def test_names_that_no_hub_has_are_refused_before_any_request(hub, source):
 
 def test_references():
     commit = "https://huggingface.co/o/n/tree/v1"
-    assert parse_reference("o/n", None, None) == ("o/n", None, "")
-    assert parse_reference("o/n@refs/pr/1", None, "/a/") == ("o/n", "refs/pr/1", "a")
-    assert parse_reference("hf://o/n@v1", None, None) == parse_reference(commit, "v1", None) == ("o/n", "v1", "")
+    assert adapter_reference("o/n", None, None) == ("o/n", None, "")
+    assert adapter_reference("o/n@refs/pr/1", None, "/a/") == ("o/n", "refs/pr/1", "a")
+    assert adapter_reference("hf://o/n@v1", None, None) == adapter_reference(commit, "v1", None) == ("o/n", "v1", "")
     with pytest.raises(UsageError, match="give one"):
-        parse_reference("o/n@v1", "v2", None)
+        adapter_reference("o/n@v1", "v2", None)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])

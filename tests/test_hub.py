@@ -6,7 +6,7 @@ import os
 import pytest
 
 from lora_gguf.errors import HubError, IntegrityError
-from lora_gguf.hub.adapters import fetch
+from lora_gguf.hub.downloads import fetch_adapter as fetch
 from tests.hub import COMMIT, TOKEN
 from tests.hub_faults import BLOB, CONFIG, FAILURES, FILES, RECOVERIES, REPO, WEIGHTS, cache_of, cut, wrong
 

@@ -15,7 +15,7 @@ from lora_gguf.api import convert, inspect
 from lora_gguf.cli import execute
 from lora_gguf.errors import FileError, HubError, MalformedError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
-from lora_gguf.hub.references import remote_gguf
+from lora_gguf.hub.downloads import find_model
 from lora_gguf.hub.remote import open_model
 from lora_gguf.merging.options import Policy
 from tests.calls import merge
@@ -141,7 +141,7 @@ def test_shards_on_the_hub(hub, tmp_path):
 
 
 def test_rows_on_the_hub_are_those_of_the_file(hub):
-    with open_model(*remote_gguf(MODEL)) as remote, GgufReader(smollm2_path()) as local:
+    with open_model(*find_model(MODEL)) as remote, GgufReader(smollm2_path()) as local:
         info = local.tensors["blk.7.ffn_up.weight"]
         assert (remote.reader_of(info.name).read(info, 3, 5) == local.read(info, 3, 5)).all()
 

@@ -14,8 +14,9 @@ from lora_gguf.cli.terms import with_scale
 from lora_gguf.errors import FileError, LoraGgufError
 from lora_gguf.files import output, positional
 from lora_gguf.files.output import copy_file, write_bytes
-from lora_gguf.hub.adapters import fetch, local_path
-from lora_gguf.hub.references import gguf_path
+from lora_gguf.hub.downloads import fetch_adapter as fetch
+from lora_gguf.hub.downloads import fetch_model
+from lora_gguf.hub.references import local_path
 from lora_gguf.mapping.sources import adapter_name
 from lora_gguf.merging.options import Policy
 from tests.calls import merge
@@ -140,7 +141,9 @@ def test_names_that_a_terminal_cannot_show(tmp_path):
     "path", ["C:\\models\\base.gguf", "C:/models/base.gguf", "\\\\server\\share\\base.gguf", "..\\base.gguf"]
 )
 def test_windows_paths_are_paths(path):
-    assert str(gguf_path(path)) == path and with_scale(path) == (path, 1.0) and with_scale(f"{path}:0.5") == (path, 0.5)
+    assert (
+        str(fetch_model(path)) == path and with_scale(path) == (path, 1.0) and with_scale(f"{path}:0.5") == (path, 0.5)
+    )
     if "\\" in path:
         with pytest.raises(FileError, match="no such file"):
             local_path(path.removesuffix(".gguf"))

@@ -4,8 +4,8 @@ import pytest
 
 from lora_gguf.errors import FileError, HubError, IntegrityError, UsageError
 from lora_gguf.hub import hashes
+from lora_gguf.hub.downloads import fetch_model
 from lora_gguf.hub.quantizations import choose, find_quantizations, quant_of, quantizations
-from lora_gguf.hub.references import gguf_path
 from lora_gguf.hub.repository import open_repo
 from tests.hub import GGUF_REPO
 
@@ -98,11 +98,11 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changed(gguf_hub, monkeyp
     hashed = []
     digests = hashes.digests
     monkeypatch.setattr(hashes, "digests", lambda path, lengths: hashed.append(path) or digests(path, lengths))
-    path = gguf_path(f"{GGUF_REPO}:Q8_0")
-    assert gguf_path(f"{GGUF_REPO}:Q8_0") == path and len(hashed) == 1
+    path = fetch_model(f"{GGUF_REPO}:Q8_0")
+    assert fetch_model(f"{GGUF_REPO}:Q8_0") == path and len(hashed) == 1
     path.resolve().write_bytes(b"GGUF" + b"9" * 800)
     with pytest.raises(IntegrityError):
-        gguf_path(f"{GGUF_REPO}:Q8_0")
+        fetch_model(f"{GGUF_REPO}:Q8_0")
     assert len(hashed) == 2
 
 
@@ -111,5 +111,5 @@ def test_a_download_larger_than_the_disk_is_refused_first(gguf_hub):
     sibling["size"] = sibling["lfs"]["size"] = 1 << 60
     gguf_hub.listing_changes["siblings"] = [sibling]
     with pytest.raises(FileError, match="needs 1152921504.61 GB"):
-        gguf_path(GGUF_REPO)
+        fetch_model(GGUF_REPO)
     assert not gguf_hub.requests("/resolve/")

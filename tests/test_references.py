@@ -10,8 +10,8 @@ import pytest
 
 from lora_gguf.errors import HubError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
-from lora_gguf.hub.adapters import fetch
-from lora_gguf.hub.references import gguf_path, remote_gguf
+from lora_gguf.hub.downloads import fetch_adapter as fetch
+from lora_gguf.hub.downloads import fetch_model, find_model
 from lora_gguf.mapping.sources import adapter_name
 from tests.hub import GGUF_FILES, GGUF_REPO, TOKEN
 from tests.test_cli import run
@@ -34,7 +34,7 @@ from tests.test_merge import base_and_adapter
     ],
 )
 def test_a_reference_names_a_file(gguf_hub, reference, name):
-    path = gguf_path(reference)
+    path = fetch_model(reference)
     assert path.read_bytes() == GGUF_FILES[name] and path.as_posix().endswith(name)
     if "BF16" in name:
         assert sorted(os.listdir(path.parent)) == [
@@ -59,8 +59,8 @@ def test_paths_stay_paths(gguf_hub, tmp_path, monkeypatch):
         "x",
         "",
     ):
-        assert gguf_path(path) == Path(path)
-    assert gguf_path(Path("maker/other")) == Path("maker/other") and not gguf_hub.log
+        assert fetch_model(path) == Path(path)
+    assert fetch_model(Path("maker/other")) == Path("maker/other") and not gguf_hub.log
 
 
 @pytest.mark.parametrize(
@@ -78,18 +78,18 @@ def test_references_to_nothing(gguf_hub, reference, error, part):
     gguf_hub.repos["maker/empty"] = {"README.md": b""}
     gguf_hub.repos["maker/two"] = {"a-Q2_K.gguf": b"GGUF", "a-Q3_K_M.gguf": b"GGUF1"}
     with pytest.raises(error, match=part) as caught:
-        gguf_path(reference)
+        fetch_model(reference)
     assert str(caught.value).isprintable() and TOKEN not in str(caught.value)
 
 
 def test_the_only_model_needs_no_choice(gguf_hub):
     gguf_hub.repos["maker/one"] = {"one.gguf": b"GGUF1", "one-mmproj.gguf": b"GGUF"}
-    assert gguf_path("maker/one").name == "one.gguf"
+    assert fetch_model("maker/one").name == "one.gguf"
 
 
 def test_what_a_reference_names_is_known_before_anything_is_downloaded(gguf_hub):
-    repo, found = remote_gguf(f"{GGUF_REPO}:Q8_0")
-    assert (repo.id, found.files, found.n_bytes) == (GGUF_REPO, ("Tiny-1B-Q8_0.gguf",), 804) and remote_gguf(
+    repo, found = find_model(f"{GGUF_REPO}:Q8_0")
+    assert (repo.id, found.files, found.n_bytes) == (GGUF_REPO, ("Tiny-1B-Q8_0.gguf",), 804) and find_model(
         "x.gguf"
     ) is None
     assert not gguf_hub.requests("/resolve/") and not gguf_hub.requests("/cdn/")
@@ -97,9 +97,9 @@ def test_what_a_reference_names_is_known_before_anything_is_downloaded(gguf_hub)
 
 def test_what_is_neither_here_nor_there(gguf_hub):
     with pytest.raises(HubError, match="no such repository.*nor is there a file models/base.gguff here"):
-        gguf_path("models/base.gguff")
+        fetch_model("models/base.gguff")
     with pytest.raises(HubError) as caught:
-        gguf_path("hf://maker/none")
+        fetch_model("hf://maker/none")
     assert "here" not in str(caught.value)
 
 

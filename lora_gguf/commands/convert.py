@@ -15,7 +15,7 @@ from lora_gguf.adapters.lora import LoraPair, decode, write_adapter_gguf
 from lora_gguf.adapters.updates import Update
 from lora_gguf.errors import UnsupportedError, UsageError
 from lora_gguf.files.base import Base
-from lora_gguf.hub.quantizations import REPO_ID
+from lora_gguf.hub.references import REPO_ID
 from lora_gguf.mapping import hparams
 from lora_gguf.mapping.placement import Placement, gguf_pairs
 from lora_gguf.mapping.reading import Reading

@@ -19,7 +19,7 @@ from lora_gguf.errors import LoraGgufError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import padded
 from lora_gguf.files.input_file import InputFile
-from lora_gguf.hub.references import remote_gguf
+from lora_gguf.hub.downloads import find_model
 from lora_gguf.hub.remote import open_model
 from lora_gguf.mapping.accounts import Placement
 from lora_gguf.mapping.reading import Reading
@@ -77,7 +77,7 @@ def doctor(
 
 
 def open_base(base: str | os.PathLike) -> Base:
-    found = remote_gguf(base)
+    found = find_model(base)
     return open_model(*found) if found else Base(base)
 
 

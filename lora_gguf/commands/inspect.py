@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_gguf.adapters.adapter import adapter_directory
+from lora_gguf.adapters.adapter import WEIGHTS, adapter_directory
 from lora_gguf.adapters.adapter_config import read_config
 from lora_gguf.checks.inspection import Inspection, inspect_gguf, inspect_peft
 from lora_gguf.errors import FileError, printable
@@ -15,9 +15,9 @@ from lora_gguf.files.base import Base, split_name
 from lora_gguf.files.gguf_reader import MAGIC
 from lora_gguf.files.input_file import InputFile, Source
 from lora_gguf.files.weights import Entry, read_header, read_weights, shard_names
-from lora_gguf.hub.adapters import CONFIG, TOKENIZER, WEIGHTS, adapter_files, local_path, parse_reference
+from lora_gguf.hub.downloads import CONFIG, TOKENIZER, adapter_files, find_model
 from lora_gguf.hub.quantizations import quantizations
-from lora_gguf.hub.references import names_file, remote_gguf
+from lora_gguf.hub.references import adapter_reference, local_path, names_file
 from lora_gguf.hub.remote import open_model, open_source
 from lora_gguf.hub.repository import download, open_repo
 
@@ -93,7 +93,7 @@ def header_of(weights: str, folder: Path, opener: Opener) -> list[Entry]:
 
 def remote_model(reference: str) -> Inspection:
     """The GGUF that ``reference`` names on the Hub."""
-    found = remote_gguf(reference)
+    found = find_model(reference)
     if found is None:
         raise FileError(
             f"{printable(reference)}: no such file, and not a reference to one on the Hub: expected OWNER/NAME[:QUANT]"
@@ -104,7 +104,7 @@ def remote_model(reference: str) -> Inspection:
 
 def remote_adapter(source: str) -> Inspection | None:
     """The PEFT adapter in a repository (or a folder of it); None where it holds GGUF models instead."""
-    repo_id, revision, subfolder = parse_reference(source, None, None)
+    repo_id, revision, subfolder = adapter_reference(source, None, None)
     repo = open_repo(repo_id, revision)
     prefix = f"{subfolder}/" if subfolder else ""
     if prefix + CONFIG not in repo.files and quantizations(repo):

@@ -11,8 +11,9 @@ from lora_gguf.adapters.adapter_config import read_json
 from lora_gguf.errors import MalformedError, UsageError, printable
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.output import copy_file
-from lora_gguf.hub.adapters import CONFIG, copy_to, local_path, parse_reference
+from lora_gguf.hub.downloads import CONFIG, copy_to
 from lora_gguf.hub.quantizations import Quantization, choose, fetch_quantization, find_quantizations
+from lora_gguf.hub.references import adapter_reference, local_path
 from lora_gguf.hub.repository import download, open_repo
 from lora_gguf.progress import FileProgress
 
@@ -46,7 +47,7 @@ def base_model_of(source: str | os.PathLike, subfolder: str | None = None) -> st
     if path is not None:
         path = path / (subfolder or "")
     else:
-        repo_id, revision, subfolder = parse_reference(str(source), None, subfolder)
+        repo_id, revision, subfolder = adapter_reference(str(source), None, subfolder)
         repo = open_repo(repo_id, revision)
         name = f"{subfolder}/{CONFIG}" if subfolder else CONFIG
         if name not in repo.files:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from lora_gguf.errors import HubError, UsageError, printable
 from lora_gguf.files.base import split_name
+from lora_gguf.hub.references import REPO_ID
 from lora_gguf.hub.repository import Repo, download, open_repo, remember, search, tags_of
 from lora_gguf.progress import FileProgress
 
 DEFAULT_QUANT = "Q4_K_M"
 MAX_REPOS = 8
-REPO_ID = r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)"
 _QUANT = re.compile(
     r"(?:^|[-_./])((?:UD-)?(?:I?Q\d+_\w+|TQ\d_\d|BF16|F16|F32|FP16|MXFP4(?:_MOE)?|NVFP4))(?=[-./]|$)", re.IGNORECASE
 )

@@ -1,29 +1,21 @@
-"""Hub repository or local path to a local directory that holds one adapter."""
+"""Downloads: what a user names, made local. Adapters and models that are paths already stay where they are."""
 
 from __future__ import annotations
 
 import filecmp
-import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from lora_gguf.adapters.adapter import WEIGHTS
 from lora_gguf.errors import FileError, HubError, UsageError, printable
 from lora_gguf.files.output import copy_file
 from lora_gguf.files.weights import shard_names
-from lora_gguf.hub.references import gguf_path, names_file
+from lora_gguf.hub.quantizations import Quantization, choose, fetch_quantization, listed, quantizations
+from lora_gguf.hub.references import Name, Scaled, adapter_reference, local_path, model_reference, names_file
 from lora_gguf.hub.repository import Repo, download, open_repo, remember
 from lora_gguf.progress import FileProgress
 
 CONFIG = "adapter_config.json"
-# the first of these that is there is taken
-WEIGHTS = (
-    "adapter_model.safetensors",
-    "adapter_model.safetensors.index.json",
-    "adapter_model.bin",
-    "adapter_model.bin.index.json",
-    "adapters.safetensors",
-)
 TOKENIZER = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -32,36 +24,68 @@ TOKENIZER = (
     "tokenizer.model",
     "tokenizer_config.json",
 )
-_REFERENCE = re.compile(
-    r"(?:hf://|https?://(?:huggingface\.co|hf\.co)/)?(?P<repo>[^/@]+/[^/@]+)"
-    r"(?:@(?P<revision>.+)|/(?:tree|blob)/(?P<branch>[^/]+)(?:/(?P<folder>.+))?)?/?"
-)
 
 
-def fetch(
-    source: str | os.PathLike,
+def fetch_model(source: Name, progress: FileProgress | None = None) -> Path:
+    """Return the local path of the GGUF (of a split one the first shard) that ``source`` names, downloaded if need be.
+
+    A path is returned as it is, whether it exists or not. ``progress`` is called with a file's name, its bytes so far
+    and in all. Raises ``HubError``, ``IntegrityError``, ``FileError``, ``UsageError``.
+    """
+    found = find_model(source)
+    return fetch_quantization(*found, progress) if found else Path(source)
+
+
+def find_model(source: Name) -> tuple[Repo, Quantization] | None:
+    """Return the repository and the files that ``source`` names on the Hub, nothing downloaded; None where it is a
+    path.
+    """
+    reference = model_reference(source)
+    if reference is None:
+        return None
+    try:
+        repo = open_repo(reference.repo, reference.revision)
+    except HubError as error:
+        if "://" in str(source):
+            raise
+        raise HubError(f"{error} (nor is there a file {printable(source)} here)") from None
+    if not reference.file:
+        return repo, choose(quantizations(repo), reference.quant, repo.id)
+    found = next((entry for entry in quantizations(repo, every=True) if reference.file in entry.files), None)
+    if found is None:
+        raise HubError(
+            f"{repo.id}: there is no file {printable(reference.file, 80)}: it has {listed(quantizations(repo))}"
+        )
+    return repo, found
+
+
+def fetch_adapters(named: Iterable[Scaled], progress: FileProgress | None = None) -> list[tuple[Path, float]]:
+    """Return each adapter's folder or file, downloaded if need be, with its factor. Raises as ``fetch_adapter``."""
+    return [(fetch_adapter(name, progress=progress), scale) for name, scale in named]
+
+
+def fetch_adapter(
+    source: Name,
     revision: str | None = None,
     subfolder: str | None = None,
-    output: str | os.PathLike | None = None,
+    output: Name | None = None,
     *,
     force: bool = False,
     progress: FileProgress | None = None,
 ) -> Path:
-    """The local directory (or file) of the adapter ``source``: a path, or on the Hub ``OWNER/NAME[@REVISION]``, or
-    ``hf://OWNER/NAME/FILE.gguf`` for an adapter GGUF.
+    """Return the local folder (or GGUF) of the adapter ``source``, downloaded if need be.
 
     A path that exists is returned as it is. From the Hub come only the files that matter, into its own cache, at one
-    commit, each compared with its hash; with ``output`` they are copied there,
-    and ``force`` replaces files that differ. ``progress`` is called with a
-    file's name, its bytes so far and in all. Raises ``HubError``, ``IntegrityError``, ``FileError``, ``UsageError``.
+    commit, each compared with its hash; with ``output`` they are copied there, and ``force`` replaces files that
+    differ. ``progress`` is called with a file's name, its bytes so far and in all. Raises ``HubError``, ``IntegrityError``, ``FileError``, ``UsageError``.
     """
     if names_file(source) and not (revision or subfolder):
-        path = gguf_path(source, progress=progress)
+        path = fetch_model(source, progress)
         return copy_to(Path(output), [path], force) / path.name if output is not None else path
     local = local_path(source)
     if local is not None:
         return _local_adapter(local, revision, subfolder, output)
-    repo_id, revision, subfolder = parse_reference(str(source), revision, subfolder)
+    repo_id, revision, subfolder = adapter_reference(str(source), revision, subfolder)
     repo = open_repo(repo_id, revision)
     names = adapter_files(repo, subfolder)
     paths = [download(repo, name, progress) for name in names]
@@ -72,43 +96,8 @@ def fetch(
     return copy_to(Path(output), paths[1:] + paths[:1], force) if output is not None else paths[0].parent
 
 
-def local_path(source: str | os.PathLike) -> Path | None:
-    """``source`` as a path where it is one; None where it names a repository. Raises where it can be neither."""
-    text = os.fspath(source)
-    try:
-        if text and Path(text).exists():
-            return Path(text)
-    except (OSError, ValueError):
-        pass
-    if (
-        isinstance(source, str)
-        and _REFERENCE.fullmatch(text)
-        and not text.startswith((".", "~", "/"))
-        and "\\" not in text
-    ):
-        return None
-    raise FileError(
-        f"{printable(text)}: no such file or folder, and not a Hub id: expected a path or OWNER/NAME[@REVISION]"
-    )
-
-
-def parse_reference(source: str, revision: str | None, subfolder: str | None) -> tuple[str, str | None, str]:
-    """Repository, revision and subfolder ('' for the root) of ``OWNER/NAME[@REVISION]``, ``hf://…`` or an address."""
-    match = _REFERENCE.fullmatch(source)
-    written = match["revision"] or match["branch"]
-    if revision and written and revision != written:
-        raise UsageError(
-            f"{printable(source)}: it names revision {printable(written)}, "
-            f"and {printable(revision)} is asked for: give one"
-        )
-    folder = (subfolder or match["folder"] or "").strip("/")
-    if folder and not all(part.strip(".") and part.isprintable() for part in re.split(r"[/\\]", folder)):
-        raise UsageError(f"subfolder '{printable(folder, 60)}': expected a folder within the repository")
-    return match["repo"], revision or written, folder
-
-
 def adapter_files(repo: Repo, subfolder: str = "") -> list[str]:
-    """The files of ``repo`` that make an adapter, the configuration first and the weights (or their index) last."""
+    """Return the files of ``repo`` that make an adapter, the configuration first and the weights (or their index) last."""
     prefix = f"{subfolder}/" if subfolder else ""
     weights = next((prefix + name for name in WEIGHTS if prefix + name in repo.files), None)
     if prefix + CONFIG not in repo.files or weights is None:
@@ -143,7 +132,7 @@ def _shards(repo: Repo, subfolder: str, index: Path) -> list[str]:
     return names
 
 
-def _local_adapter(path: Path, revision: str | None, subfolder: str | None, output) -> Path:
+def _local_adapter(path: Path, revision: str | None, subfolder: str | None, output: Name | None) -> Path:
     if revision or output is not None:
         raise UsageError(
             f"{printable(path)}: a local path: a revision or an output folder is for repositories on the Hub"
