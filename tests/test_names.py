@@ -96,6 +96,101 @@ def test_every_matrix_of_a_class_has_its_tensor(architecture, name):
 
 # classes that transformers does not have: modules as their own code calls them, and their tensors
 OWN_CODE_TEXT = """
+bailingmoe3
+    model.layers.3.attention.q_proj attn_q
+    model.layers.3.attention.f_proj ssm_f_a
+    model.layers.3.attention.b_proj ssm_beta
+    model.layers.3.attention.dense attn_output
+    model.layers.3.attention.q_a_proj attn_q_a
+    model.layers.3.attention.kv_a_proj_with_mqa attn_kv_a_mqa
+    model.layers.3.mlp.gate_proj ffn_gate
+cohere2moe
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.mlp.experts.7.up_proj ffn_up_exps
+    model.layers.3.mlp.gate ffn_gate_inp
+deepseek32
+    model.layers.3.self_attn.q_a_proj attn_q_a
+    model.layers.3.self_attn.o_proj attn_output
+    model.layers.3.mlp.shared_experts.down_proj ffn_down_shexp
+dots3note
+    model.layers.3.self_attn.q_a_proj attn_q_a
+    model.layers.3.mlp.experts.7.gate_proj ffn_gate_exps
+glm5-next
+    model.layers.3.self_attn.q_a_proj attn_q_a
+    model.layers.3.mlp.down_proj ffn_down
+granite_swa
+    model.layers.3.self_attn.o_proj attn_output
+    model.layers.3.mlp.gate_proj ffn_gate
+    model.layers.3.block_sparse_moe.input_linear ffn_gate_up_exps
+    model.layers.3.shared_mlp.output_linear ffn_down_shexp
+hy_v3
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.mlp.experts.7.down_proj ffn_down_exps
+    model.layers.3.mlp.shared_mlp.up_proj ffn_up_shexp
+hy_v4
+    model.layers.3.self_attn.q_a_proj attn_q_a
+    model.layers.3.self_attn.indexer.wq_b indexer.attn_q_b
+kimi-k3
+    model.layers.3.self_attn.b_proj ssm_beta
+    model.layers.3.block_sparse_moe.routed_expert_up_proj ffn_routed_up
+    model.layers.3.self_attn.q_a_proj attn_q_a
+laguna
+    model.layers.3.self_attn.g_proj attn_gate
+    model.layers.3.mlp.experts.7.up_proj ffn_up_exps
+maple
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.mlp.experts.7.up_proj ffn_up_exps
+mellum
+    model.layers.3.self_attn.k_proj attn_k
+    model.layers.3.mlp.gate ffn_gate_inp
+minimax-01
+    model.layers.3.self_attn.qkv_proj attn_qkv
+    model.layers.3.self_attn.output_gate attn_gate
+    model.layers.3.self_attn.out_proj attn_output
+    model.layers.3.block_sparse_moe.experts.7.w1 ffn_gate_exps
+minimax-m3
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.self_attn.index_q_proj indexer.q_proj
+    model.layers.3.block_sparse_moe.experts.7.w2 ffn_down_exps
+muse-glimmer
+    model.layers.3.self_attn.v_proj attn_v
+    model.layers.3.mlp.up_proj ffn_up
+nanbeige
+    model.layers.3.self_attn.v_proj attn_v
+    model.layers.3.mlp.up_proj ffn_up
+spark2_5
+    model.layers.3.self_attn.q_k_v_proj attn_qkv
+    model.layers.3.self_attn.o_proj attn_output
+    model.layers.3.mlp.down_proj ffn_down
+qwen3tts
+    model.layers.3.self_attn.q_proj attn_q
+    model.layers.3.mlp.gate_proj ffn_gate
+qwen4exp
+    model.layers.3.mlp.shared_expert.up_proj ffn_up_shexp
+    model.layers.3.linear_attn.in_proj_qkv attn_qkv
+hrm_text
+    model.layers.3.attn.o_proj attn_output
+    model.layers.3.mlp.down_proj ffn_down
+talkie
+    model.blocks.3.attn.attn_value attn_v
+    model.blocks.3.attn.attn_resid attn_output
+    model.blocks.3.mlp.mlp_gate ffn_gate
+    model.blocks.3.mlp.mlp_linear ffn_up
+    model.blocks.3.mlp.mlp_resid ffn_down
+    lm_head output
+pockettts
+    transformer.layers.3.self_attn.out_proj attn_output
+    transformer.layers.3.linear2 ffn_down
+graniteswitch
+    model.layers.3.shared_mlp.output_linear.base_layer ffn_down
+    model.layers.3.self_attn.o_proj.base_layer attn_output
+deepseek4
+    layers.3.attn.wq_b attn_q_b
+    layers.3.ffn.shared_experts.w1 ffn_gate_shexp
+    layers.3.ffn.experts.7.w1 ffn_gate_exps
+    model.layers.3.mlp.experts.7.up_proj ffn_up_exps
+    head output
+    embed token_embd
 qwen
     transformer.h.3.attn.c_attn attn_qkv
     transformer.h.3.attn.c_proj attn_output

@@ -17,7 +17,7 @@ class Out:
     """One GGUF tensor that a module becomes: ``tensor`` is its name in the block (None: as the name map says).
 
     ``slots`` is the key of a number: the rows are cut in so many matrices, stacked along a leading axis; ``transpose``
-    turns each. ``shift`` is what GGUF adds to the module's weight.
+    turns each. ``shift`` is what GGUF adds to the module's weight, ``instead`` its name where the base lacks the first.
     """
 
     tensor: str | None = None
@@ -27,6 +27,7 @@ class Out:
     slots: str | None = None
     transpose: bool = False
     shift: float = 0.0
+    instead: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class Architecture:
     things to each). ``other_vocabulary``: the GGUF has fewer or more rows of embedding than Hugging Face; ``headless``:
     no output layer, so that no head is tied to the embedding. ``normalised``: a module that the GGUF holds normalised
     if a field of config.json is true, and that field. ``caution`` is a warning for every adapter. ``packed_experts``:
-    how its class holds them in transformers 5, and in 4 where that differs.
+    how its class holds them in transformers 5, and in 4 where that differs. ``root`` is what stands before the text
+    model's modules where the class holds other models beside it. ``stacks`` are the names of several stacks of layers,
+    which the GGUF counts on through.
     """
 
     hf: tuple[str, ...] = ()
@@ -71,6 +74,8 @@ class Architecture:
     normalised: tuple[str, str] | None = None
     caution: str | None = None
     packed_experts: tuple[Stored, ...] = (Stored(),)
+    root: str = ""
+    stacks: tuple[str, ...] = ()
 
 
 def rows(pattern: str, *ops: Op) -> Rule:
@@ -155,6 +160,46 @@ FALCON_H1 = (
 )
 
 
+DEEPSEEK4 = tuple(
+    Rule(pattern, (Out(tensor),))
+    for pattern, tensor in {
+        r"(attn\.wq_a|self_attn\.q_a_proj)": "attn_q_a",
+        r"(attn\.wq_b|self_attn\.q_b_proj)": "attn_q_b",
+        r"(attn\.wkv|self_attn\.kv_proj)": "attn_kv",
+        r"(attn\.wo_a|self_attn\.o_a_proj)": "attn_output_a",
+        r"(attn\.wo_b|self_attn\.o_b_proj)": "attn_output_b",
+        r"(self_)?attn\.compressor\.(wkv|kv_proj)": "attn_compressor_kv",
+        r"(self_)?attn\.compressor\.(wgate|gate_proj)": "attn_compressor_gate",
+        r"(attn\.indexer\.compressor\.wkv|indexer\.kv_proj)": "indexer_compressor_kv",
+        r"(attn\.indexer\.compressor\.wgate|indexer\.gate_proj)": "indexer_compressor_gate",
+        r"indexer\.(wq_b|q_b_proj)": "indexer.attn_q_b",
+        r"indexer\.(scorer\.)?weights_proj": "indexer.proj",
+        r"(ffn|mlp)\.gate": "ffn_gate_inp",
+        r"shared_experts\.(w1|gate_proj)": "ffn_gate_shexp",
+        r"shared_experts\.(w2|down_proj)": "ffn_down_shexp",
+        r"shared_experts\.(w3|up_proj)": "ffn_up_shexp",
+    }.items()
+)
+HRM = (
+    split(
+        r"attn\.gqkv_proj",
+        attn_gate=(t.part(0, 4),),
+        attn_q=(t.part(1, 4),),
+        attn_k=(t.part(2, 4),),
+        attn_v=(t.part(3, 4),),
+    ),
+    Rule(r"attn\.o_proj", (Out("attn_output"),)),
+    split(r"mlp\.gate_up_proj", **HALVES),
+)
+# a model in which adapters lie already: its own layers are called base_layer
+GRANITE_SWITCH = (
+    Rule(r"self_attn\.qkv_proj(\.base_layer)?", (Out("attn_qkv", (t.rotary_qkv,)),)),
+    Rule(r"self_attn\.o_proj(\.base_layer)?", (Out("attn_output"),)),
+    split(r"shared_mlp\.input_linear(\.base_layer)?", **HALVES),
+    Rule(r"shared_mlp\.output_linear(\.base_layer)?", (Out("ffn_down"),)),
+)
+
+
 RWKV7_TIME_MIX = {
     "receptance": "r_proj|receptance", "key": "k_proj|key", "value": "v_proj|value", "output": "o_proj|output",
 }  # fmt: skip
@@ -175,6 +220,21 @@ VARIANTS = {
     ("nemotron_h", "num_experts_per_tok"): "nemotron_h_moe",
     ("nomic-bert", "moe_every_n_layers"): "nomic-bert-moe",
 }
+DRAFT = "a draft model, which an adapter of the model that it drafts for is not made for: name that model's GGUF"
+CODEC = "an audio codec, which is not fine-tuned with adapters"
+# what llama.cpp converts and no adapter is merged into: GGUF's general.architecture, or a class -> why
+REFUSED = {
+    **dict.fromkeys(
+        (
+            "dflash", "eagle3", "gemma4-assistant", "DeepseekV4DSparkModel", "Gemma4DSparkModel", "DFlashDraftModel",
+            "DFlash2DraftModel", "Qwen3DSparkModel", "DSparkDraftModel", "DSparkSpeculator", "Lfm2DSparkDraftModel",
+            "LingDSparkModel", "MuseGlimmerAssistantModel", "LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM",
+            "Eagle3Speculator", "Eagle3DraftModel", "Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM",
+        ),
+        DRAFT,
+    ),
+    **dict.fromkeys(("wavtokenizer-dec", "WavTokenizerDec", "Lfm25AudioTokenizer"), CODEC),
+}  # fmt: skip
 # GGUF's general.architecture -> its row
 ARCHITECTURES: dict[str, Architecture] = {
     "clip": Architecture(headless=True),  # vision and audio towers, whose layouts are in towers.py
@@ -183,7 +243,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "LlamaModel",
             "InternLM3ForCausalLM", "VLlama3ForCausalLM", "LlavaForConditionalGeneration", "IQuestCoderForCausalLM",
             "VoxtralForConditionalGeneration", "SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration",
-            "JanusForConditionalGeneration", "Sarashina2VisionForCausalLM",
+            "JanusForConditionalGeneration", "Sarashina2VisionForCausalLM", "UltravoxModel",
         ),
         ROTARY,
     ),
@@ -212,6 +272,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         (*ROTARY, *GRANITE_DENSE),
     ),
     "granitemoe": Architecture(("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"), (*ROTARY, *GRANITE_SHARED)),
+    "granite_swa": Architecture(
+        ("GraniteSWAForCausalLM", "GraniteMoeSWAForCausalLM"),
+        (
+            *ROTARY,
+            Rule(r"block_sparse_moe\.router", (Out("ffn_gate_inp"),)),
+            Rule(r"block_sparse_moe\.(input_linear|experts\.gate_up_proj)", (Out("ffn_gate_up_exps"),)),
+            Rule(r"shared_mlp\.input_linear", (Out("ffn_up_shexp"),)),
+            Rule(r"shared_mlp\.output_linear", (Out("ffn_down_shexp"),)),
+        ),
+        fused_experts=True,
+    ),
+    "graniteswitch": Architecture(("GraniteSwitchForCausalLM",), GRANITE_SWITCH),
     "granitehybrid": Architecture(
         ("GraniteMoeHybridForCausalLM", "BambaForCausalLM"), (*ROTARY, *GRANITE_SHARED, *GRANITE_DENSE)
     ),
@@ -246,7 +318,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         normalised=("lm_head", "norm_head"),
     ),
-    "bailingmoe2": Architecture(("BailingMoeV2ForCausalLM", "SarvamMoEForCausalLM")),
+    "bailingmoe2": Architecture(
+        ("BailingMoeV2ForCausalLM", "SarvamMoEForCausalLM", "modeling_sarvam_moe.SarvamMoEForCausalLM")
+    ),
+    "bailingmoe3": Architecture(
+        ("BailingMoeV3ForCausalLM", "BailingMoeV3VLForConditionalGeneration"),
+        (
+            *LATENT,
+            Rule(r"attention\.f_proj", (Out("ssm_f_a"),)),
+            Rule(r"attention\.g_proj", (Out("attn_gate", instead="ssm_g_a"),)),
+        ),
+        ALL_ATTENTION_IGNORED,
+    ),
     "ernie4_5": Architecture(("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"), ERNIE),
     "paddleocr": Architecture(("PaddleOCRVLForConditionalGeneration",), ERNIE),
     "ernie4_5-moe": Architecture(
@@ -284,6 +367,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         QWEN35,
         norm_shift=1.0,
     ),
+    "qwen4exp": Architecture(
+        ("Qwen4ExpForConditionalGeneration", "Qwen4ExpForCausalLM"),
+        (
+            *QWEN35,
+            split(
+                r"indexer\.index_qk_proj",
+                **{"indexer.q_proj": (t.indexer("q"),), "indexer.k_proj": (t.indexer("k"),)},
+            ),
+        ),
+        norm_shift=None,
+    ),
+    "qwen3tts": Architecture(
+        ("Qwen3TTSForConditionalGeneration",), (Rule("codec_head", (Out("output"),)),), root="talker."
+    ),
     "qwen35moe": Architecture(("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"), QWEN35, norm_shift=1.0),
     "gemma": Architecture(("GemmaForCausalLM",), norm_shift=1.0),
     "gemma2": Architecture(("Gemma2ForCausalLM",), norm_shift=1.0),
@@ -307,7 +404,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("FalconForCausalLM", "RWForCausalLM"), (rows("query_key_value", t.grouped("qkv")),)
     ),
     "falcon-h1": Architecture(("FalconH1ForCausalLM",), FALCON_H1),
-    "gpt2": Architecture(("GPT2LMHeadModel",), (), r"^position_embd"),
+    "gpt2": Architecture(("GPT2LMHeadModel", "RuGPT3XLForCausalLM"), (), r"^position_embd"),
     "gptneox": Architecture(("GPTNeoXForCausalLM",), (rows("query_key_value", t.by_head),)),
     "bloom": Architecture(("BloomForCausalLM", "BloomModel"), (rows("query_key_value", t.by_head),)),
     "mpt": Architecture(("MPTForCausalLM", "MptForCausalLM")),
@@ -331,6 +428,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "orion": Architecture(("OrionForCausalLM",)),
     "command-r": Architecture(("CohereForCausalLM",)),
     "cohere2": Architecture(("Cohere2ForCausalLM",)),
+    "cohere2moe": Architecture(("Cohere2MoeForCausalLM",)),
     "dbrx": Architecture(
         ("DbrxForCausalLM",),
         (
@@ -348,11 +446,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         LATENT,
         LATENT_IGNORED,
     ),
-    "deepseek2-ocr": Architecture(("DeepseekOCRForCausalLM",)),
+    "deepseek2-ocr": Architecture(("DeepseekOCRForCausalLM", "UnlimitedOCRForCausalLM")),
+    "deepseek32": Architecture(("DeepseekV32ForCausalLM",), LATENT, LATENT_IGNORED),
+    "deepseek4": Architecture(
+        ("DeepseekV4ForCausalLM",), DEEPSEEK4, r"\.attn_output_a\.weight$|\.indexer|_compressor_|^output\.weight$"
+    ),
+    "dots3note": Architecture(
+        ("Dots3NoteForCausalLM", "Dots3NoteForConditionalGeneration", "Dots3NoteTextForCausalLM"), LATENT, LATENT_IGNORED
+    ),
     "glm-dsa": Architecture(("GlmMoeDsaForCausalLM",), LATENT, LATENT_IGNORED),
+    "glm5-next": Architecture(("Glm5NextForConditionalGeneration",), LATENT, ALL_ATTENTION_IGNORED),
     "kimi-linear": Architecture(
         ("KimiLinearForCausalLM", "KimiLinearModel"),
         (*LATENT, Rule(r"forget_gate\.f_a_proj", (Out("ssm_f_a"),)), Rule(r"forget_gate\.f_b_proj", (Out("ssm_f_b"),))),
+        ALL_ATTENTION_IGNORED,
+    ),
+    "kimi-k3": Architecture(
+        ("KimiK3ForConditionalGeneration",),
+        (*LATENT, Rule(r"self_attn\.g_proj", (Out("attn_gate", instead="ssm_g"),))),
         ALL_ATTENTION_IGNORED,
     ),
     "chatglm": Architecture(
@@ -372,13 +483,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "jais2": Architecture(("Jais2ForCausalLM",)),
     "grok": Architecture(("GrokForCausalLM", "Grok1ForCausalLM")),
-    "grovemoe": Architecture(("GroveMoeForCausalLM",)),
+    "grovemoe": Architecture(("GroveMoeForCausalLM", "modeling_grove_moe.GroveMoeForCausalLM")),
     "nemotron": Architecture(("NemotronForCausalLM",), norm_shift=1.0),
     "nemotron_h": Architecture(("NemotronHForCausalLM",), ROTARY, r"\.ffn_latent_"),
-    "nemotron_h_moe": Architecture((), ROTARY, r"\.ffn_latent_"),
+    "nemotron_h_moe": Architecture(("NemotronHPuzzleForCausalLM",), ROTARY, r"\.ffn_latent_"),
     "exaone": Architecture(("ExaoneForCausalLM",)),
     "exaone4": Architecture(("Exaone4ForCausalLM", "Exaone4_5_ForConditionalGeneration")),
-    "exaone-moe": Architecture(("ExaoneMoEForCausalLM",)),
+    "exaone-moe": Architecture(("ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM")),
     "gpt-oss": Architecture(
         ("GptOssForCausalLM",),
         (split(r"experts\.gate_up_proj", ffn_gate_exps=(t.every(0, 2),), ffn_up_exps=(t.every(1, 2),)),),
@@ -417,7 +528,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         headless=True,
     ),
     "neo-bert": Architecture(("NeoBERT", "NeoBERTLMHead", "NeoBERTForSequenceClassification"), headless=True),
-    "eurobert": Architecture(("EuroBertModel",), headless=True),
+    "eurobert": Architecture(("EuroBertModel", "JinaEmbeddingsV5Model"), headless=True),
     "jina-bert-v2": Architecture(("JinaBertModel", "JinaBertForMaskedLM"), headless=True),
     "jina-bert-v3": Architecture((), (), r"^token_types", headless=True),
     "rwkv6": Architecture(
@@ -426,7 +537,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "rwkv6qwen2": Architecture(("RWKV6Qwen2ForCausalLM",)),
     "rwkv7": Architecture(("Rwkv7ForCausalLM", "RWKV7ForCausalLM"), RWKV7),
     "arwkv7": Architecture(("RwkvHybridForCausalLM",), RWKV7),
-    "step35": Architecture(("Step3p5ForCausalLM",), norm_shift=1.0),
+    "step35": Architecture(("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration"), norm_shift=1.0),
     "t5": Architecture(
         ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration", "UMT5Model",
             "T5WithLMHeadModel",)
@@ -435,19 +546,45 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dots1": Architecture(("Dots1ForCausalLM",)),
     "afmoe": Architecture(("AfmoeForCausalLM",)),
     "hunyuan-moe": Architecture(("HunYuanMoEV1ForCausalLM",)),
+    "hy_v3": Architecture(("HYV3ForCausalLM",)),
+    "hy_v4": Architecture(("HYV4ForCausalLM",), LATENT, LATENT_IGNORED),
     "hunyuan-dense": Architecture(("HunYuanDenseV1ForCausalLM",)),
     "hunyuan_vl": Architecture(("HunYuanVLForConditionalGeneration",)),
     "seed_oss": Architecture(("SeedOssForCausalLM",)),
     "apertus": Architecture(("ApertusForCausalLM",)),
     "dream": Architecture(("DreamModel",)),
     "smallthinker": Architecture(("SmallThinkerForCausalLM",)),
+    "minimax-01": Architecture(("MiniMaxText01ForCausalLM", "MiniMaxM1ForCausalLM")),
     "minimax-m2": Architecture(("MiniMaxM2ForCausalLM",)),
+    "minimax-m3": Architecture(
+        ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration"), norm_shift=1.0
+    ),
+    "hrm_text": Architecture(("HrmTextForCausalLM",), HRM, stacks=("L_module", "H_module")),
+    "laguna": Architecture(("LagunaForCausalLM",)),
+    "maple": Architecture(("MapleForCausalLM",)),
+    "mellum": Architecture(("MellumForCausalLM",)),
+    "muse-glimmer": Architecture(("MuseGlimmerForConditionalGeneration",), ROTARY, norm_shift=None),
+    "nanbeige": Architecture(("NanbeigeForCausalLM",), ROTARY),
+    "spark2_5": Architecture(("Spark2_5ForCausalLM",), (Rule("q_k_v_proj", (Out("attn_qkv"),)),)),
+    "talkie": Architecture(
+        ("TalkieForCausalLM",), (Rule(r"attn\.attn_(query|key)", (Out(scale=t.second_half_negated),)),)
+    ),
+    "pockettts": Architecture(
+        ("PocketTTSModel",),
+        (
+            split(r"self_attn\.in_proj", attn_q=(t.part(0, 3),), attn_k=(t.part(1, 3),), attn_v=(t.part(2, 3),)),
+            Rule(r"self_attn\.out_proj", (Out("attn_output"),)),
+            Rule("linear1", (Out("ffn_up"),)),
+            Rule("linear2", (Out("ffn_down"),)),
+        ),
+        root="flow_lm.",
+    ),
     "rnd1": Architecture(("RND1",)),
     "pangu-embedded": Architecture(("PanguEmbeddedForCausalLM",)),
     "mimo2": Architecture(("MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM")),
     "maincoder": Architecture(("MaincoderForCausalLM",)),
     "bitnet": Architecture(
-        ("BitnetForCausalLM",),
+        ("BitnetForCausalLM", "BitNetForCausalLM"),
         caution="bitnet's weights are quantized in training too: the update is added to the quantized ones",
     ),
 }  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from lora_gguf.errors import MalformedError, UnsupportedError, UsageError, printable
 from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
-from lora_gguf.mapping.architectures import ARCHITECTURES, VARIANTS
+from lora_gguf.mapping.architectures import ARCHITECTURES, REFUSED, VARIANTS
 from lora_gguf.mapping.likeness import likeliest
 from lora_gguf.mapping.tower_names import projectors
 from lora_gguf.mapping.towers import CLIP
@@ -38,6 +38,9 @@ CONFIG_KEYS: dict[str, tuple[str, ...]] = {
     ),
     "rope.dimension_count": ("qk_rope_head_dim",),
     "rescale_every_n_layers": ("rescale_every",),
+    "hrm.layers_per_stack": ("num_layers_per_stack", "num_hidden_layers"),
+    "attention.indexer.head_count": ("indexer_n_heads", "index_n_heads"),
+    "attention.indexer.key_length": ("indexer_head_dim", "index_head_dim"),
     "rope.dimension_sections": ("rope_scaling.mrope_section", "rope_parameters.mrope_section"),
     "ssm.group_count": ("linear_num_key_heads",),
     "ssm.time_step_rank": ("linear_num_value_heads",),
@@ -102,6 +105,11 @@ class Dims:
                 f"{source}: {key.removeprefix('config.')}: expected a number, found {printable(value, 40)}: {fix}"
             )
         return value
+
+    def block_shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor of the layer's block; None where the base has none such or is not there."""
+        info = (self.hparams.tensors or {}).get(f"blk.{self.layer}.{name}.weight")
+        return None if info is None else info.shape
 
     def first(self, *keys: str):
         """The first of ``keys`` that the base knows."""
@@ -191,6 +199,8 @@ def from_base(base: GgufReader, config: dict | None = None, layout_of: str | Non
             f"{base.label}: expected a model, found general.type {printable(base.get('general.type'), 40)}"
         )
     architecture = layout_of or base.architecture
+    if base.architecture in REFUSED:
+        raise UnsupportedError(f"{base.label}: {base.architecture}: {REFUSED[base.architecture]}")
     if base.architecture not in ARCHITECTURES and layout_of is None:
         raise UnsupportedError(unknown(base))
     if base.architecture in ARCHITECTURES and architecture != base.architecture:
@@ -252,6 +262,8 @@ def architecture_of(config: dict) -> str:
         raise MalformedError(
             "config.json: architectures: expected the model's class, found none: give the base as a GGUF"
         )
+    if classes[0] in REFUSED:
+        raise UnsupportedError(f"config.json: {classes[0]}: {REFUSED[classes[0]]}")
     for architecture, row in ARCHITECTURES.items():
         if classes[0] in row.hf:
             return variant(architecture, {**config, **text})

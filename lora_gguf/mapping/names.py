@@ -12,6 +12,7 @@ import numpy as np
 from lora_gguf.adapters.lora import EMBEDDING, HEAD, Piece
 from lora_gguf.mapping.architectures import ARCHITECTURES, FUSED_EXPERTS, Architecture, Out
 from lora_gguf.mapping.hparams import Hparams
+from lora_gguf.mapping.own_names import OWN_NAMES
 from lora_gguf.mapping.tower_names import NOWHERE, WAITING, file_name, projectors, tower_outs
 
 # modules of the towers that stand beside a text model, and go into another GGUF (mmproj) or into none
@@ -94,6 +95,23 @@ def why_left_to_others(path: str, hparams: Hparams) -> str | None:
     return None
 
 
+def within(path: str, hparams: Hparams) -> str | None:
+    """Return a module's path within the text model, its layer counted through all stacks; None where it stands in
+    another model of the class."""
+    row = ARCHITECTURES[hparams.architecture]
+    if row.root:
+        head, found, tail = path.partition(row.root)
+        if not found or head not in ("", "model.") or tail.startswith("code_predictor."):
+            return None
+        path = tail
+    for i, stack in enumerate(row.stacks):
+        match = re.fullmatch(rf"(.*){stack}\.layers\.(\d+)(\..+)", path)
+        if match:
+            n = hparams.get("hrm.layers_per_stack") or 0
+            return f"{match[1]}layers.{int(match[2]) + i * n}{match[3]}"
+    return path
+
+
 def layer_of(path: str) -> int | None:
     """The number of the layer that the module stands in: the first number in its path."""
     match = LAYER.search(path)
@@ -112,6 +130,8 @@ def name_map() -> dict[str, tuple[tuple[object, str], ...]]:
         for tensor, paths in mappings.items():
             for path in dict.fromkeys(paths):
                 found.setdefault(path, []).append((tensor, TENSOR_NAMES[tensor]))
+    for path, names in OWN_NAMES.items():
+        found.setdefault(path, []).extend((None, name) for name in names)
     return {path: tuple(tensors) for path, tensors in found.items()}
 
 
@@ -152,7 +172,7 @@ def tensor_name(path: str, hparams: Hparams) -> str | None:
         template = candidate if layer is None else LAYER.sub(".{bid}.", candidate, count=1)
         known = [(*entry, ".weight") for entry in name_map().get(template, ())]
         known += [(*entry, "") for entry in name_map().get(f"{template}.weight", ())]
-        for tensor, name, suffix in reversed(known):
+        for tensor, name, suffix in known if allowed is None else reversed(known):
             (own if allowed is None or tensor in allowed else others).append(name.format(bid=layer) + suffix)
     if hparams.tied and path.rpartition(".")[2] == "lm_head":
         return HEAD
@@ -243,7 +263,8 @@ def out_name(out: Out, path: str, slot: int | None, hparams: Hparams) -> str | N
         return file_name(out)
     layer = layer_of(path)
     if out.tensor:
-        return block_name(layer, out.tensor)
+        name = block_name(layer, out.tensor)
+        return block_name(layer, out.instead) if out.instead and hparams.lacks(name) else name
     name = tensor_name(path, hparams)
     stem = EXPERT_TENSORS.get(path.rpartition(".")[2]) if re.search(r"(^|\.)(experts|moe)\.[^.]+$", path) else None
     if stem and (name is None or hparams.lacks(name)):

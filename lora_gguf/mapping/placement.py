@@ -26,7 +26,7 @@ from lora_gguf.mapping.completeness import missing, missing_blocks
 from lora_gguf.mapping.convolutions import folded, is_spread, spread
 from lora_gguf.mapping.heads import check_new_rows, cut_to_vocabulary, resolve_tied
 from lora_gguf.mapping.hparams import Hparams, borrowed_layout, from_base
-from lora_gguf.mapping.names import gguf_pieces, layer_of, pieces, shape_in_base, why_skipped
+from lora_gguf.mapping.names import gguf_pieces, layer_of, pieces, shape_in_base, why_skipped, within
 from lora_gguf.mapping.orientation import oriented
 from lora_gguf.mapping.stacking import Part, joined
 from lora_gguf.mapping.vocabulary import added_tokens, extended, learned_tokens
@@ -172,7 +172,10 @@ def unplaced(path: str | os.PathLike) -> Placement:
 def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Part]], placement: Placement) -> list[str]:
     """Add what ``update`` (named by module path) becomes to ``parts`` or the placement; return what is wrong with
     it."""
-    skipped = why_skipped(update.name, hparams)
+    path = within(update.name, hparams)
+    if path is not None and path != update.name:
+        update = replace(update, name=path)
+    skipped = f"part of another model than {hparams.architecture}" if path is None else why_skipped(path, hparams)
     if skipped:
         placement.accounts += [Account(name, "ignored", "", skipped) for name in update.sources]
         return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lora_gguf.adapters.adapter_config import REFUSED
 from lora_gguf.mapping.architectures import ARCHITECTURES, Architecture, Out
+from lora_gguf.mapping.architectures import REFUSED as REFUSED_MODELS
 from lora_gguf.mapping.names import has_head
 from lora_gguf.mapping.towers import CLIP, TOWERS
 from lora_gguf.mapping.transforms import rwkv6_rescaled
@@ -48,7 +49,14 @@ def architectures_table() -> str:
         for name, row in ARCHITECTURES.items()
         if name != CLIP
     ]
-    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
+    n_classes = sum(len(row.hf) for row in ARCHITECTURES.values())
+    refused: dict[str, list[str]] = {}
+    for name, why in REFUSED_MODELS.items():
+        refused.setdefault(why, []).append(name)
+    count = f"{len(ARCHITECTURES)} architectures, {n_classes} classes. Refused by name: " + "; ".join(
+        f"{', '.join(names)} ({why.partition(',')[0]})" for why, names in refused.items()
+    )
+    return "\n".join([f"{count}.", "", head, "|---|---|---|---|---|---|---|", *rows])
 
 
 def towers_table() -> str:

@@ -75,6 +75,22 @@ def block(i: int, *sizes: Callable[[Dims], int]) -> Op:
     return op
 
 
+def rotary_qkv(index: np.ndarray, dims: Dims) -> np.ndarray:
+    """q, k, v one below the other, the rows of q and k as by ``rotary``."""
+    q, k = q_rows(dims), kv_rows(dims)
+    return np.concatenate([rotary_q(index[:q], dims), rotary_k(index[q : q + k], dims), index[q + k :]])
+
+
+def indexer(part: str) -> Op:
+    """The q or k rows of a sparse attention's indexer, which lie q, then k."""
+
+    def op(index: np.ndarray, dims: Dims) -> np.ndarray:
+        n_q = dims("attention.indexer.head_count") * dims("attention.indexer.key_length")
+        return index[:n_q] if part == "q" else index[n_q:]
+
+    return op
+
+
 def head_dim(dims: Dims) -> int:
     return dims("attention.key_length")
 
@@ -170,11 +186,23 @@ def latent(part: str) -> Op:
     """The k (without rotary) or v rows of each head of multi-head latent attention's ``kv_b_proj``."""
 
     def op(index: np.ndarray, dims: Dims) -> np.ndarray:
-        nope = dims("attention.key_length_mla") - dims("rope.dimension_count")
-        heads = index.reshape(dims(HEADS), nope + dims("attention.value_length_mla"))
+        n_heads, nope, value = latent_sizes(dims)
+        heads = index.reshape(n_heads, nope + value)
         return (heads[:, :nope] if part == "k" else heads[:, nope:]).ravel()
 
     return op
+
+
+def latent_sizes(dims: Dims) -> tuple[int, int, int]:
+    """Heads, and the rows of each head's k and v: as the base's tensors have them, or its hyperparameters."""
+    k, v = (dims.block_shape(name) for name in ("attn_k_b", "attn_v_b"))
+    if k is not None and v is not None and len(k) == len(v) == 3:
+        return k[0], k[2], v[1]
+    return (
+        dims(HEADS),
+        dims("attention.key_length_mla") - dims("rope.dimension_count"),
+        dims("attention.value_length_mla"),
+    )
 
 
 Scale = Callable[[int, Dims], np.ndarray]
@@ -201,6 +229,12 @@ def rwkv6_rescaled(n: int, dims: Dims) -> np.ndarray:
     """RWKV-6 halves what each block adds to the residual stream, once more every so many layers."""
     every = dims.hparams.get("rescale_every_n_layers")
     return np.full(n, 2.0 ** -(dims.layer // every) if every else 1.0)
+
+
+def second_half_negated(n: int, dims: Dims) -> np.ndarray:
+    """Talkie turns its rotary the other way: the second half of each head's rows changes sign."""
+    width = dims("attention.key_length")
+    return np.tile(np.where(np.arange(width) < width // 2, 1.0, -1.0), n // width)
 
 
 def falcon_h1_in_proj(n: int, dims: Dims) -> np.ndarray:

@@ -1,0 +1,58 @@
+"""Every class that llama.cpp's converter registers is merged, or refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lora_gguf.errors import UnsupportedError
+from lora_gguf.mapping.architectures import ARCHITECTURES, REFUSED
+from lora_gguf.mapping.hparams import architecture_of
+from tests.class_census import CLASSES, judged, registered
+
+CENSUS = json.loads(CLASSES.read_text())
+TREE = {
+    "conversion/a.py": """
+@ModelBase.register("OneForCausalLM", "TwoForCausalLM")
+@ModelBase.example("a/b")
+class One(TextModel):
+    model_arch = gguf.MODEL_ARCH.ONE
+@ModelBase.register("ThreeForCausalLM")
+class Three(One):
+    pass
+@ModelBase.register("OneForConditionalGeneration")
+class Tower(MmprojModel):
+    pass
+""",
+    "gguf-py/gguf/constants.py": 'NAMES = {MODEL_ARCH.ONE: "one-x"}',
+}
+
+
+def test_no_text_class_is_unknown():
+    assert len(CENSUS["text"]) == 267 and len(CENSUS["towers"]) == 67
+    assert "unknown" not in judged(CENSUS["text"])
+
+
+@pytest.mark.parametrize("name", sorted(CENSUS["text"]))
+def test_each_has_an_architecture_or_a_reason(name):
+    if name in REFUSED:
+        with pytest.raises(UnsupportedError, match=name):
+            architecture_of({"architectures": [name]})
+    else:
+        assert architecture_of({"architectures": [name]}) in ARCHITECTURES
+
+
+def test_a_tree_is_read(tmp_path):
+    for path, text in TREE.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    found = registered(tmp_path)
+    assert found["text"] == {"OneForCausalLM": "one-x", "ThreeForCausalLM": "one-x", "TwoForCausalLM": "one-x"}
+    assert list(found["towers"]) == ["OneForConditionalGeneration"]
+
+
+def test_what_is_not_known_is_counted():
+    outcomes = judged({"LlamaForCausalLM": "llama", "NextForCausalLM": "next", "WavTokenizerDec": "wavtokenizer-dec"})
+    assert outcomes["merged"] == ["LlamaForCausalLM"] and outcomes["unknown"] == ["NextForCausalLM"]
+    assert len(outcomes) == 3
