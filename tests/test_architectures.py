@@ -535,7 +535,7 @@ def kind(path):
     return tuple(re.sub(r"\.\d+(?=\.|$)", "", path).split(".")[-2:])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "clip"])
 def test_all_other_modules_stay_as_they_are(architecture):
     """Of each row: every module of its classes that has no layout here is the tensor, or one expert of it."""
     modules = [path for paths in MODULES.get(architecture, {}).values() for path in paths]

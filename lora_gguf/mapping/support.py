@@ -53,7 +53,7 @@ def architectures_table() -> str:
     refused: dict[str, list[str]] = {}
     for name, why in REFUSED_MODELS.items():
         refused.setdefault(why, []).append(name)
-    count = f"{len(ARCHITECTURES)} architectures, {n_classes} classes. Refused by name: " + "; ".join(
+    count = f"{len(ARCHITECTURES) - 1} architectures, {n_classes} classes. Refused by name: " + "; ".join(
         f"{', '.join(names)} ({why.partition(',')[0]})" for why, names in refused.items()
     )
     return "\n".join([f"{count}.", "", head, "|---|---|---|---|---|---|---|", *rows])
