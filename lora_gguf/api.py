@@ -118,6 +118,7 @@ def doctor(
     expert_a_axis: str | None = None,
     layout_of: str | None = None,
     base_config: Name | None = None,
+    again: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
     downloads: Progress | None = None,
@@ -131,7 +132,7 @@ def doctor(
     """
     check_path("base", base, MODEL)
     named = scaled_names(adapters)
-    reading = Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of)
+    reading = Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of, again)
     resources = Resources(threads)
     local = fetch_adapters(named, by_file(downloads or progress))
     from lora_gguf.commands.doctor import doctor as work
@@ -191,6 +192,7 @@ def merge(
     expert_a_axis: str | None = None,
     layout_of: str | None = None,
     base_config: Name | None = None,
+    again: bool = False,
     max_growth: float | str = 0.0,
     min_retention: float = 0.0,
     max_bytes: int | None = None,
@@ -208,7 +210,7 @@ def merge(
     ``report.whole.kept`` is the share of the update that acts in the merged file (1: all of it), ``report.written`` the
     paths. ``rounding`` is auto, dither, nearest or fresh; ``type`` that of the adapted tensors, ``quantize`` a mix such
     as Q4_K_M for all tensors of a base in F16, BF16 or F32; ``max_growth`` a share of the base's size; ``max_bytes``
-    the size of a shard, and ``shard`` N/COUNT one of them alone; ``memory`` is in bytes, for the rows in work. The same
+    the size of a shard, and ``shard`` N/COUNT one of them alone; ``again`` lets an adapter in that the base already holds; ``memory`` is in bytes, for the rows in work. The same
     arguments give the same file, whatever the memory and the number of threads.
 
     Raises ``MismatchError`` (the adapter does not fit), ``UnsupportedError``, ``NumericError`` (NaN, or less than
@@ -217,7 +219,7 @@ def merge(
     """
     check_path("base", base, MODEL)
     named = scaled_names(adapters)
-    reading = Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of)
+    reading = Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of, again)
     resources = Resources(threads, memory)
     writing = None if out is None else Writing(out, max_bytes, keep_split, shard, modelfile, force)
     growth, measured = parse_growth(str(max_growth)), _importance(imatrix)

@@ -17,6 +17,7 @@ from lora_gguf.adapters.lora import EMBEDDING, HEAD
 from lora_gguf.errors import LoraGgufError, MalformedError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.weights import Entry
+from lora_gguf.merging.provenance import merges_of
 from lora_gguf.merging.retention import kind_of as kind_of_tensor
 from lora_gguf.quants.ggml import FILE_TYPES
 
@@ -92,7 +93,7 @@ class Inspection:
 @dataclass(kw_only=True)
 class ModelInspection(Inspection):
     """A model's GGUF. Numbers that the header does not state are None; ``provenance`` is that of a file lora-gguf
-    merged.
+    merged, and ``earlier`` those of the merges that made its base, the first one first.
     """
 
     quantization: str = ""
@@ -107,6 +108,7 @@ class ModelInspection(Inspection):
     chat_template: bool = False
     tied_head: bool = False
     provenance: Provenance | None = None
+    earlier: list[Provenance] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -168,8 +170,8 @@ def model(base: Base, common: dict) -> ModelInspection:
     """The inspection of a model; ``common`` are the fields that every inspection has."""
     file_types = {number: name for name, number in FILE_TYPES.items()}
     tokenizer = [text(base.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre")]
-    provenance = provenance_of(base)
-    if provenance:
+    merges = provenances_of(base)
+    if merges:
         common["kind"] = "merged model"
     return ModelInspection(
         **common,
@@ -184,7 +186,8 @@ def model(base: Base, common: dict) -> ModelInspection:
         tokenizer=", ".join(filter(None, tokenizer)),
         chat_template="tokenizer.chat_template" in base.kv,
         tied_head=EMBEDDING in base.tensors and HEAD not in base.tensors,
-        provenance=provenance,
+        provenance=merges[-1] if merges else None,
+        earlier=merges[:-1],
     )
 
 
@@ -195,14 +198,19 @@ def number(value) -> int | None:
     return value if type(value) is int else None
 
 
-def provenance_of(base: Base) -> Provenance | None:
-    """How lora-gguf made the file; None where it did not."""
-    names, scales = base.get("lora_gguf.adapter.names"), base.get("lora_gguf.adapter.scales")
+def provenances_of(base: Base) -> list[Provenance]:
+    """How lora-gguf made the file: its merges, the first one first; none where it did not."""
+    return [found for keys in merges_of(base) if (found := provenance_of(keys))]
+
+
+def provenance_of(keys: dict[str, object]) -> Provenance | None:
+    """What the keys of one merge say; None where they say nothing of its adapters."""
+    names, scales = keys.get("adapter.names"), keys.get("adapter.scales")
     if not isinstance(names, list) or not isinstance(scales, list):
         return None
     adapters = [(text(name), float(scale)) for name, scale in zip(names, scales, strict=False)]
-    version, rounding, imatrix = (text(base.get(f"lora_gguf.{key}", "")) for key in ("version", "rounding", "imatrix"))
-    return Provenance(version, adapters, rounding, number(base.get("lora_gguf.seed")) or 0, imatrix)
+    version, rounding, imatrix = (text(keys.get(key, "")) for key in ("version", "rounding", "imatrix"))
+    return Provenance(version, adapters, rounding, number(keys.get("seed")) or 0, imatrix)
 
 
 def adapter_gguf(base: Base, common: dict) -> AdapterInspection:

@@ -9,6 +9,7 @@ import typer
 
 from lora_gguf.cli.options import (
     AdapterArgument,
+    Again,
     AllowUnused,
     BaseArgument,
     BaseConfig,
@@ -44,6 +45,7 @@ def doctor(
     scale: Scale = 1.0,
     tied: TiedHead = Tied.separate,
     allow_unused: AllowUnused = None,
+    again: Again = False,
     base_config: BaseConfig = None,
     expert_b_layout: ExpertB = None,
     expert_a_axis: ExpertA = None,
@@ -74,6 +76,7 @@ def doctor(
             named,
             tied=tied.value,
             allow_unused=allow_unused,
+            again=again,
             expert_b_layout=expert_b_layout and expert_b_layout.value,
             expert_a_axis=expert_a_axis and expert_a_axis.value,
             layout_of=layout_of,

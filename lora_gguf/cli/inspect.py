@@ -9,7 +9,7 @@ import typer
 from lora_gguf.text import json_text
 
 if TYPE_CHECKING:
-    from lora_gguf.checks.inspection import AdapterInspection, Inspection, ModelInspection
+    from lora_gguf.checks.inspection import AdapterInspection, Inspection, ModelInspection, Provenance
 
 
 def inspect(
@@ -78,7 +78,14 @@ def model_facts(found: ModelInspection) -> list[tuple[str, str]]:
         ),
         ("merged by", f"lora-gguf {made.version}, rounding {made.rounding}, seed {made.seed}" if made else ""),
         ("imatrix", made.imatrix if made else ""),
+        *(("before it" if i == 0 else " ", merge_text(merge)) for i, merge in enumerate(reversed(found.earlier))),
     ]
+
+
+def merge_text(made: Provenance) -> str:
+    """One merge of several, in a line."""
+    adapters = ", ".join(f"{name}, scale {scale:g}" for name, scale in made.adapters)
+    return f"{adapters}; lora-gguf {made.version}, rounding {made.rounding}, seed {made.seed}"
 
 
 def adapter_facts(found: AdapterInspection) -> list[tuple[str, str]]:

@@ -34,6 +34,7 @@ AllowUnused = Annotated[
         "--allow-unused", metavar="REGEX", help="Leave out adapter tensors that fit nowhere, if their name matches."
     ),
 ]
+Again = Annotated[bool, typer.Option("--again", help="Merge an adapter that the base already holds once more.")]
 BaseConfig = Annotated[
     Path | None,
     typer.Option(

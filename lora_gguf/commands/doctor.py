@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_gguf.adapters.adapter import adapter_directory
 from lora_gguf.checks.checkup import NOTE, OK, REFUSAL, WARNING, DoctorReport, Outlook, Remark, TensorOutlook, recommend
+from lora_gguf.checks.earlier import earlier_merges
 from lora_gguf.checks.inspection import AdapterInspection
 from lora_gguf.checks.keeping import NOTHING, idle, listed, poorly_kept
 from lora_gguf.checks.kinship import kinship
@@ -67,6 +68,7 @@ def doctor(
         try:
             placements = [(placement_of(path, model, reading), factor) for path, factor in adapters]
             plan = make_plan(model, placements, Policy())
+            plan.warnings += earlier_merges(model, adapters, placements, again=reading.again)
             plan.warnings += idle(adapters, placements)
             report.remarks += remarks_on_fit(model, plan, [placement for placement, _ in placements])
             foresee(report, model, plan, threads, progress)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_gguf.checks.earlier import earlier_merges
 from lora_gguf.checks.keeping import idle, judged
 from lora_gguf.checks.kinship import kin_warnings
 from lora_gguf.errors import UsageError
@@ -108,7 +109,8 @@ def merge(
     with Base(base) as model:
         placements = [(placement_of(path, model, reading), scale) for path, scale in adapters]
         plan = make_plan(model, placements, policy)
-        plan.warnings += [*kin_warnings(adapters, model), *idle(adapters, placements)]
+        earlier = earlier_merges(model, adapters, placements, again=reading.again)
+        plan.warnings += [*earlier, *kin_warnings(adapters, model), *idle(adapters, placements)]
         accounts = [account for placement, _ in placements for account in placement.accounts]
         report = MergeReport(plan, accounts, [("base", base), *(("adapter", path) for path, _ in adapters)])
         if writing is None:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from lora_gguf.arguments import check_choice, check_path, check_pattern, refuse
+from lora_gguf.arguments import check_choice, check_flag, check_path, check_pattern, refuse
 from lora_gguf.mapping.architectures import ARCHITECTURES
 
 TIED = ("separate", "shared", "refuse")
@@ -23,7 +23,7 @@ class Reading:
     out where the regular expression ``allow_unused`` finds their name. ``expert_b_layout`` tells how lora_B of fused
     experts lies, ``base_config`` is the base's ``config.json``, or its folder, for what its GGUF does not say.
     ``expert_a_axis`` tells which side of square fused experts lora_A is on, where nothing else does; ``layout_of`` is
-    the architecture whose layout a base of an unknown one has.
+    the architecture whose layout a base of an unknown one has; ``again`` lets an adapter in that the base already holds.
     """
 
     tied: str = "separate"
@@ -32,6 +32,7 @@ class Reading:
     base_config: str | os.PathLike[str] | None = None
     expert_a_axis: str | None = None
     layout_of: str | None = None
+    again: bool = False
 
     def __post_init__(self) -> None:
         check_choice("tied", self.tied, TIED)
@@ -41,6 +42,7 @@ class Reading:
             check_choice("expert_b_layout", self.expert_b_layout, EXPERT_B_LAYOUTS)
         if self.expert_a_axis is not None:
             check_choice("expert_a_axis", self.expert_a_axis, EXPERT_A_AXES)
+        check_flag("again", self.again)
         if self.layout_of is not None:
             check_architecture(self.layout_of)
         if self.base_config is not None:

@@ -10,6 +10,7 @@
     rounding, seed          of the merge
     imatrix                 what the importance matrix was called, if there was one
     metadata_sha256         of all key/value pairs before this one, as they stand in the file
+    earlier.0.*, …          the same keys of the merges that made the base, the first of them first
 
 With the types that its tensors have, these say all that it takes to make the file again. What is free text, the names,
 is vouched for by the last key.
@@ -18,6 +19,8 @@ is vouched for by the last key.
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 PREFIX = "lora_gguf."
 SEAL = f"{PREFIX}metadata_sha256"
+EARLIER = "earlier."
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
 
 
@@ -65,7 +69,38 @@ def merged_key_values(
     kept = [key for key in model.kv if not key.startswith(PREFIX) and key not in SPLIT_KEYS]
     raw = raw_key_values(model.readers[0], set(model.kv) - set(kept))
     base_pairs = [changed.pop(key, pair) for key, pair in zip(kept, raw, strict=True)]
-    return sealed(base_pairs + list(changed.values()) + own_key_values(model, placements, policy, names))
+    own = own_key_values(model, placements, policy, names)
+    return sealed(base_pairs + list(changed.values()) + earlier_key_values(model) + own)
+
+
+def earlier_key_values(model: Base) -> list[bytes]:
+    """Return the keys of the merges that made the base, which say of the last one that it is one of the earlier."""
+    ours = [key for key in model.kv if key.startswith(PREFIX)]
+    number = len(merges_of(model)) - 1
+    pairs = dict(zip(ours, raw_key_values(model.readers[0], model.kv.keys() - set(ours)), strict=True))
+    own = {key: pair for key, pair in pairs.items() if not key.startswith(PREFIX + EARLIER)}
+    moved = [_renamed(f"{PREFIX}{EARLIER}{number}.{key.removeprefix(PREFIX)}", key, pair) for key, pair in own.items()]
+    return [pair for key, pair in pairs.items() if key not in own] + moved
+
+
+def _renamed(new: str, old: str, pair: bytes) -> bytes:
+    """Return a key/value pair as it stands in a file under another key."""
+    raw = new.encode("utf-8", "surrogateescape")
+    return len(raw).to_bytes(8, "little") + raw + pair[8 + len(old.encode("utf-8", "surrogateescape")) :]
+
+
+def merges_of(model: Base) -> list[dict[str, object]]:
+    """Return the keys of each merge that made a file, without their prefix, the first merge first; none where
+    lora-gguf did not make it.
+    """
+    found: dict[float, dict[str, object]] = {}
+    for key in model.kv:
+        if key.startswith(PREFIX):
+            number, name = math.inf, key.removeprefix(PREFIX)
+            if match := re.fullmatch(rf"{EARLIER}(\d{{1,6}})\.(.+)", name):
+                number, name = int(match[1]), match[2]
+            found.setdefault(number, {})[name] = model.get(key)
+    return [found[number] for number in sorted(found)]
 
 
 def own_key_values(
