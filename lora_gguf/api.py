@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,6 +193,7 @@ def merge(
     expert_a_axis: str | None = None,
     layout_of: str | None = None,
     base_config: Name | None = None,
+    mmproj: Name | None = None,
     again: bool = False,
     max_growth: float | str = 0.0,
     min_retention: float = 0.0,
@@ -210,8 +212,10 @@ def merge(
     ``report.whole.kept`` is the share of the update that acts in the merged file (1: all of it), ``report.written`` the
     paths. ``rounding`` is auto, dither, nearest or fresh; ``type`` that of the adapted tensors, ``quantize`` a mix such
     as Q4_K_M for all tensors of a base in F16, BF16 or F32; ``max_growth`` a share of the base's size; ``max_bytes``
-    the size of a shard, and ``shard`` N/COUNT one of them alone; ``again`` lets an adapter in that the base already holds; ``memory`` is in bytes, for the rows in work. The same
-    arguments give the same file, whatever the memory and the number of threads.
+    the size of a shard, and ``shard`` N/COUNT one of them alone; ``again`` lets an adapter in that the base already
+    holds; ``memory`` is in bytes, for the rows in work. The same arguments give the same file, whatever the memory and
+    the number of threads. ``mmproj`` is the model's, into which the adapters' vision and audio part goes: it is written
+    too, as mmproj-NAME.gguf, in its own types.
 
     Raises ``MismatchError`` (the adapter does not fit), ``UnsupportedError``, ``NumericError`` (NaN, or less than
     ``min_retention`` is kept), ``FileError`` (no space, ``out`` exists and ``force`` is not given), ``HubError``, …
@@ -219,15 +223,18 @@ def merge(
     """
     check_path("base", base, MODEL)
     named = scaled_names(adapters)
+    if mmproj is not None:
+        check_path("mmproj", mmproj, MODEL)
     reading = Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of, again)
     resources = Resources(threads, memory)
     writing = None if out is None else Writing(out, max_bytes, keep_split, shard, modelfile, force)
     growth, measured = parse_growth(str(max_growth)), _importance(imatrix)
     policy = Policy(rounding, seed, _upper(type), _upper(quantize), measured, growth, min_retention)
     if writing and writing.one_file:
-        check_target(writing.one_file, force=force, inputs=[base])
+        check_target(writing.one_file, force=force, inputs=[base, *([mmproj] if mmproj else [])])
     files = by_file(downloads or progress)
     model, local = fetch_model(base, files), fetch_adapters(named, files)
+    reading = replace(reading, mmproj=mmproj and fetch_model(mmproj, files))
     from lora_gguf.commands.merge import merge as work
 
     return work(model, local, writing, policy, reading, resources, progress)

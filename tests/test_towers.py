@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 
 import numpy as np
@@ -9,11 +10,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_gguf.adapters.lora import decode
-from lora_gguf.commands.merge import Writing, merge
-from lora_gguf.errors import MismatchError, UnsupportedError
+from lora_gguf.commands.merge import merge
+from lora_gguf.errors import FileError, MismatchError, NumericError, UnsupportedError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.towers import TOWERS
+from lora_gguf.merging.options import Policy, Writing
+from tests import tiny
 from tests.common import FIXTURES, pack_gguf, text_kv
+from tests.test_cli import run
 
 FOLDER = FIXTURES / "towers"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
@@ -123,3 +128,109 @@ def test_an_unknown_projector_is_refused_with_a_way_out(tmp_path):
     path.write_bytes(pack_gguf(head, [("mm.0.weight", "F32", (4, 4), np.zeros((4, 4), np.float32).tobytes())]))
     with pytest.raises(UnsupportedError, match="projector of next week: .*convert_hf_to_gguf.py --mmproj"):
         merge(path, [(FOLDER / "smolvlm" / "adapter", 1.0)], None)
+
+
+@pytest.fixture
+def whole(tmp_path, adapter):
+    """A text model's GGUF and an adapter of it and of SmolVLM's tower: (base, mmproj, adapter)."""
+
+    def retarget(tensors):
+        rng = np.random.default_rng(3)
+        for name in [name for name in tensors if "text_model" in name]:
+            tensors[name] = rng.normal(size=(2, 32) if "lora_A" in name else (32, 2)).astype(np.float32)
+
+    return tiny.base_gguf(tmp_path, "llama"), FOLDER / "smolvlm" / "mmproj.gguf", adapter("smolvlm", retarget)
+
+
+def test_a_model_and_its_mmproj_are_merged_as_if_one_by_one(tmp_path, whole):
+    base, mmproj, source = whole
+    for model, out in ((base, "one.gguf"), (mmproj, "two.gguf")):
+        merge(model, [(source, 1.0)], Writing(tmp_path / out))
+    report = merge(base, [(source, 1.0)], Writing(tmp_path / "both.gguf"), reading=Reading(mmproj=mmproj))
+    assert report.written == [tmp_path / "both.gguf", tmp_path / "mmproj-both.gguf"]
+    for apart, together in (("one.gguf", "both.gguf"), ("two.gguf", "mmproj-both.gguf")):
+        assert (tmp_path / apart).read_bytes() == (tmp_path / together).read_bytes()
+    saved = load_file(source / "adapter_model.safetensors")
+    assert {account.tensor for account in report.accounts} == saved.keys() and len(report.accounts) == len(saved)
+    assert {account.outcome for account in report.accounts} == {"applied"}
+    assert report.as_dict()["mmproj"]["all"]["kept"] == pytest.approx(1)
+
+
+def test_in_a_folder_both_have_their_conventional_names(tmp_path, whole):
+    base, mmproj, source = whole
+    (tmp_path / "out").mkdir()
+    report = merge(base, [(source, 1.0)], Writing(tmp_path / "out"), reading=Reading(mmproj=mmproj))
+    text, tower = (path.name for path in report.written)
+    assert tower.startswith("mmproj-") and not text.startswith("mmproj") and tower.endswith("-changed-F32.gguf")
+
+
+@pytest.mark.parametrize("taken", ["both.gguf", "mmproj-both.gguf"])
+def test_both_are_written_or_neither(tmp_path, whole, taken):
+    base, mmproj, source = whole
+    (tmp_path / taken).write_bytes(b"mine")
+    with pytest.raises(FileError, match="exists"):
+        merge(base, [(source, 1.0)], Writing(tmp_path / "both.gguf"), reading=Reading(mmproj=mmproj))
+    assert [path.name for path in tmp_path.glob("*both*")] == [taken] and (tmp_path / taken).read_bytes() == b"mine"
+
+
+def test_where_one_keeps_too_little_neither_is_written(tmp_path, whole, monkeypatch):
+    base, mmproj, source = whole
+    with pytest.raises(NumericError, match="min-retention"):
+        merge(base, [(source, 1.0)], Writing(tmp_path / "b.gguf"), Policy(min_retention=1.5), Reading(mmproj=mmproj))
+    assert not list(tmp_path.glob("*b.gguf"))
+
+
+def test_the_two_files_must_be_what_they_are_called(tmp_path, whole):
+    base, mmproj, source = whole
+    for model, towers, said in (
+        (base, base, "expected architecture clip, found llama"),
+        (mmproj, mmproj, "mmproj too"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            merge(model, [(source, 1.0)], None, reading=Reading(mmproj=towers))
+    with pytest.raises(UsageError, match="--shard"):
+        merge(base, [(source, 1.0)], Writing(tmp_path / "no.gguf", shard="1/2"), reading=Reading(mmproj=mmproj))
+
+
+def test_of_two_adapters_each_may_be_of_one_file_alone(tmp_path, whole):
+    base, mmproj, source = whole
+    tower = FOLDER / "smolvlm" / "adapter"
+    text = tmp_path / "text"
+    shutil.copytree(source, text)
+    factors = {
+        name: array for name, array in load_file(text / "adapter_model.safetensors").items() if "text_model" in name
+    }
+    save_file(factors, text / "adapter_model.safetensors")
+    with pytest.raises(MismatchError, match="it adapts the text model only"):
+        merge(mmproj, [(text, 1.0)], None)
+    with pytest.raises(MismatchError, match="it adapts the text model only"):
+        merge(base, [(text, 1.0)], None, reading=Reading(mmproj=mmproj))
+    report = merge(mmproj, [(text, 1.0), (tower, 2.0)], Writing(tmp_path / "two.gguf"))
+    alone = merge(mmproj, [(tower, 2.0)], Writing(tmp_path / "one.gguf"))
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+    assert len(report.accounts) == len(alone.accounts) + len(factors)
+
+
+def test_the_text_merge_says_what_waits_and_how_to_merge_it(tmp_path, capsys, whole):
+    base, mmproj, source = whole
+    code, out, err = run(capsys, "merge", base, source, "-o", tmp_path / "text.gguf", "--scale", "0.5")
+    assert code == 0 and "adapter tensors: 40 ignored: part of a vision or audio tower: it waits" in out
+    line = next(line for line in err.splitlines() if "lora-gguf merge mmproj.gguf" in line)
+    words = shlex.split(line.partition("lora-gguf ")[2])
+    code, out, err = run(
+        capsys, *[str(mmproj) if word == "mmproj.gguf" else word for word in words], "-o", tmp_path / "m.gguf"
+    )
+    assert code == 0 and "adapter tensors: 40 applied" in out and "waits" not in err
+    code, out, err = run(capsys, "merge", base, source, "--mmproj", mmproj, "--scale", "0.5", "-o", tmp_path / "b.gguf")
+    assert code == 0 and "adapter tensors: 42 applied\n" in out + "\n" and "ignored" not in out
+    assert (tmp_path / "mmproj-b.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+    assert "waits" not in err and err.count("wrote ") == 2
+
+
+def test_ollama_gets_both(tmp_path, whole):
+    base, mmproj, source = whole
+    merge(base, [(source, 1.0)], Writing(tmp_path / "b.gguf", modelfile=True), reading=Reading(mmproj=mmproj))
+    assert "FROM ./b.gguf\nFROM ./mmproj-b.gguf\n" in (tmp_path / "b.Modelfile").read_text()
+    with pytest.raises(UsageError, match="goes into its model's"):
+        merge(mmproj, [(source, 1.0)], Writing(tmp_path / "m.gguf", modelfile=True))
+    assert not (tmp_path / "m.gguf").exists()

@@ -33,6 +33,7 @@ from lora_gguf.cli.terms import (
     Tied,
     base_and_adapter,
     draw,
+    mmproj_command,
     n_bytes,
     named_adapters,
     pictures,
@@ -86,6 +87,13 @@ def merge(
     expert_b_layout: ExpertB = None,
     expert_a_axis: ExpertA = None,
     layout_of: LayoutOf = None,
+    mmproj: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MMPROJ",
+            help="The model's mmproj: the adapter's vision and audio part goes into it, written as mmproj-NAME.gguf.",
+        ),
+    ] = None,
     keep_split: Annotated[
         bool, typer.Option("--keep-split", help="Write the base's shards; default: one file.")
     ] = False,
@@ -125,13 +133,15 @@ def merge(
     """Add adapters to a quantized model and write one standalone GGUF.
 
     lora-gguf merge model-Q4_K_M.gguf user/my-adapter -o merged.gguf
+
+    lora-gguf merge mmproj.gguf user/my-adapter -o mmproj-merged.gguf
     """
     from lora_gguf import api
     from lora_gguf.hub.uploads import make_repo
 
     source, adapter = base_and_adapter(base, adapter, model)
     named = named_adapters(adapter, scale, lora)
-    wanted = pictures(report, plot, force, [source, *(name for name, _ in named)])
+    wanted = pictures(report, plot, force, [source, *filter(None, [mmproj]), *(name for name, _ in named)])
     wanted.check([] if dry_run else [output])
     if push and (dry_run or shard):
         raise UsageError(
@@ -156,6 +166,7 @@ def merge(
             expert_a_axis=expert_a_axis and expert_a_axis.value,
             layout_of=layout_of,
             base_config=base_config,
+            mmproj=mmproj,
             max_growth=max_growth,
             min_retention=min_retention,
             max_bytes=n_bytes("--split-max-size", split_max_size),
@@ -171,10 +182,12 @@ def merge(
     from lora_gguf.cli import tables
     from lora_gguf.report.content import of_merge
 
-    warn(merged.plan.warnings)
+    warn(merged.warnings)
     print(json_text(merged.as_dict()) if as_json else tables.retention_table(merged))
+    if merged.waiting and not quiet:
+        say(f"for the part that waits for the model's mmproj: {mmproj_command(named)}")
     if dry_run and not quiet:
-        tensors = sum(tensor.target.n_bytes for tensor in merged.plan.tensors)
+        tensors = sum(tensor.target.n_bytes for tensor in merged.tensors)
         say(
             f"nothing was written: the tensors would take {tensors / 1e6:.0f} MB; what would be kept of the "
             "adapter, lora-gguf doctor tells"

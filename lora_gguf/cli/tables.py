@@ -17,15 +17,24 @@ HEAD = ("tensors", "type", "count", "delta kept", "codes changed", "rms(delta)",
 
 
 def retention_table(report: MergeReport) -> str:
-    """One line per kind of tensor, one for the whole, and what became of the adapters' tensors."""
+    """One line per kind of tensor, one for the whole, for the mmproj likewise, and what became of the adapters'
+    tensors.
+    """
+    rows = [
+        *_merged_rows(report, "all merged"),
+        *(_merged_rows(report.mmproj, "all of the mmproj") if report.mmproj else ()),
+    ]
+    measured = len(HEAD) if report.retention else 3  # columns: a dry run measures nothing
+    table = text_table(HEAD[:measured], [row[:measured] for row in rows], left=2)
+    return "\n".join([table, *summary(report.accounts)])
+
+
+def _merged_rows(report: MergeReport, whole: str) -> list[tuple]:
     rows = [
         _row(kind, f"{before} > {after}" if before != after else before, len(parts), total(parts))
         for (kind, before, after), parts in report.by_kind().items()
     ]
-    rows.append(_row("all merged", "", len(report.plan.merged), report.whole))
-    measured = len(HEAD) if report.retention else 3  # columns: a dry run measures nothing
-    table = text_table(HEAD[:measured], [row[:measured] for row in rows], left=2)
-    return "\n".join([table, *summary(report.accounts)])
+    return [*rows, _row(whole, "", len(report.plan.merged), report.whole)]
 
 
 def _row(kind: str, types: str, count: int, part: Retention) -> tuple:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
@@ -104,6 +105,14 @@ def with_scale(text: str) -> tuple[str, float]:
                 f"--lora {printable(text)}: expected a number as its scale, found {printable(number)!r}"
             ) from None
         return text, 1.0
+
+
+def mmproj_command(named: Iterable[tuple[str, float]]) -> str:
+    """The command line that merges the vision and audio part of the adapters."""
+    words = [f"{name}:{scale:g}" if scale != 1 else str(name) for name, scale in named]
+    if len(words) == 1 and words[0] == str(next(iter(named))[0]):
+        return f"lora-gguf merge mmproj.gguf {shlex.quote(words[0])}"
+    return f"lora-gguf merge mmproj.gguf {' '.join(f'--lora {shlex.quote(word)}' for word in words)}"
 
 
 def n_bytes(option: str, size: str | None) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,13 +13,15 @@ import numpy as np
 from lora_gguf.checks.earlier import earlier_merges
 from lora_gguf.checks.keeping import idle, judged
 from lora_gguf.checks.kinship import kin_warnings
-from lora_gguf.errors import UsageError
+from lora_gguf.errors import UsageError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_writer import GgufWriter
 from lora_gguf.files.output import check_space, check_target, write_bytes
-from lora_gguf.mapping.placement import Account
+from lora_gguf.mapping.accounts import Account, ElsewhereError, Placement
 from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import adapter_name, inputs_of, placement_of
+from lora_gguf.mapping.tower_names import WAITING
+from lora_gguf.mapping.towers import CLIP
 from lora_gguf.merging.chunks import Chunk, Weigh, cut, weights_within
 from lora_gguf.merging.importance import weigher
 from lora_gguf.merging.layout import OutputPart, output_parts
@@ -29,15 +31,19 @@ from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.provenance import merged_key_values, names_of
 from lora_gguf.merging.retention import Retention, kind_of, layer_of, total
 from lora_gguf.merging.steps import planned_step
+from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.merging.work import in_threads, merge_chunk
 from lora_gguf.progress import Progress
+
+Adapters = Sequence[tuple[str | os.PathLike, float]]
 
 
 @dataclass
 class MergeReport:
     """What a merge did: its plan, the account of each adapter's tensors, and per merged tensor what was kept.
 
-    ``inputs`` are the role (base, adapter) and path of what was read, ``written`` the files that it made.
+    ``inputs`` are the role (base, adapter) and path of what was read, ``written`` the files that it made. ``mmproj`` is
+    the same of the mmproj that was merged beside the model; the accounts are of both.
     """
 
     plan: Plan
@@ -45,6 +51,22 @@ class MergeReport:
     inputs: list[tuple[str, str | os.PathLike[str]]] = field(default_factory=list)
     retention: dict[str, Retention] = field(default_factory=dict)
     written: list[Path] = field(default_factory=list)
+    mmproj: MergeReport | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to know of the merge, of the mmproj too."""
+        return [*self.plan.warnings, *(self.mmproj.plan.warnings if self.mmproj else ())]
+
+    @property
+    def tensors(self) -> list[TensorPlan]:
+        """All tensors that are written."""
+        return [*self.plan.tensors, *(self.mmproj.plan.tensors if self.mmproj else ())]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the adapters have tensors that wait for the model's mmproj."""
+        return any(account.reason == WAITING for account in self.accounts)
 
     @property
     def whole(self) -> Retention:
@@ -86,13 +108,34 @@ class MergeReport:
         accounts = [vars(account) for account in self.accounts]
         return {
             "all": self.whole.as_dict(), "kinds": kinds, "merged": tensors, "copied": copied, "accounts": accounts,
-            "warnings": self.plan.warnings,
+            "warnings": self.warnings, **({"mmproj": self.mmproj.as_dict()} if self.mmproj else {}),
         }  # fmt: skip
+
+
+@dataclass
+class Job:
+    """One file of a merge: a base that is open, the adapters that have a part in it, and what comes of them.
+
+    ``accounts`` are those of all adapters, one after the other. ``prepare`` adds the ``parts`` and their ``writers``.
+    """
+
+    model: Base
+    policy: Policy
+    placements: list[tuple[Placement, float]]
+    names: list[str]
+    accounts: list[list[Account]]
+    report: MergeReport
+    parts: list[OutputPart] = field(default_factory=list)
+    writers: list[GgufWriter] = field(default_factory=list)
+
+    @property
+    def plan(self) -> Plan:
+        return self.report.plan
 
 
 def merge(
     base: str | os.PathLike,
-    adapters: Sequence[tuple[str | os.PathLike, float]],
+    adapters: Adapters,
     writing: Writing | None,
     policy: Policy = Policy(),
     reading: Reading = Reading(),
@@ -103,43 +146,131 @@ def merge(
 
     Each adapter is a PEFT directory or an adapter GGUF with the factor that multiplies its own scale; their updates are
     summed in f32 and rounded once, as ``policy`` says. The bytes written do not depend on ``resources``. ``progress``
-    is called with (bytes of the base done since the last call, bytes in all, tensor name). Raises the subclasses of
-    ``LoraGgufError``, before the first byte is written wherever that is possible; then the output stays what it was.
+    is called with (bytes of the base done since the last call, bytes in all, tensor name). The mmproj that ``reading``
+    names is merged too, each of its tensors in its own type: both files are written, or neither. Raises the subclasses
+    of ``LoraGgufError``, before the first byte is written wherever that is possible; then the output stays what it was.
     """
-    with Base(base) as model:
-        placements = [(placement_of(path, model, reading), scale) for path, scale in adapters]
-        plan = make_plan(model, placements, policy)
-        earlier = earlier_merges(model, adapters, placements, again=reading.again)
-        plan.warnings += [*earlier, *kin_warnings(adapters, model), *idle(adapters, placements)]
-        accounts = [account for placement, _ in placements for account in placement.accounts]
-        report = MergeReport(plan, accounts, [("base", base), *(("adapter", path) for path, _ in adapters)])
+    with ExitStack() as opened:
+        models = [opened.enter_context(Base(path)) for path in (base, reading.mmproj) if path is not None]
+        check_pair(*models)
+        jobs = [planned(model, adapters, policy, reading) for model in models]
+        report = reported(jobs, [("base", base), *(("adapter", path) for path, _ in adapters)])
         if writing is None:
             return report
-        names = [adapter_name(path) for path, _ in adapters]
-        parts = output_parts(writing, model, plan, names)
-        metadata = merged_key_values(model, plan, placements, policy, names_of(model, names, policy))
-        inputs = files_read(model, adapters, policy, reading)
-        writers = [writer_of(part, plan, metadata, model.alignment, writing.force, inputs) for part in parts]
+        inputs = [path for model in models for path in files_read(model, adapters, policy, reading)]
+        prepare(jobs[0], writing, adapters, inputs)
+        for job in jobs[1:]:
+            prepare(job, beside(writing), adapters, inputs)
+        writers = [writer for job in jobs for writer in job.writers]
         check_space(writers[0].output.target, sum(writer.size for writer in writers))
-        recipe = ollama_recipe(parts, model, writing.force) if writing.modelfile else None
-        report.plan = replace(plan, tensors=[tensor for part in parts for tensor in part.tensors])
-        with ExitStack() as opened:
-            weigh = weigher(model, policy.imatrix)
-            for part, writer in zip(parts, writers, strict=True):
-                write_part(part, model, opened.enter_context(writer), report, weigh, resources, progress)
-            note_steps(report, model)
-            plan.warnings += judged(report.by_kind(), report.plan, model, policy)
+        recipe = ollama_recipe(jobs, writing.force) if writing.modelfile else None
+        told = progress and _of_all(progress, sum(model.n_bytes for model in models))
+        for job in jobs:
+            carry_out(job, opened, resources, told)
+        for model in models:
             model.check_unchanged()
-            report.written += committed(writers)
+        report.written += committed(writers)
     if recipe:
         write_bytes(*recipe, force=writing.force)
         report.written.append(recipe[0])
     return report
 
 
+def check_pair(model: Base, mmproj: Base | None = None) -> None:
+    """Raise ``UsageError`` where ``mmproj`` is none, or ``model`` is one too."""
+    if mmproj is not None and mmproj.architecture != CLIP:
+        found = printable(mmproj.architecture, 40) or "none"
+        raise UsageError(f"--mmproj {mmproj.label}: expected architecture clip, found {found}: name the model's mmproj")
+    if mmproj is not None and model.architecture == CLIP:
+        raise UsageError(f"{model.label} is an mmproj too: name the text model first, or leave out --mmproj")
+
+
+def planned(model: Base, adapters: Adapters, policy: Policy, reading: Reading) -> Job:
+    """Plan one file. Where there are several adapters or files, an adapter need not have a part in each.
+
+    Raises ``ElsewhereError`` where none has.
+    """
+    if model.architecture == CLIP and reading.mmproj is not None:
+        policy = replace(policy, type=None, mix=None, imatrix=None, max_growth=0.0)
+    placements, used, accounts, absent = [], [], [], []
+    for path, scale in adapters:
+        try:
+            placement = placement_of(path, model, reading)
+            placements.append((placement, scale))
+            used.append((path, scale))
+            accounts.append(placement.accounts)
+        except ElsewhereError as error:
+            absent.append(error)
+            accounts.append(error.accounts)
+    if not placements:
+        raise absent[0]
+    plan = make_plan(model, placements, policy)
+    earlier = earlier_merges(model, used, placements, again=reading.again)
+    plan.warnings += [*earlier, *kin_warnings(used, model), *idle(used, placements)]
+    report = MergeReport(plan, [account for found in accounts for account in found])
+    return Job(model, policy, placements, [adapter_name(path) for path, _ in used], accounts, report)
+
+
+def reported(jobs: Sequence[Job], inputs: list[tuple[str, str | os.PathLike]]) -> MergeReport:
+    """Return the report of the first job, with that of an mmproj in it, and what each adapter tensor became in both."""
+    report, *others = (job.report for job in jobs)
+    report.inputs, report.mmproj = inputs, next(iter(others), None)
+    found = zip(*(job.accounts for job in jobs), strict=True)
+    report.accounts = [account for accounts in found for account in joined_accounts(*accounts)]
+    return report
+
+
+def joined_accounts(first: list[Account], second: Iterable[Account] = ()) -> list[Account]:
+    """Return one account for each tensor: the second file's of what the first one leaves to it."""
+    later = {account.tensor: account for account in second}
+    return [
+        later.get(account.tensor, account)
+        if account.reason == WAITING or later.get(account.tensor, account).outcome == "applied"
+        else account
+        for account in first
+    ]
+
+
+def prepare(job: Job, writing: Writing, adapters: Adapters, inputs: list[str | os.PathLike]) -> None:
+    """Open the writers of a job's files, whose paths are checked; nothing is written before they are entered."""
+    job.parts = output_parts(writing, job.model, job.plan, [adapter_name(path) for path, _ in adapters])
+    names = names_of(job.model, job.names, job.policy)
+    metadata = merged_key_values(job.model, job.plan, job.placements, job.policy, names)
+    alignment = job.model.alignment
+    job.writers = [writer_of(part, job.plan, metadata, alignment, writing.force, inputs) for part in job.parts]
+    job.report.plan = replace(job.plan, tensors=[tensor for part in job.parts for tensor in part.tensors])
+
+
+def beside(writing: Writing) -> Writing:
+    """Return where the mmproj goes: in the same folder, called mmproj-NAME.gguf where the model is NAME.gguf.
+
+    Raises ``UsageError`` for one shard of the model.
+    """
+    if writing.shard:
+        raise UsageError("--shard writes a part of the model: merge the mmproj on its own, without --mmproj")
+    path = Path(writing.path)
+    return Writing(path if path.is_dir() else path.with_name(f"mmproj-{path.name}"), force=writing.force)
+
+
+def carry_out(job: Job, opened: ExitStack, resources: Resources, progress: Progress | None) -> None:
+    """Write all of a job's files, and judge what was kept."""
+    weigh = weigher(job.model, job.policy.imatrix)
+    for part, writer in zip(job.parts, job.writers, strict=True):
+        write_part(job, part, opened.enter_context(writer), weigh, resources, progress)
+    for tensor in job.plan.merged:
+        if found := job.report.retention.get(tensor.target.name):
+            found.steps2 = found.n_weights * planned_step(tensor, job.model) ** 2
+    job.plan.warnings += judged(job.report.by_kind(), job.plan, job.model, job.policy)
+
+
+def _of_all(progress: Progress, n_bytes: int) -> Progress:
+    """``progress`` of several files as of one."""
+    return lambda done, _, name: progress(done, n_bytes, name)
+
+
 def files_read(
     model: Base,
-    adapters: Sequence[tuple[str | os.PathLike, float]],
+    adapters: Adapters,
     policy: Policy,
     reading: Reading,
 ) -> list[str | os.PathLike]:
@@ -157,16 +288,18 @@ def committed(writers: Sequence[GgufWriter]) -> list[Path]:
     return [writer.output.path for writer in writers]
 
 
-def ollama_recipe(parts: list[OutputPart], model: Base, force: bool) -> tuple[Path, bytes]:
+def ollama_recipe(jobs: Sequence[Job], force: bool) -> tuple[Path, bytes]:
     """Where the Modelfile of a merge goes, and its content; refused here, before the merge, where it could not be
     written.
     """
-    if len(parts) > 1:
+    if len(jobs[0].parts) > 1:
         raise UsageError("--modelfile: Ollama takes one file: leave out --keep-split and --split-max-size")
-    merged = parts[0].path
+    if jobs[0].model.architecture == CLIP:
+        raise UsageError("--modelfile: an mmproj goes into its model's: merge both, with --mmproj")
+    merged, *others = [part.path for job in jobs for part in job.parts]
     path = merged.with_name(merged.name.removesuffix(".gguf") + ".Modelfile")
     check_target(path, force=force)
-    return path, modelfile_text(model, merged.name).encode()
+    return path, modelfile_text(jobs[0].model, *(found.name for found in (merged, *others))).encode()
 
 
 def writer_of(
@@ -178,31 +311,22 @@ def writer_of(
 
 
 def write_part(
+    job: Job,
     part: OutputPart,
-    model: Base,
     writer: GgufWriter,
-    report: MergeReport,
     weigh: Weigh,
     resources: Resources,
     progress: Progress | None,
 ) -> None:
     """Carry out all chunks of one output file, and note what was kept."""
-
     n_weights = weights_within(resources.memory, resources.threads)
 
     def work(chunk: Chunk) -> np.ndarray | None:
-        return merge_chunk(chunk, model.reader_of(chunk.tensor.source.name), writer)
+        return merge_chunk(chunk, job.model.reader_of(chunk.tensor.source.name), writer)
 
     for chunk, sums in in_threads(work, cut(part.tensors, weigh, n_weights), resources.threads):
         name = chunk.tensor.target.name
         if sums is not None and chunk.tensor.changes:
-            report.retention.setdefault(name, Retention()).add(chunk.n_rows * chunk.tensor.source.n_cols, sums)
+            job.report.retention.setdefault(name, Retention()).add(chunk.n_rows * chunk.tensor.source.n_cols, sums)
         if progress:
-            progress(chunk.n_bytes, model.n_bytes, name)
-
-
-def note_steps(report: MergeReport, model: Base) -> None:
-    """Add to what was kept of each tensor how large the steps of its type are."""
-    for tensor in report.plan.merged:
-        if found := report.retention.get(tensor.target.name):
-            found.steps2 = found.n_weights * planned_step(tensor, model) ** 2
+            progress(chunk.n_bytes, job.model.n_bytes, name)

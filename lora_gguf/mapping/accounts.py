@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair
 from lora_gguf.adapters.updates import Update
-from lora_gguf.errors import printable
+from lora_gguf.errors import MismatchError, printable
 from lora_gguf.mapping.hparams import Hparams
 
 
@@ -21,6 +21,16 @@ class Account:
     outcome: str
     target: str = ""
     reason: str = ""
+
+
+class ElsewhereError(MismatchError):
+    """Nothing of an adapter belongs to the base: it is for another part of the model. ``accounts`` say so of each
+    tensor.
+    """
+
+    def __init__(self, message: str, accounts: list[Account]):
+        super().__init__(message)
+        self.accounts = accounts
 
 
 def summary(accounts: Iterable[Account]) -> list[str]:

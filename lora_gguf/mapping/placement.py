@@ -20,7 +20,7 @@ from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair, Piece, read_adapt
 from lora_gguf.adapters.updates import Replaced, Update
 from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, printable
 from lora_gguf.files.gguf_reader import GgufReader
-from lora_gguf.mapping.accounts import Account, Placement, base_shape, misfit
+from lora_gguf.mapping.accounts import Account, ElsewhereError, Placement, base_shape, misfit
 from lora_gguf.mapping.architectures import ARCHITECTURES
 from lora_gguf.mapping.completeness import missing, missing_blocks
 from lora_gguf.mapping.convolutions import folded, is_spread, spread
@@ -82,7 +82,8 @@ def gguf_pairs(
         details = errors if placement.pairs or placement.updates else ()  # nothing fits: one line says it all
         raise MismatchError(f"{adapter.label}: {errors[0]}: {likely_cause(adapter, hparams, errors)}", details)
     if not placement.pairs and not placement.updates:
-        raise MismatchError(f"{adapter.label}: nothing in it belongs to {hparams.label}: {other_part(hparams)}")
+        line = f"{adapter.label}: nothing in it belongs to {hparams.label}: {other_part(hparams)}"
+        raise ElsewhereError(line, placement.accounts)
     if placement.updates and not updates:
         others = [f"{update.name}: {update.kind}" for update in placement.updates]
         raise UnsupportedError(f"{adapter.label}: {others[0]}: not supported yet: merge it with PEFT", others)

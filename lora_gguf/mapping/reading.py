@@ -24,6 +24,7 @@ class Reading:
     experts lies, ``base_config`` is the base's ``config.json``, or its folder, for what its GGUF does not say.
     ``expert_a_axis`` tells which side of square fused experts lora_A is on, where nothing else does; ``layout_of`` is
     the architecture whose layout a base of an unknown one has; ``again`` lets an adapter in that the base already holds.
+    ``mmproj`` is the GGUF of the model's towers, where a merge takes it along.
     """
 
     tied: str = "separate"
@@ -33,6 +34,7 @@ class Reading:
     expert_a_axis: str | None = None
     layout_of: str | None = None
     again: bool = False
+    mmproj: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         check_choice("tied", self.tied, TIED)
@@ -45,8 +47,9 @@ class Reading:
         check_flag("again", self.again)
         if self.layout_of is not None:
             check_architecture(self.layout_of)
-        if self.base_config is not None:
-            check_path("base_config", self.base_config)
+        for name in ("base_config", "mmproj"):
+            if getattr(self, name) is not None:
+                check_path(name, getattr(self, name))
 
 
 def check_architecture(name: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from lora_gguf.errors import UnsupportedError, printable
 from lora_gguf.files.gguf_reader import TensorInfo
@@ -13,12 +14,12 @@ from lora_gguf.mapping.towers import TOWERS
 
 PROJECTORS = ("projector_type", "vision.projector_type", "audio.projector_type")
 LEGACY = "mlp"  # files from before there was a key are LLaVA's
-WAITING = "part of a vision or audio tower: merge it into the model's mmproj"
+WAITING = "part of a vision or audio tower: it waits for the model's mmproj"
 NOWHERE = "part of what makes speech or pictures, for which llama.cpp has no GGUF"
 SWAPPED = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
 
 
-def projectors(values: dict, label: str) -> tuple[str, ...]:
+def projectors(values: dict[str, Any], label: str) -> tuple[str, ...]:
     """The kinds of towers in an mmproj, of its ``values`` by key without ``clip.``. Raises ``UnsupportedError`` for one
     that the table lacks.
     """
@@ -33,7 +34,7 @@ def projectors(values: dict, label: str) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=8)
-def compiled(names: tuple[str, ...]) -> tuple[tuple[re.Pattern, Rule], ...]:
+def compiled(names: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], Rule], ...]:
     return tuple((re.compile(rf"(?:^|.*\.){rule.pattern}"), rule) for name in names for rule in TOWERS[name].rules)
 
 

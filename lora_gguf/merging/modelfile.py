@@ -75,16 +75,18 @@ _UNKNOWN = """# The base's chat template is of no family that is known here, so 
 # TEMPLATE."""
 
 
-def modelfile(base: Base, file_name: str) -> str:
-    """The Modelfile for the GGUF ``file_name``, which lies beside it and has the metadata of ``base``.
+def modelfile(base: Base, file_name: str, mmproj: str | None = None) -> str:
+    """The Modelfile for the GGUF ``file_name``, which lies beside it and has the metadata of ``base``; ``mmproj`` is
+    that of its towers.
 
     Raises ``UsageError`` for a name that a Modelfile cannot hold.
     """
-    if not file_name.isprintable():
-        raise UsageError(f"{printable(file_name)}: a Modelfile cannot hold this name: name another output")
+    files = [name for name in (file_name, mmproj) if name]
+    if strange := [name for name in files if not name.isprintable()]:
+        raise UsageError(f"{printable(strange[0])}: a Modelfile cannot hold this name: name another output")
     family = family_of(str(base.get(CHAT_TEMPLATE) or ""))
     stops = dict.fromkeys(filter(None, [*special_tokens(base), family and family.stop]))
-    lines = [f"FROM ./{file_name}", "", *_template(base, family), ""]
+    lines = [*(f"FROM ./{name}" for name in files), "", *_template(base, family), ""]
     lines += [f'PARAMETER stop "{stop}"' for stop in stops if _quotable(stop)]
     return "\n".join([*lines, *_context(base), *_sampling(base)]) + "\n"
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_gguf.files.base import Base, split_name
+from lora_gguf.mapping.towers import CLIP
 from lora_gguf.merging.plan import Plan
 from lora_gguf.quants.ggml import FILE_TYPES
 
@@ -41,8 +42,11 @@ def _joined(parts: Iterable[object]) -> str:
 
 def _model(base: Base) -> list[object]:
     if base.get("general.basename"):
-        return [base.get(f"general.{key}", "") for key in ("basename", "size_label", "finetune")]
-    return [_stem(base)["name"]]
+        parts = [base.get(f"general.{key}", "") for key in ("basename", "size_label", "finetune")]
+    else:
+        parts = [_stem(base)["name"]]
+    # llama.cpp's converter and its downloads know an mmproj by this word
+    return ["mmproj", *parts] if base.get("general.architecture") == CLIP and "mmproj" not in str(parts[0]) else parts
 
 
 def _version(base: Base) -> object:
