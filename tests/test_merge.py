@@ -126,14 +126,15 @@ def test_the_bytes_do_not_depend_on_the_processor(tmp_path, type_name):
 def test_metadata_is_the_bases_and_then_ours(tmp_path):
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
     merge(base, [(adapter, 0.75)], tmp_path / "one.gguf")
-    merge(tmp_path / "one.gguf", [(adapter, -0.5)], tmp_path / "two.gguf", Policy(seed=7))
+    merge(tmp_path / "one.gguf", [(adapter, -0.5)], tmp_path / "two.gguf", Policy(seed=7), again=True)
     with GgufReader(base) as before, GgufReader(tmp_path / "two.gguf") as after:
         keys = list(after.kv)
         assert keys[: len(before.kv)] == list(before.kv)
-        assert [key.removeprefix("lora_gguf.") for key in keys[len(before.kv) :]] == [
-            "version", "adapter.names", "adapter.scales", "adapter.sha256", "base.header_sha256", "base.size",
-            "rounding", "seed", "metadata_sha256",
-        ]  # fmt: skip
+        own = ["version", "adapter.names", "adapter.scales", "adapter.sha256", "base.header_sha256", "base.size",
+               "rounding", "seed", "metadata_sha256"]  # fmt: skip
+        earlier = [f"earlier.0.{key}" for key in own]
+        assert [key.removeprefix("lora_gguf.") for key in keys[len(before.kv) :]] == [*earlier, *own]
+        assert after.get("lora_gguf.earlier.0.adapter.scales") == [0.75]
         assert after.get("lora_gguf.adapter.scales") == [-0.5] and after.get("lora_gguf.seed") == 7
 
 
