@@ -10,7 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_gguf.adapters.lora import decode
+from lora_gguf.api import convert, inspect
+from lora_gguf.commands.doctor import doctor
 from lora_gguf.commands.merge import merge
+from lora_gguf.commands.verify import verify
 from lora_gguf.errors import FileError, MismatchError, NumericError, UnsupportedError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.reading import Reading
@@ -234,3 +237,50 @@ def test_ollama_gets_both(tmp_path, whole):
     with pytest.raises(UsageError, match="goes into its model's"):
         merge(mmproj, [(source, 1.0)], Writing(tmp_path / "m.gguf", modelfile=True))
     assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_verify_holds_a_merged_mmproj_right_and_others_wrong(tmp_path, name):
+    base, out, source = FOLDER / name / "mmproj.gguf", tmp_path / "merged.gguf", [(FOLDER / name / "adapter", 1.0)]
+    merge(base, source, Writing(out))
+    assert verify(out, base, source).ok
+    assert "never added" in str(verify(base, base, source).findings[0])
+    merge(base, [(source[0][0], 2.0)], Writing(tmp_path / "twice.gguf"))
+    assert not verify(tmp_path / "twice.gguf", base, source).ok
+
+
+def test_an_f16_mmproj_keeps_all_and_verifies(tmp_path, adapter):
+    """As published files are: F16 weights, F32 norms and biases."""
+    base, weak = FOLDER / "qwen3vl" / "mmproj.gguf", FOLDER / "qwen3vl" / "adapter"
+    merge(base, [(weak, 1e-6)], Writing(tmp_path / "f16.gguf"), Policy(type="F16"))
+    half = tmp_path / "f16.gguf"
+    assert set(types(half).values()) == {"F16", "F32"}
+    report = merge(half, [(weak, 0.003)], Writing(tmp_path / "merged.gguf"), reading=Reading(again=True))
+    assert report.whole.kept == pytest.approx(1, abs=0.03) and types(tmp_path / "merged.gguf") == types(half)
+    assert verify(tmp_path / "merged.gguf", half, [(weak, 0.003)]).ok
+
+
+def test_inspect_tells_the_towers(tmp_path):
+    towers = inspect(FOLDER / "gemma4" / "mmproj.gguf").towers
+    assert [(t.part, t.projector, t.n_layers, t.embedding_length, t.n_heads) for t in towers] == [
+        ("vision", "gemma4v", 3, 32, 2),
+        ("audio", "gemma4a", 3, 32, 2),
+    ]
+    found = inspect(FOLDER / "llava" / "mmproj.gguf")  # of a converter that knew no general.type
+    assert found.kind == "projector of images or sound (mmproj)" and found.towers[0].projector == "mlp"
+    merge(FOLDER / "llava" / "mmproj.gguf", [(FOLDER / "llava" / "adapter", 1.0)], Writing(tmp_path / "merged.gguf"))
+    assert inspect(tmp_path / "merged.gguf").kind == "merged projector of images or sound (mmproj)"
+    assert {ranks.rank for ranks in inspect(FOLDER / "qwen2vl" / "adapter").ranks} == {2}
+
+
+def test_doctor_knows_an_mmproj_and_what_waits_for_one(whole):
+    base, mmproj, source = whole
+    report = doctor(mmproj, [(source, 1.0)])
+    assert report.refusal is None and not any(remark.topic == "vocabulary" for remark in report.remarks)
+    texts = [remark.text for remark in doctor(base, [(source, 1.0)]).remarks if remark.topic == "mmproj"]
+    assert texts == ["40 adapter tensors are of a vision or audio tower: merge them too, with --mmproj"]
+
+
+def test_an_adapter_gguf_of_a_tower_is_refused_as_nobody_loads_it(tmp_path):
+    with pytest.raises(UnsupportedError, match="no adapters to an mmproj: merge it instead"):
+        convert(FOLDER / "smolvlm" / "adapter", tmp_path / "a.gguf", FOLDER / "smolvlm" / "mmproj.gguf")

@@ -17,6 +17,7 @@ from lora_gguf.adapters.lora import EMBEDDING, HEAD
 from lora_gguf.errors import LoraGgufError, MalformedError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.weights import Entry
+from lora_gguf.mapping.towers import CLIP
 from lora_gguf.merging.provenance import merges_of
 from lora_gguf.merging.retention import kind_of as kind_of_tensor
 from lora_gguf.quants.ggml import FILE_TYPES
@@ -68,6 +69,19 @@ class Provenance:
     imatrix: str = ""
 
 
+@dataclass(frozen=True)
+class TowerFacts:
+    """A tower of an mmproj: of ``vision`` or ``audio``, and its projector. Numbers that the header does not state are
+    None.
+    """
+
+    part: str
+    projector: str
+    n_layers: int | None
+    embedding_length: int | None
+    n_heads: int | None
+
+
 @dataclass(kw_only=True)
 class Inspection:
     """What every file has: ``types`` by name, sizes in bytes, ``base_model`` as the file names it ('' where it does
@@ -92,8 +106,8 @@ class Inspection:
 
 @dataclass(kw_only=True)
 class ModelInspection(Inspection):
-    """A model's GGUF. Numbers that the header does not state are None; ``provenance`` is that of a file lora-gguf
-    merged, and ``earlier`` those of the merges that made its base, the first one first.
+    """A model's GGUF, or its mmproj's, which has ``towers``. Numbers that the header does not state are None;
+    ``provenance`` is that of a file lora-gguf merged, and ``earlier`` those of the merges that made its base, the first one first.
     """
 
     quantization: str = ""
@@ -107,6 +121,7 @@ class ModelInspection(Inspection):
     tokenizer: str = ""
     chat_template: bool = False
     tied_head: bool = False
+    towers: list[TowerFacts] = field(default_factory=list)
     provenance: Provenance | None = None
     earlier: list[Provenance] = field(default_factory=list)
 
@@ -129,7 +144,7 @@ class AdapterInspection(Inspection):
 
 def inspect_gguf(base: Base, source: str) -> Inspection:
     """What the open GGUF is."""
-    kind = base.get("general.type", "model")
+    kind = base.get("general.type", "mmproj" if base.architecture == CLIP else "model")
     common = dict(
         source=source,
         kind=GGUF_KINDS.get(kind, f"GGUF of type {text(kind)}")
@@ -172,7 +187,7 @@ def model(base: Base, common: dict) -> ModelInspection:
     tokenizer = [text(base.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre")]
     merges = provenances_of(base)
     if merges:
-        common["kind"] = "merged model"
+        common["kind"] = f"merged {common['kind']}"
     return ModelInspection(
         **common,
         quantization=file_types.get(base.get("general.file_type"), ""),
@@ -186,9 +201,27 @@ def model(base: Base, common: dict) -> ModelInspection:
         tokenizer=", ".join(filter(None, tokenizer)),
         chat_template="tokenizer.chat_template" in base.kv,
         tied_head=EMBEDDING in base.tensors and HEAD not in base.tensors,
+        towers=towers_of(base) if base.architecture == CLIP else [],
         provenance=merges[-1] if merges else None,
         earlier=merges[:-1],
     )
+
+
+def towers_of(base: Base) -> list[TowerFacts]:
+    """The towers of an mmproj; the one projector that older files name is that of each."""
+    common = text(base.get("clip.projector_type", ""))
+    return [
+        TowerFacts(
+            part,
+            text(base.get(f"clip.{part}.projector_type", "")) or common,
+            *(
+                number(base.hparam(f"{part}.{key}"))
+                for key in ("block_count", "embedding_length", "attention.head_count")
+            ),
+        )
+        for part in ("vision", "audio")
+        if base.get(f"clip.has_{part}_encoder")
+    ]
 
 
 def number(value) -> int | None:
@@ -298,10 +331,13 @@ def kind_of_module(path: str) -> str:
 
 def ranks_of(module: Module, config: dict, found: AdapterInspection) -> tuple[int, float | None] | None:
     """(rank, scale) of a module; None where it has no rank. PEFT's packed experts have that of the configuration."""
-    factor = next((module.factors[name] for name in RANKED if name in module.factors), None)
+    name = next((name for name in RANKED if name in module.factors), "")
+    factor = module.factors.get(name)
     if factor is None or factor.ndim < 2:
         return None
-    rank = min(factor.shape[-2:])
+    rank = (
+        len(factor) if name == "lora_A" and factor.ndim > 2 else min(factor.shape[-2:])
+    )  # a convolution's comes first
     if kind_of(config) != "LORA":
         scale = (config.get("lora_parameters") or {}).get("scale")
         return rank, scale if type(scale) in (int, float) else None

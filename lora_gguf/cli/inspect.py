@@ -9,7 +9,7 @@ import typer
 from lora_gguf.text import json_text
 
 if TYPE_CHECKING:
-    from lora_gguf.checks.inspection import AdapterInspection, Inspection, ModelInspection, Provenance
+    from lora_gguf.checks.inspection import AdapterInspection, Inspection, ModelInspection, Provenance, TowerFacts
 
 
 def inspect(
@@ -64,6 +64,7 @@ def model_facts(found: ModelInspection) -> list[tuple[str, str]]:
     has_words = found.vocabulary_size > 0
     return [
         ("quantization", found.quantization),
+        *((tower.part, tower_text(tower)) for tower in found.towers),
         ("layers", layers or ""),
         ("heads", heads or ""),
         ("experts", str(found.n_experts or "")),
@@ -80,6 +81,13 @@ def model_facts(found: ModelInspection) -> list[tuple[str, str]]:
         ("imatrix", made.imatrix if made else ""),
         *(("before it" if i == 0 else " ", merge_text(merge)) for i, merge in enumerate(reversed(found.earlier))),
     ]
+
+
+def tower_text(tower: TowerFacts) -> str:
+    """A tower of an mmproj, in a line."""
+    size = tower.n_layers and tower.embedding_length and f"{tower.n_layers} layers of width {tower.embedding_length}"
+    heads = f", {tower.n_heads} heads" if size and tower.n_heads else ""
+    return ": ".join(filter(None, [tower.projector, f"{size}{heads}" if size else ""]))
 
 
 def merge_text(made: Provenance) -> str:

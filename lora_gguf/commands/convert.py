@@ -110,7 +110,10 @@ def base_model(base: Base | None, reading: Reading) -> hparams.Hparams:
     """Return the base's dimensions, from its GGUF and its ``config.json``."""
     config = read_base_config(reading.base_config)
     if base is not None:
-        return hparams.from_base(base, config, reading.layout_of)
+        found = hparams.from_base(base, config, reading.layout_of)
+        if found.is_tower:
+            raise UnsupportedError(f"{base.label}: llama.cpp applies no adapters to an mmproj: merge it instead")
+        return found
     if config is None:
         raise UsageError("the layout depends on the base: give --base BASE.gguf or --base-config DIR")
     return hparams.from_config(config)

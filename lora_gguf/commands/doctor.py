@@ -25,6 +25,8 @@ from lora_gguf.hub.remote import open_model
 from lora_gguf.mapping.accounts import Placement
 from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import adapter_name, placement_of
+from lora_gguf.mapping.tower_names import WAITING
+from lora_gguf.mapping.towers import CLIP
 from lora_gguf.merging.forecast import STEADY_BYTES, expected, expected_seconds, scratch_bytes, step_of, thinned
 from lora_gguf.merging.importance import weigher
 from lora_gguf.merging.options import Policy
@@ -99,7 +101,7 @@ def remarks_on(path: str | os.PathLike, model: Base, named: bool = False) -> lis
         Remark("adapter", level, f"{adapter_name(path)}: {', '.join(filter(None, (found.method, ranks)))}{trained}")
     ]
     further = kinship(path, model)
-    if not Path(path).is_file():
+    if not Path(path).is_file() and model.architecture != CLIP:
         further += compare_tokenizer(adapter_directory(path), model)
     where = f"{adapter_name(path)}: " if named else ""
     return remarks + [replace(remark, text=where + remark.text) for remark in further]
@@ -115,7 +117,12 @@ def remarks_on_fit(model: Base, plan: Plan, placements: Sequence[Placement]) -> 
         f"{model.label}"
     )
     remarks = [Remark("fit", OK, text)]
-    remarks += [Remark("fit", NOTE, f"{account.tensor}: left out: {account.reason}") for account in ignored[:5]]
+    waiting = [account for account in ignored if account.reason == WAITING]
+    others = [account for account in ignored if account.reason != WAITING]
+    remarks += [Remark("fit", NOTE, f"{account.tensor}: left out: {account.reason}") for account in others[:5]]
+    if waiting:
+        text = f"{len(waiting)} adapter tensors are of a vision or audio tower: merge them too, with --mmproj"
+        remarks.append(Remark("mmproj", NOTE, text))
     if any(placement.untied for placement in placements):
         text = "the merged file gets an output.weight of its own, as the adapter tells head and embedding apart"
         remarks.append(Remark("tied head", NOTE, text))

@@ -14,7 +14,7 @@ import numpy as np
 
 WARN_BELOW = 0.8  # of an adapter kept
 NOTHING = 1e-5  # of a step: what sums in f32 leave of updates that cancel
-_BLOCK = re.compile(r"^(?:(enc|dec)\.)?blk\.(\d+)\.")
+_BLOCK = re.compile(r"^(?:(enc|dec|v|a)\.)?(?:blk|deepstack)\.(\d+)\.")
 _SUFFIX = re.compile(r"\.weight$")
 
 
