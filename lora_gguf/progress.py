@@ -14,6 +14,27 @@ from collections.abc import Callable, Iterator
 Progress = Callable[[int, int, str], None]
 FileProgress = Callable[[str, int, int], None]
 WIDTH = 32  # of the words
+WIDE = 110  # columns that a bar with all its figures takes
+NARROW = 24  # columns of what stands behind the words where there are fewer
+
+
+class _Bar:
+    """A bar that shows itself with its first call, or when told to, and goes when it is hidden."""
+
+    def __init__(self, verb: str, of_bytes: bool):
+        self.verb, self.width, self._display = verb, *_display(of_bytes)
+        self._task = self._display.add_task(verb, total=None)
+
+    def show(self) -> None:
+        self._display.start()
+
+    def hide(self) -> None:
+        self._display.stop()
+
+    def __call__(self, n: int, n_all: int, what: str) -> None:
+        self.show()
+        words = f"{self.verb} {shortened(what, self.width - len(self.verb) - 1)}"
+        self._display.update(self._task, advance=n, total=n_all or None, description=words)
 
 
 @contextlib.contextmanager
@@ -26,19 +47,11 @@ def bar(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[Pr
     if not is_shown(wanted):
         yield None
         return
-    display = _display(of_bytes)
-    task = display.add_task(verb, total=None)
-
-    def advance(n: int, n_all: int, what: str) -> None:
-        display.start()
-        display.update(
-            task, advance=n, total=n_all or None, description=f"{verb} {shortened(what, WIDTH - len(verb) - 1)}"
-        )
-
+    shown = _Bar(verb, of_bytes)
     try:
-        yield advance
+        yield shown
     finally:
-        display.stop()
+        shown.hide()
 
 
 def is_shown(wanted: bool = True) -> bool:
@@ -47,21 +60,28 @@ def is_shown(wanted: bool = True) -> bool:
 
 
 def _display(of_bytes: bool):
-    """Rich's bar, which shows itself when it is started and goes when it is stopped."""
+    """The width of the words, and rich's bar, as the terminal has room for."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
         MofNCompleteColumn,
+        TaskProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
     from rich.progress import Progress as Display
 
-    amounts = (DownloadColumn(), TransferSpeedColumn()) if of_bytes else (MofNCompleteColumn(),)
-    words = TextColumn(f"{{task.description:{WIDTH}.{WIDTH}}}", markup=False)
-    return Display(words, BarColumn(), *amounts, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    if console.width >= WIDE:
+        amounts = (DownloadColumn(), TransferSpeedColumn()) if of_bytes else (MofNCompleteColumn(),)
+        width, columns = WIDTH, (BarColumn(), *amounts, TimeRemainingColumn())
+    else:
+        width = max(8, min(WIDTH, console.width - NARROW))
+        columns = (BarColumn(bar_width=8), TaskProgressColumn(), TimeRemainingColumn(compact=True))
+    words = TextColumn(f"{{task.description:{width}.{width}}}", markup=False)
+    return width, Display(words, *columns, console=console, transient=True)
 
 
 def shortened(text: str, length: int) -> str:
@@ -71,18 +91,24 @@ def shortened(text: str, length: int) -> str:
 
 @contextlib.contextmanager
 def bars(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[tuple[Progress | None, Progress | None]]:
-    """Yield a ``Progress`` of the downloads and one of the work, whose bar takes the place of theirs; None where no bar
-    is due.
+    """Yield a ``Progress`` of the downloads and one of the work, which is shown at once and gives place to theirs; None
+    where no bar is due.
     """
-    with contextlib.ExitStack() as fetching, bar(verb, wanted, of_bytes=of_bytes) as work:
-        downloads = fetching.enter_context(bar("fetching", wanted))
+    with bar(verb, wanted, of_bytes=of_bytes) as work, bar("fetching", wanted) as fetching:
+        if not (isinstance(work, _Bar) and isinstance(fetching, _Bar)):
+            yield None, None
+            return
+        work.show()
 
-        def advance(n: int, n_all: int, what: str) -> None:
-            fetching.close()
-            if work:
-                work(n, n_all, what)
+        def fetched(n: int, n_all: int, what: str) -> None:
+            work.hide()
+            fetching(n, n_all, what)
 
-        yield downloads, advance if work else None
+        def worked(n: int, n_all: int, what: str) -> None:
+            fetching.hide()
+            work(n, n_all, what)
+
+        yield fetched, worked
 
 
 def by_file(progress: Progress | None) -> FileProgress | None:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
+import os
+import platform
 from collections.abc import Sequence
+from pathlib import Path
+
+from lora_gguf import __version__
+
+PACKAGES = ("numpy", "numba", "gguf", "safetensors")
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
@@ -48,6 +56,20 @@ def count_text(n: float) -> str:
 def share_text(share: float, digits: int = 3) -> str:
     """A share of one for a reader; n/a where there is nothing to share."""
     return f"{share:.{digits}f}" if math.isfinite(share) else "n/a"
+
+
+def size_of(path: str | os.PathLike[str]) -> int | None:
+    """Return the bytes of a file, or of the files in a folder; None where there is none."""
+    place = Path(path)
+    if place.is_dir():
+        return sum(entry.stat().st_size for entry in place.iterdir() if entry.is_file())
+    return place.stat().st_size if place.exists() else None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this program and of what its results depend on."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"lora-gguf": __version__, "Python": platform.python_version(), **found}
 
 
 def json_text(data: object, indent: int | None = 1) -> str:

@@ -59,7 +59,7 @@ def test_it_is_typed_and_documented(name):
 # options of a command -> the parameter that does the same
 OTHER_NAMES = {
     "adapter": "adapters", "lora": "adapters", "scale": "adapters", "model": "base", "output": "out", "split_max_size": "max_bytes",
-    "dry_run": "out", "source": "source", "report": None, "plot": None, "as_json": None, "quiet": None, "context": None,
+    "dry_run": "out", "source": "source", "report": None, "plot": None, "as_json": None, "quiet": None, "context": None, "verbose": None,
     "push": None,
 }  # fmt: skip
 

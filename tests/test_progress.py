@@ -17,9 +17,9 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def on_a_terminal(folder, *arguments, **environment) -> str:
-    """What the command writes to its stderr where that is a terminal of 100 columns."""
+    """What the command writes to its stderr where that is a terminal of 120 columns."""
     ours, theirs = pty.openpty()
-    variables = {**os.environ, "COLUMNS": "100", "TERM": "xterm-256color", **environment}
+    variables = {**os.environ, "COLUMNS": "120", "TERM": "xterm-256color", **environment}
     command = [sys.executable, "-m", "lora_gguf", *map(str, arguments)]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=theirs, env=variables)
     os.close(theirs)
@@ -92,3 +92,24 @@ def test_long_names_keep_their_ends():
         shortened("blk.10.ffn_down_exps.weight", 20) == "…fn_down_exps.weight"
         and len(shortened("a" * 99, WIDTH)) == WIDTH
     )
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_bars_fit_narrow_terminals(merging, columns):
+    said = on_a_terminal(*merging, COLUMNS=str(columns))
+    lines = [line for line in ESCAPE.sub("", said).replace("\r", "\n").split("\n") if "━" in line]
+    assert lines and max(map(len, lines)) <= columns and any("%" in line for line in lines)
+
+
+def test_something_is_shown_before_the_first_weight(merging):
+    said = ESCAPE.sub("", on_a_terminal(*merging)).replace("\r", "\n")
+    first = next(line for line in said.split("\n") if line.strip())
+    assert re.match(r"merging +━", first), first
+
+
+def test_the_first_run_says_that_it_compiles(merging, tmp_path):
+    folder, *arguments = merging
+    command = [sys.executable, "-m", "lora_gguf", *map(str, arguments)]
+    cache = {**os.environ, "LORA_GGUF_CACHE": str(tmp_path / "cache")}
+    said = [subprocess.run(command, cwd=folder, env=cache, capture_output=True, text=True).stderr for _ in range(2)]
+    assert "compiles its kernels" in said[0] and "compiles" not in said[1]

@@ -93,9 +93,14 @@ def read_adapter(
     return Adapter(label, directory, config, found.updates, found.ignored, found.originals, warnings)
 
 
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+
+
 def adapter_directory(path: str | os.PathLike) -> Path:
     """The directory that holds ``adapter_config.json``: ``path``, or the folder of the file that it names."""
     path = Path(path)
+    if path.suffix.lower() in ARCHIVES and path.is_file():
+        raise FileError(f"{printable(path)}: an archive: unpack it, and name the folder with {adapter_config.NAME}")
     if path.is_file():
         path = path.parent
     if not path.is_dir():
@@ -103,7 +108,12 @@ def adapter_directory(path: str | os.PathLike) -> Path:
     if (path / adapter_config.NAME).is_file():
         return path
     inner = sorted(found.parent.name for found in path.glob(f"*/{adapter_config.NAME}"))
-    hint = f"use one of its folders: {printable(', '.join(inner))}" if inner else "it is no PEFT adapter"
+    packed = sorted(found.name for found in path.iterdir() if found.suffix.lower() in ARCHIVES)
+    hint = "it is no PEFT adapter: name the folder that has it"
+    if inner:
+        hint = f"use one of its folders: {printable(', '.join(inner))}"
+    elif packed:
+        hint = f"unpack {printable(packed[0])} first"
     raise FileError(f"{printable(path)}: expected {adapter_config.NAME}, found none: {hint}")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field
 
+from lora_gguf.checks.keeping import GOOD
 from lora_gguf.errors import LoraGgufError, printable
 
 OK, NOTE, WARNING, REFUSAL = "ok", "note", "warning", "refusal"
-GOOD = 0.9  # of an adapter kept
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ NOTHING = f"nothing changes: {ZERO.replace('its update', 'the update', 1)}"
 # what to do where little is kept, from the cheapest on
 REMEDIES = {"--rounding auto": {"rounding": "auto"}, "--type Q8_0": {"type": "Q8_0"}, "--type BF16": {"type": "BF16"}}
 MIX_REMEDIES = {f"--quantize {mix}": {"mix": mix} for mix in ("Q6_K", "Q8_0", "BF16")}
+GOOD, TOO_MUCH = 0.9, 1.25  # of an adapter kept
 SURE = 2  # standard errors
 NOISY = 0.1  # what the rounding's random numbers may add to what is kept, where a way is to be recommended
 
@@ -67,6 +68,22 @@ def judged(kinds: Kinds, plan: Plan, model: Base, policy: Policy) -> list[str]:
             f"{remedy(plan, model, policy, WARN_BELOW)}"
         ]
     return []
+
+
+def sentence(whole: Retention) -> str:
+    """Return what a person wants to know of what was kept: how much, and whether that is good; nothing where nothing
+    was measured.
+    """
+    if not whole.n_weights:
+        return ""
+    if whole.is_nothing:
+        return "the adapter changes nothing, so there is nothing to keep"
+    share = f"{whole.kept:.0%} of the fine-tune is kept"
+    if whole.kept > TOO_MUCH:
+        return f"{share}: too strong: is the scale right?"
+    if whole.kept >= GOOD:
+        return f"{share}: good"
+    return f"{share}: {'fair' if whole.kept >= WARN_BELOW else 'poor'}; --type Q8_0 keeps more, in a larger file"
 
 
 def poorly_kept(kinds: Kinds) -> dict[str, float]:

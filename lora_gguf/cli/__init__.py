@@ -17,6 +17,7 @@ from lora_gguf.cli.convert import convert
 from lora_gguf.cli.doctor import doctor
 from lora_gguf.cli.extract import extract
 from lora_gguf.cli.fetch import fetch
+from lora_gguf.cli.helping import Grouped, asked_for_help, way_out
 from lora_gguf.cli.init_pipeline import init_pipeline
 from lora_gguf.cli.inspect import inspect
 from lora_gguf.cli.merge import merge
@@ -38,6 +39,7 @@ _WORDS = {
 app = typer.Typer(
     name="lora-gguf",
     help="Convert LoRA adapters to GGUF, and merge them into quantized GGUF models without losing the fine-tune.",
+    epilog="lora-gguf help COMMAND tells more of each.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -54,7 +56,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("-V", "--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Print the traceback of an error; also LORA_GGUF_DEBUG=1.")
@@ -78,7 +80,7 @@ COMMANDS = {
     init_pipeline: "Write a Makefile for many adapters and quantizations.",
 }
 for command, summary in COMMANDS.items():
-    app.command(short_help=summary)(command)
+    app.command(cls=Grouped, short_help=summary)(command)
 
 
 class _Terminated(BaseException):
@@ -146,7 +148,7 @@ def _flush_or_drop_stdout() -> None:
 def execute(arguments: list[str] | None = None) -> int:
     """Run one command line (default: the process's); its exit code. Every refusal ends here."""
     try:
-        words = arguments or sys.argv[1:]
+        words = asked_for_help(arguments or sys.argv[1:])
         COMMAND_LINE.set(("lora-gguf", *words))
         code = app(args=joined_scales(words) or ["--help"], prog_name="lora-gguf", standalone_mode=False) or 0
         print(end="", flush=True)
@@ -195,6 +197,8 @@ def _refusal(error: _ClickUsageError) -> str:
     """What is wrong with the command line, with the value that was given where typer's validator, pydantic, tells
     it.
     """
+    if known := way_out(error):
+        return known
     message = error.format_message().rstrip(".")
     for theirs, ours in _WORDS.items():
         message = message.replace(theirs, ours)

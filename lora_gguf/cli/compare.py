@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_gguf.cli.helping import gguf_files
 from lora_gguf.cli.options import ForcePictures, Lora, Progress, Quiet, ReportFile, Scale, Threads
 from lora_gguf.cli.terms import draw, named_adapters, pictures, say
 from lora_gguf.errors import MismatchError, UsageError
@@ -20,12 +21,23 @@ LABELS = {"base": "the base", "adapter": "the base with the adapter at run time"
 
 
 def compare(
-    base: Annotated[str, typer.Argument(metavar="BASE.gguf", help="The model before the merge, here or on the Hub.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE.gguf", help="The model before the merge, here or on the Hub.", autocompletion=gguf_files
+        ),
+    ],
     adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")
+        str,
+        typer.Argument(
+            metavar="ADAPTER", help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.", autocompletion=gguf_files
+        ),
     ],
     merged: Annotated[
-        str | None, typer.Argument(metavar="MERGED.gguf", help="The merged file; after --lora the second name.")
+        str | None,
+        typer.Argument(
+            metavar="MERGED.gguf", help="The merged file; after --lora the second name.", autocompletion=gguf_files
+        ),
     ] = None,
     lora: Lora = None,
     scale: Scale = 1.0,

@@ -7,18 +7,26 @@ from typing import Annotated
 
 import typer
 
-from lora_gguf.cli.options import BASE_HELP, AllowUnused, ExpertA, ExpertB, Force, LayoutOf, Progress, Quiet
+from lora_gguf.cli.helping import gguf_files
+from lora_gguf.cli.options import BASE_HELP, AllowUnused, ExpertA, ExpertB, Force, LayoutOf, Progress, QuietPath
 from lora_gguf.cli.terms import OutType, say_written, warn
 from lora_gguf.progress import bars
 from lora_gguf.text import json_text
 
 
 def convert(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT adapter's folder or Hub id.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="A PEFT adapter's folder or Hub id.", autocompletion=gguf_files)
+    ],
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", "-m", "--model", metavar="BASE.gguf", help=f"The best source of names and shapes. {BASE_HELP}"
+            "--base",
+            "-m",
+            "--model",
+            metavar="BASE.gguf",
+            help=f"The best source of names and shapes. {BASE_HELP}",
+            autocompletion=gguf_files,
         ),
     ] = None,
     base_config: Annotated[
@@ -38,7 +46,7 @@ def convert(
     layout_of: LayoutOf = None,
     force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what became of each adapter tensor as JSON.")] = False,
-    quiet: Quiet = False,
+    quiet: QuietPath = False,
     progress: Progress = True,
 ) -> None:
     """Turn a PEFT adapter into a GGUF adapter for llama.cpp's --lora.
@@ -66,6 +74,9 @@ def convert(
             downloads=downloads,
         )
     warn(placement.warnings)
-    print(json_text(placement.as_dict()) if as_json else "\n".join(placement.summary()))
+    if as_json:
+        print(json_text(placement.as_dict()))
+    else:
+        print(out if quiet else "\n".join(placement.summary()))
     if not quiet:
         say_written(out, f": {placement}")

@@ -27,7 +27,7 @@ from lora_gguf.cli.options import (
     Threads,
     TiedHead,
 )
-from lora_gguf.cli.terms import Tied, base_and_adapter, draw, named_adapters, pictures
+from lora_gguf.cli.terms import Tied, announce_first_run, base_and_adapter, draw, named_adapters, pictures
 from lora_gguf.progress import bars
 from lora_gguf.text import json_text
 
@@ -70,6 +70,8 @@ def doctor(
     named = named_adapters(adapter, scale, lora)
     wanted = pictures(report, plot, force, [source, *(name for name, _ in named)])
     wanted.check()
+    if not quiet:
+        announce_first_run()
     with bars("examining", progress and not quiet, of_bytes=False) as (downloads, work):
         found = api.doctor(
             source,
@@ -107,7 +109,7 @@ def as_text(report: DoctorReport) -> str:
         ways = [
             (way.options, share_text(way.kept), f"{way.noise:.1f}", size_text(way.n_bytes)) for way in report.outlooks
         ]
-        parts.append(text_table(("merge with", "delta kept", "noise/delta", "file"), ways))
+        parts.append(text_table(("merge with", "kept", "noise/delta", "file"), ways))
         parts.append(
             text_table(
                 ("tensors", "type", "count", "rms(delta)", "delta/step", "kept", "nearest"), by_kind(report), left=2

@@ -7,21 +7,29 @@ from typing import Annotated
 
 import typer
 
-from lora_gguf.cli.options import BASE_HELP, Force, Progress, Quiet
+from lora_gguf.cli.helping import gguf_files
+from lora_gguf.cli.options import BASE_HELP, Force, Progress, QuietPath
 from lora_gguf.cli.terms import OutType, say_written, warn
 from lora_gguf.progress import bars
 from lora_gguf.text import json_text
 
 
 def extract(
-    base: Annotated[str, typer.Argument(metavar="BASE.gguf", help=f"The model before. {BASE_HELP}")],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED.gguf", help="The model after, of the same architecture.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE.gguf", help=f"The model before. {BASE_HELP}", autocompletion=gguf_files)
+    ],
+    tuned: Annotated[
+        str,
+        typer.Argument(
+            metavar="TUNED.gguf", help="The model after, of the same architecture.", autocompletion=gguf_files
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--outfile", "--output", metavar="PATH", help="The adapter to write.")],
     rank: Annotated[int, typer.Option(metavar="N", min=1, help="Of each tensor's update.")] = 32,
     outtype: Annotated[OutType, typer.Option(help="The type of the tensors.")] = OutType.f16,
     force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the energy kept of each tensor as JSON.")] = False,
-    quiet: Quiet = False,
+    quiet: QuietPath = False,
     progress: Progress = True,
 ) -> None:
     """Make the adapter that turns one GGUF into another, as nearly as its rank can (truncated SVD).
@@ -36,7 +44,10 @@ def extract(
         )
     from lora_gguf.cli import tables
 
-    print(json_text(found.as_dict()) if as_json else tables.extraction_table(found))
+    if as_json:
+        print(json_text(found.as_dict()))
+    else:
+        print(output if quiet else tables.extraction_table(found))
     warn(found.warnings)
     if not quiet:
         say_written(output)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_gguf.cli.helping import gguf_files
 from lora_gguf.text import json_text
 
 if TYPE_CHECKING:
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 def inspect(
     source: Annotated[
         str,
-        typer.Argument(metavar="FILE|DIR|REPO", help="A GGUF or an adapter, here or on the Hub (user/model:Q4_K_M)."),
+        typer.Argument(
+            metavar="FILE|DIR|REPO",
+            help="A GGUF or an adapter, here or on the Hub (user/model:Q4_K_M).",
+            autocompletion=gguf_files,
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:

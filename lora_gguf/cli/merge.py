@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lora_gguf.cli.helping import mixes, types, words
 from lora_gguf.cli.options import (
     AdapterArgument,
     Again,
@@ -21,7 +22,7 @@ from lora_gguf.cli.options import (
     Model,
     PlotFile,
     Progress,
-    Quiet,
+    QuietPath,
     ReportFile,
     Scale,
     Threads,
@@ -31,6 +32,7 @@ from lora_gguf.cli.push import say_pushed
 from lora_gguf.cli.terms import (
     Rounding,
     Tied,
+    announce_first_run,
     base_and_adapter,
     draw,
     mmproj_command,
@@ -38,7 +40,6 @@ from lora_gguf.cli.terms import (
     named_adapters,
     pictures,
     say,
-    say_written,
     warn,
 )
 from lora_gguf.errors import UsageError, printable
@@ -68,11 +69,19 @@ def merge(
     ] = 0,
     type: Annotated[
         str | None,
-        typer.Option(metavar="TYPE", help="The type of the adapted tensors, such as Q8_0; default: the base's."),
+        typer.Option(
+            metavar="TYPE",
+            help="The type of the adapted tensors, such as Q8_0; default: the base's.",
+            autocompletion=words(types),
+        ),
     ] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(metavar="MIX", help="Quantize an F16, BF16 or F32 base on the way, as llama-quantize: Q4_K_M."),
+        typer.Option(
+            metavar="MIX",
+            help="Quantize an F16, BF16 or F32 base on the way, as llama-quantize: Q4_K_M.",
+            autocompletion=words(mixes),
+        ),
     ] = None,
     imatrix: Annotated[
         Path | None,
@@ -127,7 +136,8 @@ def merge(
     report: ReportFile = None,
     plot: PlotFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    quiet: Quiet = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print all that was measured.")] = False,
+    quiet: QuietPath = False,
     progress: Progress = True,
 ) -> None:
     """Add adapters to a quantized model and write one standalone GGUF.
@@ -149,6 +159,8 @@ def merge(
         )
     if push:
         make_repo(push)
+    if not quiet:
+        announce_first_run()
     with bars("merging", progress and not quiet) as (downloads, work):
         merged = api.merge(
             source,
@@ -180,10 +192,17 @@ def merge(
             downloads=downloads,
         )
     from lora_gguf.cli import tables
+    from lora_gguf.cli.ending import tell
     from lora_gguf.report.content import of_merge
 
     warn(merged.warnings)
-    print(json_text(merged.as_dict()) if as_json else tables.retention_table(merged))
+    if as_json:
+        print(json_text(merged.as_dict()))
+    elif quiet:
+        for path in merged.written:
+            print(path)
+    else:
+        print(tables.retention_table(merged, verbose))
     if merged.waiting and not quiet:
         say(f"for the part that waits for the model's mmproj: {mmproj_command(named)}")
     if dry_run and not quiet:
@@ -192,9 +211,8 @@ def merge(
             f"nothing was written: the tensors would take {tensors / 1e6:.0f} MB; what would be kept of the "
             "adapter, lora-gguf doctor tells"
         )
-    if not quiet:
-        for path in merged.written:
-            say_written(path, f": ollama create NAME -f {printable(path)}" if path.suffix == ".Modelfile" else "")
+    elif not quiet:
+        tell(merged, source, named, whole=shard is None)
     if push:
         pushed = api.push(merged.written[0], push, kept=merged.whole.kept, bars=is_shown(progress and not quiet))
         say(f"pushed to {pushed.url}")

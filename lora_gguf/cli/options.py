@@ -7,22 +7,35 @@ from typing import Annotated
 
 import typer
 
+from lora_gguf.cli.helping import gguf_files
 from lora_gguf.cli.terms import ExpertAxis, ExpertLayout, Tied
 
 BASE_HELP = (
     "The model: a path (of a split one any shard), or on the Hub OWNER/NAME:Q4_K_M or hf://OWNER/NAME/FILE.gguf."
 )
 
-BaseArgument = Annotated[str | None, typer.Argument(metavar="BASE.gguf", help=BASE_HELP)]
+BaseArgument = Annotated[str | None, typer.Argument(metavar="BASE.gguf", help=BASE_HELP, autocompletion=gguf_files)]
 AdapterArgument = Annotated[
-    str | None, typer.Argument(metavar="ADAPTER", help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.")
+    str | None,
+    typer.Argument(
+        metavar="ADAPTER", help="A PEFT adapter's folder, its Hub id, or a GGUF adapter.", autocompletion=gguf_files
+    ),
 ]
 Model = Annotated[
-    str | None, typer.Option("-m", "--model", metavar="BASE.gguf", help="BASE, as llama.cpp's tools name it.")
+    str | None,
+    typer.Option(
+        "-m", "--model", metavar="BASE.gguf", help="BASE, as llama.cpp's tools name it.", autocompletion=gguf_files
+    ),
 ]
 Lora = Annotated[
     list[str] | None,
-    typer.Option("--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="One more adapter; repeat."),
+    typer.Option(
+        "--lora",
+        "--lora-scaled",
+        metavar="ADAPTER[:SCALE]",
+        help="One more adapter; repeat.",
+        autocompletion=gguf_files,
+    ),
 ]
 Scale = Annotated[
     float, typer.Option("--scale", metavar="X", help="Multiplies ADAPTER's own scale; not those of --lora.")
@@ -57,6 +70,7 @@ Threads = Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show bars, where stderr is a terminal.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the result, warnings and errors only.")]
+QuietPath = Annotated[bool, typer.Option("-q", "--quiet", help="Print the output's path, warnings and errors only.")]
 ReportFile = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE.html", help="Write a page with charts and tables of what happened."),

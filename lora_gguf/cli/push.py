@@ -6,13 +6,17 @@ from typing import Annotated
 
 import typer
 
+from lora_gguf.cli.helping import gguf_files
 from lora_gguf.cli.options import Progress, Quiet
 from lora_gguf.cli.terms import say
 from lora_gguf.text import json_text
 
 
 def push(
-    merged: Annotated[str, typer.Argument(metavar="MERGED.gguf", help="The file; of a split one any shard.")],
+    merged: Annotated[
+        str,
+        typer.Argument(metavar="MERGED.gguf", help="The file; of a split one any shard.", autocompletion=gguf_files),
+    ],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository; made where there is none.")],
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public; default: private.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was pushed as JSON.")] = False,

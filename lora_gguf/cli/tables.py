@@ -13,18 +13,19 @@ from lora_gguf.mapping.accounts import summary
 from lora_gguf.merging.retention import Retention, kind_of, total
 from lora_gguf.text import share_text, text_table
 
-HEAD = ("tensors", "type", "count", "delta kept", "codes changed", "rms(delta)", "noise/delta")
+HEAD = ("tensors", "type", "count", "kept", "codes changed", "rms(delta)", "noise/delta")
+SHORT = 4  # columns
 
 
-def retention_table(report: MergeReport) -> str:
+def retention_table(report: MergeReport, verbose: bool = False) -> str:
     """One line per kind of tensor, one for the whole, for the mmproj likewise, and what became of the adapters'
-    tensors.
+    tensors; ``verbose`` with all that was measured.
     """
     rows = [
         *_merged_rows(report, "all merged"),
         *(_merged_rows(report.mmproj, "all of the mmproj") if report.mmproj else ()),
     ]
-    measured = len(HEAD) if report.retention else 3  # columns: a dry run measures nothing
+    measured = (len(HEAD) if verbose else SHORT) if report.retention else 3  # columns: a dry run measures nothing
     table = text_table(HEAD[:measured], [row[:measured] for row in rows], left=2)
     return "\n".join([table, *summary(report.accounts)])
 
@@ -60,7 +61,7 @@ def verify_table(report: VerifyReport) -> str:
     rows.append(_verify_row("all adapted", "", report.adapted))
     rest = [check for check in report.checks if not check.touched]
     rows.append(("untouched", "", len(rest), _verdict(rest), "-", "-", "-"))
-    return text_table(("tensors", "type", "count", "verdict", "delta kept", "noise/delta", "expected"), rows, left=2)
+    return text_table(("tensors", "type", "count", "verdict", "kept", "noise/delta", "expected"), rows, left=2)
 
 
 def _verify_row(kind: str, types: str, checks: Sequence[Check]) -> tuple:

@@ -54,17 +54,20 @@ def base_and_adapter(first: str | None, second: str | None, model: str | None) -
     if model and second:
         raise UsageError(f"two base models: {printable(first)} and -m {printable(model)}: name one")
     if not (model or first):
-        raise UsageError("no base model: name its GGUF first, or with -m")
+        raise UsageError("no base model: name its GGUF first, then the adapter: lora-gguf merge BASE.gguf ADAPTER")
     return (model, first) if model else (first, second)
 
 
 def named_adapters(adapter: str | None, scale: float, lora: Iterable[str] | None) -> list[tuple[str, float]]:
     """ADAPTER at --scale and those of --lora, which have scales of their own; at least one."""
     if lora and not adapter and scale != 1.0:
-        raise UsageError(f"--scale {scale:g} is ADAPTER's, and only --lora names one: write --lora ADAPTER:{scale:g}")
+        raise UsageError(
+            f"--scale {scale:g} is ADAPTER's, and only --lora names any: write each one's behind it: "
+            f"--lora ADAPTER:{scale:g}"
+        )
     named = ([(adapter, scale)] if adapter else []) + adapters_of(lora or [])
     if not named:
-        raise UsageError("no adapter: name one, or several with --lora")
+        raise UsageError("no adapter: name its folder, Hub id or GGUF after the base; several with --lora")
     return named
 
 
@@ -144,6 +147,15 @@ def say_written(path: str | os.PathLike, more: str = "") -> None:
     from lora_gguf.text import size_text
 
     say(f"wrote {printable(path)} ({size_text(os.path.getsize(path))}){more}")
+
+
+def announce_first_run() -> None:
+    """Say that kernels will be compiled, where none ever were: it takes some seconds in which nothing else happens."""
+    home = os.environ.get("LORA_GGUF_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "lora-gguf"
+    )
+    if not any(Path(home).glob("kernels-*/**/*.nbi")):
+        say("the first run compiles its kernels, once: about ten seconds more")
 
 
 def warn(warnings: list[str]) -> None:

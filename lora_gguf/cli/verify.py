@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lora_gguf.cli.helping import gguf_files
 from lora_gguf.cli.options import (
     BASE_HELP,
     AllowUnused,
@@ -21,16 +22,29 @@ from lora_gguf.cli.options import (
     ReportFile,
     Threads,
 )
-from lora_gguf.cli.terms import draw, named_adapters, pictures, say
+from lora_gguf.cli.terms import announce_first_run, draw, named_adapters, pictures, say
 from lora_gguf.errors import printable
 from lora_gguf.progress import bars
 from lora_gguf.text import json_text
 
 
 def verify(
-    merged: Annotated[str, typer.Argument(metavar="MERGED.gguf", help="The file to judge; of a split one any shard.")],
+    merged: Annotated[
+        str,
+        typer.Argument(
+            metavar="MERGED.gguf", help="The file to judge; of a split one any shard.", autocompletion=gguf_files
+        ),
+    ],
     base: Annotated[
-        str, typer.Option("--base", "-m", "--model", metavar="BASE.gguf", help=f"What it was made of. {BASE_HELP}")
+        str,
+        typer.Option(
+            "--base",
+            "-m",
+            "--model",
+            metavar="BASE.gguf",
+            help=f"What it was made of. {BASE_HELP}",
+            autocompletion=gguf_files,
+        ),
     ],
     lora: Annotated[
         list[str],
@@ -63,6 +77,8 @@ def verify(
     named = named_adapters(None, 1.0, lora)
     wanted = pictures(report, plot, force, [merged, base, *(name for name, _ in named)])
     wanted.check()
+    if not quiet:
+        announce_first_run()
     with bars("verifying", progress and not quiet) as (downloads, work):
         found = api.verify(
             merged,

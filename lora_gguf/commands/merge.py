@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_gguf.checks.earlier import earlier_merges
-from lora_gguf.checks.keeping import idle, judged
+from lora_gguf.checks.keeping import idle, judged, sentence
 from lora_gguf.checks.kinship import kin_warnings
 from lora_gguf.errors import UsageError, printable
 from lora_gguf.files.base import Base
@@ -34,6 +34,7 @@ from lora_gguf.merging.steps import planned_step
 from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.merging.work import in_threads, merge_chunk
 from lora_gguf.progress import Progress
+from lora_gguf.text import size_of, versions
 
 Adapters = Sequence[tuple[str | os.PathLike, float]]
 
@@ -42,13 +43,16 @@ Adapters = Sequence[tuple[str | os.PathLike, float]]
 class MergeReport:
     """What a merge did: its plan, the account of each adapter's tensors, and per merged tensor what was kept.
 
-    ``inputs`` are the role (base, adapter) and path of what was read, ``written`` the files that it made. ``mmproj`` is
-    the same of the mmproj that was merged beside the model; the accounts are of both.
+    ``inputs`` are the role (base, adapter) and path of what was read, ``written`` the files that it made,
+    ``architecture`` is the base's. ``mmproj`` is the same of the mmproj that was merged beside the model; the accounts
+    are of both.
     """
 
     plan: Plan
     accounts: list[Account]
     inputs: list[tuple[str, str | os.PathLike[str]]] = field(default_factory=list)
+    policy: Policy = field(default_factory=Policy)
+    architecture: str = ""
     retention: dict[str, Retention] = field(default_factory=dict)
     written: list[Path] = field(default_factory=list)
     mmproj: MergeReport | None = None
@@ -71,6 +75,11 @@ class MergeReport:
     @property
     def whole(self) -> Retention:
         return total(self.retention.values())
+
+    @property
+    def verdict(self) -> str:
+        """How much was kept and whether that is good, in one sentence; empty where nothing was measured."""
+        return sentence(self.whole)
 
     def by_kind(self) -> dict[tuple[str, str, str], list[Retention]]:
         """The merged tensors' retention by (kind, type before, type after): kinds in the file's order of first
@@ -106,9 +115,13 @@ class MergeReport:
         ]
         copied = [tensor.target.name for tensor in self.plan.tensors if not tensor.recipe]
         accounts = [vars(account) for account in self.accounts]
+        inputs = [{"role": role, "path": os.fspath(path), "size": size_of(path)} for role, path in self.inputs]
+        outputs = [{"path": str(path), "size": size_of(path)} for path in self.written]
         return {
-            "all": self.whole.as_dict(), "kinds": kinds, "merged": tensors, "copied": copied, "accounts": accounts,
-            "warnings": self.warnings, **({"mmproj": self.mmproj.as_dict()} if self.mmproj else {}),
+            "outputs": outputs, "inputs": inputs, "versions": versions(), "rounding": self.policy.rounding,
+            "seed": self.policy.seed, "verdict": self.verdict, "all": self.whole.as_dict(), "kinds": kinds,
+            "merged": tensors, "copied": copied, "accounts": accounts, "warnings": self.warnings,
+            **({"mmproj": self.mmproj.as_dict()} if self.mmproj else {}),
         }  # fmt: skip
 
 
@@ -207,7 +220,8 @@ def planned(model: Base, adapters: Adapters, policy: Policy, reading: Reading) -
     plan = make_plan(model, placements, policy)
     earlier = earlier_merges(model, used, placements, again=reading.again)
     plan.warnings += [*earlier, *kin_warnings(used, model), *idle(used, placements)]
-    report = MergeReport(plan, [account for found in accounts for account in found])
+    every = [account for found in accounts for account in found]
+    report = MergeReport(plan, every, policy=policy, architecture=model.architecture)
     return Job(model, policy, placements, [adapter_name(path) for path, _ in used], accounts, report)
 
 

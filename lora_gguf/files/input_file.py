@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -28,6 +29,10 @@ def impostor(head: bytes, name: str = "") -> str | None:
     )
 
 
+NO_HINT = "check the path"
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.ASCII)
+
+
 def open_input(path: str | os.PathLike) -> int:
     """A descriptor of the regular file ``path``, open for reading; ``FileError`` for all else: a fifo would block."""
     try:
@@ -36,17 +41,23 @@ def open_input(path: str | os.PathLike) -> int:
         return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a path"
-        raise FileError(f"{printable(path)}: cannot open: {reason}: {_hint(path)}") from error
+        raise FileError(f"{printable(path)}: cannot open: {reason}: {path_hint(path)}") from error
 
 
-def _hint(path: str | os.PathLike) -> str:
-    """The name in the same folder that was meant, if one is much like that of ``path``."""
+def path_hint(path: str | os.PathLike[str]) -> str:
+    """Return what to do where ``path`` cannot be opened: the name in the same folder that was meant, if one is much
+    like it.
+    """
+    if shard := _SHARD.search(os.fspath(path)):
+        return f"shard {int(shard[1])} of {int(shard[2])} is missing: put it beside the others"
+    if os.fspath(path).startswith("~"):
+        return f"the shell leaves ~ as it is within quotation marks: write {printable(os.path.expanduser(path))}"
     folder, name = os.path.split(os.fspath(path))
     try:
         meant = difflib.get_close_matches(name, [] if os.path.exists(path) else os.listdir(folder or "."), 1, 0.75)
     except (OSError, ValueError):
         meant = []
-    return f"did you mean {printable(os.path.join(folder, meant[0]))}?" if meant else "check the path"
+    return f"did you mean {printable(os.path.join(folder, meant[0]))}?" if meant else NO_HINT
 
 
 class Source:

@@ -78,13 +78,19 @@ def choose(found: Iterable[Quantization], quant: str | None, where: str) -> Quan
     """The first with this quantization; without a wish Q4_K_M, or the only one there is."""
     found = list(found)
     if not found:
-        raise HubError(f"{where}: no GGUF model found: see its page on the Hub for quantizations of it")
+        raise HubError(
+            f"{where}: no GGUF model found: name a repository that has some, as OWNER/NAME-GGUF:Q4_K_M; "
+            "lora-gguf fetch ADAPTER --base lists those of an adapter's base"
+        )
     wanted = (quant or DEFAULT_QUANT).upper()
     match = next((entry for name in (wanted, f"UD-{wanted}") for entry in found if entry.quant == name), None)
     if match is None and not quant and len(found) == 1:
         match = found[0]
     if match is None:
-        raise UsageError(f"{where}: no {printable(wanted, 40)} among its quantizations: choose one of {listed(found)}")
+        default = f" (where none is named, {DEFAULT_QUANT} is taken)"
+        raise UsageError(
+            f"{where}: no {printable(wanted, 40)} among its quantizations: choose one of {listed(found)}{default}"
+        )
     return match
 
 

@@ -25,6 +25,7 @@ from typing import NamedTuple, TypeAlias, TypeGuard
 
 from lora_gguf.arguments import check_number, check_path
 from lora_gguf.errors import FileError, UsageError, printable
+from lora_gguf.files.input_file import NO_HINT, path_hint
 
 Name: TypeAlias = str | os.PathLike[str]
 Scaled: TypeAlias = tuple[Name, float]
@@ -85,9 +86,9 @@ def local_path(source: Name) -> Path | None:
     is_name = isinstance(source, str) and not text.startswith((".", "~", "/")) and "\\" not in text
     if is_name and _ADAPTER.fullmatch(text):
         return None
-    raise FileError(
-        f"{printable(text)}: no such file or folder, and not a Hub id: expected a path or OWNER/NAME[@REVISION]"
-    )
+    hint = path_hint(text)
+    way = "expected a path or OWNER/NAME[@REVISION]" if hint == NO_HINT else hint
+    raise FileError(f"{printable(text)}: no such file or folder, and not a Hub id: {way}")
 
 
 def adapter_reference(source: str, revision: str | None, subfolder: str | None) -> tuple[str, str | None, str]:

@@ -196,7 +196,8 @@ def from_base(base: GgufReader, config: dict | None = None, layout_of: str | Non
     kind = base.get("general.type", "model")
     if kind != "model" and (kind, base.architecture) != ("mmproj", CLIP):
         raise MalformedError(
-            f"{base.label}: expected a model, found general.type {printable(base.get('general.type'), 40)}"
+            f"{base.label}: expected a model, found general.type {printable(base.get('general.type'), 40)}: "
+            "name the base model first, then the adapter"
         )
     architecture = layout_of or base.architecture
     if base.architecture in REFUSED:

@@ -6,6 +6,8 @@ The objects are checked when they are made; nothing here loads a kernel, so a wr
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from lora_gguf.arguments import check_choice, check_flag, check_number, check_path, check_text, check_whole, refuse
@@ -44,11 +46,11 @@ class Policy:
         if self.type is not None:
             from lora_gguf.quants.table import CODECS
 
-            check_choice("type", self.type, CODECS)
+            check_type(self.type, CODECS)
         if self.mix is not None:
             from lora_gguf.quants.mixes import MIXES
 
-            check_choice("quantize", self.mix, MIXES)
+            check_mix(self.mix, MIXES)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,26 @@ class Resources:
             check_whole("threads", self.threads, 1)
         if self.memory is not None:
             check_whole("memory", self.memory, 1)
+
+
+def check_type(type: object, types: Collection[str]) -> None:
+    """Raise ``UsageError`` unless ``type`` is one of the tensors' ``types``."""
+    if isinstance(type, str) and (nearest := re.sub(r"_[SML]$", "", type)) != type and nearest in types:
+        raise UsageError(
+            f"--type {type}: a mix of types, not a type: --type {nearest} for the adapted tensors, or, of a base in F16, "
+            f"--quantize {type} for all"
+        )
+    check_choice("type", type, types)
+
+
+def check_mix(mix: object, mixes: Collection[str]) -> None:
+    """Raise ``UsageError`` unless ``mix`` is one of llama.cpp's ``mixes``."""
+    nearest = [
+        name for name in mixes if isinstance(mix, str) and mix and re.fullmatch(rf"{re.escape(mix)}_[SML]", name)
+    ]
+    if nearest and mix not in mixes:
+        raise UsageError(f"--quantize {mix}: a type, not a mix of types: name one of {', '.join(nearest)}")
+    check_choice("quantize", mix, mixes)
 
 
 def parse_growth(text: str) -> float:

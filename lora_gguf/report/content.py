@@ -14,7 +14,7 @@ from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.errors import printable
 from lora_gguf.mapping.sources import adapter_name
 from lora_gguf.merging.retention import WARN_BELOW
-from lora_gguf.text import share_text
+from lora_gguf.text import share_text, size_of
 
 Adapters = Sequence[tuple[str | os.PathLike, float]]
 
@@ -209,10 +209,4 @@ def _accounted(data: dict) -> str:
 
 def file_rows(files: Sequence[tuple[str, str | os.PathLike]]) -> list[dict]:
     """The files' roles, names, and sizes in bytes; a folder's size is that of the files in it."""
-    return [{"role": role, "name": printable(path), "size": _size(Path(path))} for role, path in files]
-
-
-def _size(path: Path) -> int | None:
-    if path.is_dir():
-        return sum(entry.stat().st_size for entry in path.iterdir() if entry.is_file())
-    return path.stat().st_size if path.exists() else None
+    return [{"role": role, "name": printable(path), "size": size_of(path)} for role, path in files]

@@ -5,23 +5,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import importlib.metadata
 import os
-import platform
 import shlex
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
 from string import Template
 
-from lora_gguf import __version__
 from lora_gguf.files.output import write_bytes
 from lora_gguf.report import charts
 from lora_gguf.report.content import Column, Content, file_rows
-from lora_gguf.text import json_text
+from lora_gguf.text import json_text, versions
 
 LIBRARY = "window.vegaEmbed = vegaEmbed;"
-PACKAGES = ("numpy", "numba", "gguf", "safetensors")
 FILES = (Column("role", "file"), Column("name", "name"), Column("size", "size", "bytes"))
 PLOT_SCALE = 2  # pixels of a PNG for one of the chart's
 
@@ -102,11 +98,6 @@ def _map(name: str, measures: Sequence[str], rows: Sequence[dict]) -> dict:
         "wide": charts.heat_map(name, measures, rows),
         "tall": charts.heat_map(name, measures, rows, tall=True),
     }
-
-
-def versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"lora-gguf": __version__, "Python": platform.python_version(), **found}
 
 
 def policy(scripts: Iterable[str]) -> str:

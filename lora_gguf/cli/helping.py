@@ -1,0 +1,128 @@
+"""How the command line helps: options in groups, completion, and a way out of what it cannot parse."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from typer.core import TyperCommand
+
+from lora_gguf.errors import printable
+
+# the groups of a command's help, in their order, and the names of the options in them
+GROUPS = {
+    "Input": (
+        "base",
+        "lora",
+        "model",
+        "scale",
+        "subfolder",
+        "quant",
+        "imatrix",
+        "prompt",
+        "prompts",
+        "n_predict",
+        "raw",
+    ),
+    "Output": ("output", "modelfile", "push", "public", "dry_run", "force"),
+    "Quality": ("rounding", "max_growth", "min_retention", "seed", "rank"),
+    "Types": ("type", "quantize", "outtype"),
+    "Split and parallel": ("keep_split", "split_max_size", "shard", "threads", "memory"),
+    "Report": ("report", "plot", "as_json", "verbose", "quiet", "progress"),
+}
+RARE = "Rare"
+
+
+def group_of(name: str) -> str:
+    """Return the group of the option whose parameter is called ``name``."""
+    return next((group for group, names in GROUPS.items() if name in names), RARE)
+
+
+class Grouped(TyperCommand):
+    """A command whose help shows the options in groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then each group of options under its name."""
+        sections: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", *GROUPS, RARE, "Help")}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                sections[_section(param)].append(record)
+        for name, records in sections.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+def _section(param: Any) -> str:
+    if param.param_type_name == "argument":
+        return "Arguments"
+    return "Help" if param.name == "help" else group_of(param.name)
+
+
+def asked_for_help(words: list[str]) -> list[str]:
+    """Return the words of a command line, ``help COMMAND`` as ``COMMAND --help``."""
+    return [*words[1:2], "--help"] if words[:1] == ["help"] else words
+
+
+def way_out(error: Any) -> str:
+    """Return what is wrong with a command line and what to write instead, for the mistakes that are made most; else
+    nothing.
+    """
+    kind, context = type(error).__name__, error.ctx
+    if kind == "UsageError" and "unexpected extra argument" in error.format_message() and context:
+        extra = error.format_message().rpartition("(")[2].partition(")")[0]
+        named = printable(extra.split(" ")[0], 80)
+        has_output = any("-o" in param.opts for param in context.command.params)
+        return f"one name too many: {named}" + (f": name the output with -o {named}" if has_output else "")
+    param = getattr(error, "param", None)
+    if kind == "MissingParameter" and param is not None:
+        name = f"{param.opts[0]} {param.metavar}" if param.param_type_name == "option" else param.metavar
+        return f"{name} is missing: {param.help.rstrip('.')}"
+    given = str(getattr(error, "value", "")) + "".join(str(found["input"]) for found in _found(error))
+    if param is not None and param.name == "scale" and (share := _share(given)):
+        return f"--scale {printable(given, 20)}: expected a number: write {share}"
+    return ""
+
+
+def _found(error: Any) -> list[dict]:
+    """Return what typer's validator tells of a value that it refused."""
+    return error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
+
+
+def _share(text: str) -> str:
+    """Return the first percentage in ``text`` as a number, such as 0.75 for 75%."""
+    found = re.search(r"([-+]?\d+(?:\.\d+)?)\s*%", text)
+    return f"{float(found[1]) / 100:g}" if found else ""
+
+
+def words(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Return a completion from ``names``."""
+    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
+
+
+def types() -> list[str]:
+    """Return the types that tensors can be written in."""
+    from lora_gguf.quants.mixes import MIXES
+
+    return sorted({default for default, _ in MIXES.values()})
+
+
+def mixes() -> list[str]:
+    """Return llama.cpp's mixes of types."""
+    from lora_gguf.quants.mixes import MIXES
+
+    return list(MIXES)
+
+
+def gguf_files(incomplete: str) -> list[str]:
+    """Return the GGUFs and folders whose path begins with ``incomplete``."""
+    return [path for path in _paths(incomplete) if path.endswith((os.sep, ".gguf"))]
+
+
+def _paths(incomplete: str) -> list[str]:
+    found = glob.glob(glob.escape(os.path.expanduser(incomplete)) + "*")
+    return sorted(path + os.sep if os.path.isdir(path) else path for path in found)
