@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 
+import lora_gguf
 from lora_gguf.merging.options import Policy
 from tests import tiny
 from tests.calls import merge
@@ -36,7 +37,14 @@ def folder(local_hub, tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     (folder / "model-F16.gguf").write_bytes(base.read_bytes())
-    merge(base, [(ADAPTER, 1.0)], folder / "big.gguf", Policy("nearest"), max_bytes=int(base.stat().st_size * 0.6))
+    lora_gguf.convert(ADAPTER, tmp_path / "other.gguf", base, outtype="f16")
+    merge(
+        base,
+        [(tmp_path / "other.gguf", 1.0)],
+        folder / "big.gguf",
+        Policy("nearest"),
+        max_bytes=int(base.stat().st_size * 0.6),
+    )
     assert (folder / "big-00001-of-00002.gguf").exists()
     return folder
 
