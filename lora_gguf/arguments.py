@@ -10,6 +10,7 @@ import numbers
 import os
 import re
 from collections.abc import Collection
+from typing import Any
 
 from lora_gguf.errors import UsageError, printable
 
@@ -31,14 +32,14 @@ def check_flag(name: str, value: object) -> None:
         raise refuse(name, "True or False", value)
 
 
-def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Raise unless ``value`` is a whole number from ``least`` to ``most``."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
         raise refuse(name, f"a whole number from {least}" + (f" to {most}" if most is not None else ""), value)
 
 
-def check_number(name: str, value: object, least: float = -math.inf, most: float = math.inf) -> None:
+def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
     """Raise unless ``value`` is a finite number from ``least`` to ``most``."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not (real and math.isfinite(value) and least <= value <= most):

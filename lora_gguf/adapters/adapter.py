@@ -15,7 +15,7 @@ from lora_gguf.adapters.adapter_config import kind_of
 from lora_gguf.adapters.doubts import doubts
 from lora_gguf.adapters.kinds import KINDS, SHARED, Module, pattern_value, scale_of, trainable_tokens
 from lora_gguf.adapters.lora import LoraPair, check_finite
-from lora_gguf.adapters.updates import Replaced, Update
+from lora_gguf.adapters.updates import Added, Replaced, Update
 from lora_gguf.errors import FileError, MalformedError, NumericError, UsageError, printable
 from lora_gguf.files.weights import read_weights
 
@@ -234,12 +234,13 @@ def add_factor(module: Module, factor: str, name: str, array: np.ndarray, found:
 def add_whole(name: str, array: np.ndarray, found: Contents, config: dict) -> None:
     """Sort a tensor that is no factor: a copy of the base's, a tensor that was trained whole, or a strange one."""
     match = WHOLE.fullmatch(name)
-    if ".base_layer.weight" in name or ".original_module." in name:
+    if match and (".base_layer.weight" in name or ".original_module." in name):
         found.ignored[name] = "a copy of the base's own weight"
         found.originals[re.sub(r"\.(base_layer|original_module)$", "", module_path(match["path"]))] = array
     elif match and array.ndim:
         update = whole(name, match, array)
-        same = next((u for u in found.updates if (u.name, u.part) == (update.name, update.part)), None)
+        known = (u for u in found.updates if isinstance(u, Replaced | Added))
+        same = next((u for u in known if (u.name, u.part) == (update.name, update.part)), None)
         if same is None:
             found.updates.append(update)
         elif np.array_equal(same.values, update.values):
@@ -316,7 +317,7 @@ def packed_pair(module: Module, target: str, expert_b_layout: str | None) -> Lor
 def is_expert_major(target: str, config: dict, expert_b_layout: str | None) -> bool:
     """Whether the columns of B lie expert by expert (Unsloth until September 2026), not rank by rank (PEFT)."""
     fused = config.get("unsloth_fused_expert_lora", {}).get("parameters", {})
-    named = (
+    named: object = (
         next((entry for name, entry in fused.items() if target.endswith(name)), {}) if isinstance(fused, dict) else {}
     )
     layout = named.get("lora_B_layout") if isinstance(named, dict) else None

@@ -17,28 +17,28 @@ MAX_RANK = 1 << 16
 MAX_PARAMETERS = 4096
 
 
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-def _is_count(value) -> bool:
+def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value <= MAX_RANK
 
 
-def _is_rank(value) -> bool:
+def _is_rank(value: object) -> bool:
     return (value == 0 and type(value) is int) or _is_count(value)
 
 
-def _is_mask(value) -> bool:
+def _is_mask(value: object) -> bool:
     """AdaLoRA's: which of the ranks are left."""
     return isinstance(value, list) and all(isinstance(item, bool) for item in value)
 
 
-def _is_names(value) -> bool:
+def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _is_indices(value) -> bool:
+def _is_indices(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 31 for item in value)
 
 
@@ -147,7 +147,7 @@ def _unique(items: list) -> dict:
     return found
 
 
-def _no_constant(name: str):
+def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,13 +64,15 @@ class Module:
 Found = list[LoraPair | Update]
 
 
-def pattern_value(pattern: dict | None, path: str, default):
+def pattern_value(pattern: dict | None, path: str, default: Any) -> Any:
     """The value of the first key of ``pattern`` that matches ``path`` as in PEFT; else ``default``."""
-    key = first_match(pattern, path) if pattern else None
+    if not pattern:
+        return default
+    key = first_match(pattern, path)
     return default if key is None else pattern[key]
 
 
-def number(config: dict, field: str):
+def number(config: dict, field: str) -> Any:
     if field not in config:
         raise MalformedError(f"adapter_config.json: {field}: expected a number, found nothing: correct the file")
     return config[field]
@@ -112,7 +115,13 @@ def dora(module: Module, pair: LoraPair, magnitude: np.ndarray, embedding: bool)
         )
     if magnitude.size != pair.shape[0]:
         raise module.malformed(f"expected {pair.shape[0]} magnitudes, found {magnitude.size}")
-    return Dora(name=module.path, shape=pair.shape, sources=module.sources, pair=pair, magnitude=magnitude.ravel())
+    return Dora(
+        name=module.path,
+        shape=(pair.shape[0], pair.shape[1]),
+        sources=module.sources,
+        pair=pair,
+        magnitude=magnitude.ravel(),
+    )
 
 
 def added_bias(module: Module, values: np.ndarray, n: int) -> Added:
@@ -159,7 +168,7 @@ def loha(module: Module) -> Found:
     if shape != (len(pairs[1][0]), pairs[1][1].shape[1]):
         raise module.malformed("its two matrices differ in shape")
     scale = scale_of(module.path, len(pairs[0][1]), module.config, "alpha")
-    place = dict(rows=np.arange(shape[0]), cols=np.arange(shape[1]))
+    place: dict[str, Any] = dict(rows=np.arange(shape[0]), cols=np.arange(shape[1]))
     return [Hadamard(name=module.path, shape=shape, sources=module.sources, scale=scale, pairs=pairs, **place)]
 
 
@@ -177,7 +186,7 @@ def lokr(module: Module) -> Found:
     if not rank:
         raise module.malformed("expected a rank r, found 0")
     scale = pattern_value(config.get("alpha_pattern"), module.path, number(config, "alpha")) / rank
-    place = dict(rows=np.arange(shape[0]), cols=np.arange(shape[1]))
+    place: dict[str, Any] = dict(rows=np.arange(shape[0]), cols=np.arange(shape[1]))
     return [
         Kronecker(name=module.path, shape=shape, sources=module.sources, scale=scale, left=left, right=right, **place)
     ]
@@ -189,7 +198,7 @@ def ia3(module: Module) -> Found:
     if 1 not in factors.shape:
         raise module.malformed(f"expected a vector ia3_l, found {factors.shape}")
     n, values = factors.size, factors.ravel()
-    place = dict(name=module.path, sources=module.sources)
+    place: dict[str, Any] = dict(name=module.path, sources=module.sources)
     if len(factors) == 1 and n > 1:
         return [Scaled(shape=(0, n), col_factors=values, **place)]
     bias = Scaled(shape=(1, n), col_factors=values, part="bias", optional=True, **place)
@@ -271,7 +280,7 @@ def trainable_tokens(module: Module) -> Found:
     only = token_indices(module.path, module.config)
     if only is None or len(only) != len(values):
         raise module.malformed(f"expected the indices of {len(values)} tokens in adapter_config.json")
-    place = dict(name=module.path, sources=module.sources)
+    place: dict[str, Any] = dict(name=module.path, sources=module.sources)
     return [Replaced(shape=(0, values.shape[1]), values=values, only=np.array(only), **place)]
 
 

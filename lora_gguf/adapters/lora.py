@@ -46,8 +46,8 @@ class LoraPair:
     stacked experts both have a leading axis E: (E, r, in) and (E, out, r). ``scale`` is PEFT's: alpha / r, or alpha /
     sqrt(r). ``sources`` are the adapter's tensors that it comes from. In ``adapter.py``, before names and layouts are
     those of GGUF, ``name`` is the path of the Hugging Face module, and ``wide`` says that only the first columns of
-    ``a``, as many as the module has, count, ``packed`` that nothing yet tells which axis of packed experts is in or out. ``shared``: the embedding's
-    update is the head's too, which is the same tensor.
+    ``a``, as many as the module has, count, ``packed`` that nothing yet tells which axis of packed experts is in or
+    out. ``shared``: the embedding's update is the head's too, which is the same tensor.
     """
 
     name: str

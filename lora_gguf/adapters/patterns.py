@@ -75,7 +75,7 @@ class _Index:
         return self.order[best] if best < len(self.order) else None
 
     def matching_literals(self, module: str) -> Iterable[int]:
-        """Yield the places of the literals that match: the end of a path, from a dot on; the key's own dots are wild."""
+        """Yield the places of the literals that match the end of a path, from a dot on; the key's own dots are wild."""
         for start in [0, *(at + 1 for at, c in enumerate(module) if c == ".")]:
             tail = module[start:]
             for dots, keys in self.literals.get(len(tail), {}).items():

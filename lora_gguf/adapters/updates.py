@@ -9,6 +9,7 @@ A vector of the base (a bias, a norm) is a matrix of one row here.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +23,8 @@ class Update:
 
     ``shape`` is (rows, cols) of the part that changes; ``sources`` are the adapter's tensors. As in ``LoraPair``,
     ``name`` is a module path in Hugging Face's layout until ``take`` makes it a GGUF tensor. ``part`` is what of the
-    module changes, its weight or its bias; an ``optional`` one is left out where the base has no such tensor. ``shared``
-    says that the embedding's update is the head's too.
+    module changes, its weight or its bias; an ``optional`` one is left out where the base has no such tensor.
+    ``shared`` says that the embedding's update is the head's too.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Update:
         """The same update as a pair, exact; None where it is not low rank."""
         return None
 
-    def moved(self, piece: Piece, **fields) -> Update:
+    def moved(self, piece: Piece, **fields: Any) -> Update:
         """This update with ``fields`` changed, at the piece's place."""
         if piece.transpose:
             raise UnsupportedError(
@@ -126,6 +127,7 @@ class Scaled(Update):
     def change_of(self, i: int, weights: np.ndarray) -> np.ndarray:
         if self.col_factors is not None:
             return weights * (self.col_factors - np.float32(1))
+        assert self.row_factors is not None  # noqa: S101
         return weights * (self.row_factors[i : i + len(weights), None] - np.float32(1))
 
     def take(self, piece: Piece) -> Update:
@@ -310,5 +312,5 @@ class Replaced(Update):
 
 def placed(values: np.ndarray, piece: Piece) -> np.ndarray:
     """``values`` with the gathers and factors of ``piece``."""
-    values = gathered(gathered(values, piece.rows), piece.cols, 1)
-    return values if piece.scale is None else values * piece.scale[:, None].astype(np.float32)
+    moved = np.asarray(gathered(gathered(values, piece.rows), piece.cols, 1))
+    return moved if piece.scale is None else moved * piece.scale[:, None].astype(np.float32)

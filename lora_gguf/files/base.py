@@ -43,7 +43,7 @@ class Base:
     belong together.
     """
 
-    def __init__(self, path: str | os.PathLike, opener: Callable[[Path], GgufReader] = GgufReader):
+    def __init__(self, path: str | os.PathLike, opener: Callable[[Path], GgufReader] = GgufReader) -> None:
         _refuse_others(Path(path))
         with ExitStack() as opened:
             first = opened.enter_context(opener(Path(path)))
@@ -65,7 +65,7 @@ class Base:
     def __enter__(self) -> Base:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._opened.close()
 
     def reader_of(self, name: str) -> GgufReader:
@@ -130,7 +130,7 @@ def _shard_paths(path: Path, reader: GgufReader, count: int) -> list[Path]:
 
 
 def _check_shards(readers: list[GgufReader]) -> None:
-    head, names = readers[0], set()
+    head, names = readers[0], set[str]()
     for number, reader in enumerate(readers):
         found = (reader.get("split.no"), reader.get("split.count"))
         if found != (number, len(readers)):

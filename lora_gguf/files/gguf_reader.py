@@ -12,6 +12,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from lora_gguf.errors import MalformedError, UnsupportedError, printable
 from lora_gguf.files.input_file import InputFile, Source, impostor
@@ -82,7 +83,7 @@ def padded(n_bytes: int, alignment: int) -> int:
 class _Cursor:
     """A position in a file, with a window of it in memory; every read is checked against the file's size."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source) -> None:
         self.source, self.size, self.label = source, source.size, source.label
         self.window, self.window_start, self.position = b"", 0, 0
 
@@ -102,7 +103,7 @@ class _Cursor:
             self.window, self.window_start, at = self.source.read(self.position, length), self.position, 0
         return at
 
-    def unpack(self, layout: str, what: str):
+    def unpack(self, layout: str, what: str) -> Any:
         n_bytes = struct.calcsize("<" + layout)
         at = self.fill(n_bytes, what)
         self.position += n_bytes
@@ -146,10 +147,10 @@ class GgufReader:
     Raises ``MalformedError`` for a file that libggml would refuse, ``FileError`` where it can't be read.
     """
 
-    def __init__(self, path: str | os.PathLike | Source):
+    def __init__(self, path: str | os.PathLike | Source) -> None:
         self.source = path if isinstance(path, Source) else InputFile(path)
         self.label, self.size = self.source.label, self.source.size
-        self.path = Path(self.label if path is self.source else path)
+        self.path = Path(self.label if isinstance(path, Source) else path)
         try:
             self._read_header()
         except BaseException:
@@ -159,7 +160,7 @@ class GgufReader:
     def __enter__(self) -> GgufReader:
         return self
 
-    def __exit__(self, *_exc) -> None:
+    def __exit__(self, *_exc: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -168,6 +169,7 @@ class GgufReader:
     @property
     def fd(self) -> int:
         """The descriptor of a file of this machine, to copy from."""
+        assert isinstance(self.source, InputFile)  # noqa: S101
         return self.source.fd
 
     def _read_header(self) -> None:
@@ -287,7 +289,7 @@ class GgufReader:
                 f"{info.name}: rows of {info.n_cols}: expected a multiple of {info.type.block_size} ({info.type})"
             )
 
-    def get(self, key: str, default=None):
+    def get(self, key: str, default: Any = None) -> Any:
         """The value of ``key``: a number, a bool, a str, or a list of them; ``default`` where the key is missing."""
         entry = self.kv.get(key)
         if entry is None:
@@ -305,15 +307,15 @@ class GgufReader:
         value = self.get("general.architecture", "")
         return value if isinstance(value, str) else ""
 
-    def hparam(self, name: str, default=None):
+    def hparam(self, name: str, default: Any = None) -> Any:
         """The value of ``{architecture}.{name}``."""
         return self.get(f"{self.architecture}.{name}", default)
 
-    def read_into(self, info: TensorInfo, offset: int, buffer) -> None:
+    def read_into(self, info: TensorInfo, offset: int, buffer: Any) -> None:
         """Fill ``buffer`` (writable, contiguous) with the tensor's bytes from ``offset`` (bytes from its start) on."""
         self.source.read_into(self.data_position + info.offset + offset, buffer, info.name)
 
-    def read(self, info: TensorInfo, first_row: int = 0, n_rows: int | None = None):
+    def read(self, info: TensorInfo, first_row: int = 0, n_rows: int | None = None) -> Any:
         """Rows ``first_row`` to ``first_row + n_rows`` as stored: uint8, shape (n_rows, row_bytes)."""
         import numpy as np
 
@@ -327,7 +329,7 @@ class GgufReader:
         self.source.check_unchanged()
 
 
-def decode_value(raw: bytes, type_id: int):
+def decode_value(raw: bytes, type_id: int) -> Any:
     """The value in ``raw``, the bytes of one value as they stand in a file whose header was read without error."""
     if type_id in SCALARS:
         return struct.unpack("<" + SCALARS[type_id], raw)[0]

@@ -6,6 +6,7 @@ import os
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lora_gguf.errors import UsageError
 from lora_gguf.files.gguf_reader import ARRAY, DEFAULT_ALIGNMENT, SCALARS, STRING, GgufReader, TensorInfo, padded
@@ -34,11 +35,11 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _value(value, type_id: int) -> bytes:
+def _value(value: Any, type_id: int) -> bytes:
     return _string(value) if type_id == STRING else struct.pack("<" + SCALARS[type_id], value)
 
 
-def key_value(key: str, value, type_name: str) -> bytes:
+def key_value(key: str, value: object, type_name: str) -> bytes:
     """One key/value pair as it stands in a file; a list or tuple becomes an array of ``type_name``."""
     type_id = TYPE_IDS[type_name]
     if isinstance(value, (list, tuple)):
@@ -105,7 +106,7 @@ class GgufWriter:
         alignment: int = DEFAULT_ALIGNMENT,
         force: bool = False,
         inputs: Iterable[os.PathLike | str] = (),
-    ):
+    ) -> None:
         placed = layout(tensors, alignment)
         self.tensors = {tensor.name: tensor for tensor in placed}
         if len(self.tensors) != len(placed):
@@ -127,10 +128,10 @@ class GgufWriter:
             raise
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.output.__exit__(*exc)
 
-    def write(self, tensor: TensorInfo, offset: int, buffer) -> None:
+    def write(self, tensor: TensorInfo, offset: int, buffer: Any) -> None:
         """Write ``buffer`` (contiguous bytes) at ``offset`` bytes into the tensor. Callable from several threads."""
         self.output.write_at(self.data_position + tensor.offset + offset, buffer)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -115,7 +116,7 @@ def _floats(reader: GgufReader, name: str) -> np.ndarray:
 class _Legacy:
     """The legacy file from its start on; no number in it is believed beyond the file's end."""
 
-    def __init__(self, file, label: str):
+    def __init__(self, file: Any, label: str) -> None:
         self.file, self.label = file, label
         self.left = os.fstat(file.fileno()).st_size
         file.seek(0)

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import Any
 
 from lora_gguf.errors import FileError, IntegrityError, printable
 from lora_gguf.files import positional
@@ -70,10 +71,10 @@ class Source:
     size: int
     window: int
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *_exc) -> None:
+    def __exit__(self, *_exc: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -82,7 +83,7 @@ class Source:
     def check_unchanged(self) -> None:
         """Raise ``IntegrityError`` if the bytes are no longer those that the source had when it was opened."""
 
-    def read_into(self, position: int, buffer, label: str = "") -> None:
+    def read_into(self, position: int, buffer: Any, label: str = "") -> None:
         """Fill ``buffer`` (writable, contiguous) with the bytes from ``position`` on; ``label`` is what they are.
 
         The caller has checked them against ``size``.
@@ -95,7 +96,7 @@ class Source:
         self.read_into(position, buffer)
         return bytes(buffer)
 
-    def read_array(self, position: int, dtype, shape: tuple[int, ...]):
+    def read_array(self, position: int, dtype: Any, shape: tuple[int, ...]) -> Any:
         """A numpy array of ``shape`` from ``position`` on; the caller has checked its bytes against ``size``."""
         import numpy as np
 
@@ -110,7 +111,7 @@ class InputFile(Source):
 
     window = 1 << 20
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike) -> None:
         self.label = printable(Path(path).name)
         self.fd = open_input(path)
         status = os.fstat(self.fd)
@@ -128,7 +129,7 @@ class InputFile(Source):
                 f"{self.label}: the file changed while it was read: run again when nothing writes to it"
             )
 
-    def read_into(self, position: int, buffer, label: str = "") -> None:
+    def read_into(self, position: int, buffer: Any, label: str = "") -> None:
         view, done = memoryview(buffer), 0
         if not view.nbytes:
             return

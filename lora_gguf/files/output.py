@@ -14,15 +14,19 @@ import stat
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora_gguf.errors import FileError, IntegrityError, printable
 from lora_gguf.files import positional
 from lora_gguf.files.input_file import open_input
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
 try:
     import fcntl
 except ImportError:  # Windows: no advisory locks, so stale files stay
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".lora-gguf-tmp"
 _COPY_CHUNK = 8 << 20
@@ -77,17 +81,21 @@ class OutputFile:
     ``write_at`` may be called from several threads for ranges that do not overlap.
     """
 
-    def __init__(self, path: str | os.PathLike, *, force: bool = False, inputs: Iterable[os.PathLike | str] = ()):
+    def __init__(
+        self, path: str | os.PathLike, *, force: bool = False, inputs: Iterable[os.PathLike | str] = ()
+    ) -> None:
         self.path, self.force = Path(path), force
         self.label = printable(path)
         self.target = check_target(path, force=force, inputs=inputs)
-        self.fd, self.temporary, self.synced = -1, None, False
+        self.fd, self.synced = -1, False
+        self.temporary = self.target.with_name(f"{_prefix(self.target)}{os.getpid()}{SUFFIX}")
         self._lock, self._unsynced = threading.Lock(), 0
-        self._disk = self._ahead = None  # the thread that syncs while more is written, and what it does
+        # the thread that syncs while more is written, and what it does
+        self._disk: ThreadPoolExecutor | None = None
+        self._ahead: Future[None] | None = None
         _remove_stale(self.target)
 
     def __enter__(self) -> OutputFile:
-        self.temporary = self.target.with_name(f"{_prefix(self.target)}{os.getpid()}{SUFFIX}")
         _LIVE.add(self.temporary)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         try:
@@ -102,21 +110,20 @@ class OutputFile:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return self
 
-    def __exit__(self, *_exc) -> None:
+    def __exit__(self, *_exc: object) -> None:
         if self._disk:
             self._disk.shutdown()
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             with contextlib.suppress(OSError):
                 os.close(fd)
-        if self.temporary:
+        if self.temporary in _LIVE:
             with contextlib.suppress(OSError):
                 os.unlink(self.temporary)
             self._forget()
 
     def _forget(self) -> None:
         _LIVE.discard(self.temporary)
-        self.temporary = None
 
     def resize(self, n_bytes: int) -> None:
         """Make the file ``n_bytes`` long."""
@@ -125,7 +132,7 @@ class OutputFile:
         except OSError as error:
             raise self._failed("write", error) from error
 
-    def write_at(self, position: int, buffer) -> None:
+    def write_at(self, position: int, buffer: Any) -> None:
         """Write all of ``buffer`` (contiguous bytes) at ``position`` bytes from the file's start."""
         view, done = memoryview(buffer), 0
         if not view.nbytes:

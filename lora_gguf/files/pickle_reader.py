@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lora_gguf.errors import MalformedError, printable
 
@@ -36,7 +37,7 @@ class _Mark:
 MARK = _Mark()
 
 
-def load(raw: bytes, names: dict[str, object], persistent: Callable, label: str):
+def load(raw: bytes, names: dict[str, object], persistent: Callable, label: str) -> Any:
     """The object that the pickle ``raw`` describes, of dicts, lists, tuples, strings, numbers and what builders make.
 
     ``names`` holds all that it may name, by ``"module name"``; ``persistent`` makes an object of a persistent id.
@@ -56,7 +57,7 @@ def load(raw: bytes, names: dict[str, object], persistent: Callable, label: str)
     )
 
 
-def set_item(target: dict, key, value) -> None:
+def set_item(target: dict, key: object, value: object) -> None:
     """Set ``target[key]``. Refused: a key that is there, or one whose hash could walk the whole pickle."""
     if type(key) not in (str, int):
         raise Refusal(f"a key of type {type(key).__name__}")
@@ -68,13 +69,13 @@ def set_item(target: dict, key, value) -> None:
 class _Machine:
     """``stack`` holds objects and marks; ``at`` is the position of the next byte."""
 
-    def __init__(self, raw: bytes, names: dict[str, object], persistent: Callable):
+    def __init__(self, raw: bytes, names: dict[str, object], persistent: Callable) -> None:
         self.raw, self.at = raw, 0
         self.names, self.persistent = names, persistent
         self.stack: list = []
         self.memo: dict[int, object] = {}
 
-    def run(self):
+    def run(self) -> Any:
         if not self.raw.startswith(b"\x80"):
             raise Refusal("the pickle does not start with its protocol")
         for _ in range(MAX_OPS):
@@ -87,7 +88,7 @@ class _Machine:
             operation(self)
         raise Refusal(f"more than {MAX_OPS} opcodes")
 
-    def result(self):
+    def result(self) -> Any:
         value = self.pop()
         if self.stack:
             raise Refusal(f"{len(self.stack)} objects left over")
@@ -108,18 +109,18 @@ class _Machine:
             raise Refusal("a name without an end")
         return self.take(end + 1 - self.at)[:-1].decode("utf-8")
 
-    def push(self, value) -> None:
+    def push(self, value: object) -> None:
         if len(self.stack) >= MAX_STACK:
             raise Refusal(f"more than {MAX_STACK} objects at once")
         self.stack.append(value)
 
-    def pop(self):
+    def pop(self) -> Any:
         value = self.stack.pop()
         if value is MARK:
             raise Refusal("a mark where a value belongs")
         return value
 
-    def peek(self):
+    def peek(self) -> Any:
         if self.stack[-1] is MARK:
             raise Refusal("a mark where a value belongs")
         return self.stack[-1]
@@ -134,7 +135,7 @@ class _Machine:
         del self.stack[start:]
         return values
 
-    def top(self, kind: type):
+    def top(self, kind: type) -> Any:
         if type(self.stack[-1]) is not kind:
             raise Refusal(f"a {kind.__name__} is missing")
         return self.stack[-1]
@@ -229,7 +230,7 @@ def _set_many(machine: _Machine) -> None:
         set_item(target, key, value)
 
 
-def _name(machine: _Machine, module, name) -> None:
+def _name(machine: _Machine, module: object, name: object) -> None:
     if type(module) is not str or type(name) is not str:
         raise Refusal("a name that is not text")
     if f"{module} {name}" not in machine.names:

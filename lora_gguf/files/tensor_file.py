@@ -62,7 +62,7 @@ DTYPES = {
 UNSUPPORTED_DTYPES = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"}
 
 
-def check_name(name, label: str) -> None:
+def check_name(name: object, label: str) -> None:
     """Raise ``MalformedError`` unless ``name`` is a string that can be printed on one line."""
     if not isinstance(name, str):
         raise damaged(label, f"a tensor name of type {type(name).__name__}")

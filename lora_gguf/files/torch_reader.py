@@ -8,6 +8,7 @@ import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -116,7 +117,7 @@ def _size(args: tuple) -> tuple:
     return args[0]
 
 
-def _storage(pid) -> Storage:
+def _storage(pid: object) -> Storage:
     """A persistent id: ``("storage", type, key, device, numel)``."""
     if type(pid) is not tuple or len(pid) != 5 or type(pid[0]) is not str or pid[0] != "storage":
         raise Refusal("a reference to something that is no storage")
@@ -126,7 +127,7 @@ def _storage(pid) -> Storage:
     return Storage(kind.dtype, key, numel)
 
 
-def _are_sizes(values) -> bool:
+def _are_sizes(values: Any) -> bool:
     return all(type(value) is int and 0 <= value < 1 << 62 for value in values)
 
 
@@ -254,7 +255,7 @@ def _entry(file: InputFile, info: zipfile.ZipInfo, folder: str, end: int) -> Ent
     return Entry(name, position, info.file_size, info.CRC)
 
 
-def _check_views(file: InputFile, views) -> None:
+def _check_views(file: InputFile, views: Any) -> None:
     """``views`` is a dict of tensors, each within its storage, together no more than the file could hold four times."""
     if type(views) is not dict:
         raise MalformedError(
@@ -292,7 +293,7 @@ def _read_views(file: InputFile, entries: dict[str, Entry], views: dict[str, Ten
     by_key: dict[str, list[str]] = {}
     for name, view in views.items():
         by_key.setdefault(view.storage.key, []).append(name)
-    weights: dict[str, np.ndarray] = dict.fromkeys(views)
+    weights: dict[str, Any] = dict.fromkeys(views)
     for key, names in by_key.items():
         entry = entries.get(f"data/{key}")
         if entry is None:

@@ -13,6 +13,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,7 @@ def _parse_json(raw: bytes, label: str) -> dict:
             raise ValueError("a name occurs twice")
         return fields
 
-    def constant(name: str):
+    def constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
     if not raw.startswith(b"{"):
@@ -120,7 +121,7 @@ def _parse_json(raw: bytes, label: str) -> dict:
     return header
 
 
-def _entry(name: str, fields, label: str) -> Entry:
+def _entry(name: str, fields: Any, label: str) -> Entry:
     check_name(name, label)
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
         raise damaged(label, f"{name}: expected dtype, shape and data_offsets")
@@ -137,7 +138,7 @@ def _entry(name: str, fields, label: str) -> Entry:
     return Entry(name, dtype, tuple(shape), *offsets)
 
 
-def _are_sizes(value) -> bool:
+def _are_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 

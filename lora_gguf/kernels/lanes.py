@@ -204,7 +204,9 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, at: int, s
 
 
 def _is_f32(array: Any) -> bool:
-    """Whether lanes of an array are f32, not int8. Raises ``TypingError`` for an array of anything else, or not in C order."""
+    """Whether lanes of an array are f32, not int8. Raises ``TypingError`` for an array of anything else, or not in C
+    order.
+    """
     if not isinstance(array, types.Array) or array.layout != "C" or array.dtype not in (types.float32, types.int8):
         raise TypingError(f"lanes are loaded from and stored to C-contiguous arrays of f32 or int8, found {array}")
     return array.dtype == types.float32

@@ -77,9 +77,14 @@ class Placement:
         return not any(factor and pair.scale and pair.a.any() and pair.b.any() for pair in self.pairs)
 
     @property
+    def changes(self) -> list[LoraPair | Update]:
+        """Return all that is added to the base's tensors: pairs, then updates of other kinds."""
+        return [*self.pairs, *self.updates]
+
+    @property
     def changes_vocabulary(self) -> bool:
         """Whether the embedding or the head changes, so that tokens may have been added."""
-        return any(update.name in (HEAD, EMBEDDING) for update in (*self.pairs, *self.updates)) or bool(self.new_rows)
+        return any(update.name in (HEAD, EMBEDDING) for update in self.changes) or bool(self.new_rows)
 
     def summary(self) -> list[str]:
         """What became of the adapter, in a few lines."""
@@ -102,7 +107,7 @@ class Placement:
         return {"accounts": accounts, "approximations": self.approximations, "warnings": self.warnings}
 
     def __str__(self) -> str:
-        return f"{len({update.name for update in (*self.pairs, *self.updates)})} of the base's tensors are updated"
+        return f"{len({update.name for update in self.changes})} of the base's tensors are updated"
 
 
 def base_shape(name: str, hparams: Hparams) -> tuple[int, ...] | None:

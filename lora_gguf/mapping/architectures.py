@@ -87,7 +87,7 @@ def cols(pattern: str, *ops: Op) -> Rule:
     return Rule(pattern, (Out(cols=ops),))
 
 
-def split(pattern: str, needs: str | None = None, **tensors: tuple[Op, ...]) -> Rule:
+def split(pattern: str, needs: str | None = None, /, **tensors: tuple[Op, ...]) -> Rule:
     """A module that becomes several tensors of the block: name -> the operations that choose its rows."""
     return Rule(pattern, tuple(Out(name, ops) for name, ops in tensors.items()), needs)
 

@@ -101,11 +101,11 @@ def beside(paths: set[str], asked: Test | None, hparams: Hparams) -> Iterator[st
             if match := number.search(path):
                 groups.setdefault((path[: match.start(1)], path[match.end(1) :]), set()).add(int(match[1]))
         for (head, tail), present in groups.items():
-            known = asked and all(asked(f"{head}{i}{tail}") for i in present)
+            known = asked if asked is not None and all(asked(f"{head}{i}{tail}") for i in present) else None
             span = range(count) if known else range(min(present), max(present))
             for i in span:
                 path = f"{head}{i}{tail}"
-                if i not in present and (not known or asked(path)) and has_module(path, hparams):
+                if i not in present and (known is None or known(path)) and has_module(path, hparams):
                     yield path
 
 

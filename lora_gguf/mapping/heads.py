@@ -5,6 +5,7 @@ lacks.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def cut_to_vocabulary(
         update, rows = grown(update, n_rows, adapter.originals.get(update.name))
         if rows is not None and len(rows):
             (piece,) = pieces(update.name, rows.shape, hparams)
-            placement.new_rows[name] = placed(rows, piece)
+            placement.new_rows[str(name)] = placed(rows, piece)
     except (MalformedError, MismatchError) as error:
         return update, [str(error)]
     return update, []
@@ -78,7 +79,7 @@ def resolve_tied(placement: Placement, hparams: Hparams, tied: str) -> list[str]
         return []
     placement.tied = True
     share_updates(placement)
-    touching = [update for update in (*placement.pairs, *placement.updates) if is_telling_apart(update)]
+    touching = [update for update in placement.changes if is_telling_apart(update)]
     if not touching:
         return []
     if tied == "refuse":
@@ -101,7 +102,8 @@ def resolve_tied(placement: Placement, hparams: Hparams, tied: str) -> list[str]
 
 def share_updates(placement: Placement) -> None:
     """Make one of an embedding's and a head's updates that are equal: PEFT saves both where it keeps the two tied."""
-    for found in (placement.pairs, placement.updates):
+    both: tuple[list[Any], ...] = (placement.pairs, placement.updates)
+    for found in both:
         for head in [update for update in found if update.name == HEAD]:
             embedding = next((update for update in found if update.name == EMBEDDING and is_same(update, head)), None)
             if embedding is not None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from lora_gguf.errors import MalformedError, UnsupportedError, UsageError, printable
+from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
 from lora_gguf.mapping.architectures import ARCHITECTURES, REFUSED, VARIANTS
 from lora_gguf.mapping.likeness import likeliest
@@ -48,7 +50,7 @@ CONFIG_KEYS: dict[str, tuple[str, ...]] = {
     "ssm.inner_size": (),
 }
 TEXT_CONFIGS = ("text_config", "llm_config", "lm_config", "language_config", "thinker_config.text_config")
-Get = Callable[[str], object]
+Get = Callable[[str], Any]
 
 
 def _product(get: Get, *keys: str) -> int | None:
@@ -63,7 +65,8 @@ def _head_dim(get: Get) -> int | None:
 
 def _rotary_dim(get: Get) -> int | None:
     part = get("config.partial_rotary_factor") or get("config.rope_parameters.partial_rotary_factor")
-    return int(_head_dim(get) * part) if part else None
+    size = _head_dim(get)
+    return int(size * part) if part and size is not None else None
 
 
 def _latent_key(get: Get) -> int | None:
@@ -85,10 +88,10 @@ DEFAULTS: dict[str, Callable[[Get], object]] = {
 class Dims:
     """The hyperparameters of one layer: ``dims(key)`` is a positive number, else ``MalformedError``."""
 
-    def __init__(self, hparams: Hparams, layer: int | None):
+    def __init__(self, hparams: Hparams, layer: int | None) -> None:
         self.hparams, self.layer = hparams, layer
 
-    def __call__(self, key: str):
+    def __call__(self, key: str) -> Any:
         value = self.hparams.get(key, self.layer)
         of_config = key.startswith("config.")
         if not (
@@ -111,7 +114,7 @@ class Dims:
         info = (self.hparams.tensors or {}).get(f"blk.{self.layer}.{name}.weight")
         return None if info is None else info.shape
 
-    def first(self, *keys: str):
+    def first(self, *keys: str) -> Any:
         """The first of ``keys`` that the base knows."""
         known = [key for key in keys if self.hparams.get(key, self.layer) is not None]
         return self((known or keys)[0])
@@ -121,19 +124,19 @@ class Hparams:
     """What the base is like: ``architecture`` as GGUF names it, its hyperparameters, and its ``tensors`` if its GGUF is
     there.
 
-    The GGUF's header decides; ``config`` (config.json) is asked for what it does not say. ``stated`` is the architecture
-    that the base itself names, where it borrows the layout of another.
+    The GGUF's header decides; ``config`` (config.json) is asked for what it does not say. ``stated`` is the
+    architecture that the base itself names, where it borrows the layout of another.
     """
 
     def __init__(
         self, architecture: str, values: dict, tensors: dict[str, TensorInfo] | None, config: dict, label: str
-    ):
+    ) -> None:
         self.architecture, self.values, self.tensors, self.label = architecture, values, tensors, label
         self.stated = architecture
         text = next((part for key in TEXT_CONFIGS if isinstance(part := _at(config, key), dict)), {})
         self.configs = (text, config)
 
-    def get(self, key: str, layer: int | None = None):
+    def get(self, key: str, layer: int | None = None) -> Any:
         """The value of ``key``, of ``layer`` where it differs by layer; None where the base does not say.
 
         A key that starts with ``config.`` is a name in config.json.
@@ -170,12 +173,16 @@ class Hparams:
     def dims(self, layer: int | None) -> Dims:
         return Dims(self, layer)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the base's tensor ``name``, which it must have."""
+        return (self.tensors or {})[name].shape
+
     def lacks(self, name: str, default: bool = False) -> bool:
         """Whether the base has no tensor ``name``; ``default`` where its tensors are not known."""
         return default if self.tensors is None else name not in self.tensors
 
 
-def _at(config, path: str):
+def _at(config: Any, path: str) -> Any:
     """The value at a dotted path; a number picks from a list. None where there is none."""
     for step in path.split("."):
         if isinstance(config, list) and step.isdigit() and int(step) < len(config):
@@ -185,7 +192,7 @@ def _at(config, path: str):
     return config
 
 
-def from_base(base: GgufReader, config: dict | None = None, layout_of: str | None = None) -> Hparams:
+def from_base(base: GgufReader | Base, config: dict | None = None, layout_of: str | None = None) -> Hparams:
     """Return the hyperparameters of an open base GGUF; ``config`` may add what its header does not say.
 
     ``layout_of`` is the architecture whose layout a base of an unknown one has. Raises ``MalformedError``,
@@ -217,7 +224,7 @@ def from_base(base: GgufReader, config: dict | None = None, layout_of: str | Non
     return found
 
 
-def unknown(base: GgufReader) -> str:
+def unknown(base: GgufReader | Base) -> str:
     """Return why a base of an unknown architecture is refused, and what may be tried."""
     named = printable(base.architecture, 40)
     line = f"{base.label}: architecture {named}: the layout of its weights is not known to us"

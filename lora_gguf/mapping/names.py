@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -167,7 +168,8 @@ def tensor_name(path: str, hparams: Hparams) -> str | None:
     """
     layer = layer_of(path)
     allowed = tensors_of(hparams.architecture)
-    own, others = [], []
+    own: list[str] = []
+    others: list[str] = []
     for candidate in candidates(path):
         template = candidate if layer is None else LAYER.sub(".{bid}.", candidate, count=1)
         known = [(*entry, ".weight") for entry in name_map().get(template, ())]
@@ -222,7 +224,7 @@ def shape_in_base(path: str, hparams: Hparams) -> tuple[int, int] | None:
         name = EMBEDDING if name == HEAD and hparams.tied else name
         if name is None or hparams.lacks(name, default=True):
             return None
-        shape = hparams.tensors[name].shape
+        shape = hparams.shape(name)
         rows, n_cols = (shape[-1], shape[-2]) if out.transpose else (shape[-2] if len(shape) > 1 else 1, shape[-1])
         n_rows += rows * (shape[0] if out.slots else 1)
     return n_rows, n_cols
@@ -288,7 +290,7 @@ def out_pieces(
     return [Piece(name, part, cols, scale, out.transpose, i) for i, part in enumerate(index)]
 
 
-def gather(ops, n: int, dims) -> np.ndarray | None:
+def gather(ops: Any, n: int, dims: Any) -> np.ndarray | None:
     """The index array that a chain of operations makes of ``n`` rows or columns; None where there is no operation."""
     if not ops:
         return None
@@ -309,7 +311,7 @@ def apart_in_base(path: str, shape: tuple[int, int], hparams: Hparams) -> list[t
     names = [tensor_name(part, hparams) for part in paths]
     if any(part is None or hparams.lacks(part) for part in names):
         return []
-    sizes = [hparams.tensors[part].shape[-2] for part in names]
+    sizes = [hparams.tensors[part].shape[-2] for part in names if part is not None]
     if (name in hparams.tensors and hparams.tensors[name].shape[-2] == shape[0]) or sum(sizes) != shape[0]:
         return []
     return list(zip(paths, np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
@@ -343,7 +345,7 @@ def in_base(piece: Piece, n_rows: int, hparams: Hparams) -> Piece:
 
 def _n_out(name: str, hparams: Hparams) -> int:
     """The rows of a tensor of the base, or of each matrix of a stack; a vector has one."""
-    return (1, 1, *hparams.tensors[name].shape)[-2]
+    return (1, 1, *hparams.shape(name))[-2]
 
 
 def gguf_pieces(name: str, n_rows: int, hparams: Hparams) -> list[Piece]:

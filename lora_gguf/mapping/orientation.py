@@ -68,7 +68,8 @@ def by_version(pair: LoraPair, config: dict, architecture: str) -> tuple[bool, l
         change = next(v for v in (SWAPPED, FIXED) if is_turned_by(v, ways[0]) != first)
         raise UsageError(
             f"{where}, and adapter_config.json does not say which PEFT saved it: give {FLAG} {AXES[first]}, as PEFT "
-            f"{dotted(FIRST)} saves {printable(architecture, 40)}, or {FLAG} {AXES[not first]}, as {dotted(change)} does"
+            f"{dotted(FIRST)} saves {printable(architecture, 40)}, or {FLAG} {AXES[not first]}, as {dotted(change)} "
+            "does"
         )
     turns = [is_turned_by(version, way) for way in ways]
     newest = turns[0]

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from lora_gguf.adapters.adapter import Adapter, allowed
 from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair, Piece, read_adapter_gguf
 from lora_gguf.adapters.updates import Replaced, Update
 from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, printable
+from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.accounts import Account, ElsewhereError, Placement, base_shape, misfit
 from lora_gguf.mapping.architectures import ARCHITECTURES
@@ -36,7 +38,7 @@ UNUSED_LAYER = "of a layer that the model does not use: it changes nothing, and 
 
 def gguf_pairs(
     adapter: Adapter,
-    base: GgufReader | Hparams,
+    base: GgufReader | Base | Hparams,
     *,
     config: dict | None = None,
     updates: bool = False,
@@ -74,8 +76,8 @@ def gguf_pairs(
             ]
         else:
             errors += found
-    for name, found in parts.items():
-        errors += combine(name, found, hparams, placement)
+    for name, claims in parts.items():
+        errors += combine(name, claims, hparams, placement)
     errors += resolve_tied(placement, hparams, tied)
     errors += check_new_rows(placement, hparams, new_tokens)
     if errors:
@@ -87,7 +89,7 @@ def gguf_pairs(
     if placement.updates and not updates:
         others = [f"{update.name}: {update.kind}" for update in placement.updates]
         raise UnsupportedError(f"{adapter.label}: {others[0]}: not supported yet: merge it with PEFT", others)
-    changed = {update.name for update in (*placement.pairs, *placement.updates)}
+    changed = {update.name for update in placement.changes}
     placement.warnings += missing(adapter, hparams, changed)
     placement.warnings += run_time_warnings(placement.pairs, hparams)
     placement.warnings += filter(None, [ARCHITECTURES[hparams.architecture].caution])
@@ -96,11 +98,12 @@ def gguf_pairs(
     return placement
 
 
-def settle_vocabulary(placement: Placement, adapter: Adapter, base: GgufReader) -> None:
+def settle_vocabulary(placement: Placement, adapter: Adapter, base: GgufReader | Base) -> None:
     """Add what the adapter's tokenizer changes in the base's metadata to ``placement``, or a warning that it does not
     fit.
     """
-    tokens, merges = added_tokens(adapter.directory), []
+    tokens = added_tokens(adapter.directory)
+    merges: list[str] = []
     n_old = base.tensors[EMBEDDING].shape[0]
     n_rows = n_old + len(placement.new_rows.get(EMBEDDING, ()))
     if any(i not in tokens for i in range(n_old, n_rows)):
@@ -123,7 +126,7 @@ def settle_vocabulary(placement: Placement, adapter: Adapter, base: GgufReader) 
 
 def adapter_gguf_pairs(
     path: str | os.PathLike,
-    base: GgufReader,
+    base: GgufReader | Base,
     tied: str = "separate",
     allow_unused: str | None = None,
     layout_of: str | None = None,
@@ -151,8 +154,8 @@ def adapter_gguf_pairs(
             continue
         errors += wrong
         placement.accounts += [Account(name, "applied", ", ".join(p.name for p in found)) for name in pair.sources]
-    for name, found in parts.items():
-        errors += combine(name, found, hparams, placement)
+    for name, claims in parts.items():
+        errors += combine(name, claims, hparams, placement)
     errors += resolve_tied(placement, hparams, tied)
     if errors:
         details = errors if placement.pairs else ()
@@ -196,11 +199,11 @@ def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Par
         shape = shape_of(update, hparams)
         found = pieces(update.name, shape, hparams)
         if 0 in update.shape:
-            update = replace(update, shape=shape)
-        if found and isinstance(update, LoraPair):
+            update = replace(update, shape=shape)  # type: ignore[arg-type]  # a pair's shape is its factors'
+        if isinstance(update, LoraPair) and found:
             errors = place_pair(update, found, hparams, parts)
         else:
-            errors = place_update(update, found, hparams, placement)
+            errors = place_update(cast(Update, update), found, hparams, placement)
     except ValueError:
         return [f"{update.name}: shape {update.shape} does not divide as the heads of {hparams.label} do"]
     except (MalformedError, UnsupportedError) as error:
@@ -259,10 +262,10 @@ def combine(name: str, parts: list[Part], hparams: Hparams, placement: Placement
     if shape and is_spread(pair.shape, shape):
         placement.updates.append(spread(pair, shape))
         return []
-    error = misfit(name, pair.shape, hparams)
-    if not error:
+    wrong = misfit(name, pair.shape, hparams)
+    if not wrong:
         placement.pairs.append(pair)
-    return [error] if error else []
+    return [wrong] if wrong else []
 
 
 def place_update(update: Update, found: list[Piece], hparams: Hparams, placement: Placement) -> list[str]:
@@ -330,7 +333,7 @@ def shape_of(update: LoraPair | Update, hparams: Hparams) -> tuple[int, int]:
     if getattr(update, "wide", False):
         shape = (shape[0], 0)
     if 0 not in shape:
-        return shape
+        return shape[0], shape[1]
     base = shape_in_base(update.name, hparams)
     if base is None:
         raise MalformedError(

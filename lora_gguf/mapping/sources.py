@@ -11,7 +11,8 @@ from lora_gguf.adapters.adapter import adapter_directory, adapter_name, read_ada
 from lora_gguf.adapters.adapter_config import read_json
 from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.base import Base
-from lora_gguf.mapping.placement import Placement, adapter_gguf_pairs, gguf_pairs
+from lora_gguf.mapping.accounts import Placement
+from lora_gguf.mapping.placement import adapter_gguf_pairs, gguf_pairs
 from lora_gguf.mapping.reading import Reading
 
 

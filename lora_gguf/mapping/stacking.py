@@ -28,7 +28,7 @@ def joined(name: str, parts: list[Part], shape: tuple[int, ...] | None, n_expert
 
 def stacked(name: str, parts: list[Part], sources: tuple[str, ...], n: int | None) -> LoraPair:
     """Experts' pairs as one, (E, r, in) and (E, out, r); smaller ranks are padded with zeros."""
-    slots = [piece.slot for piece, _ in parts]
+    slots = [piece.slot for piece, _ in parts if piece.slot is not None]
     n = n or max(slots) + 1
     if len(set(slots)) != len(slots) or max(slots) >= n:
         raise MismatchError(f"expected experts 0 to {n - 1}, each once, found {max(slots)} and {len(slots)} in all")

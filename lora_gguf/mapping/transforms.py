@@ -13,10 +13,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
-Dims = Callable[[str], int]
+
+class Dims(Protocol):
+    """The hyperparameters of a layer."""
+
+    hparams: Any
+    layer: Any
+
+    def __call__(self, key: str) -> int: ...
+
+    def first(self, *keys: str) -> int:
+        """Return the first of ``keys`` that is known."""
+
+
 Op = Callable[[np.ndarray, Dims], np.ndarray]
 
 HEADS, KV_HEADS = "attention.head_count", "attention.head_count_kv"

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def added_tokens(directory: Path) -> dict[int, Token]:
 MAX_JSON = 256 << 20
 
 
-def _token(text, special) -> Token:
+def _token(text: Any, special: Any) -> Token:
     if not isinstance(text, str) or not isinstance(special, bool):
         raise TypeError
     return Token(text, special)
@@ -89,7 +90,7 @@ def _from_tokenizer(data: dict) -> dict[int, Token]:
     return {_id(entry["id"]): _token(entry["content"], entry.get("special", False)) for entry in entries}
 
 
-def _id(value) -> int:
+def _id(value: object) -> int:
     if type(value) is not int:
         raise TypeError
     return value
@@ -189,7 +190,7 @@ def _replaced(update: Replaced, values: np.ndarray, only: np.ndarray | None, n_r
     )
 
 
-def extended(base, tokens: dict[int, Token], n_rows: int, merges: Sequence[str] = ()) -> dict[str, bytes]:
+def extended(base: Any, tokens: dict[int, Token], n_rows: int, merges: Sequence[str] = ()) -> dict[str, bytes]:
     """The base's key/value pairs that change, by key, when its vocabulary has ``n_rows`` tokens, ``tokens`` among them.
 
     ``base`` is an open GGUF. A token that takes the place of a filler renames it; other tokens of the base stay as they
@@ -227,7 +228,7 @@ def extended(base, tokens: dict[int, Token], n_rows: int, merges: Sequence[str] 
     return {key: key_value(key, *value) for key, value in found.items()}
 
 
-def more_merges(base, merges: Sequence[str]) -> dict[str, tuple[list[str], str]]:
+def more_merges(base: Any, merges: Sequence[str]) -> dict[str, tuple[list[str], str]]:
     """The merges of a tokenizer that learned tokens, if the base has any. Raises ``MismatchError`` where they
     differ.
     """

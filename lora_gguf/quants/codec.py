@@ -1,7 +1,8 @@
 """What is known of a type: its codec, and the grid on which its weights lie.
 
-One file a family holds the kernels, encode beside decode. All take C-contiguous, writable 2-D arrays of whole rows, write
-into the output that the caller allocated, and neither check nor raise. They are called from Python, not from other kernels:
+One file a family holds the kernels, encode beside decode. All take C-contiguous, writable 2-D arrays of whole rows,
+write into the output that the caller allocated, and neither check nor raise. They are called from Python, not from
+other kernels:
 
     decode(blocks, out)                 blocks uint8 (rows, row_bytes) -> out f32 (rows, cols), bit-identical to ggml
     encode(weights, importance, blocks) weights f32 (rows, cols), importance f32 (cols,) or (0,) where there is none
@@ -10,9 +11,9 @@ into the output that the caller allocated, and neither check nor raise. They are
     lows(blocks, lows)                  -> lows f32 (rows, cols // group), in the types with a minimum
     pack(codes, blocks)                 writes the codes into blocks, every other bit stays
 
-A weight is ``step * (code - zero) - low``, low 0 in the types without a minimum, or ``step * levels[code - code_min]`` in
-those with a codebook (levels ascending). So two neighbouring codes differ by ``step``, or by ``step`` times the distance of
-their levels.
+A weight is ``step * (code - zero) - low``, low 0 in the types without a minimum, or ``step * levels[code - code_min]``
+in those with a codebook (levels ascending). So two neighbouring codes differ by ``step``, or by ``step`` times the
+distance of their levels.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class Half:
 class Codec:
     """A type's kernels, and what its weights lie on: a ``grid``, the values of a ``half``, or neither.
 
-    Neither is so in F32, and in IQ1 to IQ3, whose weights are not coded one by one. ``scales_at`` are the bytes of a block at
-    which its f16 scales are: that of the steps first, then that of the lows. ``exponents_at`` is the same for E8M0 scales.
+    Neither is so in F32, and in IQ1 to IQ3, whose weights are not coded one by one. ``scales_at`` are the bytes of a
+    block at which its f16 scales are: that of the steps first, then that of the lows. ``exponents_at`` is the same for
+    E8M0 scales.
     """
 
     type: GgmlType
@@ -82,7 +84,9 @@ class Codec:
         return blocks
 
     def broken(self, blocks: np.ndarray) -> np.ndarray:
-        """Return which ``blocks``, uint8 (n, block_bytes), ggml refuses to load, for a scale is NaN or infinity: bool (n,)."""
+        """Return which ``blocks``, uint8 (n, block_bytes), ggml refuses to load, for a scale is NaN or infinity: bool
+        (n,).
+        """
         found = np.zeros(len(blocks), bool)
         for at in self.scales_at:
             found |= blocks[:, at + 1] & 0x7C == 0x7C
