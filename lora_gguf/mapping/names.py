@@ -265,8 +265,8 @@ def out_name(out: Out, path: str, slot: int | None, hparams: Hparams) -> str | N
         return file_name(out)
     layer = layer_of(path)
     if out.tensor:
-        name = block_name(layer, out.tensor)
-        return block_name(layer, out.instead) if out.instead and hparams.lacks(name) else name
+        own = block_name(layer, out.tensor)
+        return block_name(layer, out.instead) if out.instead and hparams.lacks(own) else own
     name = tensor_name(path, hparams)
     stem = EXPERT_TENSORS.get(path.rpartition(".")[2]) if re.search(r"(^|\.)(experts|moe)\.[^.]+$", path) else None
     if stem and (name is None or hparams.lacks(name)):

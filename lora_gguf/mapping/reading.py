@@ -23,8 +23,8 @@ class Reading:
     out where the regular expression ``allow_unused`` finds their name. ``expert_b_layout`` tells how lora_B of fused
     experts lies, ``base_config`` is the base's ``config.json``, or its folder, for what its GGUF does not say.
     ``expert_a_axis`` tells which side of square fused experts lora_A is on, where nothing else does; ``layout_of`` is
-    the architecture whose layout a base of an unknown one has; ``again`` lets an adapter in that the base already holds.
-    ``mmproj`` is the GGUF of the model's towers, where a merge takes it along.
+    the architecture whose layout a base of an unknown one has; ``again`` lets an adapter in that the base already
+    holds. ``mmproj`` is the GGUF of the model's towers, where a merge takes it along.
     """
 
     tied: str = "separate"

@@ -26,6 +26,9 @@ class Dims(Protocol):
 
     def __call__(self, key: str) -> int: ...
 
+    def block_shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor of the layer's block; None where the base has none such or is not there."""
+
     def first(self, *keys: str) -> int:
         """Return the first of ``keys`` that is known."""
 
