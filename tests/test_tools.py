@@ -9,14 +9,17 @@ import pytest
 from libgguf import dequantize_rows, quantize_rows
 from safetensors.numpy import load_file, save_file
 
+from lora_gguf import api
+from lora_gguf.adapters.adapter import read_adapter
 from lora_gguf.adapters.lora import decode
-from lora_gguf.errors import MalformedError
+from lora_gguf.errors import FileError, MalformedError, MismatchError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, key_value
 from lora_gguf.mapping.hparams import from_config
 from lora_gguf.quants.ggml import BY_NAME
 from tests import tiny
 from tests.calls import merge
+from tests.common import FIXTURES
 
 PREFIX = "base_model.model."
 NAMES = ("embed_tokens", "lm_head")
@@ -70,6 +73,15 @@ RENAMED = {
     ),
     "default": lambda name: name.replace(".weight", ".default.weight"),
     "no prefix": lambda name: name.removeprefix(PREFIX),
+    "DDP": lambda name: f"module.{name}",
+    "DDP in PEFT": lambda name: name.replace(PREFIX, f"{PREFIX}module."),
+    "TRL with a value head": lambda name: f"pretrained_model.{name}",
+    "an actor": lambda name: f"actor.module.{name}",
+    "sentence-transformers": lambda name: f"0.auto_model.{name.removeprefix(PREFIX)}",
+    "sentence-transformers in PEFT": lambda name: name.replace(PREFIX, f"{PREFIX}0.auto_model."),
+    "PEFT twice": lambda name: PREFIX + name,
+    "down and up": lambda name: name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
+    "small letters": lambda name: name.replace("lora_A", "lora_a").replace("lora_B", "lora_b"),
     "a text model in a vision model": lambda name: name.replace("model.layers", "model.language_model.layers"),
     "the same, transformers 4": lambda name: name.replace(f"{PREFIX}model.", f"{PREFIX}language_model.model."),
 }
@@ -80,6 +92,134 @@ def test_the_same_adapter_under_other_names(tmp_path, form):
     tensors, config, wanted = peft("llama")
     source = written(tmp_path / "a", {RENAMED[form](name): array for name, array in tensors.items()}, **config)
     assert_holds(tiny.base_gguf(tmp_path, "llama"), source, tmp_path, wanted)
+
+
+def as_npz(path, tensors):
+    np.savez(path, **tensors)
+
+
+def as_shards(path, tensors):
+    names = sorted(tensors)
+    for i in range(2):
+        part = {name: tensors[name] for name in names[i::2]}
+        save_file(part, path.with_name(f"adapter_model-0000{i + 1}-of-00002.safetensors"))
+
+
+FILES = {
+    "adapters.npz": as_npz,
+    "model.safetensors": lambda path, tensors: save_file(tensors, path),
+    "0000100_adapters.safetensors": lambda path, tensors: save_file(tensors, path),
+    "adapter_model-0000x-of-00002.safetensors": as_shards,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_weights_under_other_names(tmp_path, name):
+    tensors, config, wanted = peft("llama")
+    source = written(tmp_path / "a", tensors, **config)
+    (source / "adapter_model.safetensors").unlink()
+    FILES[name](source / name, tensors)
+    assert_holds(tiny.base_gguf(tmp_path, "llama"), source, tmp_path, wanted)
+    assert api.inspect(source).ranks
+
+
+@pytest.mark.parametrize("name", ["adapter_model.pt", "pytorch_model.bin"])
+def test_torchs_file_under_other_names(tmp_path, name):
+    found = []
+    for called in ("adapter_model.bin", name):
+        (tmp_path / called).mkdir()
+        (tmp_path / called / called).write_bytes((FIXTURES / "bin" / "adapter.bin").read_bytes())
+        (tmp_path / called / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4}))
+        found.append({update.name: update.delta() for update in read_adapter(tmp_path / called).updates})
+    assert found[0].keys() == found[1].keys() and found[0]
+    for path, delta in found[0].items():
+        np.testing.assert_array_equal(found[1][path], delta)
+
+
+def test_the_last_of_mlxs_checkpoints_or_the_one_that_is_named(tmp_path):
+    tensors, config, wanted = peft("llama")
+    source = written(tmp_path / "a", tensors, **config)
+    (source / "adapter_model.safetensors").rename(source / "0000200_adapters.safetensors")
+    zeros = {name: np.zeros_like(array) for name, array in tensors.items()}
+    save_file(zeros, source / "0000100_adapters.safetensors")
+    base = tiny.base_gguf(tmp_path, "llama")
+    assert_holds(base, source, tmp_path, wanted)
+    pairs = read_adapter(source / "0000100_adapters.safetensors").updates
+    assert not any(pair.b.any() for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["weights.pt", "lora.safetensors"], "found lora.safetensors, weights.pt: name it"),
+        ([], "found none: download it again"),
+        (["adapters.npz", "pytorch_model.bin"], "name one of adapters.npz, pytorch_model.bin"),
+        (["model-00001-of-00002.safetensors"], "1 of its 2 shards are here"),
+        (["a-00001-of-00001.bin", "b-00001-of-00001.bin"], "shards of several files"),
+    ],
+)
+def test_a_folder_whose_weights_are_not_clear_names_the_files(tmp_path, names, says):
+    tensors, config, _ = peft("llama")
+    source = written(tmp_path / "a", tensors, **config)
+    kept = (source / "adapter_model.safetensors").read_bytes()
+    (source / "adapter_model.safetensors").unlink()
+    for name in names:
+        (source / name).write_bytes(kept)
+    with pytest.raises(FileError, match=says):
+        read_adapter(source)
+    if "lora.safetensors" in names:
+        assert read_adapter(source / "lora.safetensors").updates
+
+
+def test_mlx_vlm(tmp_path):
+    """A (in, r) and B (r, out), each update times alpha."""
+    tensors, config, wanted = peft("llama")
+    names = {".lora_A.weight": ".A", ".lora_B.weight": ".B"}
+    turned = {
+        name.removeprefix(PREFIX).replace(name[-14:], names[name[-14:]]): np.ascontiguousarray(array.T)
+        for name, array in tensors.items()
+    }
+    source = written(tmp_path / "a", turned)
+    said = {"rank": config["r"], "alpha": config["lora_alpha"] / config["r"], "dropout": 0.0}
+    (source / "adapter_config.json").write_text(json.dumps(said))
+    assert_holds(tiny.base_gguf(tmp_path, "llama"), source, tmp_path, wanted)
+
+
+def test_tinkers_head_and_the_enums_own_name(tmp_path):
+    tensors, config, wanted = peft("llama")
+    a, b = np.ones((4, 32), np.float32), np.full((288, 4), 0.01, np.float32)
+    head = {f"{PREFIX}model.unembed_tokens.lora_A.weight": a, f"{PREFIX}model.unembed_tokens.lora_B.weight": b}
+    source = written(tmp_path / "a", tensors | head, **config | {"peft_type": "PeftType.LORA"})
+    scale = config["lora_alpha"] / config["r"]
+    base = tiny.base_gguf(tmp_path, "llama")
+    with GgufReader(base) as reader:
+        old = reader.read(reader.tensors["output.weight"]).view("<f4").reshape(288, 32)
+        assert_holds(base, source, tmp_path, wanted | {"output.weight": old + scale * (b @ a)})
+
+
+def test_a_missing_rank_is_said_once(tmp_path):
+    tensors, config, _ = peft("llama")
+    with pytest.raises(MalformedError, match="adapter_config.json: r: expected a number") as refusal:
+        read_adapter(written(tmp_path / "a", tensors, **{k: v for k, v in config.items() if k != "r"}))
+    assert not refusal.value.details
+
+
+def test_torchtunes_own_names_say_which_file_to_take(tmp_path):
+    names = [f"layers.0.attn.q_proj.lora_{x}.weight" for x in "ab"]
+    tensors = {names[0]: np.ones((4, 32), np.float32), names[1]: np.ones((32, 4), np.float32)}
+    with pytest.raises(MalformedError, match="torchtune.*adapter_model file"):
+        read_adapter(written(tmp_path / "a", tensors, r=4, lora_alpha=4))
+
+
+@pytest.mark.parametrize("head", ["score", "v_head.summary"])
+def test_reward_heads_are_named_with_the_way_out(tmp_path, head):
+    tensors, config, wanted = peft("llama")
+    more = {f"{PREFIX}{head}.weight": np.ones((1, 32), np.float32)}
+    source = written(tmp_path / "a", tensors | more, **config)
+    base = tiny.base_gguf(tmp_path, "llama")
+    with pytest.raises(MismatchError, match=rf"{head}: a reward .*--allow-unused '{head.partition('.')[0]}'"):
+        api.merge(base, source, tmp_path / "out.gguf")
+    assert_holds(base, source, tmp_path, wanted, allow_unused=head.partition(".")[0])
 
 
 def test_unsloth_with_trained_embeddings(tmp_path):

@@ -15,16 +15,11 @@ from lora_gguf.adapters.adapter_config import kind_of
 from lora_gguf.adapters.doubts import doubts
 from lora_gguf.adapters.kinds import KINDS, SHARED, Module, pattern_value, scale_of, trainable_tokens
 from lora_gguf.adapters.lora import LoraPair, check_finite
+from lora_gguf.adapters.spellings import TORCHTUNE, module_path, peft_name
 from lora_gguf.adapters.updates import Added, Replaced, Update
+from lora_gguf.adapters.weight_files import read_all, weights_of
 from lora_gguf.errors import FileError, MalformedError, NumericError, UsageError, printable
-from lora_gguf.files.weights import read_weights
 
-WEIGHTS = (
-    "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin",
-    "adapter_model.bin.index.json", "adapters.safetensors",
-)  # fmt: skip
-PREFIX = "base_model.model."
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 EMPTY = "an empty tensor: DeepSpeed ZeRO-3 saves these where the weights are not gathered: gather and save them again"
 WHOLE = re.compile(r"(?P<path>.+?)(\.(modules_to_save|ln_tuning_layers)(\.[^.]+)?)?[._](?P<part>weight|bias)")
 # the order in which modules of packed experts register their parameters
@@ -77,17 +72,14 @@ def read_adapter(
     not say; tensors that are none of an adapter's are ignored if ``allow_unused`` finds their name. Raises
     ``MalformedError``, ``UnsupportedError`` (a kind of adapter), ``NumericError`` (NaN, infinity), ``FileError``.
     """
+    named = Path(directory) if Path(directory).is_file() else None
     directory = adapter_directory(directory)
     config = adapter_config.read_config(directory)
     adapter_config.check_supported(config)
-    path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
-    if path is None:
-        raise FileError(
-            f"{printable(directory)}: expected {WEIGHTS[0]} or {WEIGHTS[2]}, found neither: download it again"
-        )
-    tensors = {name: as_f32(name, array) for name, array in read_weights(path).items()}
-    check_all_finite(tensors, path.name)
-    found = updates_of(tensors, config, path.name, expert_b_layout, allow_unused)
+    paths = weights_of(directory, named)
+    tensors = {peft_name(name): as_f32(name, array) for name, array in read_all(paths).items()}
+    check_all_finite(tensors, paths[0].name)
+    found = updates_of(tensors, config, paths[0].name, expert_b_layout, allow_unused)
     label = adapter_name(directory.resolve())
     warnings = doubts(directory, found.updates, config, expert_b_layout)
     return Adapter(label, directory, config, found.updates, found.ignored, found.originals, warnings)
@@ -163,7 +155,8 @@ def updates_of(
         except MalformedError as error:
             found.strange.append(str(error))
     if found.strange:
-        raise MalformedError(f"{label}: {found.strange[0]}", found.strange if len(found.strange) > 1 else ())
+        strange = list(dict.fromkeys(found.strange))
+        raise MalformedError(f"{label}: {strange[0]}", strange if len(strange) > 1 else ())
     if not found.updates:
         raise MalformedError(
             f"{label}: expected the tensors of a {kind_of(config)} adapter, found none: it is no adapter"
@@ -234,6 +227,11 @@ def add_factor(module: Module, factor: str, name: str, array: np.ndarray, found:
 def add_whole(name: str, array: np.ndarray, found: Contents, config: dict) -> None:
     """Sort a tensor that is no factor: a copy of the base's, a tensor that was trained whole, or a strange one."""
     match = WHOLE.fullmatch(name)
+    if TORCHTUNE.search(name):
+        found.unknown[name] = (
+            "torchtune's own name: take the adapter_model file in PEFT's format that it saves beside it"
+        )
+        return
     if match and (".base_layer.weight" in name or ".original_module." in name):
         found.ignored[name] = "a copy of the base's own weight"
         found.originals[re.sub(r"\.(base_layer|original_module)$", "", module_path(match["path"]))] = array
@@ -256,13 +254,6 @@ def whole(name: str, match: re.Match, array: np.ndarray) -> Replaced:
     values = array.reshape(len(array), -1) if array.ndim > 2 else array.reshape(-1, array.shape[-1])
     path = module_path(match["path"]).removesuffix(".base_layer")
     return Replaced(name=path, shape=values.shape, sources=(name,), part=match["part"], values=values)
-
-
-def module_path(path: str) -> str:
-    """The path of a module in the base model: PEFT's wrapper and compilers' wrappers stripped."""
-    for wrapper in WRAPPERS:
-        path = path.replace(wrapper, "")
-    return path.removeprefix(PREFIX).replace(".token_adapter", "")
 
 
 def module_updates(module: Module, modules: Collection[str], expert_b_layout: str | None) -> list[LoraPair | Update]:

@@ -88,6 +88,7 @@ FIELDS = {
     "monteclora_config": "object",
     "megatron_config": "object",
     "alpha": "number",
+    "rank": "rank",
     "lora_parameters": "object",
     "fine_tune_type": "text",
     "save_projection": "flag",
@@ -181,6 +182,8 @@ def check_supported(config: dict) -> None:
 
 
 def kind_of(config: dict) -> str:
-    """The ``peft_type`` in capitals; LORA where the file does not say. MLX is what mlx-lm saves."""
+    """The ``peft_type`` in capitals; LORA where the file does not say. MLX is what mlx-lm saves, MLX_VLM mlx-vlm."""
+    if {"rank", "alpha"} <= config.keys() and not {"r", "peft_type"} & config.keys():
+        return "MLX_VLM"
     default = "MLX" if "lora_parameters" in config or "fine_tune_type" in config else "LORA"
-    return config.get("peft_type", default).upper()
+    return config.get("peft_type", default).upper().removeprefix("PEFTTYPE.")

@@ -310,6 +310,15 @@ def mlx(module: Module) -> Found:
     return [pair if magnitude is None else dora(module, pair, magnitude, path.endswith("embed_tokens"))]
 
 
+def mlx_vlm(module: Module) -> Found:
+    """mlx-vlm's LoRA: A (in, r) and B (r, out), times alpha."""
+    a, b = module.matrices("A", "B")
+    if a.shape[1] != len(b):
+        raise module.malformed(f"A {a.shape} and B {b.shape} do not multiply")
+    a, b = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
+    return [LoraPair(module.path, a, b, float(number(module.config, "alpha")), module.sources)]
+
+
 def mlx_scale(config: dict, rank: int) -> float:
     """``scale`` of mlx-lm's configuration; its versions until 2024 multiplied it by alpha / rank."""
     parameters = config.get("lora_parameters", {})
@@ -335,6 +344,7 @@ KINDS: dict[str, tuple[Callable[[Module], Found], tuple[str, ...]]] = {
     "BOFT": (boft, ("boft_R", "boft_s")),
     "LN_TUNING": (ln_tuning, ()),
     "MLX": (mlx, ("lora_a", "lora_b", "m")),
+    "MLX_VLM": (mlx_vlm, ("A", "B")),
     "TRAINABLE_TOKENS": (trainable_tokens, ("trainable_tokens_delta",)),
 }
 SHARED = ("vera_A", "vera_B")

@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_gguf.adapters.adapter import WEIGHTS, adapter_directory
+from lora_gguf.adapters.adapter import adapter_directory
 from lora_gguf.adapters.adapter_config import read_config
+from lora_gguf.adapters.weight_files import weights_of
 from lora_gguf.checks.inspection import Inspection, inspect_gguf, inspect_peft
 from lora_gguf.errors import FileError, printable
 from lora_gguf.files.base import Base, split_name
@@ -60,17 +61,11 @@ def inspect_folder(path: Path) -> Inspection:
             raise FileError(f"{printable(path)}: a folder of {len(models)} GGUFs: name one of {shown}")
         return inspect_file(models[0])
     folder = adapter_directory(path)
-    files = {
-        name: (folder / name).stat().st_size for name in (CONFIG, *TOKENIZER, *WEIGHTS) if (folder / name).is_file()
-    }
-    weights = next((name for name in WEIGHTS if name in files), None)
-    if weights is None:
-        raise FileError(f"{printable(path)}: {CONFIG} without weights: expected {WEIGHTS[0]}: download it again")
-    if weights.endswith(".json"):
-        files |= {
-            name: (folder / name).stat().st_size for name in shard_names(folder / weights) if (folder / name).is_file()
-        }
-    tensors = header_of(weights, folder, lambda name: InputFile(folder / name))
+    weights = [file.name for file in weights_of(folder, path if path.is_file() else None)]
+    shards = shard_names(folder / weights[0]) if weights[0].endswith(".index.json") else []
+    named = (CONFIG, *TOKENIZER, *weights, *shards)
+    files = {name: (folder / name).stat().st_size for name in named if (folder / name).is_file()}
+    tensors = [entry for name in weights for entry in header_of(name, folder, lambda name: InputFile(folder / name))]
     return inspect_peft(read_config(folder), tensors, files, printable(path))
 
 
@@ -109,11 +104,17 @@ def remote_adapter(source: str) -> Inspection | None:
     prefix = f"{subfolder}/" if subfolder else ""
     if prefix + CONFIG not in repo.files and quantizations(repo):
         return None
-    *others, weights = adapter_files(repo, subfolder)
-    config = download(repo, others[0])
-    if not weights.endswith(".safetensors"):
-        download(repo, weights)
-    names = shard_names(config.parent / Path(weights).name) if weights.endswith(".index.json") else []
-    files = {name: repo.files[name].size for name in (*others, weights, *(prefix + name for name in names))}
-    tensors = header_of(Path(weights).name, config.parent, lambda name: open_source(repo, prefix + name))
+    found = adapter_files(repo, subfolder)
+    config = download(repo, found[0])
+    weights = [Path(name).name for name in found if Path(name).name not in (CONFIG, *TOKENIZER)]
+    for name in weights:
+        if not name.endswith(".safetensors"):
+            download(repo, prefix + name)
+    names = shard_names(config.parent / weights[0]) if weights[0].endswith(".index.json") else []
+    files = {name: repo.files[name].size for name in (*found, *(prefix + name for name in names))}
+    tensors = [
+        entry
+        for name in weights
+        for entry in header_of(name, config.parent, lambda name: open_source(repo, prefix + name))
+    ]
     return inspect_peft(read_config(config.parent), tensors, files, printable(f"{repo.id}/{prefix}".rstrip("/")))

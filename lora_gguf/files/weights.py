@@ -19,6 +19,7 @@ import numpy as np
 
 from lora_gguf.errors import MalformedError, UnsupportedError, printable
 from lora_gguf.files.input_file import InputFile, Source, impostor
+from lora_gguf.files.npz_reader import read_npz
 from lora_gguf.files.tensor_file import DTYPES, MAX_DIMS, UNSUPPORTED_DTYPES, check_name, damaged
 from lora_gguf.files.torch_reader import read_torch
 
@@ -39,7 +40,8 @@ class Entry:
 def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """All tensors of ``path`` by name, in file order; BF16 and F8 widened to f32, other types as they are stored.
 
-    ``path`` is a ``.safetensors`` file, a ``*.index.json`` beside its shards, or a PyTorch zip (``.bin``, ``.pt``).
+    ``path`` is a ``.safetensors`` file, a ``*.index.json`` beside its shards, numpy's ``.npz``, or a PyTorch zip
+    (``.bin``, ``.pt``).
     Raises ``MalformedError``, ``UnsupportedError`` (a dtype), ``FileError``, ``IntegrityError`` (the file changed).
     """
     path = Path(path)
@@ -47,6 +49,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
         return _read_sharded(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    if path.suffix == ".npz":
+        return read_npz(path)
     return read_torch(path)
 
 

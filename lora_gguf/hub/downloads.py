@@ -6,7 +6,7 @@ import filecmp
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_gguf.adapters.adapter import WEIGHTS
+from lora_gguf.adapters.weight_files import WEIGHTS, weights_among
 from lora_gguf.errors import FileError, HubError, UsageError, printable
 from lora_gguf.files.output import copy_file
 from lora_gguf.files.weights import shard_names
@@ -99,11 +99,15 @@ def fetch_adapter(
 def adapter_files(repo: Repo, subfolder: str = "") -> list[str]:
     """Return the files of ``repo`` that make an adapter, the configuration first and the weights (or their index) last."""
     prefix = f"{subfolder}/" if subfolder else ""
-    weights = next((prefix + name for name in WEIGHTS if prefix + name in repo.files), None)
-    if prefix + CONFIG not in repo.files or weights is None:
+    here = [name.removeprefix(prefix) for name in repo.files if name.startswith(prefix)]
+    try:
+        weights = [prefix + name for name in weights_among([name for name in here if "/" not in name])]
+    except FileError as error:
+        raise HubError(f"{repo.id}: {error}") from None
+    if prefix + CONFIG not in repo.files or not weights:
         raise HubError(f"{repo.id}: {_what_is_missing(repo.files, prefix)}")
     extras = [prefix + name for name in TOKENIZER if prefix + name in repo.files]
-    return [prefix + CONFIG, *extras, weights]
+    return [prefix + CONFIG, *extras, *weights]
 
 
 def _what_is_missing(names: Iterable[str], prefix: str) -> str:

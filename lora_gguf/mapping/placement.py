@@ -36,6 +36,13 @@ from lora_gguf.mapping.vocabulary import added_tokens, extended, learned_tokens
 UNUSED_LAYER = "of a layer that the model does not use: it changes nothing, and the mmproj leaves it out"
 
 
+UNUSED = "--allow-unused"
+# heads that reward models and classifiers are trained with, on top of a text model
+REWARD_HEAD = re.compile(
+    r"(^|\.)(?P<head>score|v_head|value_head|reward_head|rm_head|regression_head|classifier)(\.|$)"
+)
+
+
 def gguf_pairs(
     adapter: Adapter,
     base: GgufReader | Base | Hparams,
@@ -209,7 +216,7 @@ def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Par
     except (MalformedError, UnsupportedError) as error:
         return [str(error) if update.name in str(error) else f"{update.name}: {error}"]
     if not found:
-        return [f"{update.name}: no tensor of {hparams.kind} is known by this name"]
+        return [f"{update.name}: {no_place(update.name, hparams)}"]
     if not errors:
         targets = dict.fromkeys(part_name(piece, update) for piece in found)
         if not getattr(update, "optional", False):
@@ -362,9 +369,19 @@ def run_time_warnings(pairs: list[LoraPair], hparams: Hparams) -> list[str]:
     ]
 
 
+def no_place(path: str, hparams: Hparams) -> str:
+    """Return why a module finds no tensor."""
+    if match := REWARD_HEAD.search(path):
+        way_out = f"leave it out with {UNUSED} '{match['head']}'"
+        return f"a reward or classification head, which {hparams.label} has no place for: {way_out}"
+    return f"no tensor of {hparams.kind} is known by this name"
+
+
 def likely_cause(adapter: Adapter, hparams: Hparams, errors: list[str]) -> str:
     """A guess at what went wrong, and what to do."""
     trained_on = f" (the adapter says {adapter.base_model})" if adapter.base_model else ""
+    if all(UNUSED in error for error in errors):
+        return f"{len(adapter.updates) - len(errors)} other modules fit"
     if any("tied" in error for error in errors):
         return "merge with --tied separate or shared, or train without lm_head and embed_tokens"
     if any("--base-config" in error for error in errors):

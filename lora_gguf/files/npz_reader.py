@@ -1,0 +1,91 @@
+"""Read the arrays of an ``.npz`` (``numpy.savez``, ``mlx.core.savez``): a zip of stored ``.npy`` files.
+
+No pickle is ever opened: an array of objects is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import zipfile
+
+import numpy as np
+
+from lora_gguf.errors import MalformedError, UnsupportedError
+from lora_gguf.files.input_file import InputFile
+from lora_gguf.files.tensor_file import MAX_DIMS, bf16_to_f32, check_name, damaged
+
+MAX_NPY_HEADER = 1 << 16
+KINDS = "fiub"
+
+
+class _View(io.RawIOBase):
+    """An ``InputFile`` as the seekable stream that ``zipfile`` reads."""
+
+    def __init__(self, file: InputFile):
+        self.file, self.position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.file.size}[whence]
+        self.position = max(0, start + offset)
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        n = max(0, min(len(buffer), self.file.size - self.position))
+        if n:
+            self.file.read_into(self.position, memoryview(buffer)[:n])
+        self.position += n
+        return n
+
+
+def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Return all arrays of ``path`` by name, in file order; BF16 (stored as void of two bytes) widened to f32.
+
+    Raises ``MalformedError``, ``UnsupportedError`` (a compressed or object array), ``FileError``.
+    """
+    with InputFile(path) as file:
+        try:
+            with zipfile.ZipFile(io.BufferedReader(_View(file))) as archive:
+                entries = archive.infolist()
+                found = {entry.filename.removesuffix(".npy"): _array(archive, entry, file) for entry in entries}
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, KeyError, SyntaxError) as error:
+            raise damaged(file.label, f"not an archive of arrays ({type(error).__name__})") from None
+        if len(found) != len(entries):
+            raise damaged(file.label, "a name occurs twice")
+        return found
+
+
+def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file: InputFile) -> np.ndarray:
+    check_name(entry.filename, file.label)
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise UnsupportedError(
+            f"{file.label}: {entry.filename} is compressed: save the adapter with savez, or as safetensors"
+        )
+    if entry.file_size > file.size:
+        raise damaged(file.label, f"{entry.filename}: {entry.file_size} bytes in a file of {file.size}")
+    with archive.open(entry) as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_column, dtype = read_header(stream, max_header_size=MAX_NPY_HEADER)
+        is_bf16 = dtype.kind == "V" and dtype.itemsize == 2 and not dtype.fields
+        if dtype.hasobject or (dtype.kind not in KINDS and not is_bf16):
+            raise UnsupportedError(
+                f"{file.label}: {entry.filename}: an array of {dtype}: save the adapter as F32, F16 or BF16"
+            )
+        if len(shape) > MAX_DIMS or math.prod(shape) * dtype.itemsize > entry.file_size:
+            raise damaged(file.label, f"{entry.filename}: shape {shape} does not fit into {entry.file_size} bytes")
+        raw = stream.read(math.prod(shape) * dtype.itemsize)
+    if len(raw) != math.prod(shape) * dtype.itemsize:
+        raise MalformedError(f"{file.label}: {entry.filename} is cut short: download it again")
+    array = np.frombuffer(raw, "<u2" if is_bf16 else dtype).reshape(shape, order="F" if by_column else "C")
+    return bf16_to_f32(array) if is_bf16 else array
