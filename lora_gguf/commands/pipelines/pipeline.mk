@@ -21,12 +21,17 @@ first_adapter := $(firstword $(ADAPTERS))
 # what `fetch --quant` finds the base by: BASE, or the first adapter, which says what it was trained on
 base_source = $(or $(BASE),$(if $(findstring /,$(first_adapter)),$(first_adapter),adapters/$(first_adapter)))
 
-.PHONY: all merged-files adapter-files ollama-models
+.PHONY: all help merged-files adapter-files ollama-models
 .DELETE_ON_ERROR:
 .SECONDARY:
 .SECONDEXPANSION:
 
+# with -j, what each command says stands together, below its command line
+MAKEFLAGS += --output-sync=target
+
 all: merged-files
+help:
+	@sed -n 's/^# \(make.*\)/\1/p' $(firstword $(MAKEFILE_LIST))
 merged-files: $(outputs:%=merged/%.gguf) $(outputs:%=merged/%.Modelfile)
 adapter-files: $(outputs:%=adapters/%.gguf)
 ollama-models: $(outputs:%=ollama/%)
