@@ -1,7 +1,10 @@
 # make demo     merge a real adapter into a real quantized model and ask llama.cpp before and after
 # make test     the tests
 # make lint     ruff and mypy
-# make readme   what the README says of commands and tables, from the code
+# make docs     what docs/ says of commands and tables, from the code
+# make chaos    faults, kills and hostile files: a quarter of an hour
+# make bench-speed, make bench-fidelity    the figures of docs/benchmarks.md
+# make clean    remove what the others made
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,9 +14,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 SMOLLM2 := models/smollm2-135m-instruct-q4_1.gguf
 
-.PHONY: demo test lint readme chaos bench-speed bench-fidelity clean
+.PHONY: help demo test lint docs chaos bench-speed bench-fidelity clean
 .DELETE_ON_ERROR:
 .SECONDARY:
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: $(VENV)/demo $(SMOLLM2)
 	$(BIN)/python fixtures/demo.py $(SMOLLM2) fixtures/demo-adapter merged
@@ -26,8 +32,8 @@ lint: $(VENV)/lint
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-readme: $(VENV)/base
-	$(BIN)/python -m lora_gguf.cli.reference README.md
+docs: $(VENV)/base
+	$(BIN)/python -m lora_gguf.cli.reference docs/*.md
 
 chaos: $(VENV)/test
 	$(PYTEST) tests/chaos

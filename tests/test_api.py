@@ -136,10 +136,10 @@ def test_a_callback_that_raises_leaves_nothing(files, tmp_path):
 
 
 def test_the_readme_s_service(files, tmp_path, capfd):
-    readme = (ROOT / "README.md").read_text()
-    code = re.search(r"## From Python.*?```python\n(.*?)```", readme, re.DOTALL)[1]
+    readme = (ROOT / "docs" / "python.md").read_text()
+    code = re.search(r"# From Python.*?```python\n(.*?)```", readme, re.DOTALL)[1]
     space: dict = {}
-    exec(compile(code, "README.md", "exec"), space)
+    exec(compile(code, "python.md", "exec"), space)
     told: list[tuple] = []
     found = space["tune"](str(files[0]), str(files[1]), str(tmp_path / "out.gguf"), lambda *call: told.append(call))
     assert found["holds"] and found["file"] == str(tmp_path / "out.gguf") and 0.5 < found["kept"] < 1.5 and told

@@ -1,7 +1,7 @@
-"""The README's parts that the code itself says: the commands with all their options, and the tables of what is
-supported.
+"""The parts of the documentation that the code itself says: the commands with all their options, and the tables of what
+is supported.
 
-python -m lora_gguf.cli.reference README.md
+python -m lora_gguf.cli.reference docs/*.md
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def _cell(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
 
 
-def rewritten(readme: str) -> str:
-    """``readme`` with what stands between ``<!-- NAME -->`` and ``<!-- end -->`` made anew."""
+def rewritten(text: str) -> str:
+    """Return ``text`` with what stands between ``<!-- NAME -->`` and ``<!-- end -->`` made anew."""
     from lora_gguf.mapping import support
 
     parts = {
@@ -104,14 +104,14 @@ def rewritten(readme: str) -> str:
         "towers": support.towers_table,
         "commands": commands_reference,
     }
-    for name, part in parts.items():
-        pattern = rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)"
-        readme, n_found = re.subn(pattern, lambda _, text=part(): text, readme, count=1, flags=re.DOTALL)
-        if not n_found:
-            raise SystemExit(f"no <!-- {name} --> … <!-- end --> in the file")
-    return readme
+    return re.sub(
+        r"(?<=<!-- )(?!end )(\w+)( -->\n).*?(?=\n<!-- end -->)",
+        lambda found: f"{found[1]}{found[2]}{parts[found[1]]()}",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -56,4 +56,4 @@ def check_architecture(name: object) -> None:
     """Raise ``UsageError`` unless ``name`` is an architecture of the table."""
     if name not in ARCHITECTURES:
         alike = get_close_matches(str(name)[:40], ARCHITECTURES, n=3, cutoff=0.0)
-        raise refuse("layout_of", f"an architecture of the README's table, such as {', '.join(alike)}", name)
+        raise refuse("layout_of", f"an architecture of docs/supported.md, such as {', '.join(alike)}", name)
