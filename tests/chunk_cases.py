@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lora_gguf.files.gguf_reader import TensorInfo
-from lora_gguf.merging.chunks import Chunk
+from lora_gguf.merging.chunks import Changed
 from lora_gguf.merging.refit import Weighting
 from lora_gguf.merging.rounding import tensor_key
 from lora_gguf.merging.rows import move, renew
@@ -18,10 +18,12 @@ def recipe(source: str, rounding: str = "auto", target: str = "", seed: int = 0)
     return Recipe(CODECS[source], CODECS[target or source], rounding, tensor_key(seed, "t"))
 
 
-def chunk_of(how: Recipe, shape: tuple[int, int], first: int = 0, weighting: Weighting | None = None) -> Chunk:
+def chunk_of(how: Recipe, shape: tuple[int, int], first: int = 0, weighting: Weighting | None = None) -> Changed:
     """The rows ``first`` to ``first + shape[0]`` of a tensor."""
     source, target = (TensorInfo("t", codec.type, shape, 0) for codec in (how.source, how.target))
-    return Chunk(TensorPlan(source, target, recipe=how), first, shape[0], weighting=weighting)
+    none_a, none_b = np.empty((0, shape[1]), np.float32), np.empty((shape[0], 0), np.float32)
+    tensor = TensorPlan(source, target, recipe=how)
+    return Changed(tensor, first, shape[0], how, 0, none_a, none_b, weighting)
 
 
 def merged(how: Recipe, blocks: np.ndarray, delta: np.ndarray, first: int = 0, weighting: Weighting | None = None):

@@ -36,7 +36,7 @@ def refitted(type_name, importance, seed=0):
     codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), 512 // quant.grid.group), np.float32)
     quant.grid.unpack(blocks, codes, steps)
     grid = moving_grid(
-        chunk_of(recipe(type_name), delta.shape, weighting=weighting_of(quant, importance)), blocks, steps
+        chunk_of(recipe(type_name), delta.shape, weighting=weighting_of(quant, importance)), quant.grid, blocks, steps
     )
     unit = (
         codes.astype(np.float32) - quant.grid.zero

@@ -75,7 +75,7 @@ def test_codes_round_what_the_grid_has_left(type_name):
     )
     quant.decode(blocks, before)
     quant.grid.unpack(blocks, codes, steps)
-    grid = moving_grid(chunk_of(recipe(type_name), weights.shape), blocks, steps)
+    grid = moving_grid(chunk_of(recipe(type_name), weights.shape), quant.grid, blocks, steps)
     old, sums, outside = codes.copy(), np.zeros(4), np.zeros((24, 512 // quant.type.block_size), np.float32)
     limits = np.float32(quant.grid.code_min), np.float32(quant.grid.code_max)
     round_codes(codes, np.float32(quant.grid.zero), steps, delta, *limits, np.float32(0), KEY, 0, sums, grid, outside)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_writer import raw_key_values
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.placement import Placement
-from lora_gguf.merging.chunks import cut, update_of
+from lora_gguf.merging.chunks import Changed, cut, update_of
 from lora_gguf.merging.plan import Plan
 from lora_gguf.merging.retention import kind_of
 from lora_gguf.merging.tensor import TensorPlan
@@ -236,7 +236,7 @@ def project(evidence: Evidence, tensors: Sequence[TensorPlan]) -> tuple[np.ndarr
     source = tensors[0].source
     target = evidence.result.tensors[tensors[0].target.name]
     recipe = next(tensor.recipe for tensor in tensors if tensor.recipe)
-    for chunks in zip(*(cut([replace(tensor, recipe=recipe, new_rows=None)]) for tensor in tensors), strict=True):
+    for chunks in zip(*(changed(replace(tensor, recipe=recipe)) for tensor in tensors), strict=True):
         first, n_rows = chunks[0].first, chunks[0].n_rows
         stored = evidence.model.reader_of(source.name).read(source, first, n_rows)
         before, after = np.empty((2, n_rows, source.n_cols), np.float32)
@@ -251,6 +251,11 @@ def project(evidence: Evidence, tensors: Sequence[TensorPlan]) -> tuple[np.ndarr
         achieved2 += float(achieved @ achieved)
         n_weights += achieved.size
     return gram, projections, achieved2, n_weights
+
+
+def changed(tensor: TensorPlan) -> Iterator[Changed]:
+    """Yield the chunks of a tensor's own rows."""
+    return (chunk for chunk in cut([tensor]) if isinstance(chunk, Changed))
 
 
 def misplaced(evidence: Evidence, failing: Sequence[Check]) -> tuple[list[Finding], list[Check]]:

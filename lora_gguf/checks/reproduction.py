@@ -8,7 +8,7 @@ from dataclasses import replace
 from lora_gguf.files.base import Base
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.placement import Placement
-from lora_gguf.merging.chunks import Weigh, cut
+from lora_gguf.merging.chunks import Changed, New, Weigh, cut
 from lora_gguf.merging.importance import weigher
 from lora_gguf.merging.options import ROUNDINGS, Policy
 from lora_gguf.merging.plan import make_plan
@@ -57,11 +57,13 @@ def is_same(tensor: TensorPlan, model: Base, merged: Base, weigh: Weigh) -> bool
     quant = CODECS[target.type.name]
     recipe = replace(tensor.recipe, target=quant)
     for chunk in cut([replace(tensor, recipe=recipe, target=target)], weigh):
-        if chunk.new is None:
+        if isinstance(chunk, Changed):
             blocks = model.reader_of(source.name).read(source, chunk.first, chunk.n_rows)
             blocks, _ = merge_rows(chunk, blocks)
-        else:
+        elif isinstance(chunk, New):
             blocks = encoded(chunk)
+        else:
+            continue
         if (blocks != merged.reader_of(target.name).read(target, chunk.first, chunk.n_rows)).any():
             return False
     return True

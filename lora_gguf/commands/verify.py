@@ -24,7 +24,7 @@ from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.accounts import Account
 from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import adapter_name, placement_of
-from lora_gguf.merging.chunks import CHUNK_WEIGHTS, Chunk, cut, update_of
+from lora_gguf.merging.chunks import CHUNK_WEIGHTS, Changed, Chunk, New, cut, update_of
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.retention import WARN_BELOW, kind_of
@@ -195,12 +195,12 @@ def inspect(chunk: Chunk, model: Base, result: Base) -> tuple[int, Comparison]:
     Equal bytes of a tensor that no adapter touches need no comparison; of another type, all bytes count as different.
     """
     source, target = chunk.tensor.source, result.tensors[chunk.tensor.target.name]
-    if chunk.new is not None:
+    if isinstance(chunk, New):
         return inspect_new(chunk, result)
     before = model.reader_of(source.name).read(source, chunk.first, chunk.n_rows)
     after = result.reader_of(target.name).read(target, chunk.first, chunk.n_rows)
     n_different = after.size if source.type != target.type else int(np.count_nonzero(before != after))
-    if chunk.tensor.changes:
+    if chunk.tensor.changes and isinstance(chunk, Changed):
         delta = update_of(chunk, before)
         return n_different, compare_rows(CODECS[source.type.name], CODECS[target.type.name], before, after, delta)
     if not n_different or source.type.name not in CODECS:
@@ -213,7 +213,7 @@ def inspect(chunk: Chunk, model: Base, result: Base) -> tuple[int, Comparison]:
     return n_different, comparison
 
 
-def inspect_new(chunk: Chunk, result: Base) -> tuple[int, Comparison]:
+def inspect_new(chunk: New, result: Base) -> tuple[int, Comparison]:
     """``inspect`` for rows that the base lacks: they should be what the type's own quantizer makes of the adapter's."""
     target = result.tensors[chunk.tensor.target.name]
     after = result.reader_of(target.name).read(target, chunk.first, chunk.n_rows)
@@ -221,7 +221,7 @@ def inspect_new(chunk: Chunk, result: Base) -> tuple[int, Comparison]:
     wanted = encoded(replace(chunk, tensor=tensor))
     n_different, comparison, quant = int(np.count_nonzero(wanted != after)), Comparison(), CODECS[target.type.name]
     if n_different:
-        comparison += compare_rows(quant, quant, wanted, after, np.zeros_like(chunk.new))
+        comparison += compare_rows(quant, quant, wanted, after, np.zeros_like(chunk.rows))
     return n_different, comparison
 
 

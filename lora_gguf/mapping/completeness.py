@@ -94,7 +94,9 @@ def beside(paths: set[str], asked: Test | None, hparams: Hparams) -> Iterator[st
 
     Where nothing says which layers were adapted, only those between the first and the last are expected.
     """
-    n_layers = (hparams.get("block_count") or 0) - (hparams.get("nextn_predict_layers") or 0)
+    counts = [hparams.get(key) for key in ("block_count", "nextn_predict_layers")]
+    n_blocks, n_predicted = (count if isinstance(count, int) else 0 for count in counts)
+    n_layers = n_blocks - n_predicted
     for number, count in ((LAYER, n_layers), (_EXPERT, hparams.get("expert_count") or 0)):
         groups: dict[tuple[str, str], set[int]] = {}
         for path in sorted(paths):

@@ -12,7 +12,7 @@ from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.kernels.low_rank import low_rank
 from lora_gguf.merging.refit import Weighting
 from lora_gguf.merging.scratch import scratch
-from lora_gguf.merging.tensor import TensorPlan
+from lora_gguf.merging.tensor import Recipe, TensorPlan
 
 CHUNK_WEIGHTS = 1 << 20  # of a chunk: enough that Python's part in it, 0.2 ms, does not count
 WORKING_BYTES = 40  # of memory for each weight of a chunk in work: update, weights, codes, a quantizer's search
@@ -24,52 +24,70 @@ Weigh = Callable[[TensorPlan], Sequence[Weighting]]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows ``first`` to ``first + n_rows`` of a tensor, in its matrix (expert) number ``matrix``.
-
-    ``a`` (R, cols) and ``b`` (n_rows, R) are the factors of their update, R 0 where only the type changes; ``weighting``
-    is that of the matrix's columns, None where all count alike. ``new`` f32 (n_rows, cols) are rows beyond the base's.
-    """
+    """Rows ``first`` to ``first + n_rows`` of a tensor, copied as they are."""
 
     tensor: TensorPlan
     first: int
     n_rows: int
-    matrix: int = 0
-    a: np.ndarray | None = None
-    b: np.ndarray | None = None
-    weighting: Weighting | None = None
-    new: np.ndarray | None = None
 
     @property
     def n_bytes(self) -> int:
         """The bytes that it reads of the base."""
-        return 0 if self.new is not None else self.n_rows * self.tensor.source.row_bytes
+        return self.n_rows * self.tensor.source.row_bytes
 
 
-def cut(tensors: Sequence[TensorPlan], weigh: Weigh | None = None, n_weights: int | None = None) -> Iterator[Chunk]:
+@dataclass(frozen=True)
+class Changed(Chunk):
+    """Rows that are rewritten by a recipe, all in the matrix (expert) number ``matrix``.
+
+    ``a`` (R, cols) and ``b`` (n_rows, R) are the factors of their update, R 0 where only the type changes; ``weighting``
+    is that of the matrix's columns, None where all count alike.
+    """
+
+    recipe: Recipe
+    matrix: int
+    a: np.ndarray
+    b: np.ndarray
+    weighting: Weighting | None = None
+
+
+@dataclass(frozen=True)
+class New(Chunk):
+    """Rows beyond those of the base, f32 (n_rows, cols)."""
+
+    rows: np.ndarray
+
+    @property
+    def n_bytes(self) -> int:
+        return 0
+
+
+def cut(tensors: Iterable[TensorPlan], weigh: Weigh | None = None, n_weights: int | None = None) -> Iterator[Chunk]:
     """Yield the chunks of ``tensors``, in order; those that change have about ``n_weights``, whole rows.
 
     ``weigh`` is asked for a tensor's weighting when its turn comes.
     """
     n_weights = n_weights or CHUNK_WEIGHTS
     for tensor in tensors:
+        n_rows = max(1, n_weights // max(1, tensor.source.n_cols))
         if tensor.recipe is None:
             yield from _cut_copied(tensor)
         elif tensor.source.n_elements:
-            n_rows = max(1, n_weights // tensor.source.n_cols)
             yield from chunks_of(tensor, _runs(tensor, n_rows), weigh)
         if tensor.new_rows is not None:
-            yield from _cut_new(tensor, n_weights)
+            yield from _cut_new(tensor, tensor.new_rows, n_rows)
 
 
-def chunks_of(tensor: TensorPlan, runs: Iterable[tuple[int, int]], weigh: Weigh | None = None) -> Iterator[Chunk]:
-    """Yield the ``runs`` (first row, number of rows, all in one matrix) of a tensor that changes, as chunks."""
+def chunks_of(tensor: TensorPlan, runs: Iterable[tuple[int, int]], weigh: Weigh | None = None) -> Iterator[Changed]:
+    """Yield the ``runs`` (first row, number of rows, all in one matrix) of a tensor that has a recipe, as chunks."""
     n_out, n_cols = (1, *tensor.source.shape)[-2:]
     a, b = stack(tensor.pairs, tensor.source.n_rows // n_out, n_out, n_cols)
-    weightings = weigh(tensor) if weigh and tensor.changes and tensor.recipe and tensor.recipe.moves_grid else None
+    recipe = tensor.wanted
+    weightings = weigh(tensor) if weigh and tensor.changes and recipe.moves_grid else None
     for first, n_rows in runs:
         matrix, row = divmod(first, n_out)
         factor, weighting = b[matrix, row : row + n_rows], weightings[matrix] if weightings else None
-        yield Chunk(tensor, first, len(factor), matrix, a[matrix], factor, weighting)
+        yield Changed(tensor, first, len(factor), recipe, matrix, a[matrix], factor, weighting)
 
 
 def _runs(tensor: TensorPlan, n_rows: int) -> Iterator[tuple[int, int]]:
@@ -86,11 +104,10 @@ def _cut_copied(tensor: TensorPlan) -> Iterator[Chunk]:
         yield Chunk(tensor, first, min(n_rows, tensor.source.n_rows - first))
 
 
-def _cut_new(tensor: TensorPlan, n_weights: int) -> Iterator[Chunk]:
-    n_rows = max(1, n_weights // tensor.source.n_cols)
-    for first in range(0, len(tensor.new_rows), n_rows):
-        new = np.ascontiguousarray(tensor.new_rows[first : first + n_rows], np.float32)
-        yield Chunk(tensor, tensor.source.n_rows + first, len(new), new=new)
+def _cut_new(tensor: TensorPlan, new_rows: np.ndarray, n_rows: int) -> Iterator[New]:
+    for first in range(0, len(new_rows), n_rows):
+        rows = np.ascontiguousarray(new_rows[first : first + n_rows], np.float32)
+        yield New(tensor, tensor.source.n_rows + first, len(rows), rows)
 
 
 def stack(pairs: Sequence[LoraPair], n_matrices: int, n_out: int, n_in: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,13 +118,13 @@ def stack(pairs: Sequence[LoraPair], n_matrices: int, n_out: int, n_in: int) -> 
     return np.concatenate([none_a, *a], axis=1), np.concatenate([none_b, *b], axis=2)
 
 
-def update_of(chunk: Chunk, blocks: np.ndarray) -> np.ndarray:
+def update_of(chunk: Changed, blocks: np.ndarray) -> np.ndarray:
     """Return what is added to the rows ``blocks`` (uint8, as stored): f32 (rows, cols), memory that is used again."""
     tensor = chunk.tensor
     delta = scratch("delta", (chunk.n_rows, tensor.source.n_cols))
     low_rank(chunk.b, chunk.a, delta)
     if tensor.updates:
-        weights = tensor.recipe.source.decoded(blocks)
+        weights = chunk.recipe.source.decoded(blocks)
         for update, scale in tensor.updates:
             delta += np.float32(scale) * update.change(chunk.first, weights)
     return delta

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from lora_gguf.files.base import Base, evenly
-from lora_gguf.merging.chunks import CHUNK_WEIGHTS, COPY_BYTES, WORKING_BYTES, Chunk, Weigh, chunks_of, cut, n_cores
+from lora_gguf.merging.chunks import CHUNK_WEIGHTS, COPY_BYTES, WORKING_BYTES, Changed, Weigh, chunks_of, cut, n_cores
 from lora_gguf.merging.retention import Retention, kind_of
 from lora_gguf.merging.steps import has_steps, step_rms
 from lora_gguf.merging.tensor import TensorPlan
@@ -50,7 +50,7 @@ def expected(
     n_rows, n_places = rows_each(tensors), N_PLACES if near else 1
     found: dict[str, Retention] = {}
 
-    def work(chunk: Chunk) -> np.ndarray:
+    def work(chunk: Changed) -> np.ndarray:
         return merged(chunk, base.reader_of(chunk.tensor.source.name))[1]
 
     chunks = (chunk for tensor in tensors for chunk in some_chunks(tensor, n_rows, n_places, weigh))
@@ -68,7 +68,7 @@ def rows_each(tensors: Sequence[TensorPlan]) -> int:
     return min(max(SAMPLE_WEIGHTS // max(n_cols, 1), MIN_ROWS), MAX_ROWS)
 
 
-def some_chunks(tensor: TensorPlan, n_rows: int, n_places: int, weigh: Weigh | None = None) -> Iterable[Chunk]:
+def some_chunks(tensor: TensorPlan, n_rows: int, n_places: int, weigh: Weigh | None = None) -> Iterable[Changed]:
     """Return about ``n_rows`` rows of a tensor as chunks, evenly spaced over those that change and over its experts."""
     n_out = (1, *tensor.source.shape)[-2]
     rows = changing_rows(tensor)
@@ -94,7 +94,7 @@ def step_of(base: Base, tensor: TensorPlan, near: bool = True) -> float | None:
     """The rms distance between two values that the tensor's type can tell apart, from the sampled rows; None where the
     type has no such steps.
     """
-    info, quant = tensor.source, tensor.recipe.source
+    info, quant = tensor.source, tensor.wanted.source
     if not has_steps(quant):
         return None
     chunks = some_chunks(tensor, MIN_ROWS, N_PLACES if near else 1)
@@ -116,7 +116,7 @@ def expected_seconds(
 
     The disk's speed in writing is not in it.
     """
-    rates: dict[tuple, float] = {}
+    rates: dict[tuple[object, ...], float] = {}
     total = 0.0
     for tensor in tensors:
         key = recipe_key(tensor)
@@ -126,7 +126,7 @@ def expected_seconds(
     return STARTUP_SECONDS + total / min(threads or n_cores(), n_cores())
 
 
-def recipe_key(tensor: TensorPlan) -> tuple:
+def recipe_key(tensor: TensorPlan) -> tuple[object, ...]:
     """What the speed of a tensor's chunks depends on."""
     if tensor.recipe is None:
         return ()
@@ -149,11 +149,11 @@ def seconds_a_byte(base: Base, tensor: TensorPlan, weigh: Weigh | None = None) -
         n_bytes = min(tensor.source.n_bytes, COPY_BYTES)
         buffer = np.empty(n_bytes, np.uint8)
         return timed(lambda: reader.read_into(tensor.source, 0, buffer)) / max(n_bytes, 1)
-    chunk = next(cut([tensor], weigh))
+    chunk = next(chunk for chunk in cut([tensor], weigh) if isinstance(chunk, Changed))
     return timed(lambda: merged(chunk, reader)) / max(chunk.n_bytes, 1)
 
 
-def timed(call: Callable) -> float:
+def timed(call: Callable[[], object]) -> float:
     """Seconds that ``call`` takes, the better of two runs after a first."""
     found = []
     for _ in range(3):

@@ -45,7 +45,7 @@ def _feed(digest: hashlib._Hash, value: Any) -> None:
     elif isinstance(value, np.ndarray):
         array = np.ascontiguousarray(value, np.float32 if value.dtype.kind == "f" else np.int64)
         digest.update(repr((array.dtype.str, array.shape)).encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
     elif isinstance(value, (list, tuple)):
         digest.update(b"(%d" % len(value))
         for item in value:

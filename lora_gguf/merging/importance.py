@@ -52,7 +52,8 @@ def weigher(base: Base, imatrix: Imatrix | None) -> Weigh:
 
 def weighting_of(codec: Codec, importance: np.ndarray) -> Weighting:
     """Return the weighting of columns of ``importance`` f32 (cols,) on the grid of a type."""
-    return weighting(importance, codec.type.block_size, codec.grid.group, len(codec.scales_at))
+    group = codec.grid.group if codec.grid else codec.type.block_size
+    return weighting(importance, codec.type.block_size, group, len(codec.scales_at))
 
 
 def importance_of(base: Base, name: str, imatrix: Imatrix | None, energies: dict[str, np.ndarray]) -> np.ndarray:
@@ -71,17 +72,18 @@ def importance_of(base: Base, name: str, imatrix: Imatrix | None, energies: dict
 def guessed(base: Base, name: str, energies: dict[str, np.ndarray]) -> np.ndarray:
     """The guess for one tensor, (cols,)."""
     match = _NAME.fullmatch(name)
-    telling = [name]
+    telling: list[str] = []
     if match and match[2] in _RESIDUAL:
         candidates = [[f"blk.{match[1]}.{kind}.weight" for kind in kinds] for kinds in _TELLING]
-        telling = [next((n for n in group if _fits(base, n, name)), None) for group in candidates]
-        telling = [n for n in telling if n] or [name]
-    energy = 1.0
+        found = (next((n for n in group if _fits(base, n, name)), None) for group in candidates)
+        telling = [n for n in found if n]
+    telling = telling or [name]
+    energy = np.ones(base.tensors[name].n_cols)
     for tensor in telling:
         if tensor not in energies:
             energies[tensor] = column_energy(base, base.tensors[tensor])
         energy = energy * energies[tensor] ** (1 / len(telling))
-    return energy ** (POWER * 2 if len(telling) > 1 else POWER)
+    return np.power(energy, POWER * 2 if len(telling) > 1 else POWER)
 
 
 def super_columns(base: Base, name: str, energies: dict[str, np.ndarray]) -> np.ndarray | float:

@@ -85,7 +85,7 @@ def modelfile(base: Base, file_name: str, mmproj: str | None = None) -> str:
     if strange := [name for name in files if not name.isprintable()]:
         raise UsageError(f"{printable(strange[0])}: a Modelfile cannot hold this name: name another output")
     family = family_of(str(base.get(CHAT_TEMPLATE) or ""))
-    stops = dict.fromkeys(filter(None, [*special_tokens(base), family and family.stop]))
+    stops = dict.fromkeys([*special_tokens(base), *([family.stop] if family and family.stop else ())])
     lines = [*(f"FROM ./{name}" for name in files), "", *_template(base, family), ""]
     lines += [f'PARAMETER stop "{stop}"' for stop in stops if _quotable(stop)]
     return "\n".join([*lines, *_context(base), *_sampling(base)]) + "\n"
@@ -132,7 +132,7 @@ def _sampling(base: Base) -> list[str]:
 
 def _is_a(kind: type, value: object) -> bool:
     """Whether a value of the metadata is a finite number of this kind; a flag is none."""
-    return type(value) in (kind, int) and math.isfinite(value)
+    return isinstance(value, int | float) and type(value) in (kind, int) and math.isfinite(value)
 
 
 def _number(value: float) -> str:

@@ -23,7 +23,7 @@ _STEM = re.compile(
 )
 
 
-def output_path(out: str | os.PathLike, base: Base, plan: Plan, adapters: Iterable[str]) -> Path:
+def output_path(out: str | os.PathLike[str], base: Base, plan: Plan, adapters: Iterable[str]) -> Path:
     """``out``, or where that is a folder the file in it that the convention names."""
     return Path(out) / merged_name(base, plan, adapters) if os.path.isdir(out) else Path(out)
 
@@ -53,9 +53,11 @@ def _version(base: Base) -> object:
     return base.get("general.version") or (None if base.get("general.basename") else _stem(base)["version"])
 
 
-def _stem(base: Base) -> re.Match:
+def _stem(base: Base) -> dict[str, str | None]:
     split = split_name(base.path.name)
-    return _STEM.fullmatch(split[0] if split else base.path.name.removesuffix(".gguf"))
+    stem = split[0] if split else base.path.name.removesuffix(".gguf")
+    found = _STEM.fullmatch(stem)
+    return found.groupdict() if found else {"name": stem, "version": None}
 
 
 def _clean(part: object) -> str:

@@ -14,7 +14,7 @@ from lora_gguf.adapters.updates import Update
 from lora_gguf.errors import MismatchError, NumericError, UnsupportedError, UsageError
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
-from lora_gguf.mapping.placement import Placement
+from lora_gguf.mapping.accounts import Placement
 from lora_gguf.merging.growth import grown
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.tensor import TensorPlan

@@ -82,7 +82,7 @@ class Retention:
         """
         return float(np.sqrt(self.sums[1] / self.steps2)) if self.steps2 > 0 else float("nan")
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, float | None]:
         """Plain data; None for what was not measured."""
         measures = ("kept", "changed", "delta_rms", "delta_norm", "delta_per_step", "noise")
         return {"weights": self.n_weights} | {

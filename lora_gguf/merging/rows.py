@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_gguf.merging.chunks import Chunk, update_of
+from lora_gguf.merging.chunks import Changed, update_of
 from lora_gguf.merging.importance import weighting_of
 from lora_gguf.merging.refit import NO_GRID, MovingGrid
 from lora_gguf.merging.rounding import round_bf16, round_codes, round_f16, round_levels, tally_rows
 from lora_gguf.merging.scratch import copied, scratch
 from lora_gguf.merging.tensor import SPREADS, Recipe
-from lora_gguf.quants.codec import Codec
+from lora_gguf.quants.codec import Codec, Grid, Half
 
 FAINT = 0.3  # rms of a row's update in steps of another type below which rounding to nearest may erase it
 OUTSIDE = 0.02  # share of a block's weights beyond its range from which on it gets a new grid
 HALVES = {"F16": round_f16, "BF16": round_bf16}
 
 
-def merge_rows(chunk: Chunk, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def merge_rows(chunk: Changed, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return a chunk's rows with their update added, as stored, and their sums (4,) for ``Retention``.
 
     ``blocks`` uint8 (rows, row_bytes) are the rows in the base; their memory may be reused. The same bytes come out
@@ -40,12 +40,12 @@ def merge_rows(chunk: Chunk, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return result, sums
 
 
-def decide(chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+def decide(chunk: Changed) -> tuple[np.ndarray, np.ndarray]:
     """Return which rows keep their grid, and which get a fresh one: bool (rows,) twice. The others keep their bytes.
 
     A new type asks for a fresh grid, and so do rows that an adapter replaces and roundings that know no grid.
     """
-    recipe = chunk.tensor.recipe
+    recipe = chunk.recipe
     if recipe.source is not recipe.target:
         return np.zeros(chunk.n_rows, bool), np.ones(chunk.n_rows, bool)
     changed, replaced = chunk.b.any(axis=1), np.zeros(chunk.n_rows, bool)
@@ -57,103 +57,77 @@ def decide(chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
     return kept, changed & ~kept
 
 
-def move(chunk: Chunk, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def move(chunk: Changed, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows ``blocks`` (changed in place) with ``delta`` added on the grid that they lie on, and their sums."""
-    codec, sums = chunk.tensor.recipe.source, np.zeros(4)
+    codec, sums = chunk.recipe.source, np.zeros(4)
     if codec.half:
-        move_halves(chunk, blocks.view(np.uint16), delta, sums)
-    elif codec.grid.levels is not None:
-        move_levels(chunk, blocks, delta, sums)
-    else:
-        move_codes(chunk, blocks, delta, sums)
+        move_halves(chunk, codec.half, blocks.view(np.uint16), delta, sums)
+    elif codec.grid:
+        move_codes(chunk, codec.grid, blocks, delta, sums)
     return blocks, sums
 
 
-def move_halves(chunk: Chunk, halves: np.ndarray, delta: np.ndarray, sums: np.ndarray) -> None:
+def move_halves(chunk: Changed, half: Half, halves: np.ndarray, delta: np.ndarray, sums: np.ndarray) -> None:
     """Round 16-bit floats in place; ``auto`` dithers the rows whose update is smaller than what the type can tell apart,
     and rounds the others to nearest.
     """
-    recipe = chunk.tensor.recipe
+    recipe = chunk.recipe
     round_halves, spreads = HALVES[recipe.source.type.name], np.full(len(delta), SPREADS[recipe.rounding])
     if recipe.rounding == "auto":
         weights = recipe.source.decoded(halves.view(np.uint8))
-        unit = np.float32(2.0 ** -(recipe.source.half.bits + 1))
+        unit = np.float32(2.0 ** -(half.bits + 1))
         spreads[np.square(delta).mean(axis=1) > np.square(weights * unit).mean(axis=1)] = 0.0
     for i in range(len(delta)):
         round_halves(halves[i : i + 1], delta[i : i + 1], spreads[i], recipe.key, chunk.first + i, sums)
 
 
-def move_levels(chunk: Chunk, blocks: np.ndarray, delta: np.ndarray, sums: np.ndarray) -> None:
-    """Round the codes of a codebook in place."""
-    recipe, grid = chunk.tensor.recipe, chunk.tensor.recipe.source.grid
-    codes, steps = unpacked(recipe.source, blocks, delta.shape)
-    moving, spread = moving_grid(chunk, blocks, steps), np.float32(SPREADS[recipe.rounding])
-    round_levels(codes, steps, delta, grid.levels, grid.code_min, spread, recipe.key, chunk.first, sums, moving)
+def move_codes(chunk: Changed, grid: Grid, blocks: np.ndarray, delta: np.ndarray, sums: np.ndarray) -> None:
+    """Round codes in place. A block that many weights leave gets a fresh grid after all."""
+    codec, before = chunk.recipe.source, copied(blocks) if chunk.recipe.moves_grid else blocks
+    codes, steps = scratch("codes", delta.shape, np.int8), scratch("steps", (len(delta), delta.shape[1] // grid.group))
+    grid.unpack(blocks, codes, steps)
+    moving = moving_grid(chunk, grid, blocks, steps)
+    outside = np.zeros((len(delta), delta.shape[1] // codec.type.block_size), np.float32)
+    if grid.levels is None:
+        round_on(grid, chunk, codes, steps, delta, sums, (moving, outside))
+    else:
+        spread, key = np.float32(SPREADS[chunk.recipe.rounding]), chunk.recipe.key
+        round_levels(codes, steps, delta, grid.levels, grid.code_min, spread, key, chunk.first, sums, moving)
     grid.pack(codes, blocks)
-
-
-def move_codes(chunk: Chunk, blocks: np.ndarray, delta: np.ndarray, sums: np.ndarray) -> None:
-    """Round evenly spaced codes in place. A block that many weights leave gets a fresh grid after all."""
-    recipe, grid = chunk.tensor.recipe, chunk.tensor.recipe.source.grid
-    codes, steps = unpacked(recipe.source, blocks, delta.shape)
-    before = copied(blocks) if recipe.moves_grid else blocks
-    outside = np.zeros((len(delta), delta.shape[1] // recipe.source.type.block_size), np.float32)
-    round_codes(
-        codes,
-        np.float32(grid.zero),
-        steps,
-        delta,
-        np.float32(grid.code_min),
-        np.float32(grid.code_max),
-        np.float32(SPREADS[recipe.rounding]),
-        recipe.key,
-        chunk.first,
-        sums,
-        moving_grid(chunk, blocks, steps),
-        outside,
-    )
-    grid.pack(codes, blocks)
-    left = outside > OUTSIDE * recipe.source.type.block_size
+    left = outside > OUTSIDE * codec.type.block_size
     if left.any():
         renew_blocks(chunk, blocks, before, delta, left)
-        sums[:3] = tallied(recipe.source, before, blocks, delta)[:3]
+        sums[:3] = tallied(codec, before, blocks, delta)[:3]
 
 
-def unpacked(codec: Codec, blocks: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the codes int8 ``shape`` and the steps f32 (rows, groups) of ``blocks``, in memory that is used again."""
-    codes, steps = scratch("codes", shape, np.int8), scratch("steps", (shape[0], shape[1] // codec.grid.group))
-    codec.grid.unpack(blocks, codes, steps)
-    return codes, steps
-
-
-def moving_grid(chunk: Chunk, blocks: np.ndarray, steps: np.ndarray) -> MovingGrid:
+def moving_grid(chunk: Changed, grid: Grid, blocks: np.ndarray, steps: np.ndarray) -> MovingGrid:
     """Return what ``refit_row`` moves: the grid of ``blocks``, or nothing where it stays."""
-    recipe = chunk.tensor.recipe
+    recipe = chunk.recipe
     if not recipe.moves_grid:
         return NO_GRID
     codec, lows = recipe.source, scratch("lows", steps.shape)
-    if codec.grid.lows:
-        codec.grid.lows(blocks, lows)
+    if grid.lows:
+        grid.lows(blocks, lows)
     else:
         lows[...] = 0
-    weighed = chunk.weighting or weighting_of(codec, np.ones(steps.shape[1] * codec.grid.group, np.float32))
+    weighed = chunk.weighting or weighting_of(codec, np.ones(steps.shape[1] * grid.group, np.float32))
     d_at, m_at = (*codec.scales_at, -1)[:2]
     return MovingGrid(
         blocks, lows, weighed.importance, weighed.heights, weighed.blocks, codec.type.block_bytes, d_at, m_at
     )
 
 
-def renew(chunk: Chunk, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def renew(chunk: Changed, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows with ``delta`` added on the grid that the target type's own quantizer finds, and their sums."""
-    recipe = chunk.tensor.recipe
+    recipe = chunk.recipe
     wanted = recipe.source.decoded(blocks) + delta
     renewed = recipe.target.encoded(wanted, recipe.importance_of(chunk.matrix))
-    if is_promoted(recipe):
-        dither_faint(chunk, renewed, wanted, delta)
+    if is_promoted(recipe) and recipe.target.grid:
+        dither_faint(chunk, recipe.target.grid, renewed, wanted, delta)
     return renewed, tallied(recipe.source, blocks, renewed, delta, recipe.target)
 
 
-def renew_blocks(chunk: Chunk, blocks: np.ndarray, before: np.ndarray, delta: np.ndarray, chosen: np.ndarray) -> None:
+def renew_blocks(chunk: Changed, blocks: np.ndarray, before: np.ndarray, delta: np.ndarray, chosen: np.ndarray) -> None:
     """Give the blocks ``chosen`` bool (rows, blocks) of the rows ``blocks`` a fresh grid, in place."""
     rows = np.flatnonzero(chosen.any(axis=1))
     fresh, _ = renew(chunk, before[rows], delta[rows])
@@ -162,7 +136,9 @@ def renew_blocks(chunk: Chunk, blocks: np.ndarray, before: np.ndarray, delta: np
     blocks[rows] = merged.reshape(len(rows), -1)
 
 
-def tallied(source: Codec, before: np.ndarray, after: np.ndarray, delta: np.ndarray, target: Codec | None = None):
+def tallied(
+    source: Codec, before: np.ndarray, after: np.ndarray, delta: np.ndarray, target: Codec | None = None
+) -> np.ndarray:
     """Return the sums (4,) of rows that were stored as ``before`` and are as ``after``, of type ``target`` if another."""
     sums = np.zeros(4)
     tally_rows(source.decoded(before), (target or source).decoded(after), delta, sums)
@@ -175,30 +151,31 @@ def is_promoted(recipe: Recipe) -> bool:
     return coded and recipe.target.type.name == "Q8_0" and recipe.rounding in ("auto", "dither")
 
 
-def dither_faint(chunk: Chunk, renewed: np.ndarray, wanted: np.ndarray, delta: np.ndarray) -> None:
+def dither_faint(chunk: Changed, grid: Grid, renewed: np.ndarray, wanted: np.ndarray, delta: np.ndarray) -> None:
     """Round by chance, in place, the rows whose update the steps of ``renewed`` are too coarse for."""
-    recipe, grid = chunk.tensor.recipe, chunk.tensor.recipe.target.grid
     codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), delta.shape[1] // grid.group), np.float32)
     grid.unpack(renewed, codes, steps)
     step2 = np.einsum("ij,ij->i", steps, steps) / steps.shape[1]
     faint = np.einsum("ij,ij->i", delta, delta) / delta.shape[1] < FAINT * FAINT * step2
     if not faint.any():
         return
-    left = wanted - recipe.target.decoded(renewed)
+    left = wanted - chunk.recipe.target.decoded(renewed)
     left[~faint] = 0
-    limits = np.float32(grid.code_min), np.float32(grid.code_max)
-    none = np.empty((0, 0), np.float32)
-    round_codes(
-        codes,
-        np.float32(grid.zero),
-        steps,
-        left,
-        *limits,
-        np.float32(1),
-        recipe.key,
-        chunk.first,
-        np.zeros(4),
-        NO_GRID,
-        none,
-    )
+    round_on(grid, chunk, codes, steps, left, np.zeros(4), (NO_GRID, np.empty((0, 0), np.float32)))
     grid.pack(codes, renewed)
+
+
+def round_on(
+    grid: Grid,
+    chunk: Changed,
+    codes: np.ndarray,
+    steps: np.ndarray,
+    delta: np.ndarray,
+    sums: np.ndarray,
+    moving: tuple[MovingGrid, np.ndarray],
+) -> None:
+    """Round evenly spaced ``codes`` in place; ``moving`` is a grid that moves first, and what counts who leaves it."""
+    zero, least, most, spread = map(
+        np.float32, (grid.zero, grid.code_min, grid.code_max, SPREADS[chunk.recipe.rounding])
+    )
+    round_codes(codes, zero, steps, delta, least, most, spread, chunk.recipe.key, chunk.first, sums, *moving)

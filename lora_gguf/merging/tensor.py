@@ -65,6 +65,13 @@ class TensorPlan:
     recipe: Recipe | None = None
 
     @property
+    def wanted(self) -> Recipe:
+        """The recipe of a tensor that is rewritten."""
+        if self.recipe is None:
+            raise ValueError(f"{self.target.name} is copied")
+        return self.recipe
+
+    @property
     def changes(self) -> bool:
         """Whether the adapter changes weights that the base has."""
         return bool(self.pairs or self.updates)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from lora_gguf.errors import UnsupportedError, UsageError
 from lora_gguf.files.base import Base
+from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.rounding import tensor_key
 from lora_gguf.merging.tensor import Recipe, TensorPlan
@@ -19,7 +20,7 @@ CODED = "Q6_K"  # for a tensor whose weights are not coded one by one (IQ1 to IQ
 
 def with_types(base: Base, tensors: Sequence[TensorPlan], policy: Policy) -> list[TensorPlan]:
     """Return the tensors with the types and recipes that ``policy`` gives them."""
-    types = _mix_types(base, tensors, policy) if policy.mix else {}
+    types = _mix_types(base, tensors, policy.mix, policy.imatrix) if policy.mix else {}
     return [with_recipe(tensor, policy, types.get(tensor.target.name)) for tensor in tensors]
 
 
@@ -56,23 +57,23 @@ def adapted_type(tensor: TensorPlan, policy: Policy) -> GgmlType:
     return fallback_type(BY_NAME[CODED], info.n_cols)
 
 
-def _mix_types(base: Base, tensors: Sequence[TensorPlan], policy: Policy) -> dict[str, GgmlType]:
+def _mix_types(base: Base, tensors: Sequence[TensorPlan], mix: str, imatrix: Imatrix | None) -> dict[str, GgmlType]:
     if quantized := [info.name for info in base.tensors.values() if info.type.block_size > 1]:
         raise UnsupportedError(
             f"{base.label}: {quantized[0]} is quantized already: --quantize wants an F16, BF16 or F32 base; "
             "use --type to change the type of the adapted tensors"
         )
     targets = [tensor.target for tensor in tensors]
-    types = mix_types(policy.mix, model_of(base), targets, has_imatrix=bool(policy.imatrix))
+    types = mix_types(mix, model_of(base), targets, has_imatrix=bool(imatrix))
     unmeasured = [
         target.name
         for target in targets
-        if requires_importance(policy.mix, target.name, types.get(target.name, target.type))
-        and (policy.imatrix is None or policy.imatrix.of(target) is None)
+        if requires_importance(mix, target.name, types.get(target.name, target.type))
+        and (imatrix is None or imatrix.of(target) is None)
     ]
     if unmeasured:
         raise UsageError(
-            f"--quantize {policy.mix}: too few bits without an importance matrix: name one with --imatrix",
+            f"--quantize {mix}: too few bits without an importance matrix: name one with --imatrix",
             details=unmeasured,
         )
     return types

@@ -12,7 +12,7 @@ import numpy as np
 from lora_gguf.errors import NumericError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter
-from lora_gguf.merging.chunks import Chunk, n_cores
+from lora_gguf.merging.chunks import Changed, Chunk, New, n_cores
 from lora_gguf.merging.rows import merge_rows
 from lora_gguf.merging.scratch import scratch
 from lora_gguf.merging.tensor import NO_IMPORTANCE
@@ -20,32 +20,34 @@ from lora_gguf.quants.table import CODECS
 
 AHEAD = 4  # chunks a thread that are in work or done before their results are taken
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def merge_chunk(chunk: Chunk, reader: GgufReader, writer: GgufWriter) -> np.ndarray | None:
     """Read a chunk, merge it, write it; the sums of its rows (4,), None where it was copied or is new."""
-    info, target, sums = chunk.tensor.source, writer.tensors[chunk.tensor.target.name], None
-    if chunk.new is None and chunk.tensor.recipe is None:
+    target, sums = writer.tensors[chunk.tensor.target.name], None
+    if isinstance(chunk, Changed):
+        blocks, sums = merged(chunk, reader)
+    elif isinstance(chunk, New):
+        blocks = encoded(chunk)
+    else:
+        info = chunk.tensor.source
         writer.copy(target, reader, info, chunk.first * info.row_bytes, chunk.n_bytes)
         return None
-    if chunk.new is None:
-        blocks, sums = merged(chunk, reader)
-    else:
-        blocks = encoded(chunk)
     writer.write(target, chunk.first * target.row_bytes, blocks)
     return sums
 
 
-def merged(chunk: Chunk, reader: GgufReader) -> tuple[np.ndarray, np.ndarray]:
+def merged(chunk: Changed, reader: GgufReader) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of a chunk as merged, uint8 (rows, row_bytes), and their sums (4,).
 
     Raises ``NumericError`` where a scale of the base is broken, or the result is not finite.
     """
-    info, codec = chunk.tensor.source, chunk.tensor.recipe.source
+    info = chunk.tensor.source
     blocks = scratch("blocks", (chunk.n_rows, info.row_bytes), np.uint8)
     reader.read_into(info, chunk.first * info.row_bytes, blocks)
-    broken = codec.broken(blocks.reshape(-1, info.type.block_bytes))
+    broken = chunk.recipe.source.broken(blocks.reshape(-1, info.type.block_bytes))
     if broken.any():
         row = chunk.first + int(broken.argmax()) // (len(broken) // chunk.n_rows)
         raise NumericError(f"{reader.label}: {info.name}: row {row}: a scale is NaN or infinity: the base is damaged")
@@ -59,11 +61,11 @@ def merged(chunk: Chunk, reader: GgufReader) -> tuple[np.ndarray, np.ndarray]:
     return blocks, sums
 
 
-def encoded(chunk: Chunk) -> np.ndarray:
+def encoded(chunk: New) -> np.ndarray:
     """Return the new rows of a chunk as stored in the tensor's type: uint8 (rows, row_bytes)."""
     recipe = chunk.tensor.recipe
     importance = recipe.importance_of(0) if recipe else NO_IMPORTANCE
-    return CODECS[chunk.tensor.target.type.name].encoded(chunk.new, importance)
+    return CODECS[chunk.tensor.target.type.name].encoded(chunk.rows, importance)
 
 
 def in_threads(
