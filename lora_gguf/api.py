@@ -160,7 +160,8 @@ def convert(
     """Write ``adapter`` as an adapter GGUF to ``out``, for llama.cpp's --lora; return what became of each of its
     tensors.
 
-    The layout is that of ``base``, or of the ``config.json`` in ``base_config``. ``outtype`` is f32 (exact), f16, bf16
+    The layout is that of ``base``, or of the ``config.json`` in ``base_config``, or without either of that of the model
+    that the adapter names, from the Hub. ``outtype`` is f32 (exact), f16, bf16
     or q8_0. What is not low rank is refused (``UnsupportedError``), or approximated at ``rank``. Raises
     ``MismatchError`` where the adapter does not fit the base.
     """
@@ -172,6 +173,8 @@ def convert(
     files = by_file(downloads or progress)
     [(folder, _)] = fetch_adapters([named], files)
     model = None if base is None else fetch_model(base, files)
+    if model is None and base_config is None:
+        reading = replace(reading, base_config=base_models.base_config_of(folder, files))
     from lora_gguf.commands.convert import convert as work
 
     return work(folder, output, model, reading, progress)

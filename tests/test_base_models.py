@@ -11,7 +11,8 @@ from lora_gguf.api import convert
 from lora_gguf.errors import FileError, HubError, MalformedError, UsageError
 from lora_gguf.hub.base_models import base_model_of
 from lora_gguf.hub.downloads import find_model
-from tests.common import DEMO_ADAPTER, smollm2_path
+from tests.common import DEMO_ADAPTER, FIXTURES, smollm2_path
+from tests.hub_faults import answer
 from tests.test_cli import run
 from tests.test_quantizations import quantized
 
@@ -139,3 +140,53 @@ def test_a_hub_that_cannot_be_asked_is_said_at_once(hub, capsys):
     (Path("here") / "adapter_config.json").write_bytes(config(BASE))
     code, _, err = run(capsys, "fetch", "here", "--base")
     assert code == HubError.exit_code and not hub.requests("GET /api/models/") and err.count("\n") == 1
+
+
+def adapter_of(folder, name, base):
+    """The tiny model's adapter as one of the model ``base``."""
+    source = FIXTURES / "tiny" / name / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes((source / "adapter_model.safetensors").read_bytes())
+    stated = json.loads((source / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(stated))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "falcon-h1"])
+def test_convert_without_a_base_asks_the_hub_for_its_config(hub, tmp_path, name):
+    said = (FIXTURES / "tiny" / name / "config.json").read_bytes()
+    hub.repos[BASE] = {"config.json": said, "model.safetensors": bytes(100_000)}
+    adapter = adapter_of(tmp_path / "a", name, BASE)
+    convert(adapter, tmp_path / "asked.gguf")
+    convert(adapter, tmp_path / "given.gguf", base_config=FIXTURES / "tiny" / name)
+    assert (tmp_path / "asked.gguf").read_bytes() == (tmp_path / "given.gguf").read_bytes()
+    assert hub.requests("config.json") and not hub.requests("safetensors")
+
+
+def test_convert_without_a_base_takes_its_config_from_a_folder(hub, tmp_path):
+    convert(adapter_of(tmp_path / "a", "llama", str(FIXTURES / "tiny" / "llama")), tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").is_file()
+
+
+@pytest.mark.parametrize(
+    ("base", "error"),
+    [("lab/Missing", HubError), ("lab/NoConfig", HubError), ("/home/me/model", UsageError), ("", UsageError)],
+)
+def test_convert_without_a_base_says_what_to_give(hub, tmp_path, base, error):
+    hub.repos["lab/NoConfig"] = {"model.safetensors": b"x"}
+    with pytest.raises(error, match="give --base BASE.gguf or --base-config DIR"):
+        convert(adapter_of(tmp_path / "a", "llama", base), tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_gated_base_and_no_network_say_what_to_give(hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    hub.repos[BASE] = {"config.json": (FIXTURES / "tiny" / "llama" / "config.json").read_bytes()}
+    hub.fault(r"/resolve/", answer(403, "GatedRepo"), 9)
+    adapter = adapter_of(tmp_path / "a", "llama", BASE)
+    with pytest.raises(HubError, match="give --base BASE.gguf or --base-config DIR"):
+        convert(adapter, tmp_path / "out.gguf")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="give --base BASE.gguf or --base-config DIR"):
+        convert(adapter, tmp_path / "out.gguf")

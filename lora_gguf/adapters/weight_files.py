@@ -32,14 +32,14 @@ def weights_among(names: Collection[str]) -> tuple[str, ...]:
     """
     if known := next((name for name in WEIGHTS if name in names), None):
         return (known,)
-    others = sorted(name for name in names if OTHERS.fullmatch(name))
-    plain = [name for name in others if not OTHERS.fullmatch(name)["step"]]
+    steps = {name: match["step"] for name in sorted(names) if (match := OTHERS.fullmatch(name))}
+    plain = [name for name, step in steps.items() if step is None]
     if len(plain) == 1:
         return (plain[0],)
     if len(plain) > 1:
         raise FileError(f"several files could be the adapter: name one of {', '.join(plain)}")
-    if others:  # mlx's checkpoints: the last
-        return (max(others, key=lambda name: int(OTHERS.fullmatch(name)["step"])),)
+    if steps:  # mlx's checkpoints: the last
+        return (max(steps, key=lambda name: int(steps[name])),)
     return shards_among(names)
 
 

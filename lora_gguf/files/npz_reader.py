@@ -9,6 +9,7 @@ import io
 import math
 import os
 import zipfile
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class _View(io.RawIOBase):
         self.position = max(0, start + offset)
         return self.position
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         n = max(0, min(len(buffer), self.file.size - self.position))
         if n:
             self.file.read_into(self.position, memoryview(buffer)[:n])

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_gguf.adapters.adapter_config import read_json
-from lora_gguf.errors import MalformedError, UsageError, printable
+from lora_gguf.errors import HubError, MalformedError, UsageError, printable
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.output import copy_file
 from lora_gguf.hub.downloads import CONFIG, copy_to
 from lora_gguf.hub.quantizations import Quantization, choose, fetch_quantization, find_quantizations
-from lora_gguf.hub.references import adapter_reference, local_path
+from lora_gguf.hub.references import REPO_ID, adapter_reference, local_path
 from lora_gguf.hub.repository import download, open_repo
 from lora_gguf.progress import FileProgress
 
 ADDRESS = "https://huggingface.co/"
+MODEL_CONFIG = "config.json"
+OR_BASE = "--base BASE.gguf or --base-config DIR"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,32 @@ def base_model_of(source: str | os.PathLike, subfolder: str | None = None) -> st
             f"{printable(path)}: it does not say what model it was trained on: find the base's GGUF by its name"
         )
     return stated
+
+
+def base_config_of(adapter: Path, progress: FileProgress | None = None) -> Path:
+    """Return the ``config.json`` of the model that ``adapter``, a folder or a file in it, was trained on: kilobytes, from the Hub or
+    where the adapter says that the model lies.
+
+    Raises ``UsageError`` where the adapter does not say, ``HubError`` where the Hub cannot be asked; both say what to
+    give instead.
+    """
+    stated = read_json((adapter.parent if adapter.is_file() else adapter) / CONFIG).get("base_model_name_or_path")
+    if not stated or not isinstance(stated, str):
+        raise UsageError(f"the layout depends on the base, which the adapter does not name: give {OR_BASE}")
+    local = Path(stated) / MODEL_CONFIG
+    if local.is_file():
+        return local
+    if not re.fullmatch(REPO_ID, stated, re.ASCII):
+        raise UsageError(
+            f"the layout depends on the base, {printable(stated, 80)}, which is not here nor on the Hub: give {OR_BASE}"
+        )
+    try:
+        repo = open_repo(stated)
+        if MODEL_CONFIG not in repo.files:
+            raise HubError(f"{repo.id}: no {MODEL_CONFIG}, which tells the layout")
+        return download(repo, MODEL_CONFIG, progress)
+    except HubError as error:
+        raise HubError(f"{error}; or give {OR_BASE}", error.details) from error
 
 
 def _stated_by_gguf(path: Path) -> str:
