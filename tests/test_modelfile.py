@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import time
 
 import pytest
 
@@ -79,10 +80,11 @@ def test_of_a_real_chat_model():
     with Base(smollm2_path()) as base:
         text, jinja = modelfile(base, "a b.gguf"), base.get(CHAT_TEMPLATE)
     template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
-    assert text.startswith("FROM ./a b.gguf\n") and "SYSTEM" not in text
+    assert text.startswith("FROM ./a b.gguf\n")
     assert generating(template, System=SYSTEM, Prompt=ASKED) == by_llama_cpp(jinja, ("system", SYSTEM), ("user", ASKED))
     assert [line for line in text.splitlines() if "PARAMETER" in line] == [
         'PARAMETER stop "<|im_end|>"',
+        'PARAMETER stop "<|im_start|>"',
         "PARAMETER num_ctx 8192",
     ]
 
@@ -154,7 +156,9 @@ def test_the_command_writes_it_beside_the_merged_file(tmp_path, capsys):
     out = tmp_path / "out.v1.gguf"
     code, _, err = run(capsys, "merge", base, adapter, "-o", out, "--modelfile")
     path = tmp_path / "out.v1.Modelfile"
-    assert code == 0 and path.read_text().startswith("FROM ./out.v1.gguf\n") and f"ollama create NAME -f {path}" in err
+    assert (
+        code == 0 and path.read_text().startswith("FROM ./out.v1.gguf\n") and f"ollama create out.v1 -f {path}" in err
+    )
     out.unlink()
     path.write_text("mine")
     code, _, err = run(capsys, "merge", base, adapter, "-o", out, "--modelfile")
@@ -170,3 +174,42 @@ def test_shards_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UsageError, match="Ollama takes one file"):
         merge(base, [(adapter, 1.0)], tmp_path / "out.gguf", Policy("nearest"), max_bytes=1 << 20, modelfile=True)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_the_default_system_prompt_is_what_the_template_writes():
+    with Base(smollm2_path()) as base:
+        written, jinja = lines(base), base.get(CHAT_TEMPLATE)
+    prompt = by_transformers_way(jinja).partition("<|im_end|>")[0].removeprefix("<|im_start|>system\n")
+    assert f'SYSTEM """{prompt}"""' in written and prompt.startswith("You are a helpful AI assistant named SmolLM")
+    assert {'PARAMETER stop "<|im_start|>"', 'PARAMETER stop "<|im_end|>"'} <= set(written)
+
+
+def by_transformers_way(jinja: str) -> str:
+    """What a template writes for one message, in the environment that transformers gives it."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(jinja).render(messages=[{"role": "user", "content": ASKED}])
+
+
+@pytest.mark.parametrize(
+    ("jinja", "system"),
+    [
+        ("{% set s = 'You are set.' %}{{ '<|im_start|>system\n' + s + '<|im_end|>\n' }}", "You are set."),
+        ("{{ '<|im_start|>system\n' }}{{ 'You are in parts.' }}{{ '<|im_end|>\n' }}", "You are in parts."),
+        ("{{ '<|im_start|>system\nOn ' + strftime_now('%d') + '<|im_end|>\n' }}", None),
+        ("", None),
+        ("{{ raise_exception('no') }}", None),
+        ("{{ 'unclosed", None),
+        ("{{ '<|im_start|>system\n' + '\"\"\"' + '<|im_end|>\n' }}", None),
+        ("{{ '<|im_start|>system\n' + 'a' * 1000000000 + '<|im_end|>\n' }}", None),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", None),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", None),
+    ],
+)
+def test_a_template_of_any_kind(jinja, system):
+    users = "{% for m in messages %}<|im_start|>user\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    start = time.monotonic()
+    written = lines(WithKeys(**{CHAT_TEMPLATE: jinja + users}))
+    assert time.monotonic() - start < 3
+    assert [line for line in written if line.startswith("SYSTEM")] == ([f'SYSTEM """{system}"""'] if system else [])

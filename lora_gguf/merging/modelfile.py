@@ -1,9 +1,10 @@
 """An Ollama Modelfile for a GGUF: where the model lies, its chat template in Go's notation, where it stops.
 
 Format: https://docs.ollama.com/modelfile. Ollama writes chats with templates in Go's notation. Where a Modelfile has
-none, it compares the GGUF's Jinja template with those that it knows, letter by letter, and passes prompts on bare where
-none is near. So a template is written here for the families whose turns all look the same; for others a comment says
-what to do.
+none, it compares the GGUF's Jinja template with those that it knows. Where none is near, Ollama up to 0.32 passes
+prompts on bare; from 0.33 on it renders the GGUF's own, which it does whatever TEMPLATE says where that has tools or
+thinking. So a template is written here for the families whose turns all look the same; for others a comment says what
+to do.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from lora_gguf.errors import UsageError, printable
 from lora_gguf.files.base import Base
+from lora_gguf.merging.chat import DATES, MARK, default_system
 
 MAX_CONTEXT = 8192  # tokens; a larger context costs memory, so only its owner can say
 CHAT_TEMPLATE = "tokenizer.chat_template"
@@ -32,17 +34,23 @@ SAMPLING = {
 @dataclass(frozen=True)
 class Family:
     """A format of chats: ``turn`` with its role and text, and what ends it. ``marks`` are in the Jinja template of
-    each.
+    each; a model that writes one of ``more_stops`` has begun a turn that is not its own.
     """
 
     marks: tuple[str, ...]
     turn: str
     assistant: str = "assistant"
     system_in_user: bool = False
+    more_stops: tuple[str, ...] = ()
 
     @property
     def stop(self) -> str:
         return self.turn.partition("{text}")[2].strip()
+
+    def default_system(self, jinja: str) -> str | None:
+        """Return the system prompt that the Jinja template of a model writes where a conversation has none."""
+        before, _, after = self._turn("system", MARK).partition(MARK)
+        return None if self.system_in_user else default_system(jinja, before.rstrip("\n"), after.strip())
 
     def go_template(self) -> str:
         """One exchange with Ollama's variables; it repeats it for each of a conversation."""
@@ -59,15 +67,26 @@ class Family:
 
 # the first family whose marks are all there is taken
 FAMILIES = {
-    "Phi-4": Family(("<|im_start|>", "<|im_sep|>"), "<|im_start|>{role}<|im_sep|>{text}<|im_end|>"),
-    "ChatML": Family(("<|im_start|>", "<|im_end|>"), "<|im_start|>{role}\n{text}<|im_end|>\n"),
+    "Phi-4": Family(
+        ("<|im_start|>", "<|im_sep|>"),
+        "<|im_start|>{role}<|im_sep|>{text}<|im_end|>",
+        more_stops=("<|im_start|>", "<|im_sep|>"),
+    ),
+    "ChatML": Family(
+        ("<|im_start|>", "<|im_end|>"), "<|im_start|>{role}\n{text}<|im_end|>\n", more_stops=("<|im_start|>",)
+    ),
     "Llama 3": Family(
         ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>",
+        more_stops=("<|start_header_id|>", "<|end_header_id|>"),
     ),
     "Gemma": Family(("<start_of_turn>",), "<start_of_turn>{role}\n{text}<end_of_turn>\n", "model", system_in_user=True),
     "Granite": Family(("<|start_of_role|>",), "<|start_of_role|>{role}<|end_of_role|>{text}<|end_of_text|>\n"),
-    "Phi-3": Family(("<|user|>", "<|end|>", "<|assistant|>"), "<|{role}|>\n{text}<|end|>\n"),
+    "Phi-3": Family(
+        ("<|user|>", "<|end|>", "<|assistant|>"),
+        "<|{role}|>\n{text}<|end|>\n",
+        more_stops=("<|user|>", "<|assistant|>"),
+    ),
 }
 _NO_TEMPLATE = "# The base has no chat template: it continues text. Give it one with TEMPLATE if it was tuned to chat."
 _UNKNOWN = """# The base's chat template is of no family that is known here, so TEMPLATE is left to Ollama, which knows some more.
@@ -85,7 +104,7 @@ def modelfile(base: Base, file_name: str, mmproj: str | None = None) -> str:
     if strange := [name for name in files if not name.isprintable()]:
         raise UsageError(f"{printable(strange[0])}: a Modelfile cannot hold this name: name another output")
     family = family_of(str(base.get(CHAT_TEMPLATE) or ""))
-    stops = dict.fromkeys([*special_tokens(base), *([family.stop] if family and family.stop else ())])
+    stops = dict.fromkeys([*special_tokens(base), *(filter(None, [family.stop, *family.more_stops]) if family else ())])
     lines = [*(f"FROM ./{name}" for name in files), "", *_template(base, family), ""]
     lines += [f'PARAMETER stop "{stop}"' for stop in stops if _quotable(stop)]
     return "\n".join([*lines, *_context(base), *_sampling(base)]) + "\n"
@@ -110,7 +129,19 @@ def _template(base: Base, family: Family | None) -> list[str]:
     name = next(name for name, known in FAMILIES.items() if known is family)
     more = [word for word in ("tools", "think") if re.search(rf"\b{word}|<{word}", str(jinja))]
     without = f", without its part for {' and '.join(more)}" if more else ""
-    return [f"# The base's chat template ({name}) in Go's notation{without}.", f'TEMPLATE """{family.go_template()}"""']
+    return [
+        f"# The base's chat template ({name}) in Go's notation{without}.",
+        f'TEMPLATE """{family.go_template()}"""',
+        *_system(family, str(jinja)),
+    ]
+
+
+def _system(family: Family, jinja: str) -> list[str]:
+    """Return the template's own system prompt, which Ollama would not know of."""
+    if any(word in jinja for word in DATES) and not family.system_in_user:
+        return ["# Its system prompt has today's date in it, so none is written here."]
+    text = family.default_system(jinja)
+    return [] if text is None else [f'SYSTEM """{text}"""']
 
 
 def _context(base: Base) -> list[str]:
