@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         MalformedError,
         MismatchError,
         NumericError,
+        UnprovedError,
         UnsupportedError,
         UsageError,
     )
@@ -45,7 +46,7 @@ _HOMES = {
     "lora_gguf.commands.verify": ("VerifyReport",),
     "lora_gguf.errors": (
         "FileError", "HubError", "IntegrityError", "LoraGgufError", "MalformedError", "MismatchError", "NumericError",
-        "UnsupportedError", "UsageError",
+        "UnprovedError", "UnsupportedError", "UsageError",
     ),
     "lora_gguf.checks.inspection": ("AdapterInspection", "Inspection", "ModelInspection"),
     "lora_gguf.hub.base_models": ("Bases",),

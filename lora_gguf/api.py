@@ -31,7 +31,7 @@ from lora_gguf.hub import base_models
 from lora_gguf.hub.base_models import Bases, bases_of
 from lora_gguf.hub.downloads import fetch_adapter, fetch_adapters, fetch_model
 from lora_gguf.hub.references import Adapters, Name, scaled_names
-from lora_gguf.mapping.reading import Reading
+from lora_gguf.mapping.reading import AsFound, Reading
 from lora_gguf.merging.options import Policy, Resources, Writing, parse_growth
 from lora_gguf.progress import Progress, by_file
 
@@ -248,6 +248,7 @@ def verify(
     base: Name,
     adapters: Adapters,
     *,
+    tied: str | None = None,
     allow_unused: str | None = None,
     expert_b_layout: str | None = None,
     expert_a_axis: str | None = None,
@@ -258,15 +259,17 @@ def verify(
     progress: Progress | None = None,
     downloads: Progress | None = None,
 ) -> VerifyReport:
-    """Tell whether ``merged`` holds ``base`` plus ``adapters`` within rounding: ``report.ok``, else
-    ``report.findings`` with the causes.
+    """Tell whether ``merged`` holds ``base`` plus ``adapters`` within rounding: ``report.verdict`` is right, wrong, with
+    the causes in ``report.findings``, or unproved, with what is ``report.missing``.
 
+    ``tied`` None is what the merged file shows.
     Raises ``MismatchError`` where the adapters do not fit the base at all.
     """
     check_path("merged", merged, MODEL)
     check_path("base", base, MODEL)
     named = scaled_names(adapters)
-    reading = Reading("separate", allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of)
+    as_read = Reading if tied else AsFound
+    reading = as_read(tied or "separate", allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of)
     resources = Resources(threads)
     measured = Policy(imatrix=_importance(imatrix)).imatrix
     files = by_file(downloads or progress)

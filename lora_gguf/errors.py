@@ -8,7 +8,8 @@
     ├── NumericError         6   NaN, infinity, overflow, or too little of the adapter kept
     ├── FileError            7   reading or writing failed, no space, output exists
     ├── HubError             8   the Hub or the network
-    └── IntegrityError       9   a hash or a size differs; an input changed under us
+    ├── IntegrityError       9   a hash or a size differs; an input changed under us
+    └── UnprovedError       10   a merged file can neither be proved right nor wrong
 
 SIGINT ends with 130, SIGHUP with 129, SIGTERM with 143.
 """
@@ -66,6 +67,10 @@ class HubError(LoraGgufError):
 
 class IntegrityError(LoraGgufError):
     exit_code = 9
+
+
+class UnprovedError(LoraGgufError):
+    exit_code = 10
 
 
 def not_installed(what: str, package: str, purpose: str) -> UnsupportedError:

@@ -2,10 +2,13 @@
 
 Each weight that was wanted, base + update, lies between two neighbours on the merged block's own grid, ``low`` and
 ``high``, a gap apart. Dithering takes ``high`` with probability (wanted - low) / gap: the expectation is what was
-wanted, the variance (wanted - low) * (high - wanted). Rounding to nearest, as a fresh quantization does, takes the
-closer one, and ``--rounding auto`` does this in the blocks where dithering would add more noise. So for each of the
-three the share of the update that must have been kept is known, for dithering with a variance; Bernstein's inequality
-turns that into a bound which chance exceeds once in 10**9, however few weights moved.
+wanted, the variance (wanted - low) * (high - wanted). Rounding to nearest takes the closer one, and a fresh quantization
+does so on a grid of its own. So for each of the three the share of the update that must have been kept is known, for
+dithering with a variance; Bernstein's inequality turns that into a bound which chance exceeds once in 10**9, however few
+weights moved.
+
+A merged grid is not believed: what it may be is told by the base's own grid and by that which the type's quantizer finds
+for base + update. A step wider than twice both of them counts as that, and the errors are tested against theirs.
 """
 
 from __future__ import annotations
@@ -15,51 +18,37 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lora_gguf.checks.neighbours import free_range, neighbours, same_grid
+from lora_gguf.checks.neighbours import brackets, farthest, own_steps
+from lora_gguf.checks.routes import rounded
 from lora_gguf.kernels.decorators import kernel
 from lora_gguf.merging.scratch import scratch
 from lora_gguf.quants.codec import Codec
 
-# the sums of a comparison, in the order that ``compare`` writes them; the last one is a maximum
+# the sums of a comparison, in the order that ``compare`` writes them; the others are added row by row, the last two are
+# maxima
 (
-    PROJECTION, UPDATE2, ACHIEVED2, DITHERED, NEAREST, AUTO, VARIANCE, EXPECTED_NOISE2, EXPECTED_FAR, FAR,
-    EXPECTED_COARSE, COARSE, DOUBTFUL, BEYOND, BEYOND_FINE, BEFORE2, BEFORE_ACHIEVED, PEAK,
+    PROJECTION, UPDATE2, ACHIEVED2, DITHERED, NEAREST, VARIANCE, EXPECTED_NOISE2, EXPECTED_FAR, FAR,
+    DOUBTFUL, BEYOND, BEFORE2, BEFORE_ACHIEVED, FRESH, NOISE2, ALLOWED_NOISE2, PEAK, PEAK_NOISE2,
 ) = range(18)  # fmt: skip
-N_SUMS, ROWS = PEAK + 1, 9
+N_SUMS, N_KERNEL, ROWS = PEAK_NOISE2 + 1, BEFORE_ACHIEVED + 1, 9
+MAXIMA = slice(PEAK, PEAK_NOISE2 + 1)
 # in steps: near the middle of two neighbours; at the farther one; beyond both
 NEAR, FARTHER, EDGE = np.float32(0.48), np.float32(0.52), np.float32(1.05)
-TWELFTH, TINY = np.float32(1 / 12), np.float32(1e-38)
+TINY = np.float32(1e-38)
 LOG_ODDS = math.log(2e9)  # of a bound that chance exceeds once in 10**9
 ALLOWED = 0.01  # share of the update that f32 sums in another order, or a rounding to nearest here and there, may cost
+WIDER = np.float32(2)  # than what base + update need, times which a step counts
+NOISIER = 2.0  # than a grid's own noise, times which a search for another kind of error may be
+FAINT = 0.5  # of the update kept, below which it is not in the file
 
-UNITS = {"F16": 2.0**-11, "BF16": 2.0**-8}
 LOOSE_TYPES, LOOSE_SHARE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1"), 2e-3  # measured: at most 1.3e-3, on heavy-tailed weights
 FEW = 0.3  # of the weights that dithering rounds to the farther value: rounding to nearest none, half an update half
 
 
 @kernel
-def _excess(before, delta, low, high, excess):
-    """By how much, in steps squared, dithering's variance is above a new grid's, a twelfth; all (cols,)."""
-    for j in range(len(excess)):
-        gap = high[j] - low[j]
-        up = min(max(before[j] + delta[j] - low[j], np.float32(0)), gap)
-        excess[j] = up * (gap - up) - gap * gap * TWELFTH
-
-
-@kernel
-def _mark(excess, block, rough):
-    """Set ``rough`` (cols,) to 1 in the blocks whose ``excess`` is positive, else to 0."""
-    for start in range(0, len(excess), block):
-        a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        for j in range(start, start + block, 4):
-            a, b, c, d = a + excess[j], b + excess[j + 1], c + excess[j + 2], d + excess[j + 3]
-        rough[start : start + block] = np.float32(a + b + c + d > 0)
-
-
-@kernel
 def _add_moves(w):
-    """Add what 64 weights achieved; ``w`` f32 (ROWS + N_SUMS, 64) holds before, after, delta, low, gap and rough, room
-    for three more, then one row a sum. All is in one array and each loop short: so the compiler vectorises."""
+    """Add what 64 weights achieved; ``w`` f32 (ROWS + N_KERNEL + 1, 64) holds before, after, delta, low and gap, room for
+    four more, then one row a sum, and the peak. All is in one array and each loop short: so the compiler vectorises."""
     for k in range(64):
         w[ROWS + PROJECTION, k] += w[2, k] * (w[1, k] - w[0, k])
         w[ROWS + UPDATE2, k] += w[2, k] * w[2, k]
@@ -82,12 +71,8 @@ def _add_chances(w):
         w[ROWS + DITHERED, k] += w[2, k] * (w[3, k] + w[6, k] - w[0, k])
         w[ROWS + NEAREST, k] += w[2, k] * (w[3, k] + w[7, k] - w[0, k])
     for k in range(64):
-        w[ROWS + AUTO, k] += w[2, k] * (w[3, k] + w[6, k] - w[0, k] + w[5, k] * (w[7, k] - w[6, k]))
-    for k in range(64):
         closer = min(w[6, k], w[4, k] - w[6, k])
-        chance = (closer if closer < NEAR * w[4, k] else np.float32(0)) / max(w[4, k], TINY)
-        w[ROWS + EXPECTED_FAR, k] += chance
-        w[ROWS + EXPECTED_COARSE, k] += chance * w[5, k]
+        w[ROWS + EXPECTED_FAR, k] += (closer if closer < NEAR * w[4, k] else np.float32(0)) / max(w[4, k], TINY)
 
 
 @kernel
@@ -98,81 +83,105 @@ def _add_errors(w):
         w[7, k] = (error if w[4, k] > 0 else np.float32(0)) / max(w[4, k], TINY)
         w[8, k] = abs(w[2, k]) * w[4, k]
     for k in range(64):
-        far = np.float32(w[7, k] > FARTHER)
-        w[ROWS + FAR, k] += far
-        w[ROWS + COARSE, k] += far * w[5, k]
-    for k in range(64):
-        beyond = np.float32(w[7, k] > EDGE)
-        w[ROWS + BEYOND, k] += beyond
-        w[ROWS + BEYOND_FINE, k] += beyond * (np.float32(1) - w[5, k])
+        w[ROWS + FAR, k] += np.float32(w[7, k] > FARTHER)
+        w[ROWS + BEYOND, k] += np.float32(w[7, k] > EDGE)
     for k in range(64):
         w[ROWS + DOUBTFUL, k] += w[8, k] * w[8, k] * np.float32(w[7, k] > NEAR)
-        w[ROWS + PEAK, k] = max(w[ROWS + PEAK, k], w[8, k])
+        w[ROWS + N_KERNEL, k] = max(w[ROWS + N_KERNEL, k], w[8, k])
 
 
 @kernel
-def compare(before, after, delta, low, high, coarse, block, sums):
-    """Add what became of the update ``delta`` (all f32, (rows, cols)) to ``sums`` f64 (N_SUMS,).
-
-    Blocks of ``block`` weights may be ones that ``--rounding auto`` rounds to nearest; where ``block`` is 0, those are
-    the rows that ``coarse`` uint8 (rows,) marks.
-    """
+def compare(before, after, delta, low, high, sums):
+    """Write what became of each row's update ``delta`` (all f32, (rows, cols)) to ``sums`` f64 (rows, N_SUMS): the first
+    ``N_KERNEL`` and the peak."""
     n_rows, n_cols = before.shape
-    work = np.empty((ROWS + N_SUMS, 64), np.float32)
-    excess, rough = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
+    work = np.empty((ROWS + N_KERNEL + 1, 64), np.float32)
     for i in range(n_rows):
-        rough[:] = np.float32(coarse[i])
-        if block:
-            _excess(before[i], delta[i], low[i], high[i], excess)
-            _mark(excess, block, rough)
         work[:] = np.float32(0)
         for start in range(0, n_cols, 64):
             n = min(64, n_cols - start)
             if n < 64:
-                work[:6] = np.float32(0)
+                work[:5] = np.float32(0)
             for k in range(n):
                 work[0, k], work[1, k], work[2, k] = before[i, start + k], after[i, start + k], delta[i, start + k]
             for k in range(n):
                 work[3, k], work[4, k] = low[i, start + k], high[i, start + k] - low[i, start + k]
-                work[5, k] = rough[start + k]
             _add_moves(work)
             _add_chances(work)
             _add_errors(work)
-        for s in range(PEAK):
+        for s in range(N_KERNEL):
             for k in range(64):
-                sums[s] += work[ROWS + s, k]
-        sums[PEAK] = max(sums[PEAK], work[ROWS + PEAK].max())
+                sums[i, s] += work[ROWS + s, k]
+        sums[i, PEAK] = work[ROWS + N_KERNEL].max()
 
 
-def coarse_rows(type_name: str, before: np.ndarray, delta: np.ndarray) -> np.ndarray:
-    """The rows, uint8 (rows,), of F16 and BF16 that move by whole units: ``--rounding auto`` rounds them to nearest."""
-    unit = np.float32(UNITS[type_name])
-    with np.errstate(over="ignore", invalid="ignore"):
-        return (np.square(delta).mean(1) > np.square(before * unit).mean(1)).astype(np.uint8)
-
-
-def bound(variance: float, peak: float) -> float:
+def bound(variance, peak):
     """What a sum of independent errors with this variance, none above ``peak``, exceeds once in 10**9 (Bernstein)."""
     tail = LOG_ODDS / 3 * peak
-    return tail + math.sqrt(tail * tail + 2 * LOG_ODDS * variance)
+    return tail + np.sqrt(tail * tail + 2 * LOG_ODDS * variance)
+
+
+def added(sums: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Sums of rows, f64 (..., N_SUMS), as those of all of them: the last two are maxima."""
+    whole = sums.sum(axis)
+    whole[..., MAXIMA] = sums[..., MAXIMA].max(axis, initial=0)
+    return whole
+
+
+def off_share(sums: np.ndarray, *, mixed: bool = False) -> np.ndarray:
+    """Which rows of ``sums`` hold a share of the update that no way of rounding leaves: bool. ``mixed``: some of their
+    weights may have been rounded in one way, and some in another.
+    """
+    slack = bound(sums[..., VARIANCE], sums[..., PEAK])
+    unsure = np.where(sums[..., DOUBTFUL] > 0, bound(sums[..., DOUBTFUL], sums[..., PEAK]), 0.0)
+    errors = np.stack([slack, unsure, slack]) + ALLOWED * sums[..., UPDATE2]
+    ways = np.stack([sums[..., DITHERED], sums[..., NEAREST], sums[..., FRESH]])
+    found, low, high = sums[..., PROJECTION], ways - errors, ways + errors
+    if mixed:
+        low, high = low.min(0, keepdims=True), high.max(0, keepdims=True)
+    return (sums[..., UPDATE2] > 0) & ~((found >= low) & (found <= high)).any(0)
+
+
+def too_noisy(sums: np.ndarray) -> np.ndarray:
+    """Which rows of ``sums`` are farther from base + update than rounding on any sensible grid takes them: bool."""
+    peak = sums[..., PEAK_NOISE2]
+    allowed = NOISIER * sums[..., ALLOWED_NOISE2] + bound(sums[..., ALLOWED_NOISE2] * peak, peak)
+    return sums[..., NOISE2] > allowed
+
+
+def erased(sums: np.ndarray) -> np.ndarray:
+    """Which rows of ``sums`` surely hold less than half of the update that dithering leaves: bool."""
+    slack = bound(sums[..., VARIANCE], sums[..., PEAK]) + ALLOWED * sums[..., UPDATE2]
+    return (sums[..., UPDATE2] > 0) & (sums[..., PROJECTION] + slack < FAINT * sums[..., DITHERED])
 
 
 @dataclass
 class Comparison:
-    """The sums of some rows. ``gridded`` says that their type has a grid; ``loose`` that blocks got another grid, of a
-    type whose quantizer, given an importance matrix, does not round to the nearest of it."""
+    """The sums of some rows, f64 (N_SUMS,). ``gridded`` says that their type has a grid; ``loose`` that blocks got
+    another grid, of a type whose quantizer, given an importance matrix, does not round to the nearest of it; ``half``
+    that they are floats."""
 
     n_weights: int = 0
     sums: np.ndarray = field(default_factory=lambda: np.zeros(N_SUMS))
     gridded: bool = True
     loose: bool = False
+    half: bool = False
 
     def __add__(self, other: Comparison) -> Comparison:
-        sums = self.sums + other.sums
-        sums[PEAK] = max(self.sums[PEAK], other.sums[PEAK])
         return Comparison(
-            self.n_weights + other.n_weights, sums, self.gridded and other.gridded, self.loose or other.loose
+            self.n_weights + other.n_weights,
+            added(np.stack([self.sums, other.sums])),
+            self.gridded and other.gridded,
+            self.loose or other.loose,
+            self.half or other.half,
         )
+
+    @classmethod
+    def of_merge(cls, n_weights: int, merge_sums: np.ndarray) -> Comparison:
+        """What a merge itself counts, f64 (4,) as in ``Retention``: what rounding might have done is not known then."""
+        sums = np.full(N_SUMS, np.nan)
+        sums[[PROJECTION, UPDATE2, ACHIEVED2]] = merge_sums[:3]
+        return cls(n_weights, sums)
 
     def _share(self, which: int) -> float:
         return float(self.sums[which] / self.sums[UPDATE2]) if self.sums[UPDATE2] > 0 else 1.0
@@ -193,6 +202,11 @@ class Comparison:
         return self._share(NEAREST)
 
     @property
+    def fresh(self) -> float:
+        """What the type's own quantizer keeps on a new grid."""
+        return self._share(FRESH)
+
+    @property
     def standard_error(self) -> float:
         """Of ``kept``, if the rounding was dithered."""
         return math.sqrt(self.sums[VARIANCE]) / self.sums[UPDATE2] if self.sums[UPDATE2] > 0 else 0.0
@@ -200,11 +214,8 @@ class Comparison:
     @property
     def slack(self) -> float:
         """How far ``kept`` may be from ``dithered`` by chance."""
-        return (
-            bound(self.sums[VARIANCE], self.sums[PEAK]) / self.sums[UPDATE2] + ALLOWED
-            if self.sums[UPDATE2] > 0
-            else 0.0
-        )
+        error = float(bound(self.sums[VARIANCE], self.sums[PEAK]))
+        return error / self.sums[UPDATE2] + ALLOWED if self.sums[UPDATE2] > 0 else 0.0
 
     @property
     def delta_norm(self) -> float:
@@ -249,52 +260,102 @@ class Comparison:
     @property
     def unmoved(self) -> bool:
         """Whether no weight moved where chance would have moved one, but once in 10**9."""
-        return self.sums[ACHIEVED2] == 0 and self.sums[EXPECTED_FAR] > LOG_ODDS
+        return bool(self.sums[ACHIEVED2] == 0 and self.sums[EXPECTED_FAR] > LOG_ODDS)
 
     @property
     def is_dithered(self) -> bool:
         """Whether ``kept`` is what dithering gives."""
         if self.sums[UPDATE2] == 0:
-            return self.sums[ACHIEVED2] == 0
+            return bool(self.sums[ACHIEVED2] == 0)
         return abs(self.kept - self.dithered) <= self.slack and not self.unmoved
 
     @property
-    def is_auto(self) -> bool:
-        """Whether ``kept`` is what ``--rounding auto`` gives, which rounds some blocks to nearest."""
-        few = self.sums[COARSE] <= FEW * self.sums[EXPECTED_COARSE]
-        return few and abs(self.kept - self._share(AUTO)) <= self.slack and not self.unmoved
+    def tells_dither(self) -> bool:
+        """Whether more of the update is there than any rounding to nearest leaves: chance put it there."""
+        return self.gridded and self.kept - self.slack > max(self.nearest, self.fresh) and self.is_dithered
 
     @property
     def is_nearest(self) -> bool:
         """Whether the weights are those that rounding base + update to nearest gives, on the merged blocks' grids."""
         if not self.gridded or self.sums[UPDATE2] == 0 or self.sums[FAR] > FEW * self.sums[EXPECTED_FAR]:
             return False
-        slack = bound(self.sums[DOUBTFUL], self.sums[PEAK]) / self.sums[UPDATE2] if self.sums[DOUBTFUL] else 0.0
-        return abs(self.kept - self.nearest) <= slack + ALLOWED
+        slack = float(bound(self.sums[DOUBTFUL], self.sums[PEAK])) if self.sums[DOUBTFUL] else 0.0
+        return abs(self.kept - self.nearest) <= slack / self.sums[UPDATE2] + ALLOWED
+
+    @property
+    def is_erased(self) -> bool:
+        """Whether the update is surely not there."""
+        return bool(erased(self.sums)) or self.unmoved
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether some factor times the update is there, within rounding."""
+        left = self.sums[ACHIEVED2] - self.kept * self.sums[PROJECTION]
+        return bool(left <= NOISIER * self.sums[ALLOWED_NOISE2])
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no way of rounding leaves this share of the update. Of a float, rows may be rounded differently."""
+        return bool(off_share(self.sums, mixed=self.half))
 
     @property
     def is_damaged(self) -> bool:
         """Whether weights are where no rounding of base + update puts them, though most are right."""
-        if not self.gridded:
-            return False
-        fine = self.sums[BEYOND_FINE] > 0 and not (self.loose and self.is_nearest)
-        return bool(fine or self.beyond > (LOOSE_SHARE if self.loose else 0.0))
+        return bool(too_noisy(self.sums)) or self.beyond > (LOOSE_SHARE if self.loose else 0.0)
 
 
-def compare_rows(source: Codec, target: Codec, stored_before, stored_after, delta: np.ndarray) -> Comparison:
-    """Compare rows as stored, uint8 (rows, row_bytes), of types ``source`` in the base and ``target`` in the merge."""
-    before, after = scratch("before", delta.shape), scratch("after", delta.shape)
-    source.decode(stored_before, before)
-    target.decode(stored_after, after)
-    found = neighbours(target, stored_after, before, after, delta)
-    low, high = found or free_range(before + delta, after)
-    loose = target.type.name in LOOSE_TYPES and not (
-        source is target and same_grid(target, stored_before, stored_after, delta.shape)
-    )
-    result = Comparison(delta.size, gridded=found is not None, loose=loose)
-    block = target.type.block_size if target.grid else 0
-    coarse = (
-        coarse_rows(target.type.name, before, delta) if target.type.name in UNITS else np.zeros(len(delta), np.uint8)
-    )
-    compare(before, after, delta, low, high, coarse, block, result.sums)
-    return result
+@dataclass
+class Compared:
+    """What a comparison of some rows found: their sums, f64 (rows, N_SUMS), and of what kind they are."""
+
+    rows: np.ndarray
+    n_cols: int
+    gridded: bool
+    loose: bool
+    half: bool
+
+    @property
+    def whole(self) -> Comparison:
+        return Comparison(len(self.rows) * self.n_cols, added(self.rows), self.gridded, self.loose, self.half)
+
+    def cells(self, n_rows: int) -> np.ndarray:
+        """The sums of each ``n_rows`` rows."""
+        padding = -len(self.rows) % n_rows
+        padded = np.concatenate([self.rows, np.zeros((padding, N_SUMS))])
+        return added(padded.reshape(-1, n_rows, N_SUMS), 1)
+
+
+def compare_rows(
+    quants: tuple[Codec, Codec], stored: tuple[np.ndarray, np.ndarray], delta: np.ndarray, fresh: np.ndarray
+) -> Compared:
+    """Compare rows as ``stored``, uint8 (rows, row_bytes), of the types ``quants``, in the base and in the merge.
+
+    ``fresh`` are base + delta as the merge's type's own quantizer stores them.
+    """
+    source, target = quants
+    before, after, anew = (scratch(name, delta.shape) for name in ("before", "after", "anew"))
+    source.decode(stored[0], before)
+    target.decode(stored[1], after)
+    target.decode(fresh, anew)
+    wanted = before + delta
+    steps = own_steps(quants, stored[0], fresh, before, delta)
+    found = brackets(target, stored[1], (before, after, delta), None if steps is None else WIDER * steps)
+    own_error, error = anew - wanted, after - wanted
+    low, high = found or (wanted - np.abs(own_error), wanted + np.abs(own_error))
+    rows = np.zeros((len(delta), N_SUMS))
+    compare(before, after, delta, low, high, rows)
+    if target.type.block_size == 1 or found is None:
+        rows[:, [FAR, BEYOND]] = 0
+    if target.type.block_size == 1:
+        own_error = rounded(wanted, "BF16") - wanted
+    rows[:, BEYOND] += (np.abs(error) > farthest(target, own_error, steps)).sum(1)
+    rows[:, FRESH] = np.einsum("ij,ij->i", delta, (own_error + delta).astype(np.float64))
+    rows[:, NOISE2] = np.square(error, dtype=np.float64).sum(1)
+    if steps is None:
+        own2, peak = np.square(own_error), 2 * np.abs(own_error)
+    else:
+        own2, peak = np.square(steps) / 12 + np.minimum(np.abs(delta), steps / 4) * steps, steps
+    rows[:, ALLOWED_NOISE2] = own2.sum(1, dtype=np.float64)
+    rows[:, PEAK_NOISE2] = np.square(peak.max(1, initial=0), dtype=np.float64)
+    loose = target.type.name in LOOSE_TYPES and source is not target
+    return Compared(rows, delta.shape[1], found is not None, loose, target.type.block_size == 1)

@@ -10,12 +10,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lora_gguf.checks.comparison import ALLOWED, BEYOND, LOG_ODDS, UPDATE2, Comparison
-from lora_gguf.checks.findings import Check, Finding, adapted_holds, is_requantized, rounded_to_nearest
-from lora_gguf.checks.reproduction import reproduced
+from lora_gguf.checks.findings import Check, Finding, nearest_only
 from lora_gguf.files.base import Base
-from lora_gguf.files.gguf_writer import raw_key_values
-from lora_gguf.files.imatrix import Imatrix
-from lora_gguf.mapping.placement import Placement
 from lora_gguf.merging.chunks import Changed, cut, update_of
 from lora_gguf.merging.plan import Plan
 from lora_gguf.merging.retention import kind_of
@@ -32,41 +28,44 @@ class Evidence:
 
     model: Base
     result: Base
-    placements: Sequence[tuple[Placement, float]]
     plan: Plan
     adapters: list[str]
     parts: list[Plan] = field(default_factory=list)
-    imatrix: Imatrix | None = None
 
 
-def causes(evidence: Evidence, checks: Sequence[Check]) -> list[Finding]:
-    """All that is wrong, the plainest explanation of each; also sets ``holds`` of each check."""
+def causes(evidence: Evidence, checks: Sequence[Check], others: Sequence[Finding]) -> list[Finding]:
+    """Return all that is wrong, the plainest explanation of each; ``holds`` of each check says which tensors are right.
+
+    ``others`` are what is wrong beside the tensors.
+    """
     adapted, untouched = [c for c in checks if c.touched], [c for c in checks if not c.touched]
-    nearest = rounded_to_nearest(adapted)
-    for check in adapted:
-        check.holds = adapted_holds(check, nearest)
-    for check in untouched:
-        check.holds = check.identical or is_requantized(check)
-    if not all(check.identical for check in adapted):
-        prove(evidence, [check for check in adapted if not check.holds])
     findings = shape_findings(evidence)
     if finding := other_base(evidence, adapted, untouched):
         return [finding, *findings]
-    findings += metadata_findings(evidence)
-    findings += [changed_finding(check) for check in untouched if not check.holds]
-    if all(check.identical for check in adapted) and any(check.comparison.sums[UPDATE2] > 0 for check in adapted):
+    findings += [*others, *(changed_finding(check) for check in untouched if not check.holds)]
+    if is_unmerged(evidence, adapted):
         return [not_merged(adapted), *findings]
-    broken = [check for check in adapted if not check.comparison.is_finite]
+    broken = [check for check in adapted if not check.holds and not check.comparison.is_finite]
     findings += [Finding("damaged", (check.name,), "numbers", "NaN or infinity") for check in broken]
-    return explain(evidence, [check for check in adapted if check not in broken], nearest) + findings
+    return explain(evidence, [check for check in adapted if check not in broken]) + findings
 
 
-def prove(evidence: Evidence, failing: Sequence[Check]) -> None:
-    """Of tensors that statistics cannot explain, let those hold that the same merge gives byte for byte."""
-    names = [check.name for check in failing if check.comparison.is_finite]
-    same = reproduced(evidence.model, evidence.result, evidence.placements, names, evidence.imatrix)
-    for check in failing:
-        check.holds = check.reproduced = check.name in same
+def is_unmerged(evidence: Evidence, adapted: Sequence[Check]) -> bool:
+    """Whether the adapted tensors are the base's, byte for byte, though the update asks for more: or the whole file."""
+    if not all(check.identical for check in adapted) or not any(
+        check.comparison.sums[UPDATE2] > 0 for check in adapted
+    ):
+        return False
+    return not all(check.holds for check in adapted) or is_base(evidence)
+
+
+def is_base(evidence: Evidence) -> bool:
+    """Whether the merged file has the base's own header."""
+    heads = [
+        [reader.source.read(0, min(reader.data_position, reader.size)) for reader in base.readers]
+        for base in (evidence.model, evidence.result)
+    ]
+    return heads[0] == heads[1]
 
 
 def shape_findings(evidence: Evidence) -> list[Finding]:
@@ -80,21 +79,6 @@ def shape_findings(evidence: Evidence) -> list[Finding]:
                 Finding("shape", (name,), str(expected.get(name, "no such tensor")), str(found.get(name, "none")))
             )
     return findings
-
-
-def metadata_findings(evidence: Evidence) -> list[Finding]:
-    """Keys of the architecture and the tokenizer that differ."""
-    model, result, grown = evidence.model, evidence.result, evidence.plan.key_values
-    keys = [key for key in model.kv if key.startswith((f"{model.architecture}.", "tokenizer.")) and key not in grown]
-    different = [key for key in (*keys, "general.architecture") if model.get(key) != result.get(key)]
-    stored = set(raw_key_values(result.readers[0], result.kv.keys() - grown.keys()))
-    wanted = [(key, "the base's ") for key in different] + [
-        (key, "the base's and the adapter's ") for key, raw in grown.items() if raw not in stored
-    ]
-    return [
-        Finding("metadata", (), f"{whose}{key}", "another value" if key in result.kv else "none")
-        for key, whose in wanted
-    ]
 
 
 def other_base(evidence: Evidence, adapted: Sequence[Check], untouched: Sequence[Check]) -> Finding | None:
@@ -132,10 +116,10 @@ def not_merged(adapted: Sequence[Check]) -> Finding:
     )
 
 
-def explain(evidence: Evidence, adapted: Sequence[Check], nearest: bool) -> list[Finding]:
+def explain(evidence: Evidence, adapted: Sequence[Check]) -> list[Finding]:
     """The causes of the adapted tensors that don't hold; of all of them together where one cause explains them."""
     failing = [check for check in adapted if not check.holds]
-    if not failing and (nearest or any(check.reproduced for check in adapted) or holds_as_a_whole(adapted)):
+    if not failing and (all(check.proved for check in adapted) or holds_as_a_whole(adapted)):
         return []
     findings, left = misplaced(evidence, failing)
     if left or not failing:
@@ -149,21 +133,25 @@ def explain(evidence: Evidence, adapted: Sequence[Check], nearest: bool) -> list
 def holds_as_a_whole(adapted: Sequence[Check]) -> bool:
     """Whether the tensors together, too small to tell each on its own, hold the update."""
     whole = sum((check.comparison for check in adapted), Comparison())
-    return not adapted or not whole.gridded or whole.is_dithered or whole.is_auto or whole.is_nearest
+    return not adapted or not whole.is_off
 
 
 def single_cause(check: Check) -> Finding:
     """The cause of one tensor that does not hold, by its sums alone."""
-    found = check.comparison
+    found, name = check.comparison, (check.name,)
     kept = f"kept {found.kept:.2f}"
     if check.identical:
-        return Finding("skipped", (check.name,), "the update in it", f"the base's bytes: {kept}")
-    if found.is_nearest and not found.is_dithered:
-        return Finding("rounded away", (check.name,), f"kept {found.dithered:.2f} as in the other tensors", kept)
-    if abs(found.kept - found.dithered) <= found.slack:
-        place = f"{found.sums[BEYOND]:.0f} weights more than a step away"
-        return Finding("damaged", (check.name,), "weights within a step of base + update", place)
-    return scale_finding((check.name,), found.kept / found.dithered, found.slack)
+        return Finding("skipped", name, "the update in it", f"the base's bytes: {kept}")
+    if check.base_type == check.type and nearest_only(check) and not found.is_damaged:
+        return Finding("rounded away", name, f"kept {found.dithered:.2f} as in the other tensors", kept)
+    if found.is_off and (found.is_scaled or not found.is_damaged):
+        return scale_finding(name, found.kept / found.dithered, found.slack)
+    if check.n_wrong:
+        return Finding("damaged", name, "the bytes that the merge gives", f"{check.n_wrong} bytes that differ")
+    if check.n_erased and not check.n_odd and not found.is_damaged:
+        return Finding("skipped", name, "the update in all its rows", "rows without it")
+    place = f"{found.sums[BEYOND]:.0f} weights more than a step away, {check.n_odd} slices of rows unlike it"
+    return Finding("damaged", name, "weights within a step of base + update", place)
 
 
 def scale_finding(names: tuple[str, ...], factor: float, error: float) -> Finding:

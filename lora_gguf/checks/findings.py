@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from lora_gguf.checks.comparison import Comparison
-from lora_gguf.errors import MismatchError
+from lora_gguf.checks.comparison import FAINT, LOG_ODDS, UPDATE2, VARIANCE, Comparison
+from lora_gguf.checks.remade import Remade
+from lora_gguf.errors import MismatchError, UnprovedError
 from lora_gguf.merging.retention import kind_of, layer_of
 
 CAUSES = {
@@ -31,9 +31,12 @@ CAUSES = {
 
 @dataclass
 class Check:
-    """One tensor: ``touched`` by an adapter or not; how many of its bytes differ from the base's; its comparison.
+    """One tensor: ``touched`` by an adapter or not; how many of its bytes differ from the base's; its comparison, and
+    that of each matrix (expert).
 
-    ``reproduced`` says that it holds because the same merge gives the same bytes. ``step`` is the rms step of its type.
+    ``proved`` says that its bytes are those that a merge gives: the same one made again, of whose bytes ``n_wrong``
+    differ, or another tool's, of whose blocks ``n_unexplained`` are none that it gives. ``n_odd`` slices of rows hold
+    what no rounding leaves, ``n_erased`` surely not the update. ``step`` is the rms step of its type.
     """
 
     name: str
@@ -42,24 +45,47 @@ class Check:
     touched: bool
     n_different: int = 0
     comparison: Comparison = field(default_factory=Comparison)
+    matrices: dict[int, Comparison] = field(default_factory=dict)
     holds: bool = True
-    reproduced: bool = False
-    step: float = float("nan")
+    proved: bool = False
+    n_wrong: int = 0
+    n_unexplained: int = 0
+    n_odd: int = 0
+    n_erased: int = 0
+    step: float = math.nan
 
     @property
     def identical(self) -> bool:
         return self.n_different == 0
 
+    @property
+    def is_faint(self) -> bool:
+        """Whether less than half of the update is there, by more than chance."""
+        found = self.comparison
+        if not self.touched or not found.sums[UPDATE2] > 0:
+            return False
+        measured = not math.isnan(found.sums[VARIANCE])
+        slack = 0.0 if measured else math.sqrt(2 * LOG_ODDS / found.n_weights) * found.noise
+        return found.kept + slack < FAINT
+
+    def add_made(self, made: Remade) -> None:
+        """Add a chunk that was made again, and what the merge itself counts of it."""
+        self.n_wrong += made.n_wrong
+        self.n_different += made.n_different
+        if made.sums is not None and self.touched:
+            self.comparison += Comparison.of_merge(made.n_weights, made.sums)
+
     def as_dict(self) -> dict:
+        """Return the check as plain data for JSON."""
         found = self.comparison
         return {
             "name": self.name, "layer": layer_of(self.name), "kind": kind_of(self.name),
-            "type": self.type, "base_type": self.base_type, "holds": self.holds, "weights": found.n_weights,
-            "kept": found.kept, "kept_expected": found.nearest if nearest_only(self) else found.dithered,
+            "type": self.type, "base_type": self.base_type, "holds": self.holds, "proved": self.proved,
+            "weights": found.n_weights, "kept": found.kept,
+            "kept_expected": found.nearest if nearest_only(self) else found.dithered,
             "standard_error": found.standard_error, "noise": found.noise, "noise_expected": found.expected_noise,
             "delta_norm": found.delta_norm, "delta_per_step": found.delta_rms / self.step if self.step > 0 else math.nan,
             "correlation": found.correlation, "beyond_a_step": found.beyond, "identical": self.identical,
-            "reproduced": self.reproduced,
         }  # fmt: skip
 
 
@@ -87,33 +113,31 @@ class Finding:
 
 
 def nearest_only(check: Check) -> bool:
+    """Whether the tensor holds what rounding to nearest leaves, and not what dithering does."""
     return check.comparison.is_nearest and not check.comparison.is_dithered
 
 
-def rounded_to_nearest(adapted: Sequence[Check]) -> bool:
-    """Whether the file was rounded to nearest, rather than dithered: what most tensors say that tell the two apart."""
-    found = [check.comparison for check in adapted]
-    votes = Counter(sums.is_nearest for sums in found if sums.is_nearest != sums.is_dithered)
-    return votes[True] > votes[False]
+def tells_dither(checks: Iterable[Check]) -> bool:
+    """Whether any tensor holds what only chance puts there: then the file was dithered, and no tensor may be less."""
+    return any(check.touched and check.comparison.tells_dither for check in checks)
 
 
-def adapted_holds(check: Check, nearest: bool) -> bool:
-    """Whether a tensor holds base + update within its type's rounding, in a file ``nearest`` or dithered as a whole."""
-    found = check.comparison
-    if not found.is_finite or found.is_damaged:
+def adapted_holds(check: Check, dithered: bool) -> bool:
+    """Whether nothing speaks against base + update in a tensor, of a file that was surely ``dithered`` or not."""
+    if check.proved and not (dithered and check.comparison.is_erased):
+        return True
+    parts = [check.comparison, *check.matrices.values()]
+    if not all(part.is_finite and not part.is_damaged and not part.is_off for part in parts) or check.n_odd:
         return False
-    if not found.gridded:
-        return found.likeness > 0.9 and found.kept > -found.slack
-    kept_enough = nearest or check.type != check.base_type or found.kept > 0.5
-    return found.is_dithered or found.is_auto or (found.is_nearest and kept_enough)
+    return not (dithered and (check.n_erased or any(part.is_erased for part in parts)))
 
 
-def is_requantized(check: Check) -> bool:
-    """Whether an untouched tensor is the base's in another type, each weight at a neighbour on the new grid."""
+def untouched_holds(check: Check) -> bool:
+    """Whether a tensor that no adapter touches is the base's, or the base's in another type."""
     found = check.comparison
-    if check.type == check.base_type or not found.is_finite:
-        return False
-    return not found.is_damaged if found.gridded else found.likeness > 0.9
+    if check.identical or check.proved:
+        return True
+    return check.type != check.base_type and found.is_finite and not found.is_damaged and not check.n_odd
 
 
 def grouped(findings: Sequence[Finding]) -> list[Finding]:
@@ -128,3 +152,9 @@ def as_error(label: str, findings: Sequence[Finding]) -> MismatchError:
     """The findings as the one line of an error, the others as its details."""
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
     return MismatchError(f"{label}: {findings[0]}{more}", [str(finding) for finding in findings[1:]])
+
+
+def as_doubt(label: str, missing: Sequence[str]) -> UnprovedError:
+    """Return what is missing of a proof as the one line of an error, the rest as its details."""
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    return UnprovedError(f"{label}: cannot be proved: {missing[0]}{more}", missing[1:])

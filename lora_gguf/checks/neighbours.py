@@ -78,36 +78,76 @@ def bracket_floats(type_name: str, before, delta, wanted) -> tuple[np.ndarray, n
     return np.minimum(inner, outer) - margin, np.maximum(inner, outer) + margin
 
 
-def neighbours(quant: Codec, blocks, before, after, delta) -> tuple[np.ndarray, np.ndarray] | None:
-    """``low`` and ``high`` around ``before + delta``, all f32 (rows, cols), on the grid of ``blocks``.
+def brackets(
+    codec: Codec, blocks: np.ndarray, weights: tuple[np.ndarray, np.ndarray, np.ndarray], widest: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """``low`` and ``high`` around base + update on the grid of ``blocks``, all f32 (rows, cols); ``weights`` are those
+    before and after, and the update.
 
-    None where the type's weights are not coded one by one.
+    Where they are more than ``widest`` (rows, cols) apart, it is that far around what was wanted. None where the type's
+    weights are not coded one by one.
     """
+    before, after, delta = weights
     wanted = np.add(before, delta, out=scratch("wanted", delta.shape))
-    if quant.type.name in ("F32", "F16", "BF16"):
-        return bracket_floats(quant.type.name, before, delta, wanted)
-    if quant.grid is None:
+    if codec.type.name in ("F32", "F16", "BF16"):
+        return bracket_floats(codec.type.name, before, delta, wanted)
+    if codec.grid is None or widest is None:
         return None
-    codes, steps = unpacked(quant, blocks, wanted.shape)
+    codes, steps = unpacked(codec, blocks, wanted.shape)
     low, high = scratch("low", wanted.shape), scratch("high", wanted.shape)
-    if quant.grid.levels is None:
-        bracket_codes(codes, steps, after, wanted, quant.grid.code_min, quant.grid.code_max, low, high)
+    if codec.grid.levels is None:
+        bracket_codes(codes, steps, after, wanted, codec.grid.code_min, codec.grid.code_max, low, high)
     else:
-        bracket_levels(codes, steps, after, wanted, quant.grid.levels, quant.grid.code_min, low, high)
+        bracket_levels(codes, steps, after, wanted, codec.grid.levels, codec.grid.code_min, low, high)
+    too_wide = high - low > widest
+    if too_wide.any():
+        low[too_wide] = (wanted - widest / 2)[too_wide]
+        high[too_wide] = (wanted + widest / 2)[too_wide]
     return low, high
 
 
-def unpacked(quant: Codec, blocks: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    codes, steps = scratch("codes", shape, np.int8), np.empty((shape[0], shape[1] // quant.grid.group), np.float32)
-    quant.grid.unpack(blocks, codes, steps)
+def unpacked(codec: Codec, blocks: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The codes int8 (rows, cols) and steps f32 (rows, groups) of ``blocks``."""
+    codes, steps = scratch("codes", shape, np.int8), np.empty((shape[0], shape[1] // codec.grid.group), np.float32)
+    codec.grid.unpack(blocks, codes, steps)
     return codes, steps
 
 
-def same_grid(quant: Codec, one: np.ndarray, other: np.ndarray, shape: tuple[int, int]) -> bool:
-    return bool((unpacked(quant, one, shape)[1] == unpacked(quant, other, shape)[1]).all())
+def own_steps(
+    quants: tuple[Codec, Codec], stored: np.ndarray, fresh: np.ndarray, before: np.ndarray, delta: np.ndarray
+) -> np.ndarray | None:
+    """How wide each weight's step may be, f32 (rows, cols), whatever the merged block says: as in the base's grid
+    (``stored``), or in that of base + update (``fresh``), whichever is wider.
+
+    For floats it is a unit of bf16, through which a merge may have gone. None where a type has no steps.
+    """
+    source, target = quants
+    if target.type.block_size == 1:
+        size = np.maximum(np.abs(before), np.abs(before + delta)) + np.abs(delta)
+        return size * np.float32(2.0**-8) + np.float32(2.0**-24 if target.type.name == "F16" else 1e-38)
+    if target.grid is None:
+        return None
+    steps = _widest_steps(target, fresh, delta.shape)
+    return np.maximum(steps, _widest_steps(target, stored, delta.shape)) if source is target else steps
 
 
-def free_range(wanted: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Without a grid the errors themselves stand for their size: a gap of twice the error, wanted in its middle."""
-    error = np.abs(after - wanted)
-    return wanted - error, wanted + error
+def _widest_steps(codec: Codec, blocks: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The distance of two neighbours at each weight: at least what one unit of the block's small scales, at most four
+    bits wide, makes of its largest step.
+    """
+    steps = np.abs(unpacked(codec, blocks, shape)[1])
+    if codec.grid.levels is not None:
+        steps = steps * np.float32(np.diff(codec.grid.levels.astype(np.float32)).max())
+    by_block = steps.reshape(len(steps), -1, codec.type.block_size // codec.grid.group)
+    by_block = np.maximum(by_block, by_block.max(2, keepdims=True) / np.float32(15))
+    return np.repeat(by_block.reshape(steps.shape), codec.grid.group, axis=1)
+
+
+def farthest(codec: Codec, error: np.ndarray, steps: np.ndarray | None) -> np.ndarray:
+    """How far a weight may be from base + update at most, f32 (rows, cols): a few steps, and a few times the largest
+    ``error`` that the type's own quantizer leaves in the block.
+    """
+    size = codec.type.block_size
+    largest = np.abs(error).reshape(len(error), -1, size).max(2)
+    spread = np.repeat(largest, size, axis=1) * np.float32(4)
+    return spread if steps is None else spread + 4 * steps

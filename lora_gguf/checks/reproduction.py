@@ -1,69 +1,206 @@
-"""Merge some tensors again as a file says that it was made, and compare bytes: the plainest proof, if it succeeds."""
+"""Make a merge again as its file says that it was made, and compare all bytes: the plainest proof, if it succeeds.
+
+What we wrote we can write again: the same base, adapters, rounding and seed give the same bytes. The types of the
+tensors are read from the file itself, so that no option which chose them needs to be known.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-from lora_gguf.files.base import Base
+import numpy as np
+
+from lora_gguf import __version__
+from lora_gguf.checks.findings import Finding
+from lora_gguf.errors import LoraGgufError, printable
+from lora_gguf.files.base import SPLIT_KEYS, Base
+from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.gguf_writer import header, layout, raw_key_values
 from lora_gguf.files.imatrix import Imatrix
-from lora_gguf.mapping.placement import Placement
-from lora_gguf.merging.chunks import Changed, New, Weigh, cut
-from lora_gguf.merging.importance import weigher
+from lora_gguf.mapping.accounts import Placement
+from lora_gguf.merging.identity import adapter_sha256, header_sha256, n_file_bytes
+from lora_gguf.merging.layout import OutputPart
 from lora_gguf.merging.options import ROUNDINGS, Policy
-from lora_gguf.merging.plan import make_plan
-from lora_gguf.merging.rows import merge_rows
+from lora_gguf.merging.plan import Plan, make_plan
+from lora_gguf.merging.provenance import PREFIX, SEAL, Names, merged_key_values, seal_of
 from lora_gguf.merging.tensor import TensorPlan
-from lora_gguf.merging.work import encoded
+from lora_gguf.merging.types import with_recipe
 from lora_gguf.quants.table import CODECS
 
-IMATRIX_KEY = "lora_gguf.imatrix"
-N_TRIES = 5  # tensors, none of which come out the same, before the others are given up
+Placements = Sequence[tuple[Placement, float]]
 
 
-def recorded_policy(merged: Base, imatrix: Imatrix | None = None) -> Policy | None:
-    """The rounding and seed that a merge wrote into its file; None where another tool made it, or with an ``imatrix``
-    not given.
+@dataclass
+class Origin:
+    """How a file says that it was made: by which ``policy``, or ``why`` it cannot be made again.
+
+    ``placements`` are the adapters that it names, with their factors, in its order; ``finding`` is what is wrong with
+    what it says.
     """
-    rounding, seed = merged.get("lora_gguf.rounding"), merged.get("lora_gguf.seed")
-    if rounding not in ROUNDINGS or not isinstance(seed, int) or (merged.get(IMATRIX_KEY) and not imatrix):
+
+    policy: Policy | None = None
+    names: Names = field(default_factory=lambda: Names(()))
+    placements: Placements = ()
+    why: str = ""
+    finding: Finding | None = None
+
+
+def origin_of(result: Base, model: Base, placements: Placements, imatrix: Imatrix | None) -> Origin:
+    """Read the keys ``lora_gguf.*`` of a merged file, and compare them with what it is said to be made of."""
+    found = {key.removeprefix(PREFIX): result.get(key) for key in result.kv if key.startswith(PREFIX)}
+    if not found:
+        return Origin()
+    seal = f"a whole seal, {SEAL}"
+    broken = None if is_sealed(result) else Finding("metadata", (), seal, "one that the other keys do not fit")
+    if "metadata_sha256" not in found:
+        if not {"adapter.sha256", "base.header_sha256", "base.size"} & found.keys():
+            return Origin(why="it is from a lora-gguf that did not yet record what it takes to merge again")
+        broken = Finding("metadata", (), seal, "none")
+    if found.get("version") != __version__:
+        why = f"it was made by lora-gguf {printable(found.get('version'), 40)}, this is {__version__}"
+        return Origin(why=why, finding=broken)
+    origin = _recorded(found, model, placements, imatrix)
+    origin.finding = broken or origin.finding
+    return origin
+
+
+def is_sealed(result: Base) -> bool:
+    """Whether the metadata are those over which the seal was made."""
+    pairs = dict(zip(result.kv, raw_key_values(result.readers[0]), strict=True))
+    before, seal, after = _around(list(pairs), SEAL)
+    return bool(seal and set(after) <= set(SPLIT_KEYS) and result.get(SEAL) == seal_of([pairs[key] for key in before]))
+
+
+def _around(keys: list[str], key: str) -> tuple[list[str], bool, list[str]]:
+    at = keys.index(key) if key in keys else len(keys)
+    return keys[:at], key in keys, keys[at + 1 :]
+
+
+def _recorded(found: dict, model: Base, placements: Placements, imatrix: Imatrix | None) -> Origin:
+    """The origin that well-formed keys tell."""
+    rounding, seed, label = found.get("rounding"), found.get("seed"), found.get("imatrix", "")
+    names, files = _strings(found.get("adapter.names")), _strings(found.get("base.sha256", []))
+    if rounding not in ROUNDINGS or type(seed) is not int or names is None or files is None or type(label) is not str:
+        return Origin(why=f"its keys {PREFIX}* are incomplete")
+    if (found.get("base.header_sha256"), found.get("base.size")) != (header_sha256(model), n_file_bytes(model)):
+        return Origin(why="it says that it was made of another base, or of this one with another header")
+    hashes, scales = _strings(found.get("adapter.sha256")), found.get("adapter.scales")
+    asked = [(adapter_sha256(placement), scale) for placement, scale in placements]
+    if (
+        not hashes
+        or not isinstance(scales, list)
+        or len(hashes) != len(scales)
+        or set(hashes) != {key for key, _ in asked}
+    ):
+        return Origin(why="it says that it holds other adapters, or these in another precision")
+    recorded = [(digest, as_given(scale, asked)) for digest, scale in zip(hashes, scales, strict=True)]
+    if not same_sum(recorded, asked, all(not (one.updates or one.new_rows) for one, _ in placements)):
+        given = _listed([scale for _, scale in asked])
+        wrong = Finding("scale", (), f"the adapters times {given}", _listed(scales))
+        return Origin(why="it says that it was merged with other scales", finding=wrong)
+    if label and not imatrix:
+        used = printable(label, 100)
+        return Origin(why=f"it was merged with the importance matrix {used}: name it with --imatrix to merge again")
+    by_hash = dict(zip([key for key, _ in asked], [placement for placement, _ in placements], strict=True))
+    policy = Policy(rounding, seed, imatrix=imatrix if label else None)
+    return Origin(policy, Names(names, label, files), [(by_hash[digest], scale) for digest, scale in recorded])
+
+
+def as_given(scale: float, asked: list[tuple[str, float]]) -> float:
+    """A scale as the user gave it, of which the file has the f32: one of those ``asked``, or the shortest decimal."""
+    return next((given for _, given in asked if np.float32(given) == np.float32(scale)), float(str(np.float32(scale))))
+
+
+def same_sum(recorded: list[tuple[str, float]], asked: list[tuple[str, float]], linear: bool) -> bool:
+    """Whether both add the same, in whatever order; where all updates are ``linear`` in their scale, in whatever parts."""
+    if not linear:
+        return sorted(recorded) == sorted(asked)
+    totals: dict[str, float] = {}
+    for sign, named in ((1, recorded), (-1, asked)):
+        for digest, scale in named:
+            totals[digest] = totals.get(digest, 0.0) + sign * scale
+    return all(abs(total) <= 1e-6 for total in totals.values())
+
+
+def _strings(value: object) -> list[str] | None:
+    return value if isinstance(value, list) and all(type(item) is str for item in value) else None
+
+
+def _listed(scales: object) -> str:
+    return ", ".join(f"{scale:g}" for scale in scales) if isinstance(scales, list) else "none"
+
+
+def plan_again(model: Base, result: Base, origin: Origin) -> Plan | None:
+    """The plan of a merge into the types that the tensors of ``result`` have; None where it cannot have been."""
+    if origin.policy is None:
         return None
-    return Policy(rounding, seed, imatrix=imatrix)
+    policy = origin.policy
+    try:
+        plan = make_plan(model, origin.placements, policy)
+    except LoraGgufError:
+        return None
+    found = [(tensor, result.tensors.get(tensor.target.name, tensor.target).type) for tensor in plan.tensors]
+    if any(type.name not in CODECS for tensor, type in found if type != tensor.target.type):
+        return None
+    tensors = [tensor if type == tensor.target.type else with_recipe(tensor, policy, type) for tensor, type in found]
+    return replace(plan, tensors=tensors)
 
 
-def reproduced(
-    model: Base,
-    merged: Base,
-    placements: Sequence[tuple[Placement, float]],
-    names: Iterable[str],
-    imatrix: Imatrix | None = None,
-) -> set[str]:
-    """Those of the tensors ``names`` that a merge of ``placements`` into ``model`` gives byte for byte."""
-    names = set(names)
-    policy = recorded_policy(merged, imatrix) if names else None
-    if policy is None:
-        return set()
-    plan, weigh = make_plan(model, placements, policy), weigher(model, imatrix)
-    return {
-        tensor.target.name
-        for tensor in plan.merged
-        if tensor.target.name in names and is_same(tensor, model, merged, weigh)
-    }
+def header_findings(origin: Origin, model: Base, result: Base, plan: Plan) -> Iterator[Finding]:
+    """What differs from the files that the merge writes, but for the tensors: metadata, table, padding, size."""
+    metadata = merged_key_values(model, plan, origin.placements, origin.policy or Policy(), origin.names)
+    by_name, count = {tensor.target.name: tensor for tensor in plan.tensors}, len(result.readers)
+    for number, reader in enumerate(result.readers):
+        tensors = [by_name[name] for name in reader.tensors if name in by_name]
+        part = OutputPart(reader.path, tensors, number, count)
+        wanted = part.key_values(metadata, len(plan.tensors))
+        yield from _unlike(reader, model, wanted, tensors)
+    names = [name for reader in result.readers for name in reader.tensors]
+    if set(names) == set(by_name) and names != list(by_name):
+        yield Finding("damaged", (), "the tensors in the base's order", "another order")
 
 
-def is_same(tensor: TensorPlan, model: Base, merged: Base, weigh: Weigh) -> bool:
-    """Whether merging ``tensor`` again, into the type that it has in ``merged``, gives the same bytes."""
-    source, target = tensor.source, merged.tensors[tensor.target.name]
-    quant = CODECS[target.type.name]
-    recipe = replace(tensor.recipe, target=quant)
-    for chunk in cut([replace(tensor, recipe=recipe, target=target)], weigh):
-        if isinstance(chunk, Changed):
-            blocks = model.reader_of(source.name).read(source, chunk.first, chunk.n_rows)
-            blocks, _ = merge_rows(chunk, blocks)
-        elif isinstance(chunk, New):
-            blocks = encoded(chunk)
-        else:
-            continue
-        if (blocks != merged.reader_of(target.name).read(target, chunk.first, chunk.n_rows)).any():
-            return False
-    return True
+def _unlike(reader: GgufReader, model: Base, wanted: list[bytes], tensors: list[TensorPlan]) -> Iterator[Finding]:
+    stored = raw_key_values(reader)
+    of_key = dict(zip(reader.kv, stored, strict=True))
+    for raw in wanted:
+        key = raw[8 : 8 + int.from_bytes(raw[:8], "little")].decode("utf-8", "surrogateescape")
+        if of_key.pop(key, None) != raw and key != SEAL:
+            yield _of_key(key, model, key in reader.kv)
+    for key in of_key:
+        yield Finding("metadata", (), f"no key {printable(key)}", "one")
+    placed = layout([tensor.target for tensor in tensors], model.alignment)
+    whole = header(wanted, placed, model.alignment)
+    if sorted(stored) == sorted(wanted) and len(tensors) == len(reader.tensors):
+        found = reader.source.read(0, min(len(whole), reader.size))
+        if found != whole:
+            yield Finding("damaged", (), "the header that the merge writes", f"another in {reader.label}")
+
+
+def _of_key(key: str, model: Base, present: bool) -> Finding:
+    whose = "the base's " if key in model.kv else "the merge's "
+    return Finding("metadata", (), whose + printable(key), "another value" if present else "none")
+
+
+def tail_findings(result: Base) -> Iterator[Finding]:
+    """What lies between and after the tensors' data that should not."""
+    for reader in result.readers:
+        infos = list(reader.tensors.values())
+        ends = [reader.data_position + info.offset + info.n_bytes for info in infos]
+        starts = [reader.data_position + info.offset for info in infos[1:]]
+        end = ends[-1] if ends else reader.data_position
+        last = min(-(-end // reader.alignment) * reader.alignment, reader.size)
+        gaps = zip(ends, [*starts, last], strict=True)
+        if any(any(reader.source.read(start, stop - start)) for start, stop in gaps if stop > start):
+            yield Finding("damaged", (), "zeros between the tensors", f"other bytes in {reader.label}")
+        if reader.size > last:
+            yield Finding("damaged", (), "nothing after the last tensor", f"{reader.size - last} bytes")
+
+
+def short_findings(result: Base) -> Iterator[Finding]:
+    """Where a file ends before the padding that a merge writes."""
+    for reader in result.readers:
+        ends = [reader.data_position + info.offset + info.n_bytes for info in reader.tensors.values()]
+        if ends and reader.size < -(-ends[-1] // reader.alignment) * reader.alignment:
+            yield Finding("damaged", (), "the padding of the last tensor", f"{reader.label} ends before it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lora_gguf.checks.comparison import Comparison
@@ -66,13 +67,15 @@ def verify_table(report: VerifyReport) -> str:
 
 def _verify_row(kind: str, types: str, checks: Sequence[Check]) -> tuple:
     found = sum((check.comparison for check in checks), Comparison())
-    kept = f"{found.kept:.3f} ± {found.standard_error:.3f}"
-    return (kind, types, len(checks), _verdict(checks), kept, f"{found.noise:.1f}", f"{found.expected_noise:.1f}")
+    exact = math.isnan(found.standard_error)  # made again: nothing was left to chance
+    kept = f"{found.kept:.3f}" + ("" if exact else f" ± {found.standard_error:.3f}")
+    expected = "-" if exact else f"{found.expected_noise:.1f}"
+    return (kind, types, len(checks), _verdict(checks), kept, f"{found.noise:.1f}", expected)
 
 
 def _verdict(checks: Sequence[Check]) -> str:
-    wrong = sum(not check.holds for check in checks)
-    return f"{wrong} wrong" if wrong else "holds"
+    wrong, unproved = sum(not check.holds for check in checks), sum(not check.proved for check in checks)
+    return f"{wrong} wrong" if wrong else f"{unproved} unproved" if unproved else "proved"
 
 
 def extraction_table(found: Extraction) -> str:

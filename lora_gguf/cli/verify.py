@@ -22,7 +22,7 @@ from lora_gguf.cli.options import (
     ReportFile,
     Threads,
 )
-from lora_gguf.cli.terms import announce_first_run, draw, named_adapters, pictures, say
+from lora_gguf.cli.terms import Tied, announce_first_run, draw, named_adapters, pictures, say
 from lora_gguf.errors import printable
 from lora_gguf.progress import bars
 from lora_gguf.text import json_text
@@ -52,6 +52,10 @@ def verify(
             "--lora", "--lora-scaled", metavar="ADAPTER[:SCALE]", help="An adapter that should be in it; repeat."
         ),
     ],
+    tied: Annotated[
+        Tied | None,
+        typer.Option("--tied", help="What became of an adapted head that the base ties; default: what the file shows."),
+    ] = None,
     allow_unused: AllowUnused = None,
     base_config: BaseConfig = None,
     expert_b_layout: ExpertB = None,
@@ -68,7 +72,7 @@ def verify(
     quiet: Quiet = False,
     progress: Progress = True,
 ) -> None:
-    """Check that a merged file holds its base plus the adapters, within rounding; exit code 5 if not, with the cause.
+    """Check that a merged file holds its base plus the adapters, within rounding; exit code 5 if not, with the cause, 10 if it cannot be proved.
 
     lora-gguf verify merged.gguf --base model-Q4_K_M.gguf --lora user/my-adapter
     """
@@ -84,6 +88,7 @@ def verify(
             merged,
             base,
             named,
+            tied=tied and tied.value,
             allow_unused=allow_unused,
             expert_b_layout=expert_b_layout and expert_b_layout.value,
             expert_a_axis=expert_a_axis and expert_a_axis.value,
@@ -94,7 +99,6 @@ def verify(
             progress=work,
             downloads=downloads,
         )
-    from lora_gguf.checks.findings import as_error
     from lora_gguf.cli import tables
     from lora_gguf.report.content import of_verify
 
@@ -103,6 +107,7 @@ def verify(
         say(f"lora-gguf: note: {printable(note, 600)}")
     draw(wanted, lambda: of_verify(found, merged, base, named), quiet)
     if found.ok and not quiet:
-        say(f"{found.label} is right: it holds the base and what is expected of the adapters after rounding")
-    if not found.ok:
-        raise as_error(found.label, found.findings)
+        how = "the same merge gives the same bytes" if found.remade else "it is what rounding base + update gives"
+        say(f"{found.label} is right: {how}")
+    if found.error:
+        raise found.error

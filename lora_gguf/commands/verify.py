@@ -1,58 +1,91 @@
 """Prove that a merged file holds base + scale * B @ A within its types' rounding, or say what it holds instead.
 
-The three files are read once, chunk by chunk, as a merge reads them. What the adapters do not touch must be the base's,
-byte for byte; what they touch is compared with what rounding may do to it (``comparison.py``). Only where something is
-wrong are some tensors read again, to name the cause (``diagnosis.py``).
+Two roads lead there. A file of this version of ours says all that it takes to make it again: that is done, chunk by
+chunk, and every byte compared (``reproduction.py``). Any other is compared with what other tools write, exactly
+(``routes.py``), and where that is not it with what rounding may do (``comparison.py``): chance can hide that a small
+part lacks the update, so this never proves a file right, but often wrong. Only where something is wrong are some tensors
+read again, to name the cause (``diagnosis.py``).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from lora_gguf.adapters.lora import HEAD
-from lora_gguf.checks.comparison import Comparison, compare_rows
+from lora_gguf.checks.comparison import UPDATE2, Comparison
 from lora_gguf.checks.diagnosis import Evidence, causes
-from lora_gguf.checks.findings import Check, Finding, grouped, rounded_to_nearest
-from lora_gguf.checks.reproduction import IMATRIX_KEY
-from lora_gguf.errors import UnsupportedError
+from lora_gguf.checks.examination import compared, remade
+from lora_gguf.checks.findings import (
+    Check,
+    Finding,
+    adapted_holds,
+    as_doubt,
+    as_error,
+    grouped,
+    tells_dither,
+    untouched_holds,
+)
+from lora_gguf.checks.metadata import metadata_findings
+from lora_gguf.checks.reproduction import (
+    Origin,
+    Placements,
+    header_findings,
+    origin_of,
+    plan_again,
+    short_findings,
+    tail_findings,
+)
+from lora_gguf.errors import LoraGgufError
 from lora_gguf.files.base import Base
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.accounts import Account
-from lora_gguf.mapping.reading import Reading
+from lora_gguf.mapping.reading import AsFound, Reading
 from lora_gguf.mapping.sources import adapter_name, placement_of
-from lora_gguf.merging.chunks import CHUNK_WEIGHTS, Changed, Chunk, New, cut, update_of
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.retention import WARN_BELOW, kind_of
 from lora_gguf.merging.steps import stored_step
-from lora_gguf.merging.work import encoded, in_threads
 from lora_gguf.progress import Progress
-from lora_gguf.quants.table import CODECS
 
 PLAIN = Policy("dither")  # only where the updates go matters here, not how they would be rounded
+RIGHT, WRONG, UNPROVED = "right", "wrong", "unproved"
 
 
 @dataclass
 class VerifyReport:
-    """What ``verify`` found: ``ok`` where the merged file holds what it should, else ``findings`` with their causes.
+    """What ``verify`` found: ``ok`` where the merged file holds what it should, else ``findings`` with their causes, or
+    what is ``missing`` of a proof.
 
-    ``inputs`` are the role (merged, base, adapter) and path of what was read.
+    ``inputs`` are the role (merged, base, adapter) and path of what was read. ``remade`` says that the merge was made
+    again.
     """
 
     label: str
     inputs: list[tuple[str, str | os.PathLike[str]]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    remade: bool = False
     notes: list[str] = field(default_factory=list)
     accounts: list[Account] = field(default_factory=list)
 
     @property
+    def verdict(self) -> str:
+        """``right``, ``wrong``, or ``unproved``: nothing speaks against the file, but it cannot be proved."""
+        return WRONG if self.findings else UNPROVED if self.missing else RIGHT
+
+    @property
     def ok(self) -> bool:
-        return not self.findings
+        return self.verdict == RIGHT
+
+    @property
+    def error(self) -> LoraGgufError | None:
+        """The verdict as a refusal, unless it is right."""
+        if self.findings:
+            return as_error(self.label, self.findings)
+        return as_doubt(self.label, self.missing) if self.missing else None
 
     @property
     def adapted(self) -> list[Check]:
@@ -75,6 +108,9 @@ class VerifyReport:
         untouched = [check for check in self.checks if not check.touched]
         return {
             "ok": self.ok,
+            "verdict": self.verdict,
+            "missing": self.missing,
+            "remade": self.remade,
             "findings": [finding.as_dict() for finding in self.findings],
             "notes": self.notes,
             "kept": self.whole.kept,
@@ -99,132 +135,129 @@ def _kind_as_dict(kind: str, base_type: str, type: str, checks: Sequence[Check])
 
 
 def verify(
-    merged: str | os.PathLike,
-    base: str | os.PathLike,
-    adapters: Sequence[tuple[str | os.PathLike, float]],
-    reading: Reading = Reading(),
+    merged: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    adapters: Sequence[tuple[str | os.PathLike[str], float]],
+    reading: Reading = AsFound(),
     imatrix: Imatrix | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare ``merged`` with ``base`` and ``adapters``, PEFT directories or adapter GGUFs with their factors.
 
-    The adapters are read as ``reading`` says, but for a tied head, which is what the merged file makes of it.
-    ``imatrix`` is the importance matrix that the merge used, if it did: with it, tensors can be merged again.
+    ``reading`` says how the adapters are read; ``AsFound`` makes of a tied head what the merged file does. ``imatrix`` is the importance matrix that the merge used, if it did: with it, tensors can be merged again.
     ``progress`` is called with (bytes of the base done since the last call, bytes in all, tensor name).
     Raises ``MismatchError`` where the adapters do not fit the base, ``UnsupportedError`` for an unreadable type.
     """
     with Base(base) as model, Base(merged) as result:
-        reading = replace(reading, tied="separate" if HEAD in result.tensors else "shared")
+        if isinstance(reading, AsFound):
+            reading = replace(reading, tied="separate" if HEAD in result.tensors else "shared")
         placements = [(placement_of(path, model, reading), scale) for path, scale in adapters]
-        plan = make_plan(model, placements, PLAIN)
         accounts = [account for placement, _ in placements for account in placement.accounts]
         inputs = [("merged", merged), ("base", base), *(("adapter", path) for path, _ in adapters)]
         report = VerifyReport(result.label, inputs, accounts=accounts)
-        names = [adapter_name(path) for path, _ in adapters]
-        evidence = Evidence(model, result, placements, plan, names, imatrix=imatrix)
-        if len(adapters) > 1:
-            evidence.parts = [make_plan(model, [placement], PLAIN) for placement in placements]
-        report.checks = list(check_tensors(plan, model, result, threads, progress))
-        report.findings = grouped(causes(evidence, report.checks))
-        wrong = {name for finding in report.findings for name in finding.tensors}
-        for check in report.checks:
-            check.holds = check.holds and check.name not in wrong
+        evidence = evidence_of(model, result, placements, [adapter_name(path) for path, _ in adapters])
+        origin = origin_of(result, model, placements, imatrix)
+        again = plan_again(model, result, origin)
+        if again:
+            make_again(report, evidence, origin, again, (threads, progress))
+        else:
+            compare(report, evidence, origin, imatrix, (threads, progress))
         for check in report.adapted:
             check.step = stored_step(result, result.tensors[check.name])
         report.notes = notes(report)
-        if (used := result.get(IMATRIX_KEY)) and not imatrix:
-            report.notes.append(
-                f"merged with the importance matrix {used}: with --imatrix, tensors can be compared byte by byte"
-            )
         model.check_unchanged()
         result.check_unchanged()
     return report
 
 
+def evidence_of(model: Base, result: Base, placements: Placements, names: list[str]) -> Evidence:
+    """Return what the causes of a wrong file are found by."""
+    alone = placements if len(placements) > 1 else []
+    parts = [make_plan(model, [placement], PLAIN) for placement in alone]
+    return Evidence(model, result, make_plan(model, placements, PLAIN), names, parts)
+
+
+Work = tuple[int | None, Progress | None]
+
+
+def make_again(report: VerifyReport, evidence: Evidence, origin: Origin, plan: Plan, work: Work) -> None:
+    """The first road: every byte must be that of the same merge."""
+    models = evidence.model, evidence.result
+    checks = remade(plan, models, origin.policy.imatrix if origin.policy else None, *work)
+    others = list(header_findings(origin, *models, plan))
+    others = others or ([origin.finding] if origin.finding else [])
+    others += [*tail_findings(evidence.result), *short_findings(evidence.result)]
+    report.remade = True
+    for check in checks.values():
+        check.holds = check.proved = not check.n_wrong
+    if any(not check.holds for check in checks.values()):
+        statistics = compared(evidence.plan, models, None, work[0], None)
+        for name, check in statistics.items():
+            check.n_wrong, check.holds, check.proved = checks[name].n_wrong, checks[name].holds, checks[name].holds
+        checks = statistics
+    report.checks = list(checks.values())
+    settle(report, evidence, others)
+
+
+def compare(report: VerifyReport, evidence: Evidence, origin: Origin, imatrix: Imatrix | None, work: Work) -> None:
+    """The second road: exactly what another tool writes, or what rounding may do, and no more."""
+    models = evidence.model, evidence.result
+    report.checks = list(compared(evidence.plan, models, imatrix, *work).values())
+    for check in report.checks:
+        check.proved = check.n_unexplained == 0 and (check.comparison.is_finite or check.identical)
+    dithered = tells_dither(report.checks)
+    for check in report.checks:
+        check.holds = adapted_holds(check, dithered) if check.touched else untouched_holds(check)
+    settle(report, evidence, [*metadata_findings(*models, evidence.plan), *tail_findings(evidence.result)])
+    if origin.finding and not any(finding.cause in (origin.finding.cause, "sign") for finding in report.findings):
+        report.findings.append(origin.finding)
+    left = [
+        check for check in report.checks if not check.proved and not (check.is_faint and check.comparison.is_erased)
+    ]
+    if left and not report.findings:
+        report.missing.append(unexplained(left, report, origin))
+
+
+def settle(report: VerifyReport, evidence: Evidence, others: Sequence[Finding]) -> None:
+    """Find the causes of what does not hold, or say what the file does not show."""
+    report.findings = grouped(causes(evidence, report.checks, others))
+    wrong = {name for finding in report.findings for name in finding.tensors}
+    for check in report.checks:
+        check.holds = check.holds and check.name not in wrong
+    faint = [check for check in report.adapted if check.is_faint and (check.proved or check.comparison.is_erased)]
+    if faint and not report.findings:
+        report.missing.append(too_faint(faint, report))
+
+
+def too_faint(faint: Sequence[Check], report: VerifyReport) -> str:
+    """What to say of tensors whose types are too coarse for the update."""
+    of_faint = sum((check.comparison for check in faint), Comparison())
+    names = f"{len(faint)} of {len(report.adapted)} adapted tensors, such as {faint[0].name}"
+    return (
+        f"{names} ({faint[0].type}): kept {of_faint.kept:.2f} of the update: it is not in the file, or smaller than its "
+        "type can show; merge with --rounding auto or dither, or with --type Q8_0 or BF16"
+    )
+
+
+def unexplained(checks: Sequence[Check], report: VerifyReport, origin: Origin) -> str:
+    """What to say of tensors against which nothing speaks, but that no known way of rounding gives."""
+    whole = report.whole
+    names = f"{len(checks)} of {len(report.checks)} tensors, such as {checks[0].name}"
+    why = origin.why or "it does not say how it was made"
+    return (
+        f"{names}: nothing speaks against them (kept {whole.kept:.2f} ± {whole.standard_error:.2f} of the update in all), "
+        f"but no rounding that is known gives their bytes, and chance can hide a small part without the update; {why}"
+    )
+
+
 def notes(report: VerifyReport) -> list[str]:
     """What is worth saying of a file that holds."""
-    if not report.ok or not report.adapted:
+    if report.findings or not report.adapted:
         return []
-    kept, lines = report.whole.kept, []
-    if rounded_to_nearest(report.adapted):
-        lines.append(f"rounded to nearest: kept {kept:.2f} of the update")
-    elif kept < WARN_BELOW:
-        lines.append(f"kept {kept:.2f} of the update")
-    if report.whole.slack > 0.5:
-        lines.append(f"too few weights to tell the scale: kept {kept:.2f} ± {report.whole.standard_error:.2f}")
-    return lines
-
-
-def check_tensors(
-    plan: Plan, model: Base, result: Base, threads: int | None, progress: Progress | None
-) -> Iterable[Check]:
-    """One check for each tensor of the plan that the merged file has in the same shape, in order."""
-    present = [tensor for tensor in plan.tensors if fits(tensor.target, result)]
-    for tensor in present:
-        for info in (tensor.source, result.tensors[tensor.target.name]):
-            if info.type.name not in CODECS and (tensor.changes or info.type != tensor.source.type):
-                raise UnsupportedError(f"{info.name}: type {info.type} cannot be read")
-    checks = {
-        tensor.target.name: Check(
-            tensor.target.name, tensor.source.type.name, result.tensors[tensor.target.name].type.name, tensor.changes
-        )
-        for tensor in present
-    }
-
-    def work(chunk: Chunk) -> tuple[int, Comparison]:
-        return inspect(chunk, model, result)
-
-    for chunk, (n_different, comparison) in in_threads(work, cut(present), threads):
-        check = checks[chunk.tensor.target.name]
-        check.n_different += n_different
-        check.comparison += comparison
-        if progress:
-            progress(chunk.n_bytes, model.n_bytes, check.name)
-    return checks.values()
-
-
-def fits(target, result: Base) -> bool:
-    found = result.tensors.get(target.name)
-    return found is not None and found.shape == target.shape
-
-
-def inspect(chunk: Chunk, model: Base, result: Base) -> tuple[int, Comparison]:
-    """(number of bytes that differ from the base's, the comparison of the weights) of a chunk of rows.
-
-    Equal bytes of a tensor that no adapter touches need no comparison; of another type, all bytes count as different.
-    """
-    source, target = chunk.tensor.source, result.tensors[chunk.tensor.target.name]
-    if isinstance(chunk, New):
-        return inspect_new(chunk, result)
-    before = model.reader_of(source.name).read(source, chunk.first, chunk.n_rows)
-    after = result.reader_of(target.name).read(target, chunk.first, chunk.n_rows)
-    n_different = after.size if source.type != target.type else int(np.count_nonzero(before != after))
-    if chunk.tensor.changes and isinstance(chunk, Changed):
-        delta = update_of(chunk, before)
-        return n_different, compare_rows(CODECS[source.type.name], CODECS[target.type.name], before, after, delta)
-    if not n_different or source.type.name not in CODECS:
-        return n_different, Comparison()
-    comparison = Comparison()
-    for rows in row_slices(chunk.n_rows, source.n_cols):
-        nothing = np.zeros((len(before[rows]), source.n_cols), np.float32)
-        quants = CODECS[source.type.name], CODECS[target.type.name]
-        comparison += compare_rows(*quants, before[rows], after[rows], nothing)
-    return n_different, comparison
-
-
-def inspect_new(chunk: New, result: Base) -> tuple[int, Comparison]:
-    """``inspect`` for rows that the base lacks: they should be what the type's own quantizer makes of the adapter's."""
-    target = result.tensors[chunk.tensor.target.name]
-    after = result.reader_of(target.name).read(target, chunk.first, chunk.n_rows)
-    tensor = replace(chunk.tensor, target=target)
-    wanted = encoded(replace(chunk, tensor=tensor))
-    n_different, comparison, quant = int(np.count_nonzero(wanted != after)), Comparison(), CODECS[target.type.name]
-    if n_different:
-        comparison += compare_rows(quant, quant, wanted, after, np.zeros_like(chunk.rows))
-    return n_different, comparison
-
-
-def row_slices(n_rows: int, n_cols: int) -> list[slice]:
-    n = max(1, CHUNK_WEIGHTS // n_cols)
-    return [slice(first, first + n) for first in range(0, n_rows, n)]
+    whole = report.whole
+    if not whole.sums[UPDATE2] > 0:
+        return ["the adapters change nothing: the update is zero"]
+    if whole.kept < WARN_BELOW:
+        return [f"kept {whole.kept:.2f} of the update"]
+    return []

@@ -52,6 +52,10 @@ class Reading:
                 check_path(name, getattr(self, name))
 
 
+class AsFound(Reading):
+    """A reading for a file that is already merged, where a tied head is what that file makes of it."""
+
+
 def check_architecture(name: object) -> None:
     """Raise ``UsageError`` unless ``name`` is an architecture of the table."""
     if name not in ARCHITECTURES:

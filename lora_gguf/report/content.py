@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -127,19 +128,22 @@ def of_verify(report: VerifyReport, merged: str | os.PathLike, base: str | os.Pa
     """The page of a verification."""
     data = report.as_dict()
     whole, untouched, n_adapted = data["all"], data["untouched"], len(data["tensors"])
-    verdict = (
-        "holds its base plus the adapter, within rounding" if report.ok else "does not hold its base plus the adapter"
-    )
+    verdict = {
+        "right": "holds its base plus the adapter, within rounding",
+        "wrong": "does not hold its base plus the adapter",
+        "unproved": "cannot be proved to hold its base plus the adapter",
+    }[report.verdict]
+    error = "" if math.isnan(whole["standard_error"]) else f", ± {whole['standard_error']:.3f}"
     changed = f", {len(untouched['changed'])} changed" if untouched["changed"] else ""
     return Content(
         title=f"{Path(merged).name} {verdict}",
-        figure={"value": f"{data['kept']:.3f}", "label": f"of the update is in the file (1 is all of it), ± {whole['standard_error']:.3f}",
+        figure={"value": f"{data['kept']:.3f}", "label": f"of the update is in the file (1 is all of it){error}",
                 "bad": not report.ok or data["kept"] < WARN_BELOW},
         lines=[
             f"Compared with {Path(base).name} and {_names(adapters)}: {n_adapted} adapted tensors, {whole['wrong']} wrong; "
             f"of the others {untouched['identical']} identical, {len(untouched['requantized'])} requantized{changed}."
         ],
-        warnings=[*map(str, report.findings), *report.notes],
+        warnings=[*map(str, report.findings), *report.missing, *report.notes],
         report=data,
         rows="tensors",
         measures=("holds", "kept", "delta_per_step", "delta_norm", "noise", "correlation", "type"),
