@@ -259,8 +259,8 @@ def verify(
     progress: Progress | None = None,
     downloads: Progress | None = None,
 ) -> VerifyReport:
-    """Tell whether ``merged`` holds ``base`` plus ``adapters`` within rounding: ``report.verdict`` is right, wrong, with
-    the causes in ``report.findings``, or unproved, with what is ``report.missing``.
+    """Tell whether ``merged`` holds ``base`` plus ``adapters`` within rounding: ``report.verdict`` is right,
+    wrong with the causes in ``report.findings``, or unproved, with what is ``report.missing``.
 
     ``tied`` None is what the merged file shows.
     Raises ``MismatchError`` where the adapters do not fit the base at all.
