@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lora_gguf.adapters.adapter import module_path
 from lora_gguf.adapters.lora import decode
 from lora_gguf.api import convert, inspect
 from lora_gguf.commands.doctor import doctor
@@ -16,6 +17,7 @@ from lora_gguf.commands.merge import merge
 from lora_gguf.commands.verify import verify
 from lora_gguf.errors import FileError, MismatchError, NumericError, UnsupportedError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.mapping.names import is_other_tower
 from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.towers import TOWERS
 from lora_gguf.merging.options import Policy, Writing
@@ -284,3 +286,70 @@ def test_doctor_knows_an_mmproj_and_what_waits_for_one(whole):
 def test_an_adapter_gguf_of_a_tower_is_refused_as_nobody_loads_it(tmp_path):
     with pytest.raises(UnsupportedError, match="no adapters to an mmproj: merge it instead"):
         convert(FOLDER / "smolvlm" / "adapter", tmp_path / "a.gguf", FOLDER / "smolvlm" / "mmproj.gguf")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_merge_knows_every_module_of_a_tower_from_the_text_models(name):
+    saved = load_file(FOLDER / name / "adapter" / "adapter_model.safetensors")
+    for path in {module_path(tensor.rpartition(".lora_")[0] or tensor.rpartition(".")[0]) for tensor in saved}:
+        assert is_other_tower(path) != ("language_model" in path or "text_model" in path), path
+
+
+# a model, what transformers calls a part of it, and what older versions, or the authors' own code, call it
+SPELLINGS = [
+    ("gemma3", "model.vision_tower.encoder.", "vision_tower.vision_model.encoder."),
+    ("gemma3", "model.multi_modal_projector.", "multi_modal_projector."),
+    ("gemma4", ".linear.lora_", ".lora_"),
+    ("lfm2vl", "model.vision_tower.encoder.", "model.vision_tower.vision_model.encoder."),
+    ("llava", "model.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+    ("llava", "model.multi_modal_projector.linear_1", "model.mm_projector.0"),
+    ("llava", "model.multi_modal_projector.linear_2", "mm_projector.2"),
+    ("mistral3", "model.vision_tower.", "vision_tower."),
+    ("internvl", "model.multi_modal_projector.linear_2", "mlp1.3"),
+    ("internvl", "model.multi_modal_projector.linear_1", "mlp1.1"),
+    ("qwen2vl", "model.visual.", "visual."),
+    ("qwen25vl", "model.visual.", "thinker.visual."),
+    ("qwen3vl", "model.visual.", "visual."),
+    ("qwen2audio", "model.audio_tower.", "audio_tower."),
+    ("smolvlm", "model.vision_model.", "model.model.vision_model."),
+]
+
+
+@pytest.mark.parametrize(("name", "now", "then"), SPELLINGS)
+def test_modules_are_known_by_their_older_names(tmp_path, adapter, name, now, then):
+    def rename(tensors):
+        for key in [key for key in tensors if now in key]:
+            tensors[key.replace(now, then)] = tensors.pop(key)
+
+    merged = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    for source, out in zip((FOLDER / name / "adapter", adapter(name, rename)), merged, strict=True):
+        assert now in str(load_file(source / "adapter_model.safetensors").keys()) or "changed" in str(source)
+        merge(FOLDER / name / "mmproj.gguf", [(source, 1.0)], Writing(out))
+    assert arrays(merged[0]).keys() == arrays(merged[1]).keys()
+    for tensor, values in arrays(merged[0]).items():
+        np.testing.assert_array_equal(arrays(merged[1])[tensor], values)
+
+
+def test_internvls_own_fused_attention_is_cut_in_three(tmp_path, adapter):
+    """The authors' code has q, k and v in one; the same update of one of the three is the same tensor."""
+
+    def fuse(tensors):
+        for name in [name for name in tensors if "multi_modal" in name or "embeddings" in name]:
+            del tensors[name]
+        for name in list(tensors):
+            factor = tensors.pop(name)
+            if ".attention.k_proj.lora_" in name:
+                own = name.replace("vision_tower.encoder.layer", "vision_model.encoder.layers")
+                wide = np.zeros((96, 2), np.float32)
+                wide[32:64] = factor if "lora_B" in name else 0
+                tensors[own.replace("attention.k_proj", "attn.qkv")] = wide if "lora_B" in name else factor
+
+    report = merge(
+        FOLDER / "internvl" / "mmproj.gguf", [(adapter("internvl", fuse), 1.0)], Writing(tmp_path / "m.gguf")
+    )
+    wanted = load_file(FOLDER / "internvl" / "merged.safetensors")
+    found, before = arrays(tmp_path / "m.gguf"), arrays(FOLDER / "internvl" / "mmproj.gguf")
+    for i in range(4):
+        np.testing.assert_allclose(found[f"v.blk.{i}.attn_k.weight"], wanted[f"v.blk.{i}.attn_k.weight"], atol=2e-6)
+        np.testing.assert_array_equal(found[f"v.blk.{i}.attn_v.weight"], before[f"v.blk.{i}.attn_v.weight"])
+    assert len(report.plan.merged) == 12
