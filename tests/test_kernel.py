@@ -11,7 +11,9 @@ import sys
 
 import pytest
 
+from lora_gguf.kernels import internals
 from tests.common import ROOT
+from tests.test_merge import base_and_adapter
 
 SOURCE = """
 from lora_gguf.kernels.decorators import kernel
@@ -63,3 +65,31 @@ def test_a_damaged_cache_is_made_anew(script, tmp_path, name, suffix):
 def test_a_cache_that_is_no_folder(script, tmp_path):
     (tmp_path / "file").touch()
     assert hits(script, tmp_path / "file") == hits(script, tmp_path / "file") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        ("del numba.core.caching.Cache._load_overload", "_load_overload"),
+        ("sys.modules['numba.core.runtime'] = None", "numba.core.runtime"),
+        ("del numba.core.typing.templates.infer_global", "infer_global"),
+        ("sys.modules['numba'] = None", "numba"),
+    ],
+)
+def test_another_numba_is_refused_in_one_line(tmp_path, change, missing):
+    base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
+    code = (
+        f"import sys, numba, numba.core.caching, numba.core.typing.templates; {change}; "
+        f"from lora_gguf.cli import execute; sys.exit(execute(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", code, "merge", base, adapter, "-o", tmp_path / "out.gguf"]
+    run = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    last = run.stderr.splitlines()[-1]
+    assert run.returncode == 4 and missing in last and "numba>=0.60,<0.69" in last and "Traceback" not in run.stderr
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_the_tried_versions_are_those_of_the_package():
+    text = (ROOT / "pyproject.toml").read_text()
+    first, last = internals.TRIED.split(" to ")
+    assert f'"numba>={first},<0.{int(last.split(".")[1]) + 1}"' in text

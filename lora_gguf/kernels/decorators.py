@@ -16,9 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba
-from numba.core.caching import FunctionCache
-from numba.core.runtime import rtsys
+from lora_gguf.kernels.internals import FunctionCache, numba, rtsys
 
 ROOT = Path(__file__).parent.parent
 COVERED = [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "merging" / "refit.py"]

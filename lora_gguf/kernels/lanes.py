@@ -11,14 +11,21 @@ import operator
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.core.errors import TypingError
-from numba.core.imputils import lower_builtin
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, models, register_model
 
 from lora_gguf.kernels.decorators import kernel
+from lora_gguf.kernels.internals import (
+    AbstractTemplate,
+    TypingError,
+    cgutils,
+    infer_global,
+    intrinsic,
+    ir,
+    lower_builtin,
+    models,
+    register_model,
+    signature,
+    types,
+)
 
 N = 16
 _SCALARS = {"F32": ir.FloatType(), "U32": ir.IntType(32)}
