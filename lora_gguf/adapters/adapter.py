@@ -56,7 +56,7 @@ class Adapter:
 
 
 def allowed(names: Iterable[str], pattern: str | None) -> bool:
-    """Whether the user's regular expression lets leftovers of these names pass."""
+    """Return whether the user's regular expression lets leftovers of these names pass."""
     try:
         return pattern is not None and any(re.search(pattern, name) for name in names)
     except re.error as error:
@@ -89,7 +89,7 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
 
 def adapter_directory(path: str | os.PathLike) -> Path:
-    """The directory that holds ``adapter_config.json``: ``path``, or the folder of the file that it names."""
+    """Return the directory that holds ``adapter_config.json``: ``path``, or the folder of the file that it names."""
     path = Path(path)
     if path.suffix.lower() in ARCHIVES and path.is_file():
         raise FileError(f"{printable(path)}: an archive: unpack it, and name the folder with {adapter_config.NAME}")
@@ -119,7 +119,7 @@ def as_f32(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def adapter_name(source: str | os.PathLike) -> str:
-    """A short name for files and metadata: the last part of a path or Hub id."""
+    """Return a short name for files and metadata: the last part of a path or Hub id."""
     text = os.fspath(source)
     path = os.path.normpath(text if os.path.exists(text) else text.split("@")[0].split("?")[0])
     cached = _CACHED.search(path)
@@ -142,7 +142,7 @@ def updates_of(
     expert_b_layout: str | None = None,
     allow_unused: str | None = None,
 ) -> Contents:
-    """The updates in ``tensors``, and the tensors that are none with the reason. Raises with all offenders."""
+    """Return the updates in ``tensors``, and the tensors that are none with the reason. Raises with all offenders."""
     found = sort_tensors(tensors, config)
     for name, why in found.unknown.items():
         if allowed([name], allow_unused):
@@ -179,8 +179,8 @@ class Contents:
 
 
 def sort_tensors(tensors: dict[str, np.ndarray], config: dict) -> Contents:
-    """The tensors of an adapter file by module and factor, and those that are no module's: ignored, with the reason, or
-    unknown.
+    """Return the tensors of an adapter file by module and factor, and those that are no module's: ignored, with the
+    reason, or unknown.
     """
     kind_factors = (*KINDS[kind_of(config)][1], "trainable_tokens_delta")
     pattern = re.compile(
@@ -208,7 +208,7 @@ def sort_tensors(tensors: dict[str, np.ndarray], config: dict) -> Contents:
 
 
 def several_adapters(named: dict[str, str]) -> list[str]:
-    """What is wrong where the tensors of one file are called by several adapters' names; ``named``: a tensor of
+    """Return what is wrong where the tensors of one file are called by several adapters' names; ``named``: a tensor of
     each.
     """
     names = [name for name in named if name]
@@ -250,7 +250,7 @@ def add_whole(name: str, array: np.ndarray, found: Contents, config: dict) -> No
 
 
 def whole(name: str, match: re.Match, array: np.ndarray) -> Replaced:
-    """A tensor that was trained and saved whole."""
+    """Return a tensor that was trained and saved whole."""
     values = array.reshape(len(array), -1) if array.ndim > 2 else array.reshape(-1, array.shape[-1])
     path = module_path(match["path"]).removesuffix(".base_layer")
     return Replaced(name=path, shape=values.shape, sources=(name,), part=match["part"], values=values)
@@ -266,7 +266,8 @@ def module_updates(module: Module, modules: Collection[str], expert_b_layout: st
 
 
 def packed_parameter(module: Module, modules: Collection[str]) -> str | None:
-    """The path of the parameter that the module's factors adapt, where it is one of PEFT's ``target_parameters``.
+    """Return the path of the parameter that the module's factors adapt, where it is one of PEFT's
+    ``target_parameters``.
 
     Several parameters of one module are nested in the order of their registration, the last outermost, and each
     ``base_layer`` of the path leads one inward.
@@ -285,7 +286,9 @@ def packed_parameter(module: Module, modules: Collection[str]) -> str | None:
 
 
 def packed_pair(module: Module, target: str, expert_b_layout: str | None) -> LoraPair:
-    """The pair of a parameter; of packed experts (E, r, x) and (E, y, r), which axis is in or out unknown as yet."""
+    """Return the pair of a parameter; of packed experts (E, r, x) and (E, y, r), which axis is in or out unknown as
+    yet.
+    """
     b, a = module.matrices("lora_B", "lora_A")
     config = module.config
     rank = pattern_value(config.get("rank_pattern"), target, config.get("r", 0))
@@ -306,7 +309,7 @@ def packed_pair(module: Module, target: str, expert_b_layout: str | None) -> Lor
 
 
 def is_expert_major(target: str, config: dict, expert_b_layout: str | None) -> bool:
-    """Whether the columns of B lie expert by expert (Unsloth until September 2026), not rank by rank (PEFT)."""
+    """Return whether the columns of B lie expert by expert (Unsloth until September 2026), not rank by rank (PEFT)."""
     fused = config.get("unsloth_fused_expert_lora", {}).get("parameters", {})
     named: object = (
         next((entry for name, entry in fused.items() if target.endswith(name)), {}) if isinstance(fused, dict) else {}

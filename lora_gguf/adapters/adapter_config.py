@@ -123,7 +123,7 @@ UNSUPPORTED_KIND = "turn it into LoRA with PEFT's convert_to_lora, or merge it w
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict:
-    """The object in a JSON file from an untrusted source: limited size, no duplicate keys, no NaN."""
+    """Return the object in a JSON file from an untrusted source: limited size, no duplicate keys, no NaN."""
     label = printable(path.name)
     try:
         with os.fdopen(open_input(path), "rb") as file:
@@ -153,7 +153,7 @@ def _no_constant(name: str) -> None:
 
 
 def read_config(directory: Path) -> dict:
-    """The checked fields of ``adapter_config.json``: null fields are left out, unknown ones kept as they are."""
+    """Return the checked fields of ``adapter_config.json``: null fields are left out, unknown ones kept as they are."""
     config = {key: value for key, value in read_json(directory / NAME).items() if value is not None}
     for field, kind in FIELDS.items():
         test, description = TYPES[kind]
@@ -182,7 +182,9 @@ def check_supported(config: dict) -> None:
 
 
 def kind_of(config: dict) -> str:
-    """The ``peft_type`` in capitals; LORA where the file does not say. MLX is what mlx-lm saves, MLX_VLM mlx-vlm."""
+    """Return the ``peft_type`` in capitals; LORA where the file does not say. MLX is what mlx-lm saves, MLX_VLM
+    mlx-vlm.
+    """
     if {"rank", "alpha"} <= config.keys() and not {"r", "peft_type"} & config.keys():
         return "MLX_VLM"
     default = "MLX" if "lora_parameters" in config or "fine_tune_type" in config else "LORA"

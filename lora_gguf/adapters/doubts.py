@@ -18,14 +18,16 @@ INITS = re.compile(r"true|false|gaussian|eva|orthogonal|mica")
 def doubts(
     directory: Path, updates: Iterable[LoraPair | Update], config: dict, expert_b_layout: str | None
 ) -> list[str]:
-    """Warnings on an adapter before it meets a base."""
+    """Return warnings on an adapter before it meets a base."""
     return [*layout_doubt(directory, updates, config, expert_b_layout), *init_doubt(config)]
 
 
 def layout_doubt(
     directory: Path, updates: Iterable[LoraPair | Update], config: dict, expert_b_layout: str | None
 ) -> list[str]:
-    """A warning where packed experts come from Unsloth, whose older versions laid B out in another order than PEFT."""
+    """Return a warning where packed experts come from Unsloth, whose older versions laid B out in another order than
+    PEFT.
+    """
     if expert_b_layout or all(len(update.shape) < 3 for update in updates) or "mlx" in kind_of(config).lower():
         return []
     if "lora_B_layout" in config or "unsloth_fused_expert_lora" in config:
@@ -43,7 +45,7 @@ def layout_doubt(
 
 
 def init_doubt(config: dict) -> list[str]:
-    """A warning where the adapter began in a way that is not known here, and may have changed the base."""
+    """Return a warning where the adapter began in a way that is not known here, and may have changed the base."""
     init = str(config.get("init_lora_weights", True)).lower()
     if kind_of(config) != "LORA" or INITS.fullmatch(init):
         return []

@@ -36,8 +36,8 @@ class Factors:
 
 
 def factor(matrix: np.ndarray, rank: int) -> Factors:
-    """The leading ``rank`` singular triples of ``matrix`` (m, n) f32 as factors of equal size; rank at most min(m,
-    n)."""
+    """Return the leading ``rank`` singular triples of ``matrix`` (m, n) f32 as factors of equal size; rank at most
+    min(m, n)."""
     rank = min(rank, *matrix.shape)
     energy = float(np.square(matrix, dtype=np.float64).sum())
     u, sizes, v = _decompose(matrix, rank)

@@ -35,7 +35,7 @@ class Module:
         return tuple(name for factor, name in self.names.items() if not factor.endswith(".bias"))
 
     def matrices(self, *wanted: str) -> list[np.ndarray]:
-        """The factors called ``wanted``, all of them matrices with no empty side."""
+        """Return the factors called ``wanted``, all of them matrices with no empty side."""
         missing = [name for name in wanted if name not in self.factors]
         if missing:
             raise self.malformed(f"expected {' and '.join(wanted)}, found {', '.join(self.factors)}")
@@ -51,7 +51,7 @@ class Module:
             self.factors |= {"lora_A": a.reshape(len(a), -1), "lora_B": b.reshape(len(b), -1)}
 
     def product(self, left: str, right: str) -> tuple[np.ndarray, np.ndarray]:
-        """Two factors that multiply: ``left`` (m, r), ``right`` (r, n)."""
+        """Return two factors that multiply: ``left`` (m, r), ``right`` (r, n)."""
         b, a = self.matrices(left, right)
         if b.shape[1] != a.shape[0]:
             raise self.malformed(f"{right} {a.shape} and {left} {b.shape} do not multiply")
@@ -65,7 +65,7 @@ Found = list[LoraPair | Update]
 
 
 def pattern_value(pattern: dict | None, path: str, default: Any) -> Any:
-    """The value of the first key of ``pattern`` that matches ``path`` as in PEFT; else ``default``."""
+    """Return the value of the first key of ``pattern`` that matches ``path`` as in PEFT; else ``default``."""
     if not pattern:
         return default
     key = first_match(pattern, path)
@@ -79,7 +79,9 @@ def number(config: dict, field: str) -> Any:
 
 
 def scale_of(path: str, rank: int, config: dict, alpha_field: str = "lora_alpha") -> float:
-    """PEFT's scale of a module: alpha / r, or alpha / sqrt(r); ``rank`` is what the tensors have and must be r."""
+    """Return PEFT's scale of a module: alpha / r, or alpha / sqrt(r); ``rank`` is what the tensors have and must be
+    r.
+    """
     expected = pattern_value(config.get("rank_pattern"), path, number(config, "r"))
     if expected != rank:
         raise MalformedError(
@@ -90,7 +92,9 @@ def scale_of(path: str, rank: int, config: dict, alpha_field: str = "lora_alpha"
 
 
 def lora(module: Module) -> Found:
-    """LoRA and rsLoRA, on linear layers and embeddings, with DoRA's magnitudes and a bias beside B."""
+    """Return the updates of LoRA and rsLoRA, on linear layers and embeddings, with DoRA's magnitudes and a bias beside
+    B.
+    """
     module.flatten()
     embedding = "lora_embedding_A" in module.factors or "lora_embedding_B" in module.factors
     b, a = module.product(*(("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B", "lora_A")))
@@ -133,7 +137,7 @@ def added_bias(module: Module, values: np.ndarray, n: int) -> Added:
 
 
 def adalora(module: Module) -> Found:
-    """AdaLoRA: B @ (A * E), by the number of ranks that are left."""
+    """Return the update of AdaLoRA: B @ (A * E), by the number of ranks that are left."""
     b, a = module.product("lora_B", "lora_A")
     (e,) = module.matrices("lora_E")
     ranknum = module.factors.get(
@@ -147,7 +151,9 @@ def adalora(module: Module) -> Found:
 
 
 def vera(module: Module) -> Found:
-    """VeRA: shared random A and B, of which each module uses the first columns and rows, times its own two vectors."""
+    """Return the update of VeRA: shared random A and B, of which each module uses the first columns and rows, times its
+    own two vectors.
+    """
     if not {"vera_A", "vera_B"} <= module.shared.keys():
         raise UnsupportedError("vera_A and vera_B are not in the file: save the adapter with save_projection=True")
     a, b = module.shared["vera_A"], module.shared["vera_B"]
@@ -160,7 +166,7 @@ def vera(module: Module) -> Found:
 
 
 def loha(module: Module) -> Found:
-    """LoHa: the entrywise product of two low-rank matrices."""
+    """Return the update of LoHa: the entrywise product of two low-rank matrices."""
     if any(name.startswith("hada_t") for name in module.factors):
         raise UnsupportedError(f"{module.path}: LoHa of a convolution: merge it with PEFT")
     pairs = module.product("hada_w1_a", "hada_w1_b"), module.product("hada_w2_a", "hada_w2_b")
@@ -173,7 +179,7 @@ def loha(module: Module) -> Found:
 
 
 def lokr(module: Module) -> Found:
-    """LoKr: the Kronecker product of two matrices, each whole or a product."""
+    """Return the update of LoKr: the Kronecker product of two matrices, each whole or a product."""
     if "lokr_t2" in module.factors:
         raise UnsupportedError(f"{module.path}: LoKr of a convolution: merge it with PEFT")
     left, right = (
@@ -193,7 +199,7 @@ def lokr(module: Module) -> Found:
 
 
 def ia3(module: Module) -> Found:
-    """IA³: a factor a column (feed-forward modules) or a row, which the bias gets too."""
+    """Return what IA³ makes: a factor a column (feed-forward modules) or a row, which the bias gets too."""
     (factors,) = module.matrices("ia3_l")
     if 1 not in factors.shape:
         raise module.malformed(f"expected a vector ia3_l, found {factors.shape}")
@@ -206,15 +212,15 @@ def ia3(module: Module) -> Found:
 
 
 def cayley(skew: np.ndarray) -> np.ndarray:
-    """Rotations (I - S)(I + S)^-1 of skew-symmetric matrices (n, size, size), in f64."""
+    """Return the rotations (I - S)(I + S)^-1 of skew-symmetric matrices (n, size, size), in f64."""
     skew = skew.astype(np.float64)
     eye = np.eye(skew.shape[-1])
     return np.linalg.solve((eye + skew).swapaxes(-1, -2), (eye - skew).swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 def neumann(skew: np.ndarray, n_terms: int) -> np.ndarray:
-    """OFT's approximation of ``cayley``: I + 2S + 2S² + …, the last power once; PEFT's counts 3 and 4 both end with
-    S³."""
+    """Return OFT's approximation of ``cayley``: I + 2S + 2S² + …, the last power once; PEFT's counts 3 and 4 both end
+    with S³."""
     skew = skew.astype(np.float64)
     total, power = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape).copy(), skew
     last = n_terms - 1 if n_terms < 3 else max(3, n_terms - 1)
@@ -225,7 +231,9 @@ def neumann(skew: np.ndarray, n_terms: int) -> np.ndarray:
 
 
 def oft(module: Module) -> Found:
-    """OFT: block-diagonal rotations of the input, from the upper triangles of skew-symmetric matrices."""
+    """Return what OFT makes: block-diagonal rotations of the input, from the upper triangles of skew-symmetric
+    matrices.
+    """
     name = "oft_embedding_R" if "oft_embedding_R" in module.factors else "oft_R"
     (triangles,) = module.matrices(name)
     size = round((1 + math.sqrt(1 + 8 * triangles.shape[1])) / 2)
@@ -251,7 +259,9 @@ def oft(module: Module) -> Found:
 
 
 def boft(module: Module) -> Found:
-    """BOFT: several block-diagonal rotations, each of the input in another order (a butterfly), then a factor a row."""
+    """Return what BOFT makes: several block-diagonal rotations, each of the input in another order (a butterfly), then
+    a factor a row.
+    """
     r, s = module.factors.get("boft_R"), module.factors.get("boft_s")
     if r is None or s is None or r.ndim != 4 or r.shape[2] != r.shape[3] or 0 in r.shape:
         raise module.malformed("expected boft_R with four axes and boft_s")
@@ -263,7 +273,9 @@ def boft(module: Module) -> Found:
 
 
 def butterfly(n: int, n_blocks: int, half: int, n_stages: int) -> np.ndarray | None:
-    """The order of ``n`` columns in one stage of BOFT: in each of ``n_blocks``, pieces of ``half``, even ones first."""
+    """Return the order of ``n`` columns in one stage of BOFT: in each of ``n_blocks``, pieces of ``half``, even ones
+    first.
+    """
     if n_stages == 0:
         return None
     pieces = np.arange(n).reshape(n_blocks, -1, half)
@@ -275,7 +287,7 @@ def ln_tuning(module: Module) -> Found:
 
 
 def trainable_tokens(module: Module) -> Found:
-    """Single rows of an embedding or head, trained whole; which ones the configuration says."""
+    """Return single rows of an embedding or head, trained whole; which ones the configuration says."""
     (values,) = module.matrices("trainable_tokens_delta")
     only = token_indices(module.path, module.config)
     if only is None or len(only) != len(values):
@@ -292,8 +304,8 @@ def token_indices(path: str, config: dict) -> list[int] | None:
 
 
 def mlx(module: Module) -> Found:
-    """mlx-lm's LoRA and DoRA: factors transposed, embeddings the other way round, experts stacked; a scale of its
-    own."""
+    """Return the updates of mlx-lm's LoRA and DoRA: factors transposed, embeddings the other way round, experts
+    stacked; a scale of its own."""
     a, b = (module.factors.get(name) for name in ("lora_a", "lora_b"))
     if a is None or b is None or a.ndim != b.ndim or a.ndim not in (2, 3):
         raise module.malformed(
@@ -311,7 +323,7 @@ def mlx(module: Module) -> Found:
 
 
 def mlx_vlm(module: Module) -> Found:
-    """mlx-vlm's LoRA: A (in, r) and B (r, out), times alpha."""
+    """Return the updates of mlx-vlm's LoRA: A (in, r) and B (r, out), times alpha."""
     a, b = module.matrices("A", "B")
     if a.shape[1] != len(b):
         raise module.malformed(f"A {a.shape} and B {b.shape} do not multiply")
@@ -320,7 +332,7 @@ def mlx_vlm(module: Module) -> Found:
 
 
 def mlx_scale(config: dict, rank: int) -> float:
-    """``scale`` of mlx-lm's configuration; its versions until 2024 multiplied it by alpha / rank."""
+    """Return ``scale`` of mlx-lm's configuration; its versions until 2024 multiplied it by alpha / rank."""
     parameters = config.get("lora_parameters", {})
     scale, alpha = parameters.get("scale"), parameters.get("alpha")
     if type(scale) not in (int, float) or not math.isfinite(scale):

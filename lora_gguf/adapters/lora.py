@@ -71,7 +71,9 @@ class LoraPair:
         return (*self.b.shape[:-1], self.a.shape[-1])
 
     def take(self, piece: Piece) -> LoraPair:
-        """The update of ``piece`` alone, under its name and in its layout: exact, the gathers act on the factors."""
+        """Return the update of ``piece`` alone, under its name and in its layout: exact, the gathers act on the
+        factors.
+        """
         a = self.a if piece.cols is None else self.a[..., piece.cols]
         b = self.b if piece.rows is None else self.b[..., piece.rows, :]
         if piece.scale is not None:
@@ -81,12 +83,12 @@ class LoraPair:
         return replace(self, name=piece.name, a=np.ascontiguousarray(a), b=np.ascontiguousarray(b), packed=False)
 
     def delta(self) -> np.ndarray:
-        """``scale * b @ a`` in f32, whole: for tests and small tensors."""
+        """Return ``scale * b @ a`` in f32, whole: for tests and small tensors."""
         return np.float32(self.scale) * (self.b.astype(np.float32) @ self.a.astype(np.float32))
 
 
 def check_finite(name: str, array: np.ndarray, label: str) -> str | None:
-    """None, or where the first NaN or infinity of ``array`` stands."""
+    """Return None, or where the first NaN or infinity of ``array`` stands."""
     finite = np.isfinite(array)
     if finite.all():
         return None
@@ -95,7 +97,7 @@ def check_finite(name: str, array: np.ndarray, label: str) -> str | None:
 
 
 def common_alpha(pairs: Sequence[LoraPair]) -> float:
-    """The ``adapter.lora.alpha`` under which most pairs need no change: the loader applies alpha / rank.
+    """Return the ``adapter.lora.alpha`` under which most pairs need no change: the loader applies alpha / rank.
 
     Never zero, which means a scale of 1 to the loader.
     """
@@ -105,7 +107,7 @@ def common_alpha(pairs: Sequence[LoraPair]) -> float:
 
 
 def under_alpha(pair: LoraPair, alpha: float) -> LoraPair:
-    """``pair`` with the scale alpha / rank, the rest of its own scale folded into B."""
+    """Return ``pair`` with the scale alpha / rank, the rest of its own scale folded into B."""
     scale = alpha / pair.rank
     if math.isclose(pair.scale, scale, rel_tol=1e-6):
         return replace(pair, scale=scale)
@@ -113,19 +115,19 @@ def under_alpha(pair: LoraPair, alpha: float) -> LoraPair:
 
 
 def stored_factors(pair: LoraPair) -> list[tuple[str, np.ndarray]]:
-    """The two tensors of ``pair`` as they stand in an adapter GGUF; the embedding's are the other way round."""
+    """Return the two tensors of ``pair`` as they stand in an adapter GGUF; the embedding's are the other way round."""
     a, b = (pair.b, pair.a.T) if pair.name.endswith(EMBEDDING) else (pair.a, pair.b)
     return [(f"{pair.name}.lora_a", np.ascontiguousarray(a)), (f"{pair.name}.lora_b", np.ascontiguousarray(b))]
 
 
 def stored_type(shape: tuple[int, ...], outtype: str) -> GgmlType:
-    """``outtype``, or F16 where a row isn't whole blocks."""
+    """Return ``outtype``, or F16 where a row isn't whole blocks."""
     wanted = BY_NAME[outtype.upper()]
     return wanted if shape[-1] % wanted.block_size == 0 else BY_NAME["F16"]
 
 
 def encode(name: str, array: np.ndarray, type: GgmlType) -> np.ndarray:
-    """The bytes of ``array`` (f32) in ``type``: F32, F16, BF16 or Q8_0. Raises where F16 would overflow."""
+    """Return the bytes of ``array`` (f32) in ``type``: F32, F16, BF16 or Q8_0. Raises where F16 would overflow."""
     array = np.ascontiguousarray(array, np.float32)
     largest = float(np.abs(array).max(initial=0))
     if not largest <= (65519 if type.name == "F16" else float(np.finfo(np.float32).max)):
@@ -143,7 +145,7 @@ def encode(name: str, array: np.ndarray, type: GgmlType) -> np.ndarray:
 
 
 def decode(reader: GgufReader, info: TensorInfo) -> np.ndarray:
-    """A tensor of an open file as f32, in its shape."""
+    """Return a tensor of an open file as f32, in its shape."""
     raw = reader.read(info)
     if info.type.name in ("F32", "F16"):
         return raw.view("<f4" if info.type.name == "F32" else "<f2").astype(np.float32).reshape(info.shape)
@@ -192,7 +194,8 @@ def write_adapter_gguf(
 
 
 def read_adapter_gguf(path: str | os.PathLike) -> tuple[list[LoraPair], str]:
-    """The pairs of an adapter GGUF and its architecture. ``*_norm.weight`` tensors are left out, as llama.cpp does.
+    """Return the pairs of an adapter GGUF and its architecture. ``*_norm.weight`` tensors are left out, as llama.cpp
+    does.
 
     Raises ``MalformedError`` for a file that llama.cpp's loader would refuse, ``NumericError`` for NaN and infinity.
     """

@@ -45,12 +45,14 @@ class Update:
         return self.shape[0]
 
     def touches(self, first: int, n: int) -> np.ndarray:
-        """Which of the tensor's rows ``first`` to ``first + n`` it changes: bool (n,)."""
+        """Return which of the tensor's rows ``first`` to ``first + n`` it changes: bool (n,)."""
         row = np.arange(first, first + n) - self.offset
         return (row >= 0) & (row < self.shape[0])
 
     def change(self, first: int, weights: np.ndarray) -> np.ndarray:
-        """What to add to ``weights``: f32 (n, cols), rows ``first`` to ``first + n`` of the tensor, dequantized."""
+        """Return what to add to ``weights``: f32 (n, cols), rows ``first`` to ``first + n`` of the tensor,
+        dequantized.
+        """
         out = np.zeros_like(weights, np.float32)
         start, stop = max(first, self.offset), min(first + len(weights), self.offset + self.shape[0])
         if start < stop:
@@ -59,19 +61,19 @@ class Update:
         return out
 
     def change_of(self, i: int, weights: np.ndarray) -> np.ndarray:
-        """``change`` for rows ``i`` and on of the part, all of which are in it."""
+        """Return ``change`` for rows ``i`` and on of the part, all of which are in it."""
         raise NotImplementedError
 
     def take(self, piece: Piece) -> Update:
-        """The update of ``piece`` alone, under its name and in its layout."""
+        """Return the update of ``piece`` alone, under its name and in its layout."""
         raise NotImplementedError
 
     def as_pair(self) -> LoraPair | None:
-        """The same update as a pair, exact; None where it is not low rank."""
+        """Return the same update as a pair, exact; None where it is not low rank."""
         return None
 
     def moved(self, piece: Piece, **fields: Any) -> Update:
-        """This update with ``fields`` changed, at the piece's place."""
+        """Return this update with ``fields`` changed, at the piece's place."""
         if piece.transpose:
             raise UnsupportedError(
                 f"{self.name}: {self.kind} on {piece.name}, which GGUF stores transposed: merge it with PEFT"
@@ -86,7 +88,7 @@ def gathered(values: np.ndarray | None, index: np.ndarray | None, axis: int = 0)
 
 
 def multiply(b: np.ndarray, a: np.ndarray) -> np.ndarray:
-    """b @ a in f32, each element summed in one order whatever the number of rows."""
+    """Return b @ a in f32, each element summed in one order whatever the number of rows."""
     from lora_gguf.kernels.low_rank import low_rank
 
     out = np.empty((len(b), a.shape[1]), np.float32)
@@ -190,7 +192,7 @@ class Computed(Update):
     factors: np.ndarray | None = None
 
     def values(self, rows: np.ndarray) -> np.ndarray:
-        """Whole rows of the matrix in Hugging Face's layout, without the scale."""
+        """Return whole rows of the matrix in Hugging Face's layout, without the scale."""
         raise NotImplementedError
 
     def change_of(self, i: int, weights: np.ndarray) -> np.ndarray:
@@ -216,7 +218,9 @@ class Hadamard(Computed):
         return multiply(b1[rows], a1) * multiply(b2[rows], a2)
 
     def as_pair(self) -> LoraPair:
-        """Of rank r²: each product of two columns of the b's, with the same of the a's rows (Khatri-Rao)."""
+        """Return a pair of rank r²: each product of two columns of the b's, with the same of the a's rows
+        (Khatri-Rao).
+        """
         (b1, a1), (b2, a2) = self.pairs
         b = (b1[:, :, None] * b2[:, None, :]).reshape(len(b1), -1)[self.rows]
         a = (a1[:, None, :] * a2[None, :, :]).reshape(-1, a1.shape[1])[:, self.cols]
@@ -236,13 +240,13 @@ class Kronecker(Computed):
         return (self.left[rows // m][:, :, None] * self.right[rows % m][:, None, :]).reshape(len(rows), -1)
 
     def as_pair(self) -> LoraPair:
-        """Of the product of both ranks: the Kronecker products of the two matrices' factors."""
+        """Return a pair of the product of both ranks: the Kronecker products of the two matrices' factors."""
         (b1, a1), (b2, a2) = thin(self.left), thin(self.right)
         return scaled_pair(self, np.kron(a1, a2)[:, self.cols], np.kron(b1, b2)[self.rows])
 
 
 def thin(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """b, a with b @ a = ``matrix`` and as few columns of b as its rank asks for."""
+    """Return b, a with b @ a = ``matrix`` and as few columns of b as its rank asks for."""
     u, sizes, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     rank = max(1, int((sizes > sizes[0] * 1e-7).sum()))
     if rank == min(matrix.shape):
@@ -311,6 +315,6 @@ class Replaced(Update):
 
 
 def placed(values: np.ndarray, piece: Piece) -> np.ndarray:
-    """``values`` with the gathers and factors of ``piece``."""
+    """Return ``values`` with the gathers and factors of ``piece``."""
     moved = np.asarray(gathered(gathered(values, piece.rows), piece.cols, 1))
     return moved if piece.scale is None else moved * piece.scale[:, None].astype(np.float32)

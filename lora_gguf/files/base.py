@@ -19,18 +19,18 @@ SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
 def shard_path(prefix: str | os.PathLike, number: int, count: int) -> Path:
-    """The path of shard ``number`` (from 0) of ``count``."""
+    """Return the path of shard ``number`` (from 0) of ``count``."""
     return Path(f"{os.fspath(prefix)}-{number + 1:05d}-of-{count:05d}.gguf")
 
 
 def split_name(path: str | os.PathLike) -> tuple[str, int, int] | None:
-    """(prefix, number from 0, count) of a shard's path; None for another path."""
+    """Return (prefix, number from 0, count) of a shard's path; None for another path."""
     match = _SHARD.fullmatch(os.fspath(path))
     return match and (match["prefix"], int(match["number"]) - 1, int(match["count"]))
 
 
 def evenly(n: int, most: int) -> np.ndarray:
-    """Up to ``most`` of the numbers from 0 to ``n`` - 1, evenly spaced, ascending."""
+    """Return up to ``most`` of the numbers from 0 to ``n`` - 1, evenly spaced, ascending."""
     return np.unique(np.linspace(0, n - 1, most).astype(int))
 
 
@@ -69,11 +69,11 @@ class Base:
         self._opened.close()
 
     def reader_of(self, name: str) -> GgufReader:
-        """The file that holds the tensor ``name``."""
+        """Return the file that holds the tensor ``name``."""
         return self._reader_of[name]
 
     def rows(self, info: TensorInfo, rows: Iterable[int]) -> np.ndarray:
-        """The rows of a tensor with these numbers, as stored: uint8 (rows, row_bytes)."""
+        """Return the rows of a tensor with these numbers, as stored: uint8 (rows, row_bytes)."""
         reader, rows = self.reader_of(info.name), np.asarray(rows)
         stored = np.empty((len(rows), info.row_bytes), np.uint8)
         for row, place in zip(rows, stored, strict=False):

@@ -76,7 +76,7 @@ class TensorInfo:
 
 
 def padded(n_bytes: int, alignment: int) -> int:
-    """``n_bytes`` rounded up to a multiple of ``alignment``."""
+    """Return ``n_bytes`` rounded up to a multiple of ``alignment``."""
     return -(-n_bytes // alignment) * alignment
 
 
@@ -290,14 +290,16 @@ class GgufReader:
             )
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of ``key``: a number, a bool, a str, or a list of them; ``default`` where the key is missing."""
+        """Return the value of ``key``: a number, a bool, a str, or a list of them; ``default`` where the key is
+        missing.
+        """
         entry = self.kv.get(key)
         if entry is None:
             return default
         return decode_value(self.source.read(entry.value, entry.end - entry.value), entry.type)
 
     def length(self, key: str) -> int:
-        """How many values the array ``key`` has, none of them read; 0 where the key is missing or no array."""
+        """Return how many values the array ``key`` has, none of them read; 0 where the key is missing or no array."""
         entry = self.kv.get(key)
         return struct.unpack("<IQ", self.source.read(entry.value, 12))[1] if entry and entry.type == ARRAY else 0
 
@@ -308,7 +310,7 @@ class GgufReader:
         return value if isinstance(value, str) else ""
 
     def hparam(self, name: str, default: Any = None) -> Any:
-        """The value of ``{architecture}.{name}``."""
+        """Return the value of ``{architecture}.{name}``."""
         return self.get(f"{self.architecture}.{name}", default)
 
     def read_into(self, info: TensorInfo, offset: int, buffer: Any) -> None:
@@ -316,7 +318,7 @@ class GgufReader:
         self.source.read_into(self.data_position + info.offset + offset, buffer, info.name)
 
     def read(self, info: TensorInfo, first_row: int = 0, n_rows: int | None = None) -> Any:
-        """Rows ``first_row`` to ``first_row + n_rows`` as stored: uint8, shape (n_rows, row_bytes)."""
+        """Return rows ``first_row`` to ``first_row + n_rows`` as stored: uint8, shape (n_rows, row_bytes)."""
         import numpy as np
 
         n_rows = info.n_rows - first_row if n_rows is None else n_rows
@@ -330,7 +332,9 @@ class GgufReader:
 
 
 def decode_value(raw: bytes, type_id: int) -> Any:
-    """The value in ``raw``, the bytes of one value as they stand in a file whose header was read without error."""
+    """Return the value in ``raw``, the bytes of one value as they stand in a file whose header was read without
+    error.
+    """
     if type_id in SCALARS:
         return struct.unpack("<" + SCALARS[type_id], raw)[0]
     if type_id == STRING:

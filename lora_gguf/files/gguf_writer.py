@@ -40,7 +40,7 @@ def _value(value: Any, type_id: int) -> bytes:
 
 
 def key_value(key: str, value: object, type_name: str) -> bytes:
-    """One key/value pair as it stands in a file; a list or tuple becomes an array of ``type_name``."""
+    """Return one key/value pair as it stands in a file; a list or tuple becomes an array of ``type_name``."""
     type_id = TYPE_IDS[type_name]
     if isinstance(value, (list, tuple)):
         head = struct.pack("<IIQ", ARRAY, type_id, len(value))
@@ -49,7 +49,7 @@ def key_value(key: str, value: object, type_name: str) -> bytes:
 
 
 def raw_key_values(reader: GgufReader, skip: Iterable[str] = ()) -> list[bytes]:
-    """The key/value pairs of an open file, each as its raw bytes, in order, without the keys in ``skip``."""
+    """Return the key/value pairs of an open file, each as its raw bytes, in order, without the keys in ``skip``."""
     skipped = set(skip)
     return [reader.source.read(kv.start, kv.end - kv.start) for kv in reader.kv.values() if kv.key not in skipped]
 
@@ -64,7 +64,7 @@ class TensorSpec:
 
 
 def layout(tensors: Iterable[TensorSpec | TensorInfo], alignment: int) -> list[TensorInfo]:
-    """The tensors with their offsets: each starts at a multiple of ``alignment``, without gaps."""
+    """Return the tensors with their offsets: each starts at a multiple of ``alignment``, without gaps."""
     placed, offset = [], 0
     for tensor in tensors:
         placed.append(TensorInfo(tensor.name, tensor.type, tuple(tensor.shape), offset))
@@ -78,7 +78,7 @@ def _tensor_info(tensor: TensorInfo) -> bytes:
 
 
 def header(key_values: Sequence[bytes], tensors: Sequence[TensorInfo], alignment: int) -> bytes:
-    """The bytes of a file up to its data, padded to ``alignment``."""
+    """Return the bytes of a file up to its data, padded to ``alignment``."""
     raw = b"".join(
         [
             struct.pack("<4sIQQ", b"GGUF", VERSION, len(tensors), len(key_values)),

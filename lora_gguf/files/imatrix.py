@@ -34,7 +34,7 @@ class Imatrix:
     paths: tuple[str | os.PathLike, ...] = ()
 
     def of(self, tensor: TensorInfo) -> np.ndarray | None:
-        """The importance of the tensor's columns, (matrices, cols), or None where it was not measured.
+        """Return the importance of the tensor's columns, (matrices, cols), or None where it was not measured.
 
         A matrix has one row; a stack (E, out, in) has E. Raises ``MismatchError`` where the sizes differ.
         """
@@ -52,7 +52,7 @@ class Imatrix:
 
 
 def read_imatrix(path: str | os.PathLike) -> Imatrix:
-    """The importance matrix at ``path``, in either format.
+    """Return the importance matrix at ``path``, in either format.
 
     What was never used (a count of zero, as an expert that no input reached) has importance 1. Raises
     ``MalformedError``, ``NumericError`` for values that are not finite or negative, or ``FileError``.

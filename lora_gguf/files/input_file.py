@@ -23,7 +23,9 @@ IMPOSTORS = (
 
 
 def impostor(head: bytes, name: str = "") -> str | None:
-    """What a file ``name`` that starts with ``head`` is instead of what it should be, and what to do, if known."""
+    """Return what a file ``name`` that starts with ``head`` is instead of what it should be, and what to do, if
+    known.
+    """
     start = head.lstrip().lower()
     return next(
         (what for magic, end, what in IMPOSTORS if start.startswith(magic) and not (end and name.endswith(end))), None
@@ -35,7 +37,9 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.ASCII)
 
 
 def open_input(path: str | os.PathLike) -> int:
-    """A descriptor of the regular file ``path``, open for reading; ``FileError`` for all else: a fifo would block."""
+    """Return a descriptor of the regular file ``path``, open for reading; ``FileError`` for all else: a fifo would
+    block.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise FileError(f"{printable(path)}: expected a file, found a directory or device: check the path")
@@ -78,7 +82,7 @@ class Source:
         self.close()
 
     def close(self) -> None:
-        """Nothing can be read afterwards."""
+        """End reading."""
 
     def check_unchanged(self) -> None:
         """Raise ``IntegrityError`` if the bytes are no longer those that the source had when it was opened."""
@@ -91,13 +95,13 @@ class Source:
         raise NotImplementedError
 
     def read(self, position: int, n_bytes: int) -> bytes:
-        """``n_bytes`` from ``position`` on; the caller has checked them against ``size``."""
+        """Return ``n_bytes`` from ``position`` on; the caller has checked them against ``size``."""
         buffer = bytearray(n_bytes)
         self.read_into(position, buffer)
         return bytes(buffer)
 
     def read_array(self, position: int, dtype: Any, shape: tuple[int, ...]) -> Any:
-        """A numpy array of ``shape`` from ``position`` on; the caller has checked its bytes against ``size``."""
+        """Return a numpy array of ``shape`` from ``position`` on; the caller has checked its bytes against ``size``."""
         import numpy as np
 
         array = np.empty(shape, dtype)

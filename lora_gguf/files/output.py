@@ -35,7 +35,9 @@ _LIVE: set[Path] = set()  # temporary files of this process
 
 
 def check_target(path: str | os.PathLike, *, force: bool = False, inputs: Iterable[os.PathLike | str] = ()) -> Path:
-    """The real path to write to, symbolic links followed; ``FileError`` where writing there would lose something."""
+    """Return the real path to write to, symbolic links followed; ``FileError`` where writing there would lose
+    something.
+    """
     target = Path(os.path.realpath(path))
     label = printable(path)
     if os.fspath(path).endswith(("/", os.sep)) and not target.exists():

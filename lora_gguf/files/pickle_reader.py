@@ -38,7 +38,8 @@ MARK = _Mark()
 
 
 def load(raw: bytes, names: dict[str, object], persistent: Callable, label: str) -> Any:
-    """The object that the pickle ``raw`` describes, of dicts, lists, tuples, strings, numbers and what builders make.
+    """Return the object that the pickle ``raw`` describes, of dicts, lists, tuples, strings, numbers and what builders
+    make.
 
     ``names`` holds all that it may name, by ``"module name"``; ``persistent`` makes an object of a persistent id.
     Raises ``MalformedError``, naming ``label``, for all else: an opcode or a name without a place here, a damaged file.

@@ -14,17 +14,17 @@ MAX_DIMS = 32
 
 
 def bf16_to_f32(raw: np.ndarray) -> np.ndarray:
-    """bfloat16, as uint16 of any shape, widened to f32 exactly."""
+    """Widen bfloat16, as uint16 of any shape, to f32 exactly."""
     return (raw.astype(np.uint32) << 16).view(np.float32)
 
 
 def f8_e5m2_to_f32(raw: np.ndarray) -> np.ndarray:
-    """float8 with 5 exponent bits, as uint8 of any shape, widened to f32 exactly: the upper byte of an f16."""
+    """Widen float8 with 5 exponent bits, as uint8 of any shape, to f32 exactly: the upper byte of an f16."""
     return (raw.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
 
 
 def f8_e4m3_to_f32(raw: np.ndarray) -> np.ndarray:
-    """float8 with 4 exponent bits ("fn": no infinities), as uint8 of any shape, widened to f32 exactly."""
+    """Widen float8 with 4 exponent bits ("fn": no infinities), as uint8 of any shape, to f32 exactly."""
     codes = np.arange(256)
     table = np.where(codes & 127 == 127, np.nan, e4m3_magnitudes())
     return np.copysign(table, np.where(codes < 128, 1.0, -1.0)).astype(np.float32)[raw]
@@ -72,5 +72,5 @@ def check_name(name: object, label: str) -> None:
 
 
 def damaged(label: str, what: str) -> MalformedError:
-    """The error for a file that breaks its format's rules."""
+    """Return the error for a file that breaks its format's rules."""
     return MalformedError(f"{label}: {what}: the file is damaged, download it again")

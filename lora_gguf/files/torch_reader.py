@@ -156,7 +156,8 @@ NAMES = {
 
 
 def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """All tensors of a ``.bin`` by name, in the pickle's order; BF16 and F8 widened to f32, other types as stored.
+    """Return all tensors of a ``.bin`` by name, in the pickle's order; BF16 and F8 widened to f32, other types as
+    stored.
 
     Raises ``MalformedError`` for whatever is not a plain dict of tensors, ``UnsupportedError`` for older formats.
     """
@@ -174,7 +175,7 @@ def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def read_entry(file: InputFile, entry: Entry) -> bytes:
-    """The bytes of an entry, their CRC checked (0 stands for none: ``torch.save`` can leave it out)."""
+    """Return the bytes of an entry, their CRC checked (0 stands for none: ``torch.save`` can leave it out)."""
     raw = file.read(entry.position, entry.n_bytes)
     if entry.crc and zlib.crc32(raw) != entry.crc:
         raise damaged(file.label, f"{entry.name}: expected CRC {entry.crc:08x}, found {zlib.crc32(raw):08x}")

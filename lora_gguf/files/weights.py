@@ -38,7 +38,8 @@ class Entry:
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """All tensors of ``path`` by name, in file order; BF16 and F8 widened to f32, other types as they are stored.
+    """Return all tensors of ``path`` by name, in file order; BF16 and F8 widened to f32, other types as they are
+    stored.
 
     ``path`` is a ``.safetensors`` file, a ``*.index.json`` beside its shards, numpy's ``.npz``, or a PyTorch zip
     (``.bin``, ``.pt``).
@@ -67,7 +68,7 @@ def _read_tensor(file: InputFile, data_position: int, entry: Entry) -> np.ndarra
 
 
 def read_header(file: Source) -> tuple[list[Entry], int]:
-    """The tensors of a safetensors file in file order, and the position of its data; everything is checked."""
+    """Return the tensors of a safetensors file in file order, and the position of its data; everything is checked."""
     head = file.read(0, min(file.size, 32))
     what = impostor(head)
     if what:
@@ -82,7 +83,9 @@ def read_header(file: Source) -> tuple[list[Entry], int]:
 
 
 def parse_header(raw: bytes, data_bytes: int, label: str) -> list[Entry]:
-    """The tensors that ``raw``, the JSON of a safetensors header, lists; they must fill ``data_bytes`` exactly."""
+    """Return the tensors that ``raw``, the JSON of a safetensors header, lists; they must fill ``data_bytes``
+    exactly.
+    """
     header = _parse_json(raw, label)
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (
@@ -159,7 +162,7 @@ def _read_sharded(path: Path) -> dict[str, np.ndarray]:
 
 
 def shard_names(path: Path) -> list[str]:
-    """The file names of the shards that a ``*.index.json`` names; none of them leaves the folder."""
+    """Return the file names of the shards that a ``*.index.json`` names; none of them leaves the folder."""
     with InputFile(path) as file:
         if file.size > MAX_HEADER:
             raise damaged(file.label, f"an index of {file.size} bytes")

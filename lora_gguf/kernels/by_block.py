@@ -14,7 +14,7 @@ U8, U16, U64, I8, F32 = np.uint8, np.uint16, np.uint64, np.int8, np.float32
 
 
 def by_block(*views: Any) -> Callable[..., Callable[..., None]]:
-    """Decorates a kernel: each C-contiguous array comes to it as (n_blocks, *shape) of the dtype given here.
+    """Decorate a kernel: each C-contiguous array comes to it as (n_blocks, *shape) of the dtype given here.
 
     Python reshapes, as Numba would take longer to compile that than the kernel. And as the shapes so come from outside,
     LLVM does not unroll a loop over them before its vectoriser sees it, which it does with a literal count.

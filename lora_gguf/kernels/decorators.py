@@ -30,7 +30,7 @@ def _digest() -> str:
 
 
 def cache_dir() -> Path | None:
-    """The folder of the compiled kernels, made if need be; None where it cannot be written."""
+    """Return the folder of the compiled kernels, made if need be; None where it cannot be written."""
     home = os.environ.get("LORA_GGUF_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "lora-gguf"
     )
@@ -89,10 +89,12 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 def part(function: Callable[..., Any]) -> Any:
-    """As ``kernel``, for what other kernels call often: it becomes a part of their code."""
+    """Compile as ``kernel``, for what other kernels call often: it becomes a part of their code."""
     return _compiled(function, forceinline=True, no_cpython_wrapper=True)
 
 
 def report_kernel(function: Callable[..., Any]) -> Any:
-    """As ``kernel``, but sums may be taken in any order: for figures in reports, never for bytes that are written."""
+    """Compile as ``kernel``, but sums may be taken in any order: for figures in reports, never for bytes that are
+    written.
+    """
     return _compiled(function, fastmath={"reassoc"})

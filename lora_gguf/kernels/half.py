@@ -11,7 +11,7 @@ _UNIT = np.float32(2.0**-24)  # of f16 denormals
 
 @part
 def f32_from_f16(h: int) -> float:
-    """The f32 value of the f16 bit pattern ``h`` (an integer), exact; a NaN comes out quiet, as from ggml."""
+    """Return the f32 value of the f16 bit pattern ``h`` (an integer), exact; a NaN comes out quiet, as from ggml."""
     h = np.uint32(h)
     magnitude = h & 0x7FFF
     bits = np.uint32((magnitude << 13) + 0x38000000)  # rebias the exponent
@@ -24,13 +24,15 @@ def f32_from_f16(h: int) -> float:
 
 @part
 def f32_at(block: np.ndarray, at: int) -> float:
-    """The f32 value of the f16 number at byte ``at`` of ``block`` uint8."""
+    """Return the f32 value of the f16 number at byte ``at`` of ``block`` uint8."""
     return f32_from_f16(np.uint32(block[at]) | np.uint32(block[at + 1]) << 8)
 
 
 @part
 def f16_from_f32(x: float) -> int:
-    """The f16 bit pattern (uint16) nearest to the f32 ``x``, ties to even; overflow gives infinity, NaN a quiet NaN."""
+    """Return the f16 bit pattern (uint16) nearest to the f32 ``x``, ties to even; overflow gives infinity, NaN a quiet
+    NaN.
+    """
     bits = np.float32(x).view(np.uint32)
     magnitude = np.uint32(bits & 0x7FFFFFFF)
     normal = np.uint32(magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13

@@ -107,19 +107,19 @@ def magnitude(typing: Any, x: Any) -> Any:
 
 @intrinsic
 def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
-    """x * y + z, rounded once; also of three f32."""
+    """Return x * y + z, rounded once; also of three f32."""
     return x(x, y, z), _llvm("fma")
 
 
 @intrinsic
 def least(typing: Any, x: Any, y: Any) -> Any:
-    """The smaller of each two; ``y`` where ``x`` is NaN."""
+    """Return the smaller of each two; ``y`` where ``x`` is NaN."""
     return x(x, y), _select("<")
 
 
 @intrinsic
 def most(typing: Any, x: Any, y: Any) -> Any:
-    """The larger of each two; ``y`` where ``x`` is NaN."""
+    """Return the larger of each two; ``y`` where ``x`` is NaN."""
     return x(x, y), _select(">")
 
 
@@ -131,26 +131,26 @@ def _splat(builder: Any, scalar: Any) -> Any:
 
 @intrinsic
 def splat(typing: Any, value: Any) -> Any:
-    """All lanes the one f32 or uint32 ``value``."""
+    """Return all lanes the one f32 or uint32 ``value``."""
     lanes = {types.float32: F32, types.uint32: U32}[value]
     return lanes(value), lambda context, builder, sig, args: _splat(builder, args[0])
 
 
 @intrinsic
 def iota(typing: Any) -> Any:
-    """0 to 15, uint32."""
+    """Return 0 to 15, uint32."""
     return U32(), lambda *_: ir.Constant(_vector(ir.IntType(32)), list(range(N)))
 
 
 @intrinsic
 def to_f32(typing: Any, lanes: Any) -> Any:
-    """Whole numbers below 2**31 as f32."""
+    """Return whole numbers below 2**31 as f32."""
     return F32(U32), lambda context, builder, sig, args: builder.sitofp(args[0], _vector(ir.FloatType()))
 
 
 @intrinsic
 def where_less(typing: Any, x: Any, y: Any, one: Any, other: Any) -> Any:
-    """``one`` where x < y, and ``other`` elsewhere."""
+    """Return ``one`` where x < y, and ``other`` elsewhere."""
 
     def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
         return builder.select(builder.fcmp_ordered("<", *args[:2]), *args[2:])
@@ -160,14 +160,14 @@ def where_less(typing: Any, x: Any, y: Any, one: Any, other: Any) -> Any:
 
 @intrinsic
 def bits(typing: Any, lanes: Any) -> Any:
-    """The bit patterns of f32 lanes, as U32, or the f32 that U32 lanes are the patterns of."""
+    """Return the bit patterns of f32 lanes, as U32, or the f32 that U32 lanes are the patterns of."""
     other = U32 if lanes == F32 else F32
     return other(lanes), lambda context, builder, sig, args: builder.bitcast(args[0], _vector(_SCALARS[other.kind]))
 
 
 @intrinsic
 def nonzero(typing: Any, lanes: Any) -> Any:
-    """1 where a lane is not 0 (or NaN), else 0."""
+    """Return 1 where a lane is not 0 (or NaN), else 0."""
 
     def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
         zero = ir.Constant(args[0].type, [0.0] * N)
@@ -191,13 +191,13 @@ def _halved(combine: Any) -> Any:
 
 @intrinsic
 def total(typing: Any, lanes: Any) -> Any:
-    """The sum of all lanes."""
+    """Return the sum of all lanes."""
     return types.float32(F32), _halved(lambda context, builder, sig, args: builder.fadd(*args))
 
 
 @intrinsic
 def greatest(typing: Any, lanes: Any) -> Any:
-    """The largest of all lanes."""
+    """Return the largest of all lanes."""
     return types.float32(F32), _halved(_select(">"))
 
 
@@ -221,7 +221,7 @@ def _is_f32(array: Any) -> bool:
 
 @intrinsic
 def load(typing: Any, array: Any, at: int) -> Any:
-    """Sixteen of ``array`` from ``at`` on, f32, or int8 as f32. There must be as many: nothing checks it."""
+    """Load sixteen of ``array`` from ``at`` on, f32, or int8 as f32. There must be as many: nothing checks it."""
     is_f32 = _is_f32(array)
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -253,8 +253,8 @@ def store(typing: Any, lanes: Any, array: Any, at: int) -> Any:
 
 @kernel
 def copy(source: np.ndarray, target: np.ndarray) -> None:
-    """The f32 or int8 row ``source`` into ``target``, a multiple of sixteen long: ``target[:] = source`` takes five
-    times as long.
+    """Copy the f32 or int8 row ``source`` into ``target``, a multiple of sixteen long: ``target[:] = source`` takes
+    five times as long.
     """
     for j in range(0, len(source), N):
         store(load(source, j), target, j)

@@ -33,8 +33,8 @@ def _three_rows(b: np.ndarray, tile: np.ndarray, i: int, j: int, delta: np.ndarr
 
 @kernel
 def low_rank(b: np.ndarray, a: np.ndarray, delta: np.ndarray) -> None:
-    """delta = b @ a in f32: b (rows, r), a (r, cols), delta (rows, cols). The sum over r runs in one order for every
-    element, each step rounded once, whatever the chunk and the machine: BLAS does not promise that."""
+    """Compute delta = b @ a in f32: b (rows, r), a (r, cols), delta (rows, cols). The sum over r runs in one order for
+    every element, each step rounded once, whatever the chunk and the machine: BLAS does not promise that."""
     n_rows, n_cols = delta.shape
     if n_rows < 3 or n_cols < 2 * N:
         delta[:] = np.float32(0.0)

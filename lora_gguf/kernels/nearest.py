@@ -11,8 +11,8 @@ _ROUNDING = np.float32(12582912)  # 1.5 * 2**23: a sum's lowest bit is worth one
 
 @part
 def nearest_int(x: float) -> int:
-    """The integer (int32) nearest to the f32 ``x``, ties to even; beyond 2**22 whatever ggml's bit trick gives: NaN
-    becomes 0, infinity -2**22.
+    """Return the integer (int32) nearest to the f32 ``x``, ties to even; beyond 2**22 whatever ggml's bit trick gives:
+    NaN becomes 0, infinity -2**22.
     """
     return np.int32(np.int32(np.float32(x + _ROUNDING).view(np.int32) & 0x7FFFFF) - 0x400000)
 
@@ -27,8 +27,8 @@ def nearest_vector(
     shift: float | None,
     errors: np.ndarray,
 ) -> int:
-    """The vector of least weighted square error, of ``span`` = (first, count) of ``vectors``; the first if there are
-    several.
+    """Return the vector of least weighted square error, of ``span`` = (first, count) of ``vectors``; the first if there
+    are several.
 
     A vector is an integer that holds a level of equally many bits for each of ``x``; a level counts as scale *
     (level - 1 + shift), or as scale * (2 * level + 1) where ``shift`` is None. ``x`` and the weights of their errors

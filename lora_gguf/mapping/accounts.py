@@ -34,7 +34,9 @@ class ElsewhereError(MismatchError):
 
 
 def summary(accounts: Iterable[Account]) -> list[str]:
-    """What became of an adapter's tensors, a line for each outcome and reason, with the first tensor as an example."""
+    """Return what became of an adapter's tensors, a line for each outcome and reason, with the first tensor as an
+    example.
+    """
     groups: dict[tuple[str, str], list[str]] = {}
     for account in accounts:
         groups.setdefault((account.outcome, account.reason), []).append(account.tensor)
@@ -71,7 +73,9 @@ class Placement:
     key_values: dict[str, bytes] = field(default_factory=dict)
 
     def is_idle(self, factor: float) -> bool:
-        """Whether it changes nothing at ``factor`` times its own scale, as far as that shows without the base."""
+        """Return whether it changes nothing at ``factor`` times its own scale, as far as that shows without the
+        base.
+        """
         if self.updates or self.new_rows or self.key_values:
             return not factor and not self.new_rows and not self.key_values
         return not any(factor and pair.scale and pair.a.any() and pair.b.any() for pair in self.pairs)
@@ -87,7 +91,7 @@ class Placement:
         return any(update.name in (HEAD, EMBEDDING) for update in self.changes) or bool(self.new_rows)
 
     def summary(self) -> list[str]:
-        """What became of the adapter, in a few lines."""
+        """Return what became of the adapter, in a few lines."""
         errors = sorted(self.approximations.items(), key=lambda item: item[1])
         if not errors:
             return summary(self.accounts)
@@ -100,7 +104,7 @@ class Placement:
         return [*summary(self.accounts), line]
 
     def as_dict(self) -> dict:
-        """The same as plain data for JSON: of each tensor of the adapter, and the relative error of approximated
+        """Return the same as plain data for JSON: of each tensor of the adapter, and the relative error of approximated
         ones.
         """
         accounts = [vars(account) for account in self.accounts]
@@ -111,7 +115,7 @@ class Placement:
 
 
 def base_shape(name: str, hparams: Hparams) -> tuple[int, ...] | None:
-    """The shape of a tensor of the base, of its embedding for a head that is tied to it; None where it has none
+    """Return the shape of a tensor of the base, of its embedding for a head that is tied to it; None where it has none
     such."""
     tensors = hparams.tensors or {}
     if name == HEAD and hparams.tied:
@@ -120,7 +124,7 @@ def base_shape(name: str, hparams: Hparams) -> tuple[int, ...] | None:
 
 
 def misfit(name: str, shape: tuple[int, ...], hparams: Hparams) -> str | None:
-    """What keeps an update of ``shape`` from the base's tensor ``name``, or None."""
+    """Return what keeps an update of ``shape`` from the base's tensor ``name``, or None."""
     expected = base_shape(name, hparams)
     if hparams.tensors is None or expected == shape:
         return None

@@ -79,7 +79,7 @@ class Architecture:
 
 
 def rows(pattern: str, *ops: Op) -> Rule:
-    """The modules whose rows are gathered, under their own name."""
+    """Return the modules whose rows are gathered, under their own name."""
     return Rule(pattern, (Out(rows=ops),))
 
 
@@ -88,7 +88,7 @@ def cols(pattern: str, *ops: Op) -> Rule:
 
 
 def split(pattern: str, needs: str | None = None, /, **tensors: tuple[Op, ...]) -> Rule:
-    """A module that becomes several tensors of the block: name -> the operations that choose its rows."""
+    """Return a module that becomes several tensors of the block: name -> the operations that choose its rows."""
     return Rule(pattern, tuple(Out(name, ops) for name, ops in tensors.items()), needs)
 
 
@@ -210,7 +210,7 @@ RWKV7 = tuple(
 
 
 def packed(pattern: str, tensor: str, transpose: bool = False) -> Rule:
-    """All experts' rows in one matrix, (E * ff, d), cut and stacked."""
+    """Return all experts' rows in one matrix, (E * ff, d), cut and stacked."""
     return Rule(pattern, (Out(tensor, slots="expert_count", transpose=transpose),))
 
 

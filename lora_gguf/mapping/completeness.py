@@ -28,14 +28,16 @@ Test = Callable[[str], bool]
 
 
 def missing(adapter: Adapter, hparams: Hparams, changed: Iterable[str]) -> list[str]:
-    """Warnings on what ``adapter`` should hold and does not; ``changed`` are the base's tensors that it changes."""
+    """Return warnings on what ``adapter`` should hold and does not; ``changed`` are the base's tensors that it
+    changes.
+    """
     found = [*missing_targets(adapter, hparams, set(changed)), *missing_whole(adapter, hparams)]
     lines = [f"{field}: the adapter has no weights for {what}" for field, what in found]
     return [f"{line}: what it names stays as in the base: is the file whole?" for line in lines]
 
 
 def missing_targets(adapter: Adapter, hparams: Hparams, changed: set[str]) -> Iterator[tuple[str, str]]:
-    """Modules that ``target_modules`` asks for, that the base has, and for which the file has nothing."""
+    """Return modules that ``target_modules`` asks for, that the base has, and for which the file has nothing."""
     if hparams.tensors is None:
         return
     config, paths = adapter.config, {update.name for update in adapter.updates}
@@ -48,7 +50,7 @@ def missing_targets(adapter: Adapter, hparams: Hparams, changed: set[str]) -> It
 
 
 def missing_blocks(pairs: Iterable[LoraPair], hparams: Hparams) -> list[str]:
-    """A warning where a kind of tensor has no pair in some layer in which others have; for adapters without a
+    """Return a warning where a kind of tensor has no pair in some layer in which others have; for adapters without a
     configuration.
     """
     names = {pair.name for pair in pairs}
@@ -63,7 +65,7 @@ def missing_blocks(pairs: Iterable[LoraPair], hparams: Hparams) -> list[str]:
 
 
 def target_test(config: dict) -> Test | None:
-    """Whether ``target_modules`` asks for a module path, as PEFT reads it; None where it does not say."""
+    """Return whether ``target_modules`` asks for a module path, as PEFT reads it; None where it does not say."""
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if not targets or targets == "all-linear":
         return None
@@ -75,7 +77,9 @@ def target_test(config: dict) -> Test | None:
 
 
 def named_by(names: object) -> Test:
-    """Whether a path is one of ``names`` or ends in one; of a string, whether it matches as a regular expression."""
+    """Return whether a path is one of ``names`` or ends in one; of a string, whether it matches as a regular
+    expression.
+    """
     if isinstance(names, str):
         return matcher(names)
     known = {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
@@ -83,14 +87,14 @@ def named_by(names: object) -> Test:
 
 
 def in_layers(path: str, config: dict) -> bool:
-    """Whether ``layers_to_transform`` lets a module be adapted."""
+    """Return whether ``layers_to_transform`` lets a module be adapted."""
     layers, match = config.get("layers_to_transform"), LAYER.search(path)
     chosen = [layers] if isinstance(layers, int) else layers
     return not isinstance(chosen, list) or match is None or int(match[1]) in chosen
 
 
 def beside(paths: set[str], asked: Test | None, hparams: Hparams) -> Iterator[str]:
-    """Modules of the same kind as those of ``paths`` in other layers, or of other experts, that the base has.
+    """Return modules of the same kind as those of ``paths`` in other layers, or of other experts, that the base has.
 
     Where nothing says which layers were adapted, only those between the first and the last are expected.
     """
@@ -112,7 +116,7 @@ def beside(paths: set[str], asked: Test | None, hparams: Hparams) -> Iterator[st
 
 
 def kinds_left_out(paths: set[str], asked: Test, hparams: Hparams, changed: set[str]) -> Iterator[str]:
-    """Modules of kinds for which ``paths`` has none at all, by the names under which they are known."""
+    """Return modules of kinds for which ``paths`` has none at all, by the names under which they are known."""
     changed = changed | ({HEAD} if hparams.tied and EMBEDDING in changed else set())
     heads = list(dict.fromkeys(path[: match.end(1) + 1] for path in sorted(paths) if (match := LAYER.search(path))))
     some = heads[:: max(len(heads) // 3, 1)]  # a list may name the modules of each layer
@@ -132,12 +136,12 @@ def kinds_left_out(paths: set[str], asked: Test, hparams: Hparams, changed: set[
 
 
 def has_module(path: str, hparams: Hparams) -> bool:
-    """Whether the base has the tensors of the module at ``path``."""
+    """Return whether the base has the tensors of the module at ``path``."""
     return bool(targets_of(path, hparams))
 
 
 def targets_of(path: str, hparams: Hparams) -> set[str]:
-    """The tensors of the base that hold the module at ``path``; empty where it has no such module."""
+    """Return the tensors of the base that hold the module at ``path``; empty where it has no such module."""
     try:
         shape = None if why_skipped(path, hparams) else shape_in_base(path, hparams)
         return {piece.name for piece in pieces(path, shape, hparams)} if shape else set()
@@ -146,7 +150,9 @@ def targets_of(path: str, hparams: Hparams) -> set[str]:
 
 
 def missing_whole(adapter: Adapter, hparams: Hparams) -> Iterator[tuple[str, str]]:
-    """Modules, rows, parameters and biases that the configuration says were trained, and the file does not hold."""
+    """Return modules, rows, parameters and biases that the configuration says were trained, and the file does not
+    hold.
+    """
     config, updates = adapter.config, adapter.updates
     paths = [f".{update.name}." for update in updates]
     whole = [f".{update.name}." for update in updates if getattr(update, "replaces", False)]
@@ -169,13 +175,13 @@ def missing_whole(adapter: Adapter, hparams: Hparams) -> Iterator[tuple[str, str
 
 
 def has_bias(updates: Iterable[LoraPair | Update], hparams: Hparams) -> bool:
-    """Whether the base has a bias beside a tensor that one of ``updates`` changes."""
+    """Return whether the base has a bias beside a tensor that one of ``updates`` changes."""
     names = {name for update in updates for name in targets_of(update.name, hparams)}
     return any(not hparams.lacks(name.removesuffix("weight") + "bias", default=True) for name in names)
 
 
 def also_called(name: str, hparams: Hparams) -> set[str]:
-    """What of an adapter answers for a name in ``modules_to_save``."""
+    """Return what of an adapter answers for a name in ``modules_to_save``."""
     names = {name}
     for group in (*_TOGETHER, *([_EMBEDDINGS] if hparams.tied else [])):
         names |= group if names & group else set()

@@ -11,18 +11,18 @@ from lora_gguf.errors import UnsupportedError
 
 
 def is_spread(shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
-    """Whether the matrix of ``shape`` is a convolution, ``stored`` as (out, in, height, width)."""
+    """Return whether the matrix of ``shape`` is a convolution, ``stored`` as (out, in, height, width)."""
     return len(shape) == 2 < len(stored) and shape[0] == stored[0] and math.prod(shape) == math.prod(stored)
 
 
 def spread(pair: LoraPair, stored: tuple[int, ...]) -> Added:
-    """The update of a convolution, whose rows in the file are too short to be of low rank."""
+    """Return the update of a convolution, whose rows in the file are too short to be of low rank."""
     values = pair.delta().reshape(-1, stored[-1])
     return Added(name=pair.name, shape=values.shape, sources=pair.sources, values=values)
 
 
 def folded(update: Update, stored: tuple[int, ...]) -> Update:
-    """``update`` with the rows that the tensor has in the file, where those of the module are longer or shorter.
+    """Return ``update`` with the rows that the tensor has in the file, where those of the module are longer or shorter.
 
     Raises ``UnsupportedError`` for an update that needs whole rows of the module.
     """

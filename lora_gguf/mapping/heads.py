@@ -28,7 +28,7 @@ SAME_UPDATE = 1e-5  # relative: further apart than rounding takes two saved copi
 def cut_to_vocabulary(
     update: LoraPair | Update, adapter: Adapter, hparams: Hparams, placement: Placement
 ) -> tuple[LoraPair | Update, list[str]]:
-    """``update`` without the rows of new tokens, which go to the placement; and what is wrong with it."""
+    """Return ``update`` without the rows of new tokens, which go to the placement; and what is wrong with it."""
     if layer_of(update.name) is not None or update.part == "bias":
         return update, []
     name = tensor_name(update.name, hparams)
@@ -52,7 +52,7 @@ def cut_to_vocabulary(
 
 
 def check_new_rows(placement: Placement, hparams: Hparams, new_tokens: bool) -> list[str]:
-    """What is wrong with the rows of new tokens: none are wanted, or only one of embedding and head has them."""
+    """Return what is wrong with the rows of new tokens: none are wanted, or only one of embedding and head has them."""
     rows = placement.new_rows
     if hparams.tied and not placement.untied:
         rows.pop(HEAD, None)
@@ -139,7 +139,7 @@ def is_equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
 
 
 def is_telling_apart(update: LoraPair | Update) -> bool:
-    """Whether the update makes a tied head and embedding differ. PEFT keeps single trained rows tied."""
+    """Return whether the update makes a tied head and embedding differ. PEFT keeps single trained rows tied."""
     if update.name not in (HEAD, EMBEDDING) or update.shared:
         return False
     return not (isinstance(update, Replaced) and update.only is not None and update.name == EMBEDDING)

@@ -115,7 +115,7 @@ class Dims:
         return None if info is None else info.shape
 
     def first(self, *keys: str) -> Any:
-        """The first of ``keys`` that the base knows."""
+        """Return the first of ``keys`` that the base knows."""
         known = [key for key in keys if self.hparams.get(key, self.layer) is not None]
         return self((known or keys)[0])
 
@@ -137,7 +137,7 @@ class Hparams:
         self.configs = (text, config)
 
     def get(self, key: str, layer: int | None = None) -> Any:
-        """The value of ``key``, of ``layer`` where it differs by layer; None where the base does not say.
+        """Return the value of ``key``, of ``layer`` where it differs by layer; None where the base does not say.
 
         A key that starts with ``config.`` is a name in config.json.
         """
@@ -178,7 +178,7 @@ class Hparams:
         return (self.tensors or {})[name].shape
 
     def lacks(self, name: str, default: bool = False) -> bool:
-        """Whether the base has no tensor ``name``; ``default`` where its tensors are not known."""
+        """Return whether the base has no tensor ``name``; ``default`` where its tensors are not known."""
         return default if self.tensors is None else name not in self.tensors
 
 
@@ -246,13 +246,13 @@ def borrowed_layout(hparams: Hparams) -> list[str]:
 
 
 def from_config(config: dict) -> Hparams:
-    """The hyperparameters in a model's ``config.json``."""
+    """Return the hyperparameters in a model's ``config.json``."""
     architecture = architecture_of(config)
     return Hparams(architecture, key_value_heads(architecture, config), None, config, "config.json")
 
 
 def key_value_heads(architecture: str, config: dict) -> dict[str, object]:
-    """Their number where ``config.json`` tells it in a way of its own."""
+    """Return their number where ``config.json`` tells it in a way of its own."""
     if architecture == "falcon" and config.get("multi_query") and not config.get("new_decoder_architecture"):
         return {"attention.head_count_kv": 1}  # Falcon 7B, whose num_kv_heads means nothing
     blocks, heads = config.get("block_configs"), config.get("num_attention_heads")
@@ -263,7 +263,7 @@ def key_value_heads(architecture: str, config: dict) -> dict[str, object]:
 
 
 def architecture_of(config: dict) -> str:
-    """The GGUF architecture of the model class that ``config.json`` names."""
+    """Return the GGUF architecture of the model class that ``config.json`` names."""
     text = next((part for key in TEXT_CONFIGS if isinstance(part := _at(config, key), dict)), {})
     classes = text.get("architectures") or config.get("architectures")
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
@@ -279,7 +279,7 @@ def architecture_of(config: dict) -> str:
 
 
 def variant(architecture: str, config: dict) -> str:
-    """The architecture that a model of one class becomes, by its configuration."""
+    """Return the architecture that a model of one class becomes, by its configuration."""
     for (name, field), other in VARIANTS.items():
         if name == architecture and config.get(field):
             return other

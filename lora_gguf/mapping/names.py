@@ -60,12 +60,12 @@ FUSED = {
 
 
 def is_other_tower(path: str) -> bool:
-    """Whether the module belongs to a vision or audio tower, not to the text model."""
+    """Return whether the module belongs to a vision or audio tower, not to the text model."""
     return path.startswith(OTHER_TOWERS_START) or any(part in path for part in OTHER_TOWERS)
 
 
 def why_skipped(path: str, hparams: Hparams) -> str | None:
-    """The reason why a module has no place in a text model's GGUF, or None."""
+    """Return the reason why a module has no place in a text model's GGUF, or None."""
     if hparams.is_tower:
         return why_left_to_others(path, hparams)
     if is_other_tower(path):
@@ -82,7 +82,7 @@ def why_skipped(path: str, hparams: Hparams) -> str | None:
 
 
 def why_left_to_others(path: str, hparams: Hparams) -> str | None:
-    """The reason why a module has no place in an mmproj, or None."""
+    """Return the reason why a module has no place in an mmproj, or None."""
     if outs(path, hparams):
         return None
     if not is_other_tower(path):
@@ -115,14 +115,14 @@ def within(path: str, hparams: Hparams) -> str | None:
 
 
 def layer_of(path: str) -> int | None:
-    """The number of the layer that the module stands in: the first number in its path."""
+    """Return the number of the layer that the module stands in: the first number in its path."""
     match = LAYER.search(path)
     return int(match[1]) if match else None
 
 
 @lru_cache(maxsize=1)
 def name_map() -> dict[str, tuple[tuple[object, str], ...]]:
-    """Module path with ``{bid}`` for the layer -> (tensor enum, GGUF name with ``{bid}``) pairs, over all
+    """Return module path with ``{bid}`` for the layer -> (tensor enum, GGUF name with ``{bid}``) pairs, over all
     architectures."""
     from gguf.constants import TENSOR_NAMES
     from gguf.tensor_mapping import TensorNameMap
@@ -139,7 +139,7 @@ def name_map() -> dict[str, tuple[tuple[object, str], ...]]:
 
 @lru_cache(maxsize=8)
 def tensors_of(architecture: str) -> frozenset | None:
-    """The tensors that the architecture has; None where the gguf package does not know it."""
+    """Return the tensors that the architecture has; None where the gguf package does not know it."""
     from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS
 
     known = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
@@ -147,13 +147,13 @@ def tensors_of(architecture: str) -> frozenset | None:
 
 
 def has_head(architecture: str) -> bool:
-    """Whether a model of the architecture may have a head that is not its embedding."""
+    """Return whether a model of the architecture may have a head that is not its embedding."""
     allowed = tensors_of(architecture)
     return allowed is None or any(tensor.name == "OUTPUT" for tensor in allowed)
 
 
 def candidates(path: str) -> Iterator[str]:
-    """The paths under which the name map may know a module."""
+    """Yield the paths under which the name map may know a module."""
     for wrapper in WRAPPERS:
         path = path.replace(wrapper, "")
     yield path
@@ -163,7 +163,7 @@ def candidates(path: str) -> Iterator[str]:
 
 
 def tensor_name(path: str, hparams: Hparams) -> str | None:
-    """The GGUF name of the weight of the module at ``path``; None where the name map knows none.
+    """Return the GGUF name of the weight of the module at ``path``; None where the name map knows none.
 
     The architecture's own tensors come first, but a base GGUF must have the tensor; what only the base has comes next.
     """
@@ -184,8 +184,8 @@ def tensor_name(path: str, hparams: Hparams) -> str | None:
 
 
 def split_expert(path: str) -> tuple[str, int | None]:
-    """The path of all experts' module and the number of this one: ``experts.7.w1`` is ``experts.w1``, 7. Gemma 3n's
-    projections between its streams are stacked likewise."""
+    """Return the path of all experts' module and the number of this one: ``experts.7.w1`` is ``experts.w1``, 7. Gemma
+    3n's projections between its streams are stacked likewise."""
     if match := ALTUP.fullmatch(path):
         return match["head"], int(match["slot"])
     match = EXPERT.fullmatch(path)
@@ -195,7 +195,8 @@ def split_expert(path: str) -> tuple[str, int | None]:
 
 
 def pieces(path: str, shape: tuple[int, int], hparams: Hparams) -> list[Piece]:
-    """Where the weight of the module at ``path``, of ``shape`` (out, in), goes; empty where its name is not known.
+    """Return where the weight of the module at ``path``, of ``shape`` (out, in), goes; empty where its name is not
+    known.
 
     Raises ``ValueError`` where the shape is not what the base's dimensions make it, ``MalformedError`` where the base
     lacks a dimension.
@@ -216,8 +217,8 @@ def pieces(path: str, shape: tuple[int, int], hparams: Hparams) -> list[Piece]:
 
 
 def shape_in_base(path: str, hparams: Hparams) -> tuple[int, int] | None:
-    """(out, in) of the module's weight in Hugging Face's layout, from the base's tensors; None where it has none for
-    it."""
+    """Return (out, in) of the module's weight in Hugging Face's layout, from the base's tensors; None where it has none
+    for it."""
     whole, slot = split_expert(path)
     n_rows = n_cols = 0
     for out in plain_in_base(outs(whole, hparams), whole, hparams):
@@ -232,7 +233,7 @@ def shape_in_base(path: str, hparams: Hparams) -> tuple[int, int] | None:
 
 
 def outs(path: str, hparams: Hparams) -> tuple[Out, ...]:
-    """The rule of the architecture, or of all, for ``path``; a single plain tensor where there is none."""
+    """Return the rule of the architecture, or of all, for ``path``; a single plain tensor where there is none."""
     if hparams.is_tower:
         names = projectors(hparams.values, hparams.label)
         width = hparams.get(f"{'audio' if 'audio' in path else 'vision'}.embedding_length")
@@ -249,7 +250,9 @@ def block_name(layer: int | None, tensor: str) -> str:
 
 
 def plain_in_base(found: tuple[Out, ...], path: str, hparams: Hparams) -> tuple[Out, ...]:
-    """``found``, or one plain tensor where the base is of an older layout, from before those tensors were split."""
+    """Return ``found``, or one plain tensor where the base is of an older layout, from before those tensors were
+    split.
+    """
     layer = layer_of(path)
     if (
         hparams.is_tower
@@ -261,7 +264,7 @@ def plain_in_base(found: tuple[Out, ...], path: str, hparams: Hparams) -> tuple[
 
 
 def out_name(out: Out, path: str, slot: int | None, hparams: Hparams) -> str | None:
-    """The GGUF name of ``out``; an expert of a layer that is dense in the base has the dense layer's name."""
+    """Return the GGUF name of ``out``; an expert of a layer that is dense in the base has the dense layer's name."""
     if hparams.is_tower:
         return file_name(out)
     layer = layer_of(path)
@@ -279,7 +282,7 @@ def out_name(out: Out, path: str, slot: int | None, hparams: Hparams) -> str | N
 def out_pieces(
     out: Out, name: str, path: str, slot: int | None, shape: tuple[int, int], hparams: Hparams
 ) -> list[Piece]:
-    """The pieces of one ``out``: one, or one for each of its slots."""
+    """Return the pieces of one ``out``: one, or one for each of its slots."""
     dims = hparams.dims(layer_of(path))
     rows, cols = (gather(ops, n, dims) for ops, n in ((out.rows, shape[0]), (out.cols, shape[1])))
     scale = None if out.scale is None else out.scale(shape[0] if rows is None else len(rows), dims)
@@ -292,7 +295,9 @@ def out_pieces(
 
 
 def gather(ops: Any, n: int, dims: Any) -> np.ndarray | None:
-    """The index array that a chain of operations makes of ``n`` rows or columns; None where there is no operation."""
+    """Return the index array that a chain of operations makes of ``n`` rows or columns; None where there is no
+    operation.
+    """
     if not ops:
         return None
     index = np.arange(n)
@@ -302,8 +307,8 @@ def gather(ops: Any, n: int, dims: Any) -> np.ndarray | None:
 
 
 def apart_in_base(path: str, shape: tuple[int, int], hparams: Hparams) -> list[tuple[str, int, int]]:
-    """The modules (path, first row, rows) that a module of several weights is in the base; empty where it is one there
-    too."""
+    """Return the modules (path, first row, rows) that a module of several weights is in the base; empty where it is one
+    there too."""
     head, _, tail = path.rpartition(".")
     if tail not in TOGETHER or hparams.is_tower or hparams.tensors is None or len(outs(path, hparams)) > 1:
         return []
@@ -319,7 +324,7 @@ def apart_in_base(path: str, shape: tuple[int, int], hparams: Hparams) -> list[t
 
 
 def shifted(parts: list[Piece], first: int, n: int, slot: int | None) -> list[Piece]:
-    """Pieces of rows ``first`` to ``first + n`` of a weight as pieces of that weight."""
+    """Return pieces of rows ``first`` to ``first + n`` of a weight as pieces of that weight."""
     return [
         replace(
             piece,
@@ -331,7 +336,7 @@ def shifted(parts: list[Piece], first: int, n: int, slot: int | None) -> list[Pi
 
 
 def in_base(piece: Piece, n_rows: int, hparams: Hparams) -> Piece:
-    """``piece``, or its place in the tensor that holds several weights where the base has only that."""
+    """Return ``piece``, or its place in the tensor that holds several weights where the base has only that."""
     block, _, stem = piece.name.removesuffix(".weight").rpartition(".")
     n = n_rows if piece.rows is None else len(piece.rows)
     for fused, parts in FUSED.items():
@@ -350,7 +355,7 @@ def _n_out(name: str, hparams: Hparams) -> int:
 
 
 def gguf_pieces(name: str, n_rows: int, hparams: Hparams) -> list[Piece]:
-    """Where ``n_rows`` rows under a GGUF name go in a base that may hold several weights in one tensor, or them
+    """Return where ``n_rows`` rows under a GGUF name go in a base that may hold several weights in one tensor, or them
     apart.
     """
     block, _, stem = name.removesuffix(".weight").rpartition(".")
@@ -364,6 +369,6 @@ def gguf_pieces(name: str, n_rows: int, hparams: Hparams) -> list[Piece]:
 
 
 def part_rows(part: str, n: int, hparams: Hparams) -> int:
-    """The rows of ``part`` of a fused tensor, where the part before it has ``n``."""
+    """Return the rows of ``part`` of a fused tensor, where the part before it has ``n``."""
     heads, width = hparams.get("attention.head_count_kv"), hparams.get("attention.value_length")
     return heads * width if part == "attn_v" and isinstance(heads, int) and isinstance(width, int) else n

@@ -138,7 +138,7 @@ def adapter_gguf_pairs(
     allow_unused: str | None = None,
     layout_of: str | None = None,
 ) -> Placement:
-    """The pairs of the adapter GGUF at ``path`` as they fit the open ``base``. Options and errors as of
+    """Return the pairs of the adapter GGUF at ``path`` as they fit the open ``base``. Options and errors as of
     ``gguf_pairs``.
     """
     pairs, architecture = read_adapter_gguf(path)
@@ -172,7 +172,9 @@ def adapter_gguf_pairs(
 
 
 def unplaced(path: str | os.PathLike) -> Placement:
-    """A placement of an adapter GGUF without its pairs: the tokens that activate it, and what llama.cpp ignores."""
+    """Return a placement of an adapter GGUF without its pairs: the tokens that activate it, and what llama.cpp
+    ignores.
+    """
     with GgufReader(path) as reader:
         reason = "llama.cpp ignores norms in adapters"
         ignored = [name for name in reader.tensors if not name.endswith((".lora_a", ".lora_b"))]
@@ -225,8 +227,8 @@ def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Par
 
 
 def is_of_unused_layer(update: LoraPair | Update, hparams: Hparams) -> bool:
-    """Whether it changes nothing, and the mmproj lacks its tensors: files leave out a tower's last layers where the
-    model takes the output of an earlier one, and PEFT saves them untrained.
+    """Return whether it changes nothing, and the mmproj lacks its tensors: files leave out a tower's last layers where
+    the model takes the output of an earlier one, and PEFT saves them untrained.
     """
     if not isinstance(update, LoraPair) or update.b.any():
         return False
@@ -245,7 +247,9 @@ def place_pair(pair: LoraPair, found: list[Piece], hparams: Hparams, parts: dict
 
 
 def trimmed(pair: LoraPair, piece: Piece, hparams: Hparams) -> LoraPair:
-    """``pair`` with as many columns as the module has (VeRA), and as many rows as the vocabulary has (Gemma 3)."""
+    """Return ``pair`` with as many columns as the module has (VeRA), and as many rows as the vocabulary has (Gemma
+    3).
+    """
     if pair.wide:
         pair = replace(pair, a=pair.a[:, : shape_of(pair, hparams)[1]], wide=False)
     shape = base_shape(piece.name, hparams)
@@ -307,7 +311,7 @@ def place_update(update: Update, found: list[Piece], hparams: Hparams, placement
 
 
 def bias_piece(update: Update, piece: Piece) -> Piece:
-    """The place of a module's bias: the rows of its weight are the entries of its bias."""
+    """Return the place of a module's bias: the rows of its weight are the entries of its bias."""
     if piece.offset is not None or piece.slot is not None or piece.scale is not None or piece.transpose:
         raise UnsupportedError(
             f"{update.name}: a bias that GGUF stores fused or scaled ({piece.name}): merge it with PEFT"
@@ -320,7 +324,7 @@ def part_name(piece: Piece, update: LoraPair | Update) -> str:
 
 
 def shifted_norm(update: Update, piece: Piece, hparams: Hparams) -> Update:
-    """A whole norm as the GGUF has it: some architectures add one to it."""
+    """Return a whole norm as the GGUF has it: some architectures add one to it."""
     if not isinstance(update, Replaced) or "norm" not in piece.name or update.part == "bias":
         return update
     if piece.shift:
@@ -333,7 +337,9 @@ def shifted_norm(update: Update, piece: Piece, hparams: Hparams) -> Update:
 
 
 def shape_of(update: LoraPair | Update, hparams: Hparams) -> tuple[int, int]:
-    """(out, in) of the module's weight in Hugging Face's layout; what the update does not know, the base does."""
+    """Return (out, in) of the module's weight in Hugging Face's layout; what the update does not know, the base
+    does.
+    """
     shape = update.shape[-2:]
     if update.part == "bias":
         shape = (shape[1], 0)
@@ -350,14 +356,14 @@ def shape_of(update: LoraPair | Update, hparams: Hparams) -> tuple[int, int]:
 
 
 def other_part(hparams: Hparams) -> str:
-    """What to do with an adapter of another part of the model than the base is."""
+    """Return what to do with an adapter of another part of the model than the base is."""
     if hparams.is_tower:
         return "it adapts the text model only: merge it into that model's GGUF"
     return "it adapts other parts than the text model: merge it into the model's mmproj"
 
 
 def run_time_warnings(pairs: list[LoraPair], hparams: Hparams) -> list[str]:
-    """A line for each kind of tensor on which llama.cpp does not apply adapters, though a merge would."""
+    """Return a line for each kind of tensor on which llama.cpp does not apply adapters, though a merge would."""
     row = ARCHITECTURES.get(hparams.architecture)
     if row is None or row.ignored_at_run_time is None:
         return []
@@ -378,7 +384,7 @@ def no_place(path: str, hparams: Hparams) -> str:
 
 
 def likely_cause(adapter: Adapter, hparams: Hparams, errors: list[str]) -> str:
-    """A guess at what went wrong, and what to do."""
+    """Return a guess at what went wrong, and what to do."""
     trained_on = f" (the adapter says {adapter.base_model})" if adapter.base_model else ""
     if all(UNUSED in error for error in errors):
         return f"{len(adapter.updates) - len(errors)} other modules fit"

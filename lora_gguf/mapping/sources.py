@@ -17,7 +17,7 @@ from lora_gguf.mapping.reading import Reading
 
 
 def read_base_config(path: str | os.PathLike | None) -> dict | None:
-    """The base's ``config.json``, or the one in the folder ``path``."""
+    """Return the base's ``config.json``, or the one in the folder ``path``."""
     if path is None:
         return None
     path = Path(path)
@@ -30,7 +30,7 @@ def is_gguf(path: str | os.PathLike) -> bool:
 
 
 def inputs_of(path: str | os.PathLike) -> Path:
-    """What ``placement_of`` reads: the GGUF, or the folder in which the adapter's files lie."""
+    """Return what ``placement_of`` reads: the GGUF, or the folder in which the adapter's files lie."""
     return Path(path) if is_gguf(path) else adapter_directory(path)
 
 

@@ -11,7 +11,8 @@ Part = tuple[Piece, LoraPair]
 
 
 def joined(name: str, parts: list[Part], shape: tuple[int, ...] | None, n_experts: int | None) -> LoraPair:
-    """One pair of all parts: experts stacked, absent ones zero; rows of a fused tensor side by side, ranks added.
+    """Return one pair of all parts: experts stacked, absent ones zero; rows of a fused tensor side by side, ranks
+    added.
 
     ``shape`` is that of the base's tensor, where it is known. Raises ``MismatchError``.
     """
@@ -27,7 +28,7 @@ def joined(name: str, parts: list[Part], shape: tuple[int, ...] | None, n_expert
 
 
 def stacked(name: str, parts: list[Part], sources: tuple[str, ...], n: int | None) -> LoraPair:
-    """Experts' pairs as one, (E, r, in) and (E, out, r); smaller ranks are padded with zeros."""
+    """Return experts' pairs as one, (E, r, in) and (E, out, r); smaller ranks are padded with zeros."""
     slots = [piece.slot for piece, _ in parts if piece.slot is not None]
     n = n or max(slots) + 1
     if len(set(slots)) != len(slots) or max(slots) >= n:
@@ -45,7 +46,7 @@ def stacked(name: str, parts: list[Part], sources: tuple[str, ...], n: int | Non
 
 
 def fused(name: str, parts: list[Part], sources: tuple[str, ...], shape: tuple[int, ...]) -> LoraPair:
-    """Pairs of some rows each as one of all rows: A one below the other, B block by block."""
+    """Return pairs of some rows each as one of all rows: A one below the other, B block by block."""
     scale, rank = common_scale(parts), sum(pair.rank for _, pair in parts)
     a = np.concatenate([pair.a for _, pair in parts], axis=-2)
     b, column = np.zeros((*shape[:-1], rank), np.float32), 0
@@ -60,10 +61,10 @@ def fused(name: str, parts: list[Part], sources: tuple[str, ...], shape: tuple[i
 
 
 def common_scale(parts: list[Part]) -> float:
-    """The first scale that is not zero."""
+    """Return the first scale that is not zero."""
     return next((pair.scale for _, pair in parts if pair.scale), 1.0)
 
 
 def under_scale(pair: LoraPair, scale: float) -> np.ndarray:
-    """The B of ``pair`` for another scale."""
+    """Return the B of ``pair`` for another scale."""
     return pair.b if pair.scale == scale else (pair.b * np.float64(pair.scale / scale)).astype(np.float32)

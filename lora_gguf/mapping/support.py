@@ -36,13 +36,13 @@ KINDS = {
 
 
 def kinds_table() -> str:
-    """Kinds of adapter, and what becomes of each."""
+    """Return kinds of adapter, and what becomes of each."""
     rows = [f"| {kind} | {convert} | {merge} |" for kind, (convert, merge) in KINDS.items()]
     return "\n".join(["| adapter | `convert` | `merge` |", "|---|---|---|", *rows])
 
 
 def architectures_table() -> str:
-    """Architectures × kinds of adapter: what a merge does with each."""
+    """Return architectures × kinds of adapter: what a merge does with each."""
     head = "| GGUF architecture | Hugging Face classes | low rank | by row or column | norms | heads | remarks |"
     rows = [
         f"| {name} | {', '.join(row.hf) or 'as above'} | {' | '.join(cells(name, row))} |"
@@ -60,14 +60,14 @@ def architectures_table() -> str:
 
 
 def towers_table() -> str:
-    """Projectors of mmproj files, and the Hugging Face classes that have them."""
+    """Return projectors of mmproj files, and the Hugging Face classes that have them."""
     rows = [f"| {name} | {', '.join(row.hf) or 'as above'} |" for name, row in TOWERS.items()]
     return "\n".join(["| `clip.projector_type` | Hugging Face classes |", "|---|---|", *rows])
 
 
 def cells(name: str, row: Architecture) -> tuple[str, ...]:
-    """What a merge does with adapters of low rank, with those that need whole rows or columns, with norms and with
-    heads; and what is particular to the architecture.
+    """Return what a merge does with adapters of low rank, with those that need whole rows or columns, with norms and
+    with heads; and what is particular to the architecture.
     """
     outs = [(rule.pattern, out) for rule in row.rules for out in rule.outs]
     turned = dict.fromkeys(pattern.replace("\\", "").rpartition(".")[2] for pattern, out in outs if out.transpose)
@@ -78,7 +78,7 @@ def cells(name: str, row: Architecture) -> tuple[str, ...]:
 
 
 def remarks(row: Architecture, outs: list[Out]) -> str:
-    """What is needed beyond the base's GGUF, and whether llama.cpp applies all of a converted adapter."""
+    """Return what is needed beyond the base's GGUF, and whether llama.cpp applies all of a converted adapter."""
     from_config = any(out.scale and out.scale is not rwkv6_rescaled for out in outs)
     found = ["needs `--base-config`"] if from_config else []
     if row.ignored_at_run_time:

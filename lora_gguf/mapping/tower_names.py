@@ -20,8 +20,8 @@ SWAPPED = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
 
 
 def projectors(values: dict[str, Any], label: str) -> tuple[str, ...]:
-    """The kinds of towers in an mmproj, of its ``values`` by key without ``clip.``. Raises ``UnsupportedError`` for one
-    that the table lacks.
+    """Return the kinds of towers in an mmproj, of its ``values`` by key without ``clip.``. Raises ``UnsupportedError``
+    for one that the table lacks.
     """
     found = tuple(dict.fromkeys(str(values[key]) for key in PROJECTORS if values.get(key))) or (LEGACY,)
     for name in found:
@@ -39,8 +39,8 @@ def compiled(names: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], Rule], ...]
 
 
 def tower_outs(path: str, names: tuple[str, ...], tensors: dict[str, TensorInfo], width: object) -> tuple[Out, ...]:
-    """The tensors that the module at ``path`` becomes, by the first rule whose tensors are there; empty where no rule
-    knows it.
+    """Return the tensors that the module at ``path`` becomes, by the first rule whose tensors are there; empty where no
+    rule knows it.
 
     ``width`` is the tower's: old converters called a layer's second feed-forward part the first, and the first the
     second, which it tells.
@@ -55,7 +55,9 @@ def tower_outs(path: str, names: tuple[str, ...], tensors: dict[str, TensorInfo]
 
 
 def numbered(tensor: str, groups: tuple[str | None, ...], tensors: dict[str, TensorInfo]) -> str:
-    """``tensor`` with the number that the pattern found in place of ``#``, or of the file's in that place for ``##``."""
+    """Return ``tensor`` with the number that the pattern found in place of ``#``, or of the file's in that place for
+    ``##``.
+    """
     number = next((group for group in reversed(groups) if group and group.isdigit()), "")
     if "##" in tensor:
         head, _, tail = tensor.partition("##")
@@ -66,13 +68,15 @@ def numbered(tensor: str, groups: tuple[str | None, ...], tensors: dict[str, Ten
 
 
 def file_name(out: Out) -> str:
-    """The name of an ``Out`` of a tower in the file. A second frame's convolution is ``weight.1``."""
+    """Return the name of an ``Out`` of a tower in the file. A second frame's convolution is ``weight.1``."""
     tensor = out.tensor or ""
     return tensor if re.search(r"\.weight(\.\d+)?$", tensor) else f"{tensor}.weight"
 
 
 def unswapped(out: Out, tensors: dict[str, TensorInfo], width: object) -> Out:
-    """``out``, or the other of a layer's two feed-forward tensors where the file has each under the other's name."""
+    """Return ``out``, or the other of a layer's two feed-forward tensors where the file has each under the other's
+    name.
+    """
     block, _, stem = (out.tensor or "").rpartition(".")
     down = tensors.get(f"{block}.ffn_down.weight")
     up = tensors.get(f"{block}.ffn_up.weight")

@@ -31,7 +31,7 @@ class Tower:
 
 
 def under(root: str, tensors: Mapping[str, Tensor]) -> tuple[Rule, ...]:
-    """The rules of modules below ``root``, a regular expression: module, ``#`` for a number, and tensor.
+    """Return the rules of modules below ``root``, a regular expression: module, ``#`` for a number, and tensor.
 
     A tensor's name, or an ``Out`` of it, or the several that the module is cut into.
     """
@@ -39,7 +39,7 @@ def under(root: str, tensors: Mapping[str, Tensor]) -> tuple[Rule, ...]:
 
 
 def numbers(module: str) -> str:
-    """A regular expression for a module's name in which ``#`` is any number."""
+    """Return a regular expression for a module's name in which ``#`` is any number."""
     return re.escape(module).replace(re.escape("#"), r"(\d+)")
 
 
@@ -50,7 +50,7 @@ def outs(tensor: Tensor) -> tuple[Out, ...]:
 
 
 def layers(root: str, block: str, tensors: Mapping[str, Tensor]) -> tuple[Rule, ...]:
-    """``under``, of each layer: ``root`` ends before the layer's number, the tensors stand in ``block``."""
+    """Return ``under``, of each layer: ``root`` ends before the layer's number, the tensors stand in ``block``."""
     named = {
         f"#.{module}": tuple(Out(f"{block}.#.{out.tensor}", out.rows, out.cols) for out in outs(tensor))
         for module, tensor in tensors.items()
@@ -59,12 +59,12 @@ def layers(root: str, block: str, tensors: Mapping[str, Tensor]) -> tuple[Rule, 
 
 
 def apart(*names: str) -> tuple[Out, ...]:
-    """The tensors that equal parts of a module's rows become."""
+    """Return the tensors that equal parts of a module's rows become."""
     return tuple(Out(name, (t.part(i, len(names)),)) for i, name in enumerate(names))
 
 
 def frames(tensor: str) -> tuple[Out, ...]:
-    """A convolution over two frames, as one over each."""
+    """Return a convolution over two frames, as one over each."""
     return Out(tensor, cols=(t.frame(0, 2),)), Out(f"{tensor}.weight.1", cols=(t.frame(1, 2),))
 
 

@@ -39,8 +39,8 @@ HEADS, KV_HEADS = "attention.head_count", "attention.head_count_kv"
 
 
 def rotary(heads: str) -> Op:
-    """Rotary halves to rotary pairs: per head, row (s, j) of (2, d/2) goes to (j, s). ``heads`` is the key of their
-    number."""
+    """Turn rotary halves to rotary pairs: per head, row (s, j) of (2, d/2) goes to (j, s). ``heads`` is the key of
+    their number."""
 
     def op(index: np.ndarray, dims: Dims) -> np.ndarray:
         return index.reshape(dims(heads), 2, -1).swapaxes(1, 2).ravel()
@@ -52,14 +52,14 @@ rotary_q, rotary_k = rotary(HEADS), rotary(KV_HEADS)
 
 
 def rotary_k_xverse(index: np.ndarray, dims: Dims) -> np.ndarray:
-    """As ``rotary``, in heads // kv_heads groups where the two differ."""
+    """Reorder as ``rotary``, in heads // kv_heads groups where the two differ."""
     heads, kv_heads = dims(HEADS), dims(KV_HEADS)
     return index.reshape(heads if heads == kv_heads else heads // kv_heads, 2, -1).swapaxes(1, 2).ravel()
 
 
 def rotary_partial(heads: str) -> Op:
-    """GLM's pairs to halves: of each head's first ``rope.dimension_count`` rows the even ones, then the odd ones; the
-    rest stays."""
+    """Turn GLM's pairs to halves: of each head's first ``rope.dimension_count`` rows the even ones, then the odd ones;
+    the rest stays."""
 
     def op(index: np.ndarray, dims: Dims) -> np.ndarray:
         by_head = index.reshape(dims(heads), -1)
@@ -70,17 +70,17 @@ def rotary_partial(heads: str) -> Op:
 
 
 def part(i: int, n: int) -> Op:
-    """The ``i``-th of ``n`` equal blocks: halves of gate and up, thirds of q, k, v."""
+    """Return the ``i``-th of ``n`` equal blocks: halves of gate and up, thirds of q, k, v."""
     return lambda index, dims: index.reshape(n, -1)[i]
 
 
 def every(i: int, n: int) -> Op:
-    """Rows i, i + n, i + 2n, …: gpt-oss interleaves gate and up."""
+    """Take rows i, i + n, i + 2n, …: gpt-oss interleaves gate and up."""
     return lambda index, dims: index.reshape(-1, n)[:, i]
 
 
 def block(i: int, *sizes: Callable[[Dims], int]) -> Op:
-    """The ``i``-th of consecutive blocks of ``sizes``, which together are all rows."""
+    """Return the ``i``-th of consecutive blocks of ``sizes``, which together are all rows."""
 
     def op(index: np.ndarray, dims: Dims) -> np.ndarray:
         ends = np.cumsum([0, *(size(dims) for size in sizes)])
@@ -92,13 +92,13 @@ def block(i: int, *sizes: Callable[[Dims], int]) -> Op:
 
 
 def rotary_qkv(index: np.ndarray, dims: Dims) -> np.ndarray:
-    """q, k, v one below the other, the rows of q and k as by ``rotary``."""
+    """Take q, k, v one below the other, the rows of q and k as by ``rotary``."""
     q, k = q_rows(dims), kv_rows(dims)
     return np.concatenate([rotary_q(index[:q], dims), rotary_k(index[q : q + k], dims), index[q + k :]])
 
 
 def indexer(part: str) -> Op:
-    """The q or k rows of a sparse attention's indexer, which lie q, then k."""
+    """Return the q or k rows of a sparse attention's indexer, which lie q, then k."""
 
     def op(index: np.ndarray, dims: Dims) -> np.ndarray:
         n_q = dims("attention.indexer.head_count") * dims("attention.indexer.key_length")
@@ -120,12 +120,12 @@ def kv_rows(dims: Dims) -> int:
 
 
 def by_head(index: np.ndarray, dims: Dims) -> np.ndarray:
-    """q, k, v interleaved by head, (heads, 3, d), to q, then k, then v."""
+    """Turn q, k, v interleaved by head, (heads, 3, d), to q, then k, then v."""
     return index.reshape(dims(HEADS), 3, -1).swapaxes(0, 1).ravel()
 
 
 def grouped(part: str) -> Op:
-    """One of q, k, v, or all three in a row, out of (kv_heads, q heads of the group + k + v, d)."""
+    """Return one of q, k, v, or all three in a row, out of (kv_heads, q heads of the group + k + v, d)."""
     cuts = {"q": slice(None, -2), "k": slice(-2, -1), "v": slice(-1, None)}
 
     def op(index: np.ndarray, dims: Dims) -> np.ndarray:
@@ -144,18 +144,18 @@ def value_dim(dims: Dims) -> int:
 
 
 def value_heads(index: np.ndarray, dims: Dims) -> np.ndarray:
-    """Linear attention's value heads, grouped by key head, to tiled: (k, v per k, d) to (v per k, k, d)."""
+    """Turn linear attention's value heads, grouped by key head, to tiled: (k, v per k, d) to (v per k, k, d)."""
     return index.reshape(dims("ssm.group_count"), n_values_per_key(dims), -1).swapaxes(0, 1).ravel()
 
 
 def value_heads_of_qkv(index: np.ndarray, dims: Dims) -> np.ndarray:
-    """``value_heads`` on the v rows of q, k, v."""
+    """Return ``value_heads`` on the v rows of q, k, v."""
     n = 2 * dims("ssm.group_count") * dims("ssm.state_size")
     return np.concatenate([index[:n], value_heads(index[n:], dims)])
 
 
 def qkvz(parts: str) -> Op:
-    """Some of q, k, v, z, one after the other, out of rows that lie q, k, v, z for each key head (Qwen3-Next)."""
+    """Take some of q, k, v, z, one after the other, out of rows that lie q, k, v, z for each key head (Qwen3-Next)."""
 
     def op(index: np.ndarray, dims: Dims) -> np.ndarray:
         key, value = dims("ssm.state_size"), n_values_per_key(dims) * value_dim(dims)
@@ -168,25 +168,25 @@ def qkvz(parts: str) -> Op:
 
 
 def frame(i: int, n: int) -> Op:
-    """The columns of frame ``i`` of ``n``, in a convolution over (3 colours, n frames, pixels)."""
+    """Return the columns of frame ``i`` of ``n``, in a convolution over (3 colours, n frames, pixels)."""
     return lambda index, dims: index.reshape(3, n, -1)[:, i].ravel()
 
 
 def channels_first(index: np.ndarray, dims: Dims) -> np.ndarray:
-    """A square patch's columns, (height, width, 3 colours), to (3, height, width), as a convolution has them."""
+    """Return a square patch's columns, (height, width, 3 colours), to (3, height, width), as a convolution has them."""
     side = math.isqrt(len(index) // 3)
     return index.reshape(side, side, 3).transpose(2, 0, 1).ravel()
 
 
 def moonvit_qkv(index: np.ndarray, dims: Dims) -> np.ndarray:
-    """Rotary over two axes, in q and k of q, k, v: per head, (d/4, 2 axes, 2) to (2 axes, d/4, 2)."""
+    """Turn rotary over two axes, in q and k of q, k, v: per head, (d/4, 2 axes, 2) to (2 axes, d/4, 2)."""
     q, k, v = index.reshape(3, -1)
     turned = [part.reshape(dims("vision.attention.head_count"), -1, 2, 2).swapaxes(1, 2).ravel() for part in (q, k)]
     return np.concatenate([*turned, v])
 
 
 def minimax_qk(index: np.ndarray, dims: Dims) -> np.ndarray:
-    """Rotary over three axes: per head, halves of (3 axes, n) each to axes of (2 halves, n); the rest stays."""
+    """Turn rotary over three axes: per head, halves of (3 axes, n) each to axes of (2 halves, n); the rest stays."""
     by_head = index.reshape(dims("vision.attention.head_count"), -1)
     n = by_head.shape[1] // 2 * 2 // 3 // 2
     turned = by_head[:, : 6 * n].reshape(len(by_head), 2, 3, n).swapaxes(1, 2).reshape(len(by_head), -1)
@@ -194,12 +194,12 @@ def minimax_qk(index: np.ndarray, dims: Dims) -> np.ndarray:
 
 
 def plamo(index: np.ndarray, dims: Dims) -> np.ndarray:
-    """PLaMo-13B's query heads, (8, 5, 128) to (5, 8, 128)."""
+    """Reorder PLaMo-13B's query heads, (8, 5, 128) to (5, 8, 128)."""
     return index.reshape(8, 5, 128).swapaxes(0, 1).ravel()
 
 
 def latent(part: str) -> Op:
-    """The k (without rotary) or v rows of each head of multi-head latent attention's ``kv_b_proj``."""
+    """Return the k (without rotary) or v rows of each head of multi-head latent attention's ``kv_b_proj``."""
 
     def op(index: np.ndarray, dims: Dims) -> np.ndarray:
         n_heads, nope, value = latent_sizes(dims)
@@ -210,7 +210,7 @@ def latent(part: str) -> Op:
 
 
 def latent_sizes(dims: Dims) -> tuple[int, int, int]:
-    """Heads, and the rows of each head's k and v: as the base's tensors have them, or its hyperparameters."""
+    """Return heads, and the rows of each head's k and v: as the base's tensors have them, or its hyperparameters."""
     k, v = (dims.block_shape(name) for name in ("attn_k_b", "attn_v_b"))
     if k is not None and v is not None and len(k) == len(v) == 3:
         return k[0], k[2], v[1]
@@ -225,36 +225,36 @@ Scale = Callable[[int, Dims], np.ndarray]
 
 
 def times(*keys: str) -> Scale:
-    """All rows times the product of these numbers of config.json."""
+    """Return all rows times the product of these numbers of config.json."""
     return lambda n, dims: np.full(n, np.prod([dims(f"config.{key}") for key in keys]))
 
 
 def jais_embedding(n: int, dims: Dims) -> np.ndarray:
-    """Jais multiplies the embedding by one of two numbers of config.json."""
+    """Return what Jais multiplies the embedding by: one of two numbers of config.json."""
     return np.full(n, dims.first("config.mup_embeddings_scale", "config.embeddings_scale"))
 
 
 def jais_head(n: int, dims: Dims) -> np.ndarray:
-    """Jais multiplies the head by one number of config.json, or by two."""
+    """Return what Jais multiplies the head by: one number of config.json, or by two."""
     if dims.hparams.get("config.mup_output_alpha") is None:
         return np.full(n, dims("config.width_scale"))
     return np.full(n, dims("config.mup_output_alpha") * dims("config.mup_width_scale"))
 
 
 def rwkv6_rescaled(n: int, dims: Dims) -> np.ndarray:
-    """RWKV-6 halves what each block adds to the residual stream, once more every so many layers."""
+    """Return RWKV-6 halves what each block adds to the residual stream, once more every so many layers."""
     every = dims.hparams.get("rescale_every_n_layers")
     return np.full(n, 2.0 ** -(dims.layer // every) if every else 1.0)
 
 
 def second_half_negated(n: int, dims: Dims) -> np.ndarray:
-    """Talkie turns its rotary the other way: the second half of each head's rows changes sign."""
+    """Negate the second half of each head's rows: Talkie turns its rotary the other way."""
     width = dims("attention.key_length")
     return np.tile(np.where(np.arange(width) < width // 2, 1.0, -1.0), n // width)
 
 
 def falcon_h1_in_proj(n: int, dims: Dims) -> np.ndarray:
-    """The factor of each row of Mamba's ``in_proj``: z, x, B, C, dt blocks, each with its own."""
+    """Return the factor of each row of Mamba's ``in_proj``: z, x, B, C, dt blocks, each with its own."""
     inner, state = dims("config.mamba_d_ssm"), dims("config.mamba_n_groups") * dims("config.mamba_d_state")
     sizes = [inner, inner, state, state]
     if sum(sizes) > n:

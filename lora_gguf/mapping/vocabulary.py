@@ -46,7 +46,7 @@ class Token:
 
 
 def added_tokens(directory: Path) -> dict[int, Token]:
-    """The tokens that the tokenizer files in ``directory`` list as added, by id; empty where there are no such
+    """Return the tokens that the tokenizer files in ``directory`` list as added, by id; empty where there are no such
     files.
     """
     found: dict[int, Token] = {}
@@ -105,7 +105,9 @@ READERS: dict[str, Callable[[dict], dict[int, Token]]] = {
 
 
 def learned_tokens(directory: Path, first: int) -> tuple[dict[int, Token], list[str]]:
-    """The tokens from id ``first`` on that the tokenizer in ``directory`` learned rather than added, and its merges."""
+    """Return the tokens from id ``first`` on that the tokenizer in ``directory`` learned rather than added, and its
+    merges.
+    """
     path = directory / "tokenizer.json"
     if not path.is_file():
         return {}, []
@@ -120,14 +122,16 @@ def learned_tokens(directory: Path, first: int) -> tuple[dict[int, Token], list[
 
 
 def last_token(directory: Path) -> int:
-    """The largest id of the tokens that were added to a tokenizer of text: vision towers have tokens of their own."""
+    """Return the largest id of the tokens that were added to a tokenizer of text: vision towers have tokens of their
+    own.
+    """
     return max(
         (i for i, token in added_tokens(directory).items() if not OTHER_TOWERS.fullmatch(token.text)), default=-1
     )
 
 
 def first_rows(update: LoraPair | Update, n_rows: int) -> LoraPair | Update:
-    """An embedding's or head's update without what it has beyond ``n_rows`` rows."""
+    """Return an embedding's or head's update without what it has beyond ``n_rows`` rows."""
     if isinstance(update, LoraPair):
         return replace(update, b=np.ascontiguousarray(update.b[:n_rows]))
     if not isinstance(update, Replaced):
@@ -141,7 +145,8 @@ def first_rows(update: LoraPair | Update, n_rows: int) -> LoraPair | Update:
 def grown(
     update: LoraPair | Update, n_rows: int, original: np.ndarray | None
 ) -> tuple[LoraPair | Update, np.ndarray | None]:
-    """An embedding's or head's update cut to the base's ``n_rows``, and the rows beyond them, whole: (k, cols) f32.
+    """Return an embedding's or head's update cut to the base's ``n_rows``, and the rows beyond them, whole: (k, cols)
+    f32.
 
     ``original`` is what the adapter's base had after its vocabulary was resized, if the adapter holds it.
     """
@@ -191,7 +196,8 @@ def _replaced(update: Replaced, values: np.ndarray, only: np.ndarray | None, n_r
 
 
 def extended(base: Any, tokens: dict[int, Token], n_rows: int, merges: Sequence[str] = ()) -> dict[str, bytes]:
-    """The base's key/value pairs that change, by key, when its vocabulary has ``n_rows`` tokens, ``tokens`` among them.
+    """Return the base's key/value pairs that change, by key, when its vocabulary has ``n_rows`` tokens, ``tokens``
+    among them.
 
     ``base`` is an open GGUF. A token that takes the place of a filler renames it; other tokens of the base stay as they
     are. Ids without a token are fillers. ``merges`` are those of a tokenizer that learned tokens, the base's first.
@@ -229,7 +235,7 @@ def extended(base: Any, tokens: dict[int, Token], n_rows: int, merges: Sequence[
 
 
 def more_merges(base: Any, merges: Sequence[str]) -> dict[str, tuple[list[str], str]]:
-    """The merges of a tokenizer that learned tokens, if the base has any. Raises ``MismatchError`` where they
+    """Return the merges of a tokenizer that learned tokens, if the base has any. Raises ``MismatchError`` where they
     differ.
     """
     known = base.get("tokenizer.ggml.merges")
@@ -243,7 +249,9 @@ def more_merges(base: Any, merges: Sequence[str]) -> dict[str, tuple[list[str], 
 
 
 def is_called(token: Token, text: str) -> bool:
-    """Whether ``text``, as a GGUF has it, is the token's: some tokenizers mark spaces there, or the start of a word."""
+    """Return whether ``text``, as a GGUF has it, is the token's: some tokenizers mark spaces there, or the start of a
+    word.
+    """
     return token.text in (text, text.replace("\u2581", " "), text.removeprefix("\u2581"))
 
 

@@ -12,7 +12,7 @@ _INT32_END = np.float32(2.0**31)
 
 
 def store_f16(values: np.ndarray, blocks: np.ndarray, at: int) -> np.ndarray:
-    """Writes ``values`` (n,) as f16 at byte ``at`` of ``blocks``, both even; gives them so rounded, (n, 1) f32."""
+    """Write ``values`` (n,) as f16 at byte ``at`` of ``blocks``, both even; gives them so rounded, (n, 1) f32."""
     stored = blocks.view(np.float16)[:, at // 2]
     stored[...] = values
     return stored.astype(np.float32)[:, None]
@@ -20,7 +20,7 @@ def store_f16(values: np.ndarray, blocks: np.ndarray, at: int) -> np.ndarray:
 
 @kernel
 def round_scales(values: np.ndarray, code_max: int, codes: np.ndarray, scales: np.ndarray) -> None:
-    """Codes (n, groups) uint8 of values (n, groups), by the scale that makes ``code_max`` of the largest."""
+    """Write codes (n, groups) uint8 of values (n, groups), by the scale that makes ``code_max`` of the largest."""
     for i in range(len(values)):
         largest = F0
         for value in values[i]:
@@ -35,7 +35,8 @@ def round_scales(values: np.ndarray, code_max: int, codes: np.ndarray, scales: n
 def round_signed_scales(
     values: np.ndarray, lowest: int, highest: int, offset: int, least: float, codes: np.ndarray, scales: np.ndarray
 ) -> None:
-    """Codes (n, groups) int8 of values (n, groups), by the scale that makes ``lowest`` of the largest in magnitude.
+    """Write codes (n, groups) int8 of values (n, groups), by the scale that makes ``lowest`` of the largest in
+    magnitude.
 
     ``offset`` is added to the codes. Without a value of magnitude ``least`` or more, codes and scale are 0.
     """
@@ -52,7 +53,7 @@ def round_signed_scales(
 
 
 def sums(x: np.ndarray) -> np.ndarray:
-    """f32 sums of the rows of x (groups, n), added one after the other."""
+    """Return f32 sums of the rows of x (groups, n), added one after the other."""
     out = np.empty(len(x), np.float32)
     _sums(x, out)
     return out
@@ -68,7 +69,9 @@ def _sums(x: np.ndarray, out: np.ndarray) -> None:
 
 
 def extremes(x: np.ndarray) -> np.ndarray:
-    """Per group of x (groups, n) its largest in magnitude, its lowest and its highest weight; of equals the first."""
+    """Return per group of x (groups, n) its largest in magnitude, its lowest and its highest weight; of equals the
+    first.
+    """
     found = np.empty((3, len(x)), np.float32)
     _find_extremes(x, found)
     return found
@@ -108,7 +111,7 @@ def _first(x: np.ndarray, a: float, b: float) -> float:
 def truncate(
     x: np.ndarray, scales: np.ndarray, minima: np.ndarray, offset: float, code_max: int, codes: np.ndarray
 ) -> None:
-    """codes = int8((x - minimum) / scale + offset), at most ``code_max``; 0 where no int32 can hold that."""
+    """Compute codes = int8((x - minimum) / scale + offset), at most ``code_max``; 0 where no int32 can hold that."""
     for g in range(len(x)):
         xg, minimum, group = x[g], minima[g], codes[g]
         inverse = F1 / scales[g] if scales[g] != F0 else F0
@@ -120,7 +123,7 @@ def truncate(
 
 @kernel
 def round_away(x: np.ndarray, scales: np.ndarray, codes: np.ndarray) -> None:
-    """codes = int8 of x / scale rounded, halves away from zero; 0 where no int32 can hold that."""
+    """Compute codes = int8 of x / scale rounded, halves away from zero; 0 where no int32 can hold that."""
     for g in range(len(x)):
         xg, group = x[g], codes[g]
         inverse = F1 / scales[g] if scales[g] != F0 else F0

@@ -24,13 +24,13 @@ _NO_LIMIT = np.int32(-0x7FFFFFFF)
 
 
 def upward(code_max: int, first: float, step: float, count: int) -> np.ndarray:
-    """``code_max`` itself, then ``count`` numerators from code_max + first on."""
+    """Return ``code_max`` itself, then ``count`` numerators from code_max + first on."""
     tries = np.float32(first) + np.float32(step) * np.arange(count, dtype=np.float32) + np.float32(code_max)
     return np.concatenate([np.array([code_max], np.float32), tries])
 
 
 def around(n: int, reach: int) -> np.ndarray:
-    """``n`` itself, then numerators up to ``reach`` tenths below and above."""
+    """Return ``n`` itself, then numerators up to ``reach`` tenths below and above."""
     tenths = [0, *range(-reach, 0), *range(1, reach + 1)]
     return np.float32(n) + np.float32(0.1) * np.array(tenths, np.float32)
 
@@ -76,7 +76,7 @@ def fit_affine(
     minima: np.ndarray,
     codes: np.ndarray,
 ) -> None:
-    """weight = scale * code - minimum, with codes 0 to ``numerators[0]`` (int8) and minima (groups,) of at least 0.
+    """Fit weight = scale * code - minimum, with codes 0 to ``numerators[0]`` (int8) and minima (groups,) of at least 0.
 
     Each try rounds with the scale (highest - lowest) / numerator and takes the weighted least squares fit to the codes
     found, if its error, ``absolute`` or squared, is the least so far; the fit's minimum then stands for the lowest
@@ -160,7 +160,7 @@ def _affine_keep(s: np.ndarray, n: int, absolute: bool, is_first: bool) -> None:
 
 @kernel
 def fit_symmetric(x: np.ndarray, w: np.ndarray, numerators: np.ndarray, scales: np.ndarray, codes: np.ndarray) -> None:
-    """weight = scale * (code - n), n = ``-numerators[0]``, with codes 0 to 2 n - 1 (int8).
+    """Fit weight = scale * (code - n), n = ``-numerators[0]``, with codes 0 to 2 n - 1 (int8).
 
     Each try rounds with the scale extreme / numerator (the extreme is the weight of the largest magnitude) and takes
     the weighted least squares fit to the codes found if it explains the most so far. A group below 1e-15 is all zero:
@@ -184,7 +184,9 @@ def fit_symmetric(x: np.ndarray, w: np.ndarray, numerators: np.ndarray, scales: 
 
 @kernel
 def fit_by_descent(x: np.ndarray, scales: np.ndarray, codes: np.ndarray) -> None:
-    """weight = scale * (code - 4), codes 0 to 7, importance x**2: each code in turn moves to where it explains more."""
+    """Fit weight = scale * (code - 4), codes 0 to 7, importance x**2: each code in turn moves to where it explains
+    more.
+    """
     s, n = np.empty((N_ROWS, LANES), np.float32), x.shape[1]
     lowest, highest = np.int32(-4), np.int32(3)
     for first in range(0, len(x), LANES):
@@ -204,7 +206,8 @@ def fit_by_descent(x: np.ndarray, scales: np.ndarray, codes: np.ndarray) -> None
 
 @kernel
 def fit_positive(x: np.ndarray, w: np.ndarray, numerators: np.ndarray, scales: np.ndarray, codes: np.ndarray) -> None:
-    """weight = scale * code, codes 0 to ``numerators[0]`` (uint8): the scales of a super-block as weights themselves.
+    """Fit weight = scale * code, codes 0 to ``numerators[0]`` (uint8): the scales of a super-block as weights
+    themselves.
 
     The best of the tries by squared error, then each code in turn moves to where it explains more. Codes are kept as
     bytes; a negative one, which only a negative weight brings about, wraps around.
@@ -324,7 +327,7 @@ def _write_symmetric(s: np.ndarray, first: int, lowest: int, scales: np.ndarray,
 
 @kernel
 def recode(x: np.ndarray, steps: np.ndarray, minima: np.ndarray, lowest: int, highest: int, codes: np.ndarray) -> None:
-    """code = round((x + minimum) / step) - lowest; where the step is 0 the code stays.
+    """Compute code = round((x + minimum) / step) - lowest; where the step is 0 the code stays.
 
     x, codes (m, 32); steps, minima (m, 1), or (m, 2) for groups of 16, as fewer than 32 lanes are not vectorised.
     """

@@ -19,7 +19,7 @@ def encode_f32(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) 
 
 @kernel
 def decode_f16(blocks: np.ndarray, out: np.ndarray) -> None:
-    """NaNs come out quiet, as the processor's own conversion gives them."""
+    """Widen f16; NaNs come out quiet, as the processor's own conversion gives them."""
     halves, out = blocks.reshape(-1).view(np.uint16), out.reshape(-1)
     for j in range(halves.size):
         out[j] = f32_from_f16(halves[j])
@@ -27,7 +27,7 @@ def decode_f16(blocks: np.ndarray, out: np.ndarray) -> None:
 
 @kernel
 def encode_f16(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
-    """Nearest, ties to even; overflow gives infinity."""
+    """Round to the nearest f16, ties to even; overflow gives infinity."""
     weights, halves = weights.reshape(-1), blocks.reshape(-1).view(np.uint16)
     for j in range(weights.size):
         halves[j] = f16_from_f32(weights[j])
@@ -42,7 +42,7 @@ def decode_bf16(blocks: np.ndarray, out: np.ndarray) -> None:
 
 @kernel
 def encode_bf16(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarray) -> None:
-    """Nearest, ties to even; NaNs become quiet, denormals stay."""
+    """Round to the nearest bf16, ties to even; NaNs become quiet, denormals stay."""
     bits, halves = weights.reshape(-1).view(np.uint32), blocks.reshape(-1).view(np.uint16)
     for j in range(bits.size):
         rounded = np.uint32(bits[j] + 0x7FFF + (bits[j] >> 16 & 1)) >> 16

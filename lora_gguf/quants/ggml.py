@@ -23,7 +23,7 @@ class GgmlType:
     fallback: str = "F16"
 
     def row_bytes(self, n_cols: int) -> int:
-        """Bytes of a row of ``n_cols`` weights; ``n_cols`` is a multiple of ``block_size``."""
+        """Return the bytes of a row of ``n_cols`` weights; ``n_cols`` is a multiple of ``block_size``."""
         return n_cols // self.block_size * self.block_bytes
 
     def __str__(self) -> str:

@@ -61,25 +61,27 @@ def _eight(a: np.ndarray, at: int) -> Eight:
 
 @kernel
 def _place(
-    points: np.ndarray,
-    neighbours: np.ndarray,
-    x: np.ndarray,
-    w: np.ndarray,
+    lattice: Lattice,
+    group: tuple[np.ndarray, np.ndarray],
     k: int,
     scale: float,
     shift: float,
     errors: np.ndarray,
     levels: np.ndarray,
 ) -> tuple[int, bool]:
-    """Put the ``k``-th eight of ``levels`` on the grid: the index of the vector, and whether it moved."""
+    """Put the ``k``-th eight of ``levels`` on the grid: the index of the vector, and whether it moved.
+
+    ``group`` is (weights, their importance).
+    """
+    x, w = group
     point = 0
     for i in range(7, -1, -1):
         point = 3 * point + levels[8 * k + i]
-    first, count = np.uint64(points[point, 0]), np.uint64(points[point, 1])
+    first, count = np.uint64(lattice.points[point, 0]), np.uint64(lattice.points[point, 1])
     if count == 0:
         return np.int64(first), False
     m, importance = _eight(x, 8 * k), _eight(w, 8 * k)
-    code = nearest_vector(neighbours, (first, count), m, importance, scale, shift, errors)
+    code = nearest_vector(lattice.neighbours, (first, count), m, importance, scale, shift, errors)
     for i in range(8):
         levels[8 * k + i] = code >> (2 * i) & 3
     return np.int64(code >> 16), True
@@ -225,8 +227,10 @@ def search_iq1_s(
     down: np.ndarray,
     vectors: np.ndarray,
 ) -> None:
-    """The fields of all IQ1_S blocks: d (f16), scales (blocks, 8), down and vectors (blocks, 32), zero on entry."""
-    n_cols, points, neighbours = weights.shape[1], lattice.points, lattice.neighbours
+    """Find the fields of all IQ1_S blocks: d (f16), scales (blocks, 8), down and vectors (blocks, 32), zero on
+    entry.
+    """
+    n_cols = weights.shape[1]
     w, order, levels = np.empty(32, np.float32), np.empty(32, np.int64), np.empty(32, np.int64)
     cx, cw, hits = np.empty(40, np.float32), np.empty(40, np.float32), np.empty(40, np.int32)
     raw, errors = np.empty(8, np.float32), np.empty(lattice.longest, np.int32)
@@ -245,7 +249,7 @@ def search_iq1_s(
             minus, scale, moved = minus != (scale < 0), abs(scale), False
             for k in range(4 * g, 4 * g + 4):
                 shift = -SHIFT if minus else SHIFT
-                vectors[i, k], off = _place(points, neighbours, x, w, k - 4 * g, scale, shift, errors, levels)
+                vectors[i, k], off = _place(lattice, (x, w), k - 4 * g, scale, shift, errors, levels)
                 down[i, k] = minus
                 moved |= off
             qx, qq = _project(x, w, levels, DOWN if minus else UP, np.float32(1), np.float32(0), np.float32(0))
@@ -255,10 +259,8 @@ def search_iq1_s(
 
 @kernel
 def _place_halves(
-    points: np.ndarray,
-    neighbours: np.ndarray,
-    x: np.ndarray,
-    w: np.ndarray,
+    lattice: Lattice,
+    group: tuple[np.ndarray, np.ndarray],
     scale: float,
     shifts: int,
     errors: np.ndarray,
@@ -266,10 +268,10 @@ def _place_halves(
     vectors: np.ndarray,
 ) -> float:
     """Put both eights of a group of IQ1_M on the grid; returns the scale refined if one of them moved."""
-    qx, qq, moved = np.float32(0), np.float32(0), False
+    (x, w), qx, qq, moved = group, np.float32(0), np.float32(0), False
     for k in range(2):
         minus = shifts % 2 if k else shifts // 2
-        vectors[k], off = _place(points, neighbours, x, w, k, scale, -SHIFT if minus else SHIFT, errors, levels)
+        vectors[k], off = _place(lattice, (x, w), k, scale, -SHIFT if minus else SHIFT, errors, levels)
         moved |= off
         start, end = 8 * k, 8 * k + 8
         q = DOWN if minus else UP
@@ -307,8 +309,10 @@ def search_iq1_m(
     down: np.ndarray,
     vectors: np.ndarray,
 ) -> None:
-    """The fields of all IQ1_M blocks: d (f16), scales (blocks, 16), down and vectors (blocks, 32), zero on entry."""
-    n_cols, points, neighbours = weights.shape[1], lattice.points, lattice.neighbours
+    """Find the fields of all IQ1_M blocks: d (f16), scales (blocks, 16), down and vectors (blocks, 32), zero on
+    entry.
+    """
+    n_cols = weights.shape[1]
     w, order, levels = np.empty(16, np.float32), np.empty(16, np.int64), np.empty(256, np.int64)
     terms, raw, errors = np.empty((48, 8), np.float32), np.empty(16, np.float32), np.empty(lattice.longest, np.int32)
     for i in range(len(d)):
@@ -330,7 +334,7 @@ def search_iq1_m(
             shifts = 3 - shifts if scale < 0 else shifts
             down[i, 2 * g], down[i, 2 * g + 1] = shifts // 2, shifts % 2
             pair = vectors[i, 2 * g : 2 * g + 2]
-            raw[g] = _place_halves(points, neighbours, x, w, abs(scale), shifts, errors, group_levels, pair)
+            raw[g] = _place_halves(lattice, (x, w), abs(scale), shifts, errors, group_levels, pair)
         step = _three_bits(raw, scales[i])
         qx, qq = _fit_d(block, importance[first : first + 256], variance, w, down[i], levels, scales[i])
         d[i] = f16_from_f32((qx / qq if qq > 0 else step) * FUDGE_M) if step > 0 else 0

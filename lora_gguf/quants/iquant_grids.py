@@ -34,7 +34,7 @@ class Lattice(NamedTuple):
 
 @cache
 def grid(name: str) -> np.ndarray:
-    """The grid of the type ``name``: f32 (vectors, 8), in IQ3 (vectors, 4)."""
+    """Return the grid of the type ``name``: f32 (vectors, 8), in IQ3 (vectors, 4)."""
     from gguf import quants
 
     table = getattr(quants, name)
@@ -44,7 +44,7 @@ def grid(name: str) -> np.ndarray:
 
 @cache
 def lattice(name: str) -> Lattice:
-    """The grid of the type ``name`` with everybody's neighbours, as ggml's quantizer considers them."""
+    """Return the grid of the type ``name`` with everybody's neighbours, as ggml's quantizer considers them."""
     levels, ranks = np.unique(grid(name), return_inverse=True)
     ranks = ranks.reshape(grid(name).shape)
     n_levels, dims = len(levels), ranks.shape[1]

@@ -19,7 +19,7 @@ def _fields(name: str, weights: np.ndarray, importance: np.ndarray) -> tuple[np.
     points, rules, n_blocks = lattice(name), RULES[name], weights.size // 256
     d, scales = np.empty(n_blocks, np.uint16), np.empty((n_blocks, 256 // rules.group), np.uint8)
     signs, vectors = np.zeros((n_blocks, 32), np.uint8), np.zeros((n_blocks, 256 // points.dims), np.uint16)
-    search_iq2_iq3(weights, importance, points, rules, d, scales, signs, vectors)
+    search_iq2_iq3(weights, importance, points, rules, (d, scales, signs, vectors))
     return d, scales, signs, vectors
 
 

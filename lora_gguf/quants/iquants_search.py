@@ -37,6 +37,7 @@ class Rules(NamedTuple):
     shifts: bool = False  # the signs and low bytes that follow a skipped group move up
 
 
+Scratch = tuple[np.ndarray, np.ndarray]  # levels, and room for errors
 _f32 = np.float32
 RULES = {
     "IQ2_XXS": Rules(32, 6, _f32(0.1), _f32(1e-15), variance=_f32(1), even_signs=True, from_fit=True, polish=ALWAYS),
@@ -175,17 +176,7 @@ def _sums(work: np.ndarray, row: int) -> tuple[float, float]:
 
 @kernel
 def _search(
-    n_levels: int,
-    dims: int,
-    points: np.ndarray,
-    neighbours: np.ndarray,
-    rules: Rules,
-    scale: float,
-    start: float,
-    work: np.ndarray,
-    rounded: np.ndarray,
-    errors: np.ndarray,
-    vectors: np.ndarray,
+    lattice: Lattice, rules: Rules, scale: float, start: float, work: np.ndarray, scratch: Scratch, vectors: np.ndarray
 ) -> tuple[float, int]:
     """A group's scale; its vectors come to lie in the row of ``vectors`` that is also returned.
 
@@ -193,6 +184,7 @@ def _search(
     is the trial. A vector off the grid moves to a neighbour and gets the bit OFF_GRID_BIT. The last round puts the best
     on the grid again with the refined scale.
     """
+    (n_levels, dims, _, points, neighbours), (rounded, errors) = lattice, scratch
     best, kept, top, width = np.float32(0), 0, np.float32(2 * n_levels - 1), 16 // dims
     kept_moved = rules.polish == UNLESS_ON_GRID
     for k in range(vectors.shape[1]):
@@ -257,17 +249,16 @@ def search_iq2_iq3(
     importance: np.ndarray,
     lattice: Lattice,
     rules: Rules,
-    d: np.ndarray,
-    nibbles: np.ndarray,
-    signs: np.ndarray,
-    vectors: np.ndarray,
+    fields: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
 ) -> None:
-    """The fields of all blocks: d (f16), nibbles (blocks, groups), signs (blocks, 32), vectors (blocks, 256 / dims).
+    """Find the fields of all blocks: d (f16), nibbles (blocks, groups), signs (blocks, 32), vectors (blocks, 256 /
+    dims).
 
     ``signs`` and ``vectors`` are zero on entry. In IQ3_S ggml does not leave room for a group of zeros: the signs and
     the low bytes of the vectors that follow take its place, and the block decodes to something else. So here.
     """
-    n_levels, dims, longest, points, neighbours = lattice
+    d, nibbles, signs, vectors = fields
+    n_levels, dims, longest = lattice.n_levels, lattice.dims, lattice.longest
     n_cols, group, per_group = weights.shape[1], rules.group, rules.group // dims
     work, rounded, errors = np.empty((5, group), np.float32), np.empty(group, np.int32), np.empty(longest, np.int32)
     trial, group_signs = np.empty((2, per_group), np.uint16), np.empty(group // 8, np.uint8)
@@ -288,8 +279,7 @@ def search_iq2_iq3(
             if is_skipped:
                 slot += not rules.shifts
                 continue
-            found = _search(n_levels, dims, points, neighbours, rules, scale, start, work, rounded, errors, trial)
-            scale, kept = found
+            scale, kept = _search(lattice, rules, scale, start, work, (rounded, errors), trial)
             scales[g] = abs(scale)
             for k in range(group // 8):
                 signs[i, slot * group // 8 + k] = ~group_signs[k] if scale < 0 else group_signs[k]

@@ -127,7 +127,7 @@ def _steps_and_lows(block: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> N
 
 @kernel
 def steps_and_lows(blocks: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> None:
-    """The grid of Q4_K or Q5_K: steps and lows f32 (blocks, 8) of blocks (blocks, block_bytes)."""
+    """Read the grid of Q4_K or Q5_K: steps and lows f32 (blocks, 8) of blocks (blocks, block_bytes)."""
     for i in range(len(blocks)):
         _steps_and_lows(blocks[i], steps[i], lows[i])
 

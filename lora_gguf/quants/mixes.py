@@ -232,7 +232,7 @@ class Model:
 
 
 def model_of(base: Header) -> Model:
-    """The facts of an open base."""
+    """Return the facts of an open base."""
 
     def number(key: str, default: int = 0) -> int:
         value = base.hparam(key)
@@ -250,17 +250,21 @@ def model_of(base: Header) -> Model:
 
 
 def role_of(name: str) -> str:
-    """What a tensor does in the model, as far as the mixes tell tensors apart; empty where they don't."""
+    """Return what a tensor does in the model, as far as the mixes tell tensors apart; empty where they don't."""
     return next((role for pattern, role in ROLES if re.search(pattern, name)), "")
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a mix changes a tensor's type at all: matrices and stacks of them named weight, but the ``KEPT``."""
+    """Return whether a mix changes a tensor's type at all: matrices and stacks of them named weight, but the
+    ``KEPT``.
+    """
     return any(dim > 1 for dim in shape[:-1]) and name.endswith("weight") and not KEPT.search(name)
 
 
 def fallback_type(type: GgmlType, n_cols: int) -> GgmlType:
-    """``type``, or what takes its place where rows of ``n_cols`` are not whole blocks of it; F16 where nothing fits."""
+    """Return ``type``, or what takes its place where rows of ``n_cols`` are not whole blocks of it; F16 where nothing
+    fits.
+    """
     if n_cols % type.block_size == 0:
         return type
     fallback = BY_NAME[type.fallback]
@@ -268,7 +272,7 @@ def fallback_type(type: GgmlType, n_cols: int) -> GgmlType:
 
 
 def mix_types(mix: str, model: Model, tensors: Iterable[Tensor], *, has_imatrix: bool = False) -> dict[str, GgmlType]:
-    """The type of each tensor, by name, as ``llama-quantize`` chooses it; ``tensors`` are all of the model's.
+    """Return the type of each tensor, by name, as ``llama-quantize`` chooses it; ``tensors`` are all of the model's.
 
     Where that program refuses a row length, the type is F16. Raises ``UnsupportedError`` for an unknown ``mix``.
     """
@@ -353,7 +357,7 @@ def _is_expert(model: Model, tensor: Tensor, role: str) -> bool:
 
 
 def requires_importance(mix: str, name: str, type: GgmlType) -> bool:
-    """Whether llama.cpp refuses to quantize the tensor to ``type`` without an importance matrix."""
+    """Return whether llama.cpp refuses to quantize the tensor to ``type`` without an importance matrix."""
     if role_of(name) in ("output", "token_embd"):
         return False
     low_bit = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
@@ -361,7 +365,7 @@ def requires_importance(mix: str, name: str, type: GgmlType) -> bool:
 
 
 def file_type_of(weights: Mapping[str, int], base: int | None = None) -> int:
-    """``general.file_type`` for a file with so many weights of each type (by name).
+    """Return ``general.file_type`` for a file with so many weights of each type (by name).
 
     ``base``, the value that the file had before, stays while most weights are still of that mix's default type.
     """
