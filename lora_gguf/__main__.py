@@ -12,19 +12,17 @@ import sys
 def main() -> None:
     """Run the command line; while it is imported, Ctrl-C ends the process without a word."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    gc.set_threshold(
-        100_000
-    )  # imports make much that lasts: to look through it again and again takes a tenth of a second
+    # imports make much that lasts: to look through it again and again takes a tenth of a second
+    gc.set_threshold(100_000)
     from lora_gguf.cli import main
 
     try:
         main()
-    except (
-        SystemExit
-    ) as end:  # all is written and closed: to take Numba down piece by piece would last as long as a small merge
+    except SystemExit as end:
+        # all is written and closed: to take Numba down piece by piece would last as long as a small merge
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.flush()
-        os._exit(end.code)
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 if __name__ == "__main__":

@@ -34,15 +34,15 @@ def check_flag(name: str, value: object) -> None:
 
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Raise unless ``value`` is a whole number from ``least`` to ``most``."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
+    whole = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+    if whole is None or whole < least or (most is not None and whole > most):
         raise refuse(name, f"a whole number from {least}" + (f" to {most}" if most is not None else ""), value)
 
 
 def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
     """Raise unless ``value`` is a finite number from ``least`` to ``most``."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (real and math.isfinite(value) and least <= value <= most):
+    real = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    if not (math.isfinite(real) and least <= real <= most):
         bounds = "" if math.isinf(least) else f" from {least:g}" + ("" if math.isinf(most) else f" to {most:g}")
         raise refuse(name, f"a finite number{bounds}", value)
 

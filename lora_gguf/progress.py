@@ -10,6 +10,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Display
 
 Progress = Callable[[int, int, str], None]
 FileProgress = Callable[[str, int, int], None]
@@ -59,7 +63,7 @@ def is_shown(wanted: bool = True) -> bool:
     return wanted and sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
-def _display(of_bytes: bool):
+def _display(of_bytes: bool) -> tuple[int, Display]:
     """The width of the words, and rich's bar, as the terminal has room for."""
     from rich.console import Console
     from rich.progress import (

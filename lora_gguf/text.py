@@ -77,7 +77,7 @@ def json_text(data: object, indent: int | None = 1) -> str:
     return json.dumps(_finite(data), indent=indent, allow_nan=False)
 
 
-def _finite(data):
+def _finite(data: object) -> object:
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):

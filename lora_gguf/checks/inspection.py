@@ -270,13 +270,13 @@ def adapter_gguf(base: Base, common: dict) -> AdapterInspection:
 def inspect_peft(config: dict, tensors: list[Entry], files: dict[str, int], source: str) -> AdapterInspection:
     """What the adapter is whose ``adapter_config.json`` holds ``config`` and whose weights' header lists ``tensors``.
 
-    ``files`` are the sizes of its files by name, None where unknown.
+    ``files`` are the sizes of its files by name, 0 where unknown.
     """
     found = AdapterInspection(
         source=source,
         kind="adapter (PEFT)" if kind_of(config) != "MLX" else "adapter (mlx-lm)",
         files=[printable(Path(name).name) for name in files],
-        n_bytes=sum(size or 0 for size in files.values()),
+        n_bytes=sum(files.values()),
         n_parameters=sum(n_elements(entry) for entry in tensors),
         types=by_type((entry.dtype, n_elements(entry), entry.end - entry.start) for entry in tensors),
         architecture=text((config.get("auto_mapping") or {}).get("base_model_class", "")),

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import traceback
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +28,7 @@ from lora_gguf.cli.verify import verify
 from lora_gguf.errors import LoraGgufError, printable
 from lora_gguf.files.output import remove_live
 
-_ClickUsageError = typer.BadParameter.__base__  # typer brings its own click
+_ClickUsageError: Any = typer.BadParameter.__base__  # typer brings its own click
 # what typer's validators say -> what we say
 _WORDS = {
     "Value error, ": "",
@@ -67,7 +68,7 @@ def _options(
 
 
 # the commands in the order of their help, each in one line that an 80-column terminal holds
-COMMANDS = {
+COMMANDS: dict[Callable[..., None], str] = {
     fetch: "Download an adapter from the Hub, or a GGUF of its base.",
     inspect: "Tell what a GGUF or an adapter is, from its header.",
     doctor: "Tell whether a merge will work, and what it will keep.",
@@ -90,19 +91,19 @@ class _Terminated(BaseException):
 _arrived: list[int] = []  # the signal: what it interrupts may turn the exception into another one
 
 
-def _terminate(number: int, _frame) -> None:
+def _terminate(number: int, _frame: object) -> None:
     _arrived.append(number)
     _on_signals(_leave_at_once)
     raise _Terminated(number)
 
 
-def _leave_at_once(number: int, _frame) -> None:
+def _leave_at_once(number: int, _frame: object) -> None:
     """A second signal does not wait for the work in hand."""
     remove_live()
     os._exit(128 + number)
 
 
-def _on_signals(handler) -> None:
+def _on_signals(handler: Callable[[int, object], None]) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), handler)
@@ -193,7 +194,7 @@ def _report(error: BaseException) -> int:
         return 1
 
 
-def _refusal(error: _ClickUsageError) -> str:
+def _refusal(error: Any) -> str:
     """What is wrong with the command line, with the value that was given where typer's validator, pydantic, tells
     it.
     """

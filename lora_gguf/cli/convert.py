@@ -54,7 +54,7 @@ def convert(
     lora-gguf convert user/my-adapter --base model-Q4_K_M.gguf -o my-adapter.gguf
     """
     from lora_gguf import api
-    from lora_gguf.mapping.sources import adapter_name
+    from lora_gguf.adapters.adapter import adapter_name
 
     out = output or Path(f"{adapter_name(adapter)}.gguf")
     with bars("converting", progress and not quiet) as (downloads, work):

@@ -124,7 +124,7 @@ def costs(report: DoctorReport) -> str:
     from lora_gguf.text import size_text
 
     time = f"about {report.seconds:.0f} s on this machine (some chunks were timed), and " if report.seconds else ""
-    return f"A merge takes {time}about {size_text(report.memory_bytes)} of memory."
+    return f"A merge takes {time}about {size_text(report.memory_bytes or 0)} of memory."
 
 
 def by_kind(report: DoctorReport) -> list[tuple]:

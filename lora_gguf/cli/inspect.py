@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -39,7 +39,9 @@ def as_text(found: Inspection) -> str:
     from lora_gguf.checks.inspection import ModelInspection
     from lora_gguf.text import aligned, count_text, size_text, text_table
 
-    facts = model_facts(found) if isinstance(found, ModelInspection) else adapter_facts(found)
+    facts = (
+        model_facts(found) if isinstance(found, ModelInspection) else adapter_facts(cast("AdapterInspection", found))
+    )
     n_files = f" in {len(found.files)} files" if len(found.files) > 1 else ""
     rows = [
         ("name", found.name),

@@ -46,8 +46,9 @@ class Term:
 def commands() -> dict[str, Callable]:
     """The commands' functions by name, in the order of the help."""
     return {
-        command.name or command.callback.__name__.replace("_", "-"): command.callback
+        command.name or callback.__name__.replace("_", "-"): callback
         for command in app.registered_commands
+        if (callback := command.callback)
     }
 
 
@@ -55,8 +56,9 @@ def terms(command: Callable) -> list[Term]:
     """What a command takes, in the order of its help."""
     hints = typing.get_type_hints(command, include_extras=True)
     return [
-        _term(name, *typing.get_args(hints[name])[:2], parameter.default)
+        _term(name, hint, info, parameter.default)
         for name, parameter in signature(command).parameters.items()
+        for hint, info in [typing.get_args(hints[name])[:2]]
     ]
 
 
@@ -71,7 +73,7 @@ def _term(name: str, hint: type, info: ArgumentInfo | OptionInfo, default: objec
 
 def examples(command: Callable) -> list[str]:
     """The command lines in a command's help."""
-    return re.findall(r"^lora-gguf .+$", cleandoc(command.__doc__), re.MULTILINE)
+    return re.findall(r"^lora-gguf .+$", cleandoc(command.__doc__ or ""), re.MULTILINE)
 
 
 def commands_reference() -> str:
@@ -85,7 +87,7 @@ def _section(name: str, command: Callable) -> Iterator[str]:
         term.value if term.default is Parameter.empty else f"[{term.value}]" for term in taken if not term.names
     ]
     yield f"### `{' '.join(['lora-gguf', name, *arguments])}`"
-    yield re.sub(r"\s+", " ", cleandoc(command.__doc__).split("\n\n")[0])
+    yield re.sub(r"\s+", " ", cleandoc(command.__doc__ or "").split("\n\n")[0])
     yield "\n".join(f"    {example}" for example in examples(command))
     yield "\n".join(["| | |", "|---|---|", *(f"| `{_cell(term.text)}` | {_cell(term.meaning)} |" for term in taken)])
 

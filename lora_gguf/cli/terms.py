@@ -11,8 +11,13 @@ from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_gguf.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from lora_gguf.report.content import Content
+    from lora_gguf.report.files import Pictures
 
 COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar(
     "COMMAND_LINE", default=("lora-gguf",)
@@ -53,9 +58,10 @@ def base_and_adapter(first: str | None, second: str | None, model: str | None) -
     """BASE and ADAPTER, of which BASE may have been named with -m; then the only argument is the adapter."""
     if model and second:
         raise UsageError(f"two base models: {printable(first)} and -m {printable(model)}: name one")
-    if not (model or first):
+    base, adapter = (model, first) if model else (first, second)
+    if not base:
         raise UsageError("no base model: name its GGUF first, then the adapter: lora-gguf merge BASE.gguf ADAPTER")
-    return (model, first) if model else (first, second)
+    return base, adapter
 
 
 def named_adapters(adapter: str | None, scale: float, lora: Iterable[str] | None) -> list[tuple[str, float]]:
@@ -128,14 +134,14 @@ def n_bytes(option: str, size: str | None) -> int | None:
     return int(number) * unit
 
 
-def pictures(page: Path | None, plot: Path | None, force: bool, inputs: Iterable[str | os.PathLike]):
+def pictures(page: Path | None, plot: Path | None, force: bool, inputs: Iterable[str | os.PathLike[str]]) -> Pictures:
     """The files of --report and --plot, of the running command."""
     from lora_gguf.report.files import Pictures
 
     return Pictures(page, plot, COMMAND_LINE.get(), force, tuple(inputs))
 
 
-def draw(pictures, content: Callable[[], object], quiet: bool = False) -> None:
+def draw(pictures: Pictures, content: Callable[[], Content], quiet: bool = False) -> None:
     """Write the pictures, if any are wanted, of what ``content`` returns."""
     for path in pictures.write(content()) if pictures else ():
         if not quiet:

@@ -17,7 +17,8 @@ from lora_gguf.errors import UnsupportedError, UsageError
 from lora_gguf.files.base import Base
 from lora_gguf.hub.references import REPO_ID
 from lora_gguf.mapping import hparams
-from lora_gguf.mapping.placement import Placement, gguf_pairs
+from lora_gguf.mapping.accounts import Placement
+from lora_gguf.mapping.placement import gguf_pairs
 from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import read_base_config
 from lora_gguf.progress import Progress
@@ -49,7 +50,8 @@ def convert(
             for pair in placement.pairs
             if pair.shared
         ]
-        inputs = [adapter.directory, *(opened.paths if opened else ()), *filter(None, [reading.base_config])]
+        config = [reading.base_config] if reading.base_config else []
+        inputs = [adapter.directory, *(opened.paths if opened else ()), *config]
     write_adapter_gguf(
         output.path,
         placement.pairs,
@@ -73,7 +75,7 @@ def to_pairs(
     exact = {key: pair for key, pair in pairs.items() if base is None or base.tensors[pair.name].shape == pair.shape}
     others = [update for update in placement.updates if id(update) not in exact]
     vectors = [update for update in others if update.part == "bias" or "norm" in update.name]
-    refused = vectors if rank else others
+    refused = vectors if rank and base else others
     if refused:
         hint = "vectors have no low-rank form" if vectors else "approximate it with --rank N and --base"
         raise UnsupportedError(
@@ -83,24 +85,34 @@ def to_pairs(
         )
     placement.pairs += exact.values()
     placement.updates = []
-    names = list(dict.fromkeys(update.name for update in others))
-    for name in names:
-        approximate(name, [update for update in others if update.name == name], placement, base, rank)
-        if progress:
-            progress(base.tensors[name].n_bytes, sum(base.tensors[other].n_bytes for other in names), name)
+    if rank and base:
+        names = dict.fromkeys(update.name for update in others)
+        n_bytes = sum([base.tensors[name].n_bytes for name in names])
+        for name in names:
+            approximate(name, [update for update in others if update.name == name], placement, base, rank)
+            if progress:
+                progress(base.tensors[name].n_bytes, n_bytes, name)
 
 
 def approximate(name: str, updates: list[Update], placement: Placement, base: Base, rank: int) -> None:
     """Replace all that changes tensor ``name`` by one pair of ``rank``; note its relative error."""
     info = base.tensors[name]
     weights = decode(base.reader_of(name), info).reshape(-1, info.n_cols)
-    delta = sum(update.change(0, weights) for update in updates)
+    delta = np.zeros_like(weights)
+    for update in updates:
+        delta = delta + update.change(0, weights)
     own = [pair for pair in placement.pairs if pair.name == name]
-    delta = (delta + sum(pair.delta().reshape(delta.shape) for pair in own)).reshape(-1, *info.shape[-2:])
-    found = [factor(matrix, rank) for matrix in delta]
-    a, b = (np.stack([getattr(part, key) for part in found]) for key in ("a", "b"))
-    sources = tuple(dict.fromkeys(source for update in (*own, *updates) for source in update.sources))
-    pair = LoraPair(name, *((a, b) if len(info.shape) == 3 else (a[0], b[0])), 1.0, sources)
+    for pair in own:
+        delta = delta + pair.delta().reshape(delta.shape)
+    found = [factor(matrix, rank) for matrix in delta.reshape(-1, *info.shape[-2:])]
+    a, b = np.stack([part.a for part in found]), np.stack([part.b for part in found])
+    changes: list[LoraPair | Update] = [*own, *updates]
+    sources = dict.fromkeys(source for change in changes for source in change.sources)
+    pair = (
+        LoraPair(name, a, b, 1.0, tuple(sources))
+        if len(info.shape) == 3
+        else LoraPair(name, a[0], b[0], 1.0, tuple(sources))
+    )
     placement.pairs = [other for other in placement.pairs if other.name != name] + [pair]
     kept, energy = sum(part.kept for part in found), sum(part.energy for part in found)
     placement.approximations[name] = max(0.0, 1.0 - kept / energy) ** 0.5 if energy else 0.0

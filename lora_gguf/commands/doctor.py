@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_gguf.adapters.adapter import adapter_directory
+from lora_gguf.adapters.adapter import adapter_directory, adapter_name
 from lora_gguf.checks.checkup import NOTE, OK, REFUSAL, WARNING, DoctorReport, Outlook, Remark, TensorOutlook, recommend
 from lora_gguf.checks.earlier import earlier_merges
 from lora_gguf.checks.inspection import AdapterInspection
@@ -24,7 +24,7 @@ from lora_gguf.hub.downloads import find_model
 from lora_gguf.hub.remote import open_model
 from lora_gguf.mapping.accounts import Placement
 from lora_gguf.mapping.reading import Reading
-from lora_gguf.mapping.sources import adapter_name, placement_of
+from lora_gguf.mapping.sources import placement_of
 from lora_gguf.mapping.tower_names import WAITING
 from lora_gguf.mapping.towers import CLIP
 from lora_gguf.merging.forecast import STEADY_BYTES, expected, expected_seconds, scratch_bytes, step_of, thinned
@@ -146,8 +146,12 @@ def foresee(report: DoctorReport, model: Base, plan: Plan, threads: int | None, 
     weights = {tensor.target.name: tensor.source.n_elements for tensor in sampled}
     n_samples = len(options) * len(sampled)
     found: dict[str, dict[str, Retention]] = {}
+
+    def done(tensor: TensorPlan) -> None:
+        if progress:
+            progress(1, n_samples, tensor.target.name)
+
     for name, tensors in options.items():
-        done = progress and (lambda tensor: progress(1, n_samples, tensor.target.name))
         found[name] = expected(model, tensors, weigh if name == "auto" else None, threads, local, done)
     for name in options:
         words, change = OPTIONS[name]
@@ -185,7 +189,8 @@ def is_other(tensors: Sequence[TensorPlan], default: Sequence[TensorPlan]) -> bo
     """
 
     def ways(tensors: Sequence[TensorPlan]) -> list[tuple]:
-        return [(one.target.type, one.recipe.keeps_grid and one.recipe.rounding) for one in tensors]
+        recipes = [(one.target.type, one.recipe) for one in tensors]
+        return [(type, recipe.rounding if recipe and recipe.keeps_grid else None) for type, recipe in recipes]
 
     return ways(tensors) != ways(default)
 
@@ -219,8 +224,9 @@ def file_bytes(model: Base, plan: Plan, targets: dict) -> int:
 
 
 def disk_remark(report: DoctorReport) -> Remark:
-    needed, free = size_text(report.output_bytes), size_text(report.free_bytes)
-    if report.output_bytes > report.free_bytes:
+    n_needed, n_free = report.output_bytes or 0, report.free_bytes or 0
+    needed, free = size_text(n_needed), size_text(n_free)
+    if n_needed > n_free:
         return Remark(
             "disk", WARNING, f"the merged file takes {needed}, this folder's disk has {free} free: write it elsewhere"
         )

@@ -111,7 +111,7 @@ def remote_adapter(source: str) -> Inspection | None:
         if not name.endswith(".safetensors"):
             download(repo, prefix + name)
     names = shard_names(config.parent / weights[0]) if weights[0].endswith(".index.json") else []
-    files = {name: repo.files[name].size for name in (*found, *(prefix + name for name in names))}
+    files = {name: repo.files[name].size or 0 for name in (*found, *(prefix + name for name in names))}
     tensors = [
         entry
         for name in weights

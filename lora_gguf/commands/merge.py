@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_gguf.adapters.adapter import adapter_name
 from lora_gguf.checks.earlier import earlier_merges
 from lora_gguf.checks.keeping import idle, judged, sentence
 from lora_gguf.checks.kinship import kin_warnings
@@ -19,7 +20,7 @@ from lora_gguf.files.gguf_writer import GgufWriter
 from lora_gguf.files.output import check_space, check_target, write_bytes
 from lora_gguf.mapping.accounts import Account, ElsewhereError, Placement
 from lora_gguf.mapping.reading import Reading
-from lora_gguf.mapping.sources import adapter_name, inputs_of, placement_of
+from lora_gguf.mapping.sources import inputs_of, placement_of
 from lora_gguf.mapping.tower_names import WAITING
 from lora_gguf.mapping.towers import CLIP
 from lora_gguf.merging.chunks import Chunk, Weigh, cut, weights_within
@@ -290,7 +291,8 @@ def files_read(
 ) -> list[str | os.PathLike]:
     """Return every path that a merge reads, and so must not write."""
     paths = [*model.paths, *(inputs_of(path) for path, _ in adapters)]
-    return [*paths, *(policy.imatrix.paths if policy.imatrix else ()), *filter(None, [reading.base_config])]
+    config = [reading.base_config] if reading.base_config else []
+    return [*paths, *(policy.imatrix.paths if policy.imatrix else ()), *config]
 
 
 def committed(writers: Sequence[GgufWriter]) -> list[Path]:

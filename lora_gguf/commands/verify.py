@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from lora_gguf.adapters.adapter import adapter_name
 from lora_gguf.adapters.lora import HEAD
 from lora_gguf.checks.comparison import UPDATE2, Comparison
 from lora_gguf.checks.diagnosis import Evidence, causes
@@ -42,7 +43,7 @@ from lora_gguf.files.base import Base
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.accounts import Account
 from lora_gguf.mapping.reading import AsFound, Reading
-from lora_gguf.mapping.sources import adapter_name, placement_of
+from lora_gguf.mapping.sources import placement_of
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.retention import WARN_BELOW, kind_of

@@ -14,7 +14,7 @@ from lora_gguf.files.input_file import impostor
 LARGE = 256 << 20
 
 
-def hexadecimal(value, length: int) -> str | None:
+def hexadecimal(value: object, length: int) -> str | None:
     """``value`` as lower-case hex of ``length`` digits; None where it is none."""
     text = str(value).lower()
     return text if re.fullmatch(rf"[0-9a-f]{{{length}}}", text) else None
@@ -26,7 +26,7 @@ def check_hashes(path: Path, known: set[str], where: str) -> None:
     A file of 256 MiB or more is hashed once, and again when it changed. Raises ``IntegrityError``; the file is removed.
     """
     blob = path.parent / os.readlink(path) if path.is_symlink() else path
-    expected = known | ({hexadecimal(blob.name, 64), hexadecimal(blob.name, 40)} - {None})
+    expected = known | {name for length in (64, 40) if (name := hexadecimal(blob.name, length))}
     note, text = _note(path, expected)
     large = path.stat().st_size >= LARGE
     if large and _read(note) == text:

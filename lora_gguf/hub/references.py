@@ -21,7 +21,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, TypeGuard
+from typing import NamedTuple, TypeAlias, TypeGuard, cast
 
 from lora_gguf.arguments import check_number, check_path
 from lora_gguf.errors import FileError, UsageError, printable
@@ -119,7 +119,8 @@ def scaled_names(adapters: Adapters) -> list[Scaled]:
     """
     if isinstance(adapters, (str, os.PathLike)) or _is_scaled(adapters) or not isinstance(adapters, Iterable):
         adapters = [adapters]
-    found = [item if _is_scaled(item) else (item, 1.0) for item in adapters]
+    items = cast("Iterable[Name | Scaled]", adapters)
+    found = [item if _is_scaled(item) else (cast(Name, item), 1.0) for item in items]
     if not found:
         raise UsageError("no adapter: name at least one")
     for name, scale in found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lora_gguf.errors import HubError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
@@ -41,7 +43,7 @@ class RemoteFile(Source):
         self.window = min(max(size // 1000, MIN_WINDOW), MAX_WINDOW)
         self._parts: list[tuple[int, bytes]] = []
 
-    def read_into(self, position: int, buffer, label: str = "") -> None:
+    def read_into(self, position: int, buffer: Any, label: str = "") -> None:
         view = memoryview(buffer).cast("B")
         if len(view):
             view[:] = self._part(position, len(view))

@@ -14,12 +14,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_gguf.errors import HubError, LoraGgufError, printable
 from lora_gguf.files.output import check_space
 from lora_gguf.hub.failures import explained, host
 from lora_gguf.hub.hashes import check_hashes, hexadecimal
 from lora_gguf.progress import FileProgress
+
+if TYPE_CHECKING:
+    from httpx import Response
+    from huggingface_hub.hf_api import RepoSibling
+
+Result = TypeVar("Result")
 
 RETRY_WAITS = (1, 2, 4)
 MAX_RETRY_AFTER = 60
@@ -74,7 +81,7 @@ def open_repo(repo_id: str, revision: str | None = None) -> Repo:
         if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
             raise HubError(f"{printable(repo_id)}: {host()} names no commit: check HF_ENDPOINT")
         files = [_repo_file(sibling) for sibling in info.siblings or ()]
-        return Repo(repo_id, repo.revision, info.sha, {file.name: file for file in files})
+        return Repo(repo_id, repo.revision, str(info.sha), {file.name: file for file in files})
 
 
 def download(repo: Repo, name: str, progress: FileProgress | None = None) -> Path:
@@ -94,7 +101,7 @@ def download(repo: Repo, name: str, progress: FileProgress | None = None) -> Pat
                 repo.id, name, revision=repo.commit, endpoint=constants.ENDPOINT, **_progress_option(name, progress)
             )
         )
-    check_hashes(path, {file.sha256, file.git_sha1} - {None}, f"{repo.id}: {printable(name)}")
+    check_hashes(path, {digest for digest in (file.sha256, file.git_sha1) if digest}, f"{repo.id}: {printable(name)}")
     return path
 
 
@@ -161,7 +168,7 @@ def check_names(repo: Repo) -> None:
         )
 
 
-def _repo_file(sibling) -> RepoFile:
+def _repo_file(sibling: RepoSibling) -> RepoFile:
     lfs = sibling.lfs
     return RepoFile(
         str(sibling.rfilename),
@@ -204,8 +211,8 @@ def _remove_stale(repo: Repo, file: RepoFile) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _progress_option(name: str, progress: FileProgress | None) -> dict:
-    """The argument that makes the client report to ``progress``; clients before 1.0 cannot."""
+def _progress_option(name: str, progress: FileProgress | None) -> dict[str, Any]:
+    """Return the argument that makes the client report to ``progress``; clients before 1.0 cannot."""
     import inspect
 
     from huggingface_hub import hf_hub_download
@@ -214,14 +221,16 @@ def _progress_option(name: str, progress: FileProgress | None) -> dict:
     if progress is None or "tqdm_class" not in inspect.signature(hf_hub_download).parameters:
         return {}
 
+    tell = progress
+
     class Reporter(tqdm):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **{**kwargs, "disable": True})
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
             self.done, self.all = kwargs.get("initial") or 0, kwargs.get("total") or 0
 
-        def update(self, n=1):
+        def update(self, n: float | None = 1) -> None:
             self.done += n or 0
-            progress(name, int(self.done), int(self.all))
+            tell(name, int(self.done), int(self.all))
 
     return {"tqdm_class": Reporter}
 
@@ -259,7 +268,7 @@ def _guard_session() -> None:
         hooks["response"].append(_check_response)
 
 
-def _check_response(response) -> None:
+def _check_response(response: Response) -> None:
     """Refuse what the client would follow blindly: an ETag that leaves the cache's folder, hours to wait."""
     for header in ("etag", "x-linked-etag", "x-repo-commit"):
         if not re.fullmatch(r'(W/)?"?[\w.:+=-]*"?', response.headers.get(header, "")):
@@ -272,14 +281,14 @@ def _check_response(response) -> None:
         raise HubError(f"{host()} asks to wait {seconds} seconds (HTTP {response.status_code}): try again then")
 
 
-def retry_after(response) -> int:
+def retry_after(response: Response) -> int:
     """Seconds that an answer asks to wait; 0 where it does not say."""
     text = response.headers.get("retry-after", "").strip()
     limit = re.search(r"\br=0\s*;\s*t=(\d+)", response.headers.get("ratelimit", "").replace(" ", ""))
     return int(text) if text.isdigit() else int(limit[1]) if limit else 0
 
 
-def retrying(call: Callable):
+def retrying(call: Callable[[], Result]) -> Result:
     """The result of ``call``, tried again after answers and failures that may pass."""
     for wait in RETRY_WAITS:
         try:

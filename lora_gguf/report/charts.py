@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 HISTOGRAM_BINS = 24
 CELL, TALL_CELL, PRINTED_CELL = 28, 18, 20  # pixels
@@ -65,8 +66,13 @@ def heat_map(measure: str, measures: Sequence[str], rows: Sequence[dict], tall: 
     downwards.
     """
     n_layers, n_kinds = len({row["layer"] for row in rows}), len({row["kind"] for row in rows})
-    layers = {"field": "at", "type": "ordinal", "sort": {"field": "layer", "op": "min"}, "title": "layer"}
-    kinds = {"field": "kind", "type": "nominal", "sort": None, "title": None}
+    layers: dict[str, Any] = {
+        "field": "at",
+        "type": "ordinal",
+        "sort": {"field": "layer", "op": "min"},
+        "title": "layer",
+    }
+    kinds: dict[str, Any] = {"field": "kind", "type": "nominal", "sort": None, "title": None}
     layers["axis"] = {"labelAngle": 0, "labelOverlap": True, "domain": False, "ticks": False}
     kinds["axis"] = {"labelAngle": -90, "orient": "top"} if tall else {"labelAngle": 0}
     kinds["axis"] |= {"labelPadding": 6, "labelLimit": 140, "domain": False, "ticks": False}
@@ -83,7 +89,7 @@ def heat_map(measure: str, measures: Sequence[str], rows: Sequence[dict], tall: 
 
 def _colour(measure: str, rows: Sequence[dict]) -> dict:
     shown_as = measure_of(measure)
-    legend = {"orient": "top", "title": shown_as.title, "titleOrient": "left"}
+    legend: dict[str, object] = {"orient": "top", "title": shown_as.title, "titleOrient": "left"}
     if shown_as.nominal:
         verdict = {"scale": {"domain": [True, False], "range": list(VERDICTS)}} if measure == "holds" else {}
         return {"field": measure, "type": "nominal", "legend": legend | {"columns": 4}, **verdict}
@@ -95,7 +101,8 @@ def _colour(measure: str, rows: Sequence[dict]) -> dict:
 def _scale(measure: str, rows: Sequence[dict]) -> dict:
     if measure.partition(".")[0] != "kept":
         return {"zero": True, "range": "heatmap"}
-    too_much = max(filter(None, (value_of(row, measure) for row in rows)), default=0) > EXCESS
+    kept = [value for row in rows if isinstance(value := value_of(row, measure), (int, float))]
+    too_much = max(kept, default=0) > EXCESS
     return {
         "domain": [0, 2 if too_much else 1],
         "clamp": True,

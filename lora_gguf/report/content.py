@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_gguf.adapters.adapter import adapter_name
 from lora_gguf.checks.checkup import WARNING, DoctorReport
 from lora_gguf.checks.closeness import CompareReport
 from lora_gguf.commands.merge import MergeReport
 from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.errors import printable
-from lora_gguf.mapping.sources import adapter_name
 from lora_gguf.merging.retention import WARN_BELOW
 from lora_gguf.text import share_text, size_of
 

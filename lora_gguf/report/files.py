@@ -7,9 +7,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_gguf.errors import UsageError, not_installed, printable
 from lora_gguf.files.output import check_target
+
+if TYPE_CHECKING:
+    from lora_gguf.report.content import Content
 
 EXTRA = "vl_convert"
 PLOT_TYPES = (".png", ".svg")
@@ -44,7 +48,7 @@ class Pictures:
                 raise UsageError(f"{option} {printable(path)}: another output of this command: name another file")
             taken.append(str(check_target(path, force=self.force, inputs=self.inputs)))
 
-    def write(self, content) -> list[Path]:
+    def write(self, content: Content) -> list[Path]:
         """Write what was asked for of a ``content.Content``. Returns the paths."""
         from lora_gguf.report.page import write_page, write_plot
 
