@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_gguf.adapters.adapter_file import AdapterFile
-from lora_gguf.arguments import check_flag, check_number, check_path, check_text, check_whole
+from lora_gguf.arguments import check_choice, check_flag, check_number, check_path, check_text, check_whole
+from lora_gguf.errors import UsageError
 from lora_gguf.files.imatrix import Imatrix, read_imatrix
 from lora_gguf.files.output import check_target
 from lora_gguf.hub import base_models
@@ -146,6 +147,7 @@ def convert(
     out: Name,
     base: Name | None = None,
     *,
+    to: str = "gguf",
     base_config: Name | None = None,
     outtype: str = "f32",
     rank: int | None = None,
@@ -162,9 +164,11 @@ def convert(
 
     The layout is that of ``base``, or of the ``config.json`` in ``base_config``, or without either of that of the model
     that the adapter names, from the Hub. ``outtype`` is f32 (exact), f16, bf16
-    or q8_0. What is not low rank is refused (``UnsupportedError``), or approximated at ``rank``. Raises
+    or q8_0. With ``to`` peft it is the way back: an adapter GGUF becomes a folder that PEFT loads.
+    What is not low rank is refused (``UnsupportedError``), or approximated at ``rank``. Raises
     ``MismatchError`` where the adapter does not fit the base.
     """
+    check_choice("to", to, ("gguf", "peft"))
     if base is not None:
         check_path("base", base, MODEL)
     [named] = scaled_names([adapter])
@@ -172,6 +176,12 @@ def convert(
     reading = Reading("refuse", allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of)
     files = by_file(downloads or progress)
     [(folder, _)] = fetch_adapters([named], files)
+    if to == "peft":
+        if base is None:
+            raise UsageError("--to peft wants the base: give --base BASE.gguf, the model that the adapter is for")
+        from lora_gguf.commands.unconvert import unconvert
+
+        return unconvert(folder, out, fetch_model(base, files), reading, force=force)
     model = None if base is None else fetch_model(base, files)
     if model is None and base_config is None:
         reading = replace(reading, base_config=base_models.base_config_of(folder, files))

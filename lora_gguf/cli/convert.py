@@ -9,7 +9,7 @@ import typer
 
 from lora_gguf.cli.helping import gguf_files
 from lora_gguf.cli.options import BASE_HELP, AllowUnused, ExpertA, ExpertB, Force, LayoutOf, Progress, QuietPath
-from lora_gguf.cli.terms import OutType, say_written, warn
+from lora_gguf.cli.terms import Form, OutType, say_written, warn
 from lora_gguf.progress import bars
 from lora_gguf.text import json_text
 
@@ -29,6 +29,9 @@ def convert(
             autocompletion=gguf_files,
         ),
     ] = None,
+    to: Annotated[
+        Form, typer.Option("--to", help="peft: the way back, from a GGUF adapter to a PEFT folder.")
+    ] = Form.gguf,
     base_config: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Without a GGUF: the folder with the base's config.json.")
     ] = None,
@@ -52,16 +55,18 @@ def convert(
     """Turn a PEFT adapter into a GGUF adapter for llama.cpp's --lora.
 
     lora-gguf convert user/my-adapter --base model-Q4_K_M.gguf -o my-adapter.gguf
+    lora-gguf convert my-adapter.gguf --to peft --base model-Q4_K_M.gguf -o my-adapter
     """
     from lora_gguf import api
     from lora_gguf.adapters.adapter import adapter_name
 
-    out = output or Path(f"{adapter_name(adapter)}.gguf")
+    out = output or Path(f"{adapter_name(adapter)}{'-peft' if to is Form.peft else '.gguf'}")
     with bars("converting", progress and not quiet) as (downloads, work):
         placement = api.convert(
             adapter,
             out,
             base,
+            to=to.value,
             base_config=base_config,
             outtype=outtype.value,
             force=force,

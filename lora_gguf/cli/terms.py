@@ -47,6 +47,11 @@ class ExpertAxis(str, Enum):
     made = "out"
 
 
+class Form(str, Enum):
+    gguf = "gguf"
+    peft = "peft"
+
+
 class OutType(str, Enum):
     f32 = "f32"
     f16 = "f16"

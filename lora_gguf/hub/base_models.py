@@ -93,8 +93,13 @@ def base_config_of(adapter: Path, progress: FileProgress | None = None) -> Path:
 
 def _stated_by_gguf(path: Path) -> str:
     with GgufReader(path) as reader:
-        address = str(reader.get("general.base_model.0.repo_url", ""))
-        return address.removeprefix(ADDRESS) or str(reader.get("general.base_model.0.name", ""))
+        return stated_by(reader)
+
+
+def stated_by(adapter: GgufReader) -> str:
+    """Return the model that an open adapter GGUF says that it is for; an empty text where it does not say."""
+    address = str(adapter.get("general.base_model.0.repo_url", ""))
+    return address.removeprefix(ADDRESS) or str(adapter.get("general.base_model.0.name", ""))
 
 
 def fetch_base(

@@ -114,6 +114,15 @@ def within(path: str, hparams: Hparams) -> str | None:
     return path
 
 
+def outward(path: str, hparams: Hparams) -> str:
+    """Return ``path``, a module's within the text model, as the class calls it: ``within`` undone."""
+    row = ARCHITECTURES[hparams.architecture]
+    n, layer = hparams.get("hrm.layers_per_stack"), layer_of(path)
+    if row.stacks and layer is not None and isinstance(n, int) and n:
+        path = path.replace(f"layers.{layer}.", f"{row.stacks[layer // n]}.layers.{layer % n}.", 1)
+    return row.root + path
+
+
 def layer_of(path: str) -> int | None:
     """Return the number of the layer that the module stands in: the first number in its path."""
     match = LAYER.search(path)
