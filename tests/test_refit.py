@@ -1,5 +1,7 @@
 """Moving a block's grid towards its update: against a least-squares solver, and what it must not break."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from libgguf import dequantize_rows, quantize_rows
@@ -46,9 +48,9 @@ def refitted(type_name, importance, seed=0):
     assert np.allclose(
         np.repeat(steps, quant.grid.group, 1) * unit - np.repeat(grid[1], quant.grid.group, 1), before, atol=1e-7
     )
-    left = np.empty_like(delta)
+    left = delta.copy()
     for i in range(len(delta)):
-        refit_row(grid, i, unit[i], np.float32(0), steps[i], delta[i], left[i], refit_work(grid))
+        refit_row(grid, grid.before, i, unit[i], np.float32(0), steps[i], left[i], refit_work(len(grid.before)))
     return blocks, before, delta, left, delta - left, steps
 
 
@@ -143,3 +145,34 @@ def test_a_small_update_survives_a_type_on_whose_grid_the_old_one_lies(source, t
         assert erased < 0.6
     parts = [merged(how, blocks[i : i + 5], delta[i : i + 5], i)[0] for i in range(0, 128, 5)]
     assert (np.concatenate(parts) == new).all()
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_moving_the_grid_after_rounding_brings_each_block_nearer(type_name):
+    importance = np.random.default_rng(1).uniform(0.1, 2, 512).astype(np.float32)
+    importance[[5, 100, 301, 477]] = 300
+    codec = CODECS[type_name]
+    weighed = weighting_of(codec, importance)
+    blocks, before, delta = blocks_of(type_name, rows=32)
+    errors = []
+    for weighting in (weighed, replace(weighed, after=np.empty(0, np.int64))):
+        new, _ = merged(recipe(type_name), blocks, delta, weighting=weighting)
+        squares = importance * np.square(decoded(type_name, new) - before - delta)
+        errors.append(squares.reshape(len(delta), -1, codec.type.block_size).sum(2))
+    after, without = errors
+    assert (after <= without * (1 + 1e-3) + 1e-9).all() and after.sum() < 0.97 * without.sum()
+
+
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q4_K", "Q8_0"])
+def test_an_update_as_large_as_the_step_needs_no_chance(type_name):
+    codec = CODECS[type_name]
+    blocks, before, delta = blocks_of(type_name, rows=32)
+    steps = np.empty((32, 512 // codec.grid.group), np.float32)
+    codec.grid.unpack(blocks, np.empty(delta.shape, np.int8), steps)
+    step = np.repeat(np.abs(steps), codec.grid.group, axis=1)
+    delta = (np.random.default_rng(1).normal(size=delta.shape) * step * 0.8).astype(np.float32)
+    auto, dither = (decoded(type_name, merged(recipe(type_name, way), blocks, delta)[0]) for way in ("auto", "dither"))
+    inside = np.abs(dither - before - delta) < step  # what has not left the range of the codes
+    error, error_by_chance = ((np.square((after - before - delta) / step)[inside]).mean() for after in (auto, dither))
+    assert error < 0.65 * error_by_chance
+    assert ((auto - before) * delta).sum() / np.square(delta).sum() > 0.9

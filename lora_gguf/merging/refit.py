@@ -1,12 +1,15 @@
-"""Move a block's grid towards its update before codes are rounded.
+"""Move a block's grid towards its update, before and after codes are rounded.
 
 A block's weights are ``d * s - m * o``: d and m are two f16 numbers (m is 0 in the types without a minimum), s and o
 what the codes and the small integer scales make. Two free numbers for 32 or 256 weights absorb little of an update, but
 they can absorb it where it counts: in large language models a few input columns carry most of the activations' energy,
-and what rounding adds there is most of the damage. ``refit_row`` finds the d and m whose change fits the update best,
-column j weighted by ``importance`` E[x_j²]; what is left is dithered, so that the whole stays unbiased. Two free
-numbers can free two columns of a block from rounding, so it is done only in the blocks whose heaviest two are worth it:
-half of them in real models.
+and what rounding adds there is most of the damage. ``refit_row`` finds the d and m whose change fits an update best,
+column j weighted by ``importance`` E[x_j²].
+
+Before the codes are rounded that is the adapter's update; what it leaves is dithered, so that the whole stays unbiased.
+Two free numbers free two columns of a block from rounding, so it is done only in the blocks whose heaviest two are worth
+it. Afterwards it is what rounding has left: linear in errors whose mean is zero, so it is nearly unbiased
+too, and it repairs codes at an end of their range. In a block whose columns matter alike it gains nothing.
 """
 
 from __future__ import annotations
@@ -17,66 +20,91 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_gguf.kernels.decorators import kernel, part
-from lora_gguf.kernels.half import f16_from_f32, f32_at
-from lora_gguf.kernels.lanes import N, bits, copy, floor, fma, least, load, magnitude, splat, store, total, where_less
+from lora_gguf.kernels.lanes import N, bits, floor, fma, least, load, magnitude, splat, store, to_f32, total, where_less
 
-UNTOUCHED = 0.005  # share of all importance that the heaviest columns of the blocks left out may have
+UNEVEN = 0.08  # share of a block's importance that its heaviest columns have where it is moved after rounding
+UNTOUCHED = 0.05  # share of all importance that the heaviest columns of the blocks left out before rounding may have
 _RIDGE = np.float32(1e-3)
 _LARGEST = np.float32(0.5)
-_NORMAL, _UNIT, _PER_UNIT, _MOST = (
-    np.float32(2.0**-14),
-    np.float32(2.0**-24),
-    np.float32(2.0**24),
-    np.float32(65472),
-)  # of f16
+_EXACT = np.float32(2.0**23)  # a whole number below it, added to it, stands in the lowest bits
+# of f16: the least normal number, the least number, and one less than the largest
+_NORMAL, _UNIT, _PER_UNIT, _MOST = np.float32(2.0**-14), np.float32(2.0**-24), np.float32(2.0**24), np.float32(65472)
 
 
 class MovingGrid(NamedTuple):
     """What ``refit_row`` moves: the grid of some rows, and the weighting of their columns.
 
-    ``blocks`` uint8 (rows, row_bytes) are changed in place; ``lows`` are f32 (rows, groups); the next three are those of
-    ``Weighting``. A block has ``block_bytes``; in it d is at ``d_at``, and m at ``m_at``, -1 if there is none.
+    ``blocks`` uint8 (rows, row_bytes) are changed in place, and ``lows`` f32 (rows, groups) too; the next four are those
+    of ``Weighting``. A block has ``block_bytes``; in it d is at ``d_at``, and m at ``m_at``, -1 if there is none.
     """
 
     blocks: np.ndarray
     lows: np.ndarray
     importance: np.ndarray
     heights: np.ndarray
-    moving: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
     block_bytes: int
     d_at: int
     m_at: int
 
 
-_NOTHING = np.empty(0, np.float32)
+_NOTHING, _NONE = np.empty(0, np.float32), np.empty(0, np.int64)
 NO_GRID = MovingGrid(
-    np.empty((0, 0), np.uint8), np.empty((0, 0), np.float32), _NOTHING, _NOTHING, np.empty(0, np.int64), 0, 0, -1
+    np.empty((0, 0), np.uint8), np.empty((0, 0), np.float32), _NOTHING, _NOTHING, _NONE, _NONE, 0, 0, -1
 )
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """By what ``refit_row`` weighs a matrix's columns: f32 (cols,), their sums over the groups (groups,), and the
-    blocks that it moves.
+    """By what ``refit_row`` weighs a matrix's columns: f32 (cols,), their sums over the groups (groups,), and the numbers
+    of the blocks that it moves before and after codes are rounded.
     """
 
     importance: np.ndarray
     heights: np.ndarray
-    blocks: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
 
 
 def weighting(importance: np.ndarray, block_size: int, group: int, n_free: int) -> Weighting:
-    """The weighting of columns of ``importance`` f32 (cols,) on blocks with ``n_free`` free numbers."""
-    freed = np.sort(importance.reshape(-1, block_size), axis=1)[:, -n_free:].sum(axis=1, dtype=np.float64)
+    """Return the weighting of columns of ``importance`` f32 (cols,) on blocks with ``n_free`` free numbers."""
+    of_block = importance.reshape(-1, block_size)
+    freed = np.sort(of_block, axis=1)[:, -n_free:].sum(axis=1, dtype=np.float64)
     order = np.argsort(freed, kind="stable")
-    worth = order[np.cumsum(freed[order]) > UNTOUCHED * importance.sum(dtype=np.float64)]
-    return Weighting(importance, importance.reshape(-1, group).sum(axis=1), np.sort(worth))
+    before = order[np.cumsum(freed[order]) > UNTOUCHED * importance.sum(dtype=np.float64)]
+    after = np.flatnonzero(freed > UNEVEN * of_block.sum(axis=1, dtype=np.float64))
+    return Weighting(importance, importance.reshape(-1, group).sum(axis=1), np.sort(before), after)
 
 
-@kernel
-def _put(half, row, at):
-    """Store an f16 number's magnitude; its sign stays."""
+@part
+def _take(row, at):
+    """The magnitude of the f16 number at byte ``at`` of a row: its bit pattern, in an f32 of the same bits."""
+    return np.uint32(row[at] | (np.uint32(row[at + 1]) & np.uint32(0x7F)) << np.uint32(8)).view(np.float32)
+
+
+@part
+def _put(magnitude, row, at):
+    """Store what ``_take`` took; the sign stays."""
+    half = np.float32(magnitude).view(np.uint32)
     row[at], row[at + 1] = half & 255, half >> 8 | np.uint32(row[at + 1]) & 0x80
+
+
+@part
+def _values(taken):
+    """The f32 values of lanes of finite f16 magnitudes as ``_take`` takes them."""
+    patterns = bits(taken)
+    count = to_f32(patterns)
+    normal = bits(patterns * splat(np.uint32(1 << 13)) + splat(np.uint32(0x38000000)))
+    return where_less(count, splat(np.float32(1024.0)), count * splat(_UNIT), normal)
+
+
+@part
+def _taken(values):
+    """The reverse of ``_values``."""
+    denormal = bits(fma(values, splat(_PER_UNIT), splat(_EXACT))) & splat(np.uint32(0x7FFFFF))
+    normal = (bits(values) + splat(np.uint32(0xC8000000))) >> splat(np.uint32(13))
+    return where_less(values, splat(_NORMAL), bits(denormal), bits(normal))
 
 
 @part
@@ -106,14 +134,15 @@ def _solve(work):
     """The changes of d and m that come nearest to the update, for many blocks side by side.
 
     ``work`` is f32 (8, blocks, to a multiple of sixteen). Its rows are Σ h·s², Σ h·s·delta, Σ h·s·o, Σ h·o·delta, Σ
-    h·o², the ridge of the first, |d| and |m|; the first four become the new |d| and |m|, both f16 numbers, and the
-    changes x and y, as parts of d and m. The error is Σ h (delta - x s + y o)². Both neighbours of the best d are
-    tried, each with the m that goes with it best.
+    h·o², the ridge of the first, |d| and |m| as ``_take`` takes them; the first four become the new |d| and |m|, the
+    same way, and the changes x and y, as parts of d and m. The error is Σ h (delta - x s + y o)². Both neighbours of the
+    best d are tried, each with the m that goes with it best.
     """
     zero, one, two = splat(np.float32(0.0)), splat(np.float32(1.0)), splat(np.float32(2.0))
     for b in range(0, work.shape[1], N):
         ss, sd, so, od = load(work, (0, b)), load(work, (1, b)), load(work, (2, b)), load(work, (3, b))
-        oo, ridge, d, m = load(work, (4, b)), load(work, (5, b)), load(work, (6, b)), load(work, (7, b))
+        oo, ridge = load(work, (4, b)), load(work, (5, b))
+        d, m = _values(load(work, (6, b))), _values(load(work, (7, b)))
         per_oo, per_d, per_m = (
             where_less(zero, oo, one / oo, zero),
             where_less(zero, d, one / d, zero),
@@ -133,18 +162,17 @@ def _solve(work):
             best_x, best_y = where_less(error, best, x, best_x), where_less(error, best, y, best_y)
             best = least(error, best)
             new_d = _f16_above(new_d)
-        store(best_d, work, (0, b))
-        store(best_m, work, (1, b))
+        store(_taken(best_d), work, (0, b))
+        store(_taken(best_m), work, (1, b))
         store(best_x, work, (2, b))
         store(best_y, work, (3, b))
 
 
 @part
-def _moments(unit, zero, importance, delta, first, end, steps, lows, has_m):
+def _moments(unit, zero, importance, delta, first, end, group, steps, lows, has_m):
     """Σ h·s², Σ h·s·delta, Σ h·s·o and Σ h·o·delta over the groups ``first`` to ``end``."""
     nothing, zeros = splat(np.float32(0.0)), splat(zero)
     ss = sd = so = od = nothing
-    group = len(unit) // len(steps)
     for g in range(first, end):
         uu = ud = u1 = d1 = nothing
         for j in range(g * group, (g + 1) * group, N):
@@ -159,39 +187,38 @@ def _moments(unit, zero, importance, delta, first, end, steps, lows, has_m):
         ss, sd = fma(uu, step * step, ss), fma(ud, step, sd)
         if has_m:
             so, od = fma(u1, step * low, so), fma(d1, low, od)
-    return total(ss), total(sd), total(so), total(od)
+    if has_m:
+        return total(ss), total(sd), total(so), total(od)
+    return total(ss), total(sd), np.float32(0.0), np.float32(0.0)
 
 
 @part
-def _leave(unit, zero, delta, first, end, steps, lows, x, y, left):
-    """What is left of ``delta`` when the groups ``first`` to ``end`` have moved by x of their steps and y of their
-    lows.
-    """
-    zeros, group = splat(zero), len(unit) // len(steps)
+def _leave(unit, zero, left, first, end, group, steps, lows, x, y):
+    """Take from ``left`` what the groups ``first`` to ``end`` have moved by: x of their steps and y of their lows."""
+    zeros = splat(zero)
     for g in range(first, end):
         moved, shifted = splat(-x * steps[g]), splat(y * lows[g])
         for j in range(g * group, (g + 1) * group, N):
-            store(fma(moved, load(unit, j) - zeros, load(delta, j) + shifted), left, j)
+            store(fma(moved, load(unit, j) - zeros, load(left, j) + shifted), left, j)
 
 
 @kernel
-def refit_work(grid):
-    """The ``work`` of ``refit_row``."""
-    return np.zeros((8, (len(grid[4]) + N - 1) // N * N), np.float32)
+def refit_work(n_blocks):
+    """The ``work`` of ``refit_row`` for ``n_blocks`` blocks."""
+    return np.zeros((8, (n_blocks + N - 1) // N * N), np.float32)
 
 
 @kernel
-def refit_row(grid, row, unit, zero, steps, delta, left, work):
-    """Move the grid of a row towards its update ``delta`` f32 (cols,); ``left`` (cols,) gets what the codes have still
-    to move by.
+def refit_row(grid, moving, row, unit, zero, steps, left, work):
+    """Move the grid of the blocks ``moving`` of a row towards its update ``left`` f32 (cols,), which becomes what the codes
+    would still have to move by.
 
     ``grid`` is a ``MovingGrid``. A weight is step * (unit - zero) - low: ``unit`` (cols,), int8 or f32, is what the
-    codes count, ``steps`` (groups,) become those of the new grid. ``work`` is ``refit_work``.
+    codes count; ``steps`` (groups,) and the grid's lows become those of the new grid. ``work`` is ``refit_work``.
     """
-    blocks, all_lows, importance, heights, moving, block_bytes, d_at, m_at = grid
+    blocks, all_lows, importance, heights, _, _, block_bytes, d_at, m_at = grid
     stored, lows, has_m = blocks[row], all_lows[row], m_at >= 0
-    per_block = len(steps) // (len(stored) // block_bytes)
-    copy(delta, left)
+    per_block, group = len(steps) // (len(stored) // block_bytes), len(unit) // len(steps)
     for k in range(len(moving)):
         first = moving[k] * per_block
         end, at, oo, height = first + per_block, np.uint64(moving[k] * block_bytes), np.float32(0.0), np.float32(0.0)
@@ -199,17 +226,18 @@ def refit_row(grid, row, unit, zero, steps, delta, left, work):
             oo += heights[g] * lows[g] * lows[g]
             height += heights[g]
         work[0, k], work[1, k], work[2, k], work[3, k] = _moments(
-            unit, zero, importance, delta, first, end, steps, lows, has_m
+            unit, zero, importance, left, first, end, group, steps, lows, has_m
         )
         work[4, k], work[5, k] = oo, _RIDGE * steps[first] * steps[first] * height
-        work[6, k] = abs(f32_at(stored, at + np.uint64(d_at)))
-        work[7, k] = abs(f32_at(stored, at + np.uint64(m_at))) if has_m else np.float32(0.0)
+        work[6, k] = _take(stored, at + np.uint64(d_at))
+        work[7, k] = _take(stored, at + np.uint64(m_at)) if has_m else np.float32(0.0)
     _solve(work)
     for k in range(len(moving)):
         first, at, x, y = moving[k] * per_block, np.uint64(moving[k] * block_bytes), work[2, k], work[3, k]
-        _put(f16_from_f32(work[0, k]), stored, at + np.uint64(d_at))
+        _put(work[0, k], stored, at + np.uint64(d_at))
         if has_m:
-            _put(f16_from_f32(work[1, k]), stored, at + np.uint64(m_at))
-        _leave(unit, zero, delta, first, first + per_block, steps, lows, x, y, left)
+            _put(work[1, k], stored, at + np.uint64(m_at))
+        _leave(unit, zero, left, first, first + per_block, group, steps, lows, x, y)
         for g in range(first, first + per_block):
             steps[g] *= np.float32(1.0) + x
+            lows[g] *= np.float32(1.0) + y

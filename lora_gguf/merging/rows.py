@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from lora_gguf.merging.chunks import Changed, update_of
 from lora_gguf.merging.importance import weighting_of
 from lora_gguf.merging.refit import NO_GRID, MovingGrid
-from lora_gguf.merging.rounding import round_bf16, round_codes, round_f16, round_levels, tally_rows
+from lora_gguf.merging.regrid import Watched, keep_update, round_on
+from lora_gguf.merging.rounding import round_bf16, round_f16, tally_rows
 from lora_gguf.merging.scratch import copied, scratch
-from lora_gguf.merging.tensor import SPREADS, Recipe
+from lora_gguf.merging.tensor import NO_IMPORTANCE, SPREADS
 from lora_gguf.quants.codec import Codec, Grid, Half
 
-FAINT = 0.3  # rms of a row's update in steps of another type below which rounding to nearest may erase it
-OUTSIDE = 0.02  # share of a block's weights beyond its range from which on it gets a new grid
+OUTSIDE = 1 / 12  # mean square, in steps, by which weights leave a block's range from which on it gets a new grid
 HALVES = {"F16": round_f16, "BF16": round_bf16}
 
 
@@ -82,17 +84,13 @@ def move_halves(chunk: Changed, half: Half, halves: np.ndarray, delta: np.ndarra
 
 
 def move_codes(chunk: Changed, grid: Grid, blocks: np.ndarray, delta: np.ndarray, sums: np.ndarray) -> None:
-    """Round codes in place. A block that many weights leave gets a fresh grid after all."""
+    """Round codes in place. A block that weights leave by far gets a fresh grid after all."""
     codec, before = chunk.recipe.source, copied(blocks) if chunk.recipe.moves_grid else blocks
     codes, steps = scratch("codes", delta.shape, np.int8), scratch("steps", (len(delta), delta.shape[1] // grid.group))
     grid.unpack(blocks, codes, steps)
     moving = moving_grid(chunk, grid, blocks, steps)
     outside = np.zeros((len(delta), delta.shape[1] // codec.type.block_size), np.float32)
-    if grid.levels is None:
-        round_on(grid, chunk, codes, steps, delta, sums, (moving, outside))
-    else:
-        spread, key = np.float32(SPREADS[chunk.recipe.rounding]), chunk.recipe.key
-        round_levels(codes, steps, delta, grid.levels, grid.code_min, spread, key, chunk.first, sums, moving)
+    round_on(chunk, grid, codes, steps, delta, SPREADS[chunk.recipe.rounding], Watched(moving, outside, sums))
     grid.pack(codes, blocks)
     left = outside > OUTSIDE * codec.type.block_size
     if left.any():
@@ -112,28 +110,32 @@ def moving_grid(chunk: Changed, grid: Grid, blocks: np.ndarray, steps: np.ndarra
         lows[...] = 0
     weighed = chunk.weighting or weighting_of(codec, np.ones(steps.shape[1] * grid.group, np.float32))
     d_at, m_at = (*codec.scales_at, -1)[:2]
-    return MovingGrid(
-        blocks, lows, weighed.importance, weighed.heights, weighed.blocks, codec.type.block_bytes, d_at, m_at
-    )
+    weights = weighed.importance, weighed.heights, weighed.before, weighed.after
+    return MovingGrid(blocks, lows, *weights, codec.type.block_bytes, d_at, m_at)
 
 
 def renew(chunk: Changed, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows with ``delta`` added on the grid that the target type's own quantizer finds, and their sums."""
     recipe = chunk.recipe
-    wanted = recipe.source.decoded(blocks) + delta
-    renewed = recipe.target.encoded(wanted, recipe.importance_of(chunk.matrix))
-    if is_promoted(recipe) and recipe.target.grid:
-        dither_faint(chunk, recipe.target.grid, renewed, wanted, delta)
+    before = recipe.source.decoded(blocks)
+    renewed = recipe.target.encoded(before + delta, recipe.importance_of(chunk.matrix))
+    if recipe.source is not recipe.target and recipe.rounding in ("auto", "dither"):
+        if recipe.target.half:
+            as_stored = replace(chunk, recipe=replace(recipe, source=recipe.target))
+            renewed, _ = move(as_stored, recipe.target.encoded(before, NO_IMPORTANCE), delta)
+        elif recipe.target.grid:
+            keep_update(chunk, recipe.target.grid, renewed, before, delta)
     return renewed, tallied(recipe.source, blocks, renewed, delta, recipe.target)
 
 
 def renew_blocks(chunk: Changed, blocks: np.ndarray, before: np.ndarray, delta: np.ndarray, chosen: np.ndarray) -> None:
     """Give the blocks ``chosen`` bool (rows, blocks) of the rows ``blocks`` a fresh grid, in place."""
-    rows = np.flatnonzero(chosen.any(axis=1))
-    fresh, _ = renew(chunk, before[rows], delta[rows])
-    of_block = (len(rows), chosen.shape[1], -1)
-    merged = np.where(chosen[rows, :, None], fresh.reshape(of_block), blocks[rows].reshape(of_block))
-    blocks[rows] = merged.reshape(len(rows), -1)
+    recipe, of_block = chunk.recipe, (*chosen.shape, -1)
+    wanted = recipe.source.decoded(before.reshape(of_block)[chosen]) + delta.reshape(of_block)[chosen]
+    importance = recipe.importance_of(chunk.matrix)
+    if importance.size:
+        importance = importance.reshape(chosen.shape[1], -1)[np.nonzero(chosen)[1]]
+    blocks.reshape(of_block)[chosen] = recipe.target.encoded(wanted, importance)
 
 
 def tallied(
@@ -143,39 +145,3 @@ def tallied(
     sums = np.zeros(4)
     tally_rows(source.decoded(before), (target or source).decoded(after), delta, sums)
     return sums
-
-
-def is_promoted(recipe: Recipe) -> bool:
-    """Whether coded weights get the finer steps of Q8_0: their old grid may lie on the new one, as IQ4_NL's does."""
-    coded = recipe.source.grid is not None and recipe.source is not recipe.target
-    return coded and recipe.target.type.name == "Q8_0" and recipe.rounding in ("auto", "dither")
-
-
-def dither_faint(chunk: Changed, grid: Grid, renewed: np.ndarray, wanted: np.ndarray, delta: np.ndarray) -> None:
-    """Round by chance, in place, the rows whose update the steps of ``renewed`` are too coarse for."""
-    codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), delta.shape[1] // grid.group), np.float32)
-    grid.unpack(renewed, codes, steps)
-    step2 = np.einsum("ij,ij->i", steps, steps) / steps.shape[1]
-    faint = np.einsum("ij,ij->i", delta, delta) / delta.shape[1] < FAINT * FAINT * step2
-    if not faint.any():
-        return
-    left = wanted - chunk.recipe.target.decoded(renewed)
-    left[~faint] = 0
-    round_on(grid, chunk, codes, steps, left, np.zeros(4), (NO_GRID, np.empty((0, 0), np.float32)))
-    grid.pack(codes, renewed)
-
-
-def round_on(
-    grid: Grid,
-    chunk: Changed,
-    codes: np.ndarray,
-    steps: np.ndarray,
-    delta: np.ndarray,
-    sums: np.ndarray,
-    moving: tuple[MovingGrid, np.ndarray],
-) -> None:
-    """Round evenly spaced ``codes`` in place; ``moving`` is a grid that moves first, and what counts who leaves it."""
-    zero, least, most, spread = map(
-        np.float32, (grid.zero, grid.code_min, grid.code_max, SPREADS[chunk.recipe.rounding])
-    )
-    round_codes(codes, zero, steps, delta, least, most, spread, chunk.recipe.key, chunk.first, sums, *moving)

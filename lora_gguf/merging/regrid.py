@@ -1,0 +1,100 @@
+"""Let an update survive a new grid: rows get another type, and their base may lie on its grid already.
+
+So do a QAT checkpoint, a model that was dequantized, BF16 weights that become MXFP4. Rounding the sum to nearest finds the
+base's own codes again, and erases an update below half a step. A base that lies anywhere between the codes has no such
+need: then nearest rounding moves as many weights as it should, and adds less. So it is looked up, row by row, how many of
+the base's weights lie near the middle between two codes, where a small update decides: an eighth of them lie in the
+middle eighth, if they lie anywhere. Where it is far fewer or far more, the base's nearest codes move by the update alone,
+by chance.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_gguf.merging.chunks import Changed
+from lora_gguf.merging.refit import NO_GRID, MovingGrid
+from lora_gguf.merging.rounding import round_codes, round_levels
+from lora_gguf.quants.codec import Codec, Grid
+
+MIDDLE = 0.125  # of the distance between two codes
+FAIR = 0.8, 1.3  # share of the weights in the middle, over what there is if they lie anywhere
+LARGE = 0.5  # mean move of a row in steps from which on nearest rounding erases nothing
+
+
+class Watched(NamedTuple):
+    """The grid that moves while codes are rounded, and what is counted: ``outside`` f32 (rows, blocks), ``sums`` (4,)."""
+
+    moving: MovingGrid
+    outside: np.ndarray
+    sums: np.ndarray
+
+
+def round_on(
+    chunk: Changed, grid: Grid, codes: np.ndarray, steps: np.ndarray, delta: np.ndarray, spread: float, watched: Watched
+) -> None:
+    """Move int8 ``codes`` (rows, cols), in place, by ``delta`` f32 (rows, cols) on a grid with ``steps`` (rows, groups)."""
+    key, by = chunk.recipe.key, np.float32(spread)
+    moving, outside, sums = watched
+    if grid.levels is not None:
+        round_levels(codes, steps, delta, grid.levels, grid.code_min, by, key, chunk.first, sums, moving)
+        return
+    zero, least, most = np.float32(grid.zero), np.float32(grid.code_min), np.float32(grid.code_max)
+    round_codes(codes, zero, steps, delta, least, most, by, key, chunk.first, sums, moving, outside)
+
+
+def keep_update(chunk: Changed, grid: Grid, renewed: np.ndarray, before: np.ndarray, delta: np.ndarray) -> None:
+    """Round anew, in place, the rows ``renewed`` uint8 (rows, row_bytes) in which the update would be erased.
+
+    They are ``before`` + ``delta``, both f32 (rows, cols), as the target type's own quantizer stores them.
+    """
+    target, always = chunk.recipe.target, chunk.recipe.rounding == "dither"
+    codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), delta.shape[1] // grid.group), np.float32)
+    grid.unpack(renewed, codes, steps)
+    chosen = delta.any(axis=1)
+    if not always:
+        gap = 1.0 if grid.levels is None else float(np.diff(grid.levels).mean())
+        chosen &= np.abs(delta).mean(axis=1) < LARGE * gap * np.abs(steps).mean(axis=1)
+    left = np.where(chosen[:, None], before - target.decoded(renewed), np.float32(0))
+    unwatched = Watched(NO_GRID, np.empty((0, 0), np.float32), np.zeros(4))
+    round_on(chunk, grid, codes, steps, left, 0.0, unwatched)
+    if not always:
+        chosen &= erases(target, grid, stored(grid, codes, renewed), before)
+    if chosen.any():
+        round_on(chunk, grid, codes, steps, np.where(chosen[:, None], delta, np.float32(0)), 1.0, unwatched)
+        renewed[chosen] = stored(grid, codes, renewed)[chosen]
+
+
+def stored(grid: Grid, codes: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Return a copy of the rows ``like`` with ``codes`` in them."""
+    blocks = like.copy()
+    grid.pack(codes, blocks)
+    return blocks
+
+
+def erases(codec: Codec, grid: Grid, nearest: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return in which rows nearest rounding is no fair judge of small updates: bool (rows,).
+
+    ``nearest`` uint8 (rows, row_bytes) are ``weights`` f32 (rows, cols) as stored.
+    """
+    codes, steps = (
+        np.empty(weights.shape, np.int8),
+        np.empty((len(weights), weights.shape[1] // grid.group), np.float32),
+    )
+    grid.unpack(nearest, codes, steps)
+    step = np.repeat(steps, grid.group, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        off = np.abs((weights - codec.decoded(nearest)) / step)
+        if grid.levels is not None:
+            off /= distances(grid.levels, weights / step)
+        in_middle = (off > 0.5 - MIDDLE / 2) & (off < 0.5 + MIDDLE / 2)
+    share = in_middle.mean(axis=1)
+    return np.asarray((share < FAIR[0] * MIDDLE) | (share > FAIR[1] * MIDDLE))
+
+
+def distances(levels: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Return how far the two levels are apart between which each of ``units`` lies."""
+    above = np.clip(np.searchsorted(levels, units), 1, len(levels) - 1)
+    return np.asarray(levels[above] - levels[above - 1])
