@@ -12,9 +12,8 @@ from lora_gguf.errors import MismatchError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.hparams import from_base
 from lora_gguf.mapping.names import has_head
-from lora_gguf.mapping.placement import gguf_pairs
 from tests import tiny
-from tests.calls import merge
+from tests.calls import gguf_pairs, merge
 from tests.common import FIXTURES
 
 KINDS = FIXTURES / "kinds"

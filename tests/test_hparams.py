@@ -8,7 +8,7 @@ import pytest
 from lora_gguf.adapters.adapter import read_adapter
 from lora_gguf.errors import MismatchError
 from lora_gguf.mapping.hparams import from_config
-from lora_gguf.mapping.placement import gguf_pairs
+from tests.calls import gguf_pairs
 from tests.test_adapter import directory, tensors
 
 

@@ -15,8 +15,8 @@ from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
 from lora_gguf.errors import MismatchError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.hparams import from_base, from_config
-from lora_gguf.mapping.placement import adapter_gguf_pairs, gguf_pairs
 from tests import tiny
+from tests.calls import adapter_gguf_pairs, gguf_pairs
 from tests.common import FIXTURES
 
 

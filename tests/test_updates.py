@@ -11,8 +11,9 @@ from lora_gguf.adapters.updates import Hadamard, Kronecker, Replaced, Rotated
 from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.hparams import Hparams, from_config
-from lora_gguf.mapping.placement import gguf_pairs, shifted_norm
+from lora_gguf.mapping.placement import shifted_norm
 from tests import tiny
+from tests.calls import gguf_pairs
 from tests.common import FIXTURES
 
 KINDS = FIXTURES / "kinds"

@@ -13,9 +13,9 @@ from lora_gguf.api import convert
 from lora_gguf.errors import MalformedError, MismatchError
 from lora_gguf.files.gguf_reader import GgufReader, decode_value
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values
-from lora_gguf.mapping.placement import gguf_pairs
 from lora_gguf.mapping.vocabulary import Token, added_tokens, extended, learned_tokens
 from tests import tiny
+from tests.calls import gguf_pairs
 from tests.common import FIXTURES
 
 KINDS = FIXTURES / "kinds"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 
@@ -41,9 +42,7 @@ def convert(
     adapter = read_adapter(directory, reading.expert_b_layout, reading.allow_unused)
     with Base(base) if base is not None else nullcontext() as opened:
         model = base_model(opened, reading)
-        placement = gguf_pairs(
-            adapter, model, updates=True, allow_unused=reading.allow_unused, a_axis=reading.expert_a_axis
-        )
+        placement = gguf_pairs(adapter, model, replace(reading, tied="refuse"), updates=True)
         to_pairs(placement, adapter, opened, output.rank, progress)
         placement.warnings += [
             f"{pair.name}: it is the head too (tied), and llama.cpp stops at an adapter of such a tensor: merge instead"

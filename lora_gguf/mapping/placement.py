@@ -30,6 +30,7 @@ from lora_gguf.mapping.heads import check_new_rows, cut_to_vocabulary, resolve_t
 from lora_gguf.mapping.hparams import Hparams, borrowed_layout, from_base
 from lora_gguf.mapping.names import gguf_pieces, layer_of, pieces, shape_in_base, why_skipped, within
 from lora_gguf.mapping.orientation import oriented
+from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.stacking import Part, joined
 from lora_gguf.mapping.vocabulary import added_tokens, extended, learned_tokens
 
@@ -46,38 +47,32 @@ REWARD_HEAD = re.compile(
 def gguf_pairs(
     adapter: Adapter,
     base: GgufReader | Base | Hparams,
+    reading: Reading = Reading("refuse"),
     *,
     config: dict | None = None,
     updates: bool = False,
     new_tokens: bool = False,
-    tied: str = "refuse",
-    allow_unused: str | None = None,
-    a_axis: str | None = None,
-    layout_of: str | None = None,
 ) -> Placement:
     """Place all updates of ``adapter`` in ``base``: an open GGUF, or the dimensions in a ``config.json``.
 
     ``config`` (``config.json``) is asked for what a GGUF does not say. Without ``updates`` an adapter that isn't low
     rank (``Placement.updates``) is refused, without ``new_tokens`` one with a larger vocabulary
-    (``Placement.new_rows``). ``tied`` says what becomes of an adapted head or embedding where the base has one tensor
-    for both: ``refuse``, ``separate`` (see ``Placement``), or ``shared`` (the one tensor changes). What does not fit
-    and whose name the regular expression ``allow_unused`` finds is ignored; ``a_axis`` is that of ``oriented``,
-    ``layout_of`` that of ``from_base``. Raises ``MismatchError`` that lists every update which does not fit, with the
-    likely cause.
+    (``Placement.new_rows``). Raises ``MismatchError`` that lists every update which does not fit, with the likely
+    cause.
     """
-    hparams = base if isinstance(base, Hparams) else from_base(base, config, layout_of)
+    hparams = base if isinstance(base, Hparams) else from_base(base, config, reading.layout_of)
     placement = Placement(
         invocation_tokens=adapter.invocation_tokens, warnings=[*adapter.warnings, *borrowed_layout(hparams)]
     )
     placement.accounts += [Account(name, "ignored", "", why) for name, why in adapter.ignored.items()]
     parts: dict[str, list[Part]] = {}
     errors: list[str] = []
-    adapted, doubts = oriented(adapter, hparams, a_axis)
+    adapted, doubts = oriented(adapter, hparams, reading.expert_a_axis)
     placement.warnings += doubts
     for update in adapted:
         update, found = cut_to_vocabulary(update, adapter, hparams, placement)
         found = found or place(update, hparams, parts, placement)
-        if found and allowed(update.sources, allow_unused):
+        if found and allowed(update.sources, reading.allow_unused):
             placement.accounts += [
                 Account(name, "ignored", "", f"--allow-unused: {found[0]}") for name in update.sources
             ]
@@ -85,7 +80,7 @@ def gguf_pairs(
             errors += found
     for name, claims in parts.items():
         errors += combine(name, claims, hparams, placement)
-    errors += resolve_tied(placement, hparams, tied)
+    errors += resolve_tied(placement, hparams, reading.tied)
     errors += check_new_rows(placement, hparams, new_tokens)
     if errors:
         details = errors if placement.pairs or placement.updates else ()  # nothing fits: one line says it all
@@ -131,18 +126,12 @@ def settle_vocabulary(placement: Placement, adapter: Adapter, base: GgufReader |
         )
 
 
-def adapter_gguf_pairs(
-    path: str | os.PathLike,
-    base: GgufReader | Base,
-    tied: str = "separate",
-    allow_unused: str | None = None,
-    layout_of: str | None = None,
-) -> Placement:
-    """Return the pairs of the adapter GGUF at ``path`` as they fit the open ``base``. Options and errors as of
+def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader | Base, reading: Reading = Reading()) -> Placement:
+    """Return the pairs of the adapter GGUF at ``path`` as they fit the open ``base``. Errors as of
     ``gguf_pairs``.
     """
     pairs, architecture = read_adapter_gguf(path)
-    hparams = from_base(base, layout_of=layout_of)
+    hparams = from_base(base, layout_of=reading.layout_of)
     label = printable(Path(path).name)
     if architecture != hparams.stated:
         raise MismatchError(
@@ -156,14 +145,14 @@ def adapter_gguf_pairs(
     for pair in pairs:
         found = gguf_pieces(pair.name, pair.shape[-2], hparams)
         wrong = place_pair(pair, found, hparams, parts)
-        if wrong and allowed(pair.sources, allow_unused):
+        if wrong and allowed(pair.sources, reading.allow_unused):
             placement.accounts += [Account(name, "ignored", "", f"--allow-unused: {wrong[0]}") for name in pair.sources]
             continue
         errors += wrong
         placement.accounts += [Account(name, "applied", ", ".join(p.name for p in found)) for name in pair.sources]
     for name, claims in parts.items():
         errors += combine(name, claims, hparams, placement)
-    errors += resolve_tied(placement, hparams, tied)
+    errors += resolve_tied(placement, hparams, reading.tied)
     if errors:
         details = errors if placement.pairs else ()
         raise MismatchError(f"{label}: {errors[0]}: is {base.label} the base it was trained on?", details)

@@ -41,20 +41,11 @@ def placement_of(path: str | os.PathLike[str], base: Base, reading: Reading = Re
     Raises ``UnsupportedError`` for an adapter that cannot be merged.
     """
     if is_gguf(path):
-        placement = adapter_gguf_pairs(path, base, reading.tied, reading.allow_unused, reading.layout_of)
+        placement = adapter_gguf_pairs(path, base, reading)
     else:
         adapter = read_adapter(path, reading.expert_b_layout, reading.allow_unused)
-        placement = gguf_pairs(
-            adapter,
-            base,
-            config=read_base_config(reading.base_config),
-            updates=True,
-            new_tokens=True,
-            tied=reading.tied,
-            allow_unused=reading.allow_unused,
-            a_axis=reading.expert_a_axis,
-            layout_of=reading.layout_of,
-        )
+        config = read_base_config(reading.base_config)
+        placement = gguf_pairs(adapter, base, reading, config=config, updates=True, new_tokens=True)
     if placement.invocation_tokens:
         raise UnsupportedError(
             f"{adapter_name(path)}: an aLoRA, active only after its invocation tokens: it cannot be merged; "
