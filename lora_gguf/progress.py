@@ -43,8 +43,8 @@ class _Bar:
 
 @contextlib.contextmanager
 def bar(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[Progress | None]:
-    """Yields a ``Progress`` that shows and moves a bar, or None where none is due: it isn't wanted, or stderr is no
-    terminal.
+    """Yield a ``Progress`` that shows and moves a bar, or None where none is due: it isn't wanted, or stderr is
+    no terminal.
 
     ``NO_COLOR`` is obeyed, and a terminal that cannot move its cursor (``TERM=dumb``) gets none.
     """
@@ -64,7 +64,7 @@ def is_shown(wanted: bool = True) -> bool:
 
 
 def _display(of_bytes: bool) -> tuple[int, Display]:
-    """The width of the words, and rich's bar, as the terminal has room for."""
+    """Return the width of the words, and rich's bar, as the terminal has room for."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -89,7 +89,7 @@ def _display(of_bytes: bool) -> tuple[int, Display]:
 
 
 def shortened(text: str, length: int) -> str:
-    """``text`` in ``length`` characters, its end kept: that is where names differ."""
+    """Return ``text`` in ``length`` characters, its end kept: that is where names differ."""
     return text if len(text) <= length else "…" + text[1 - length :]
 
 
@@ -116,7 +116,7 @@ def bars(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[t
 
 
 def by_file(progress: Progress | None) -> FileProgress | None:
-    """A ``FileProgress`` that tells ``progress``, all files so far as one; None for None."""
+    """Return a ``FileProgress`` that tells ``progress``, all files so far as one; None for None."""
     if progress is None:
         return None
     files: dict[str, tuple[int, int]] = {}

@@ -16,12 +16,12 @@ PACKAGES = ("numpy", "numba", "gguf", "safetensors")
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
-    """Columns as wide as their widest cell, the first ``left`` aligned left, the others right."""
+    """Return columns as wide as their widest cell, the first ``left`` aligned left, the others right."""
     return aligned([head, *rows], left)
 
 
 def aligned(rows: Sequence[Sequence[object]], left: int = 1) -> str:
-    """``text_table`` without a head."""
+    """Return ``text_table`` without a head."""
     lines = [list(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=False)]
     align = [str.ljust if i < left else str.rjust for i in range(len(widths))]
@@ -32,7 +32,7 @@ def aligned(rows: Sequence[Sequence[object]], left: int = 1) -> str:
 
 
 def size_text(n_bytes: float) -> str:
-    """``n_bytes`` for a reader, in powers of 1000 as disks count: 98.4 MB."""
+    """Return ``n_bytes`` for a reader, in powers of 1000 as disks count: 98.4 MB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if n_bytes < 999.5:
             break
@@ -43,7 +43,7 @@ def size_text(n_bytes: float) -> str:
 
 
 def count_text(n: float) -> str:
-    """A number of weights for a reader: 134.5 M."""
+    """Return a number of weights for a reader: 134.5 M."""
     for unit in ("", "K", "M", "B"):
         if n < 999.5:
             break
@@ -54,7 +54,7 @@ def count_text(n: float) -> str:
 
 
 def share_text(share: float, digits: int = 3) -> str:
-    """A share of one for a reader; n/a where there is nothing to share."""
+    """Return a share of one for a reader; n/a where there is nothing to share."""
     return f"{share:.{digits}f}" if math.isfinite(share) else "n/a"
 
 
@@ -73,7 +73,7 @@ def versions() -> dict[str, str]:
 
 
 def json_text(data: object, indent: int | None = 1) -> str:
-    """``data`` as JSON that any parser takes: null for NaN and infinity, ASCII only."""
+    """Return ``data`` as JSON that any parser takes: null for NaN and infinity, ASCII only."""
     return json.dumps(_finite(data), indent=indent, allow_nan=False)
 
 

@@ -84,13 +84,13 @@ class DoctorReport:
         return self.refusal is None
 
     def outlook(self, name: str) -> Outlook:
-        """That of ``auto`` (the default), ``dither``, ``nearest``, ``fresh``, ``Q8_0`` or ``BF16``; ``KeyError`` where
-        it would be the same as the default's.
+        """Return that of ``auto`` (the default), ``dither``, ``nearest``, ``fresh``, ``Q8_0`` or ``BF16``; ``KeyError``
+        where it would be the same as the default's.
         """
         return {found.name: found for found in self.outlooks}[name]
 
     def as_dict(self) -> dict:
-        """The report as plain data for JSON."""
+        """Return the report as plain data for JSON."""
         error = self.refusal
         refusal = error and {
             "message": str(error), "details": [printable(line) for line in error.details], "exit_code": error.exit_code,
@@ -112,7 +112,7 @@ class DoctorReport:
 
 
 def recommend(outlooks: list[Outlook]) -> str:
-    """What to do, in one line."""
+    """Return what to do, in one line."""
     by_name = {found.name: found for found in outlooks}
     default = by_name["auto"]
     if default.kept < GOOD:

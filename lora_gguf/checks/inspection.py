@@ -100,7 +100,7 @@ class Inspection:
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict:
-        """The inspection as plain data for JSON."""
+        """Return the inspection as plain data for JSON."""
         return asdict(self)
 
 
@@ -143,7 +143,7 @@ class AdapterInspection(Inspection):
 
 
 def inspect_gguf(base: Base, source: str) -> Inspection:
-    """What the open GGUF is."""
+    """Return what the open GGUF is."""
     kind = base.get("general.type", "mmproj" if base.architecture == CLIP else "model")
     common = dict(
         source=source,
@@ -166,7 +166,7 @@ def text(value) -> str:
 
 
 def by_type(tensors: Iterable[tuple[str, int, int]]) -> dict[str, TypeShare]:
-    """The shares of (type, weights, bytes), the largest first."""
+    """Return the shares of (type, weights, bytes), the largest first."""
     found: dict[str, list[int]] = {}
     for name, n_parameters, n_bytes in tensors:
         sums = found.setdefault(name, [0, 0, 0])
@@ -175,14 +175,14 @@ def by_type(tensors: Iterable[tuple[str, int, int]]) -> dict[str, TypeShare]:
 
 
 def base_model_of(base: Base) -> str:
-    """OWNER/NAME or the name of the first model that the file says it was made of."""
+    """Return OWNER/NAME or the name of the first model that the file says it was made of."""
     owner, name = (text(base.get(f"general.base_model.0.{key}", "")) for key in ("organization", "name"))
     address = text(base.get("general.base_model.0.repo_url", ""))
     return address.removeprefix("https://huggingface.co/") or (f"{owner}/{name}" if owner and name else name)
 
 
 def model(base: Base, common: dict) -> ModelInspection:
-    """The inspection of a model; ``common`` are the fields that every inspection has."""
+    """Return the inspection of a model; ``common`` are the fields that every inspection has."""
     file_types = {number: name for name, number in FILE_TYPES.items()}
     tokenizer = [text(base.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre")]
     merges = provenances_of(base)
@@ -208,7 +208,7 @@ def model(base: Base, common: dict) -> ModelInspection:
 
 
 def towers_of(base: Base) -> list[TowerFacts]:
-    """The towers of an mmproj; the one projector that older files name is that of each."""
+    """Return the towers of an mmproj; the one projector that older files name is that of each."""
     common = text(base.get("clip.projector_type", ""))
     return [
         TowerFacts(
@@ -225,19 +225,19 @@ def towers_of(base: Base) -> list[TowerFacts]:
 
 
 def number(value) -> int | None:
-    """A count that the header states: some architectures have a list of one a layer, the largest counts."""
+    """Return a count that the header states: some architectures have a list of one a layer, the largest counts."""
     if isinstance(value, list):
         value = max((item for item in value if type(item) is int), default=None)
     return value if type(value) is int else None
 
 
 def provenances_of(base: Base) -> list[Provenance]:
-    """How lora-gguf made the file: its merges, the first one first; none where it did not."""
+    """Return how lora-gguf made the file: its merges, the first one first; none where it did not."""
     return [found for keys in merges_of(base) if (found := provenance_of(keys))]
 
 
 def provenance_of(keys: dict[str, object]) -> Provenance | None:
-    """What the keys of one merge say; None where they say nothing of its adapters."""
+    """Return what the keys of one merge say; None where they say nothing of its adapters."""
     names, scales = keys.get("adapter.names"), keys.get("adapter.scales")
     if not isinstance(names, list) or not isinstance(scales, list):
         return None
@@ -247,7 +247,7 @@ def provenance_of(keys: dict[str, object]) -> Provenance | None:
 
 
 def adapter_gguf(base: Base, common: dict) -> AdapterInspection:
-    """The inspection of an adapter GGUF; ``common`` as for ``model``."""
+    """Return the inspection of an adapter GGUF; ``common`` as for ``model``."""
     alpha = base.get("adapter.lora.alpha", 0.0)
     ranks, targets, layers = Counter(), Counter(), set()
     for name, info in base.tensors.items():
@@ -268,7 +268,8 @@ def adapter_gguf(base: Base, common: dict) -> AdapterInspection:
 
 
 def inspect_peft(config: dict, tensors: list[Entry], files: dict[str, int], source: str) -> AdapterInspection:
-    """What the adapter is whose ``adapter_config.json`` holds ``config`` and whose weights' header lists ``tensors``.
+    """Return what the adapter is whose ``adapter_config.json`` holds ``config`` and whose weights' header lists
+    ``tensors``.
 
     ``files`` are the sizes of its files by name, 0 where unknown.
     """
@@ -299,7 +300,7 @@ def n_elements(entry: Entry) -> int:
 
 
 def method_of(config: dict) -> str:
-    """LoRA, DoRA, IA3, … with what else changes how it works."""
+    """Return LoRA, DoRA, IA3, … with what else changes how it works."""
     kind = kind_of(config)
     variants = [name for field_name, name in VARIANTS.items() if config.get(field_name)]
     init = config.get("init_lora_weights")
@@ -330,7 +331,9 @@ def kind_of_module(path: str) -> str:
 
 
 def ranks_of(module: Module, config: dict, found: AdapterInspection) -> tuple[int, float | None] | None:
-    """(rank, scale) of a module; None where it has no rank. PEFT's packed experts have that of the configuration."""
+    """Return (rank, scale) of a module; None where it has no rank. PEFT's packed experts have that of the
+    configuration.
+    """
     name = next((name for name in RANKED if name in module.factors), "")
     factor = module.factors.get(name)
     if factor is None or factor.ndim < 2:

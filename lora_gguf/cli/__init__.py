@@ -98,7 +98,7 @@ def _terminate(number: int, _frame: object) -> None:
 
 
 def _leave_at_once(number: int, _frame: object) -> None:
-    """A second signal does not wait for the work in hand."""
+    """Leave, at a second signal, without waiting for the work in hand."""
     remove_live()
     os._exit(128 + number)
 
@@ -110,7 +110,7 @@ def _on_signals(handler: Callable[[int, object], None]) -> None:
 
 
 def main() -> None:
-    """The console script: run the command line, turn every refusal into one line on stderr and its exit code."""
+    """Run the command line, as the console script does; turn every refusal into one line on stderr and its exit code."""
     _open_standard_streams()
     _on_signals(_terminate)
     try:
@@ -195,8 +195,8 @@ def _report(error: BaseException) -> int:
 
 
 def _refusal(error: Any) -> str:
-    """What is wrong with the command line, with the value that was given where typer's validator, pydantic, tells
-    it.
+    """Return what is wrong with the command line, with the value that was given where typer's validator, pydantic,
+    tells it.
     """
     if known := way_out(error):
         return known

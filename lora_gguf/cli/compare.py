@@ -103,7 +103,7 @@ def compare(
 
 
 def as_text(report: CompareReport) -> str:
-    """The answers side by side, then how near they are to the adapter's."""
+    """Return the answers side by side, then how near they are to the adapter's."""
     from lora_gguf.text import text_table
 
     parts = []

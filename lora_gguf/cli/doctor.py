@@ -98,7 +98,9 @@ def doctor(
 
 
 def as_text(report: DoctorReport) -> str:
-    """The report for a reader: what was looked at, what each way to merge keeps, which tensors change by how much."""
+    """Return the report for a reader: what was looked at, what each way to merge keeps, which tensors change by how
+    much.
+    """
     from lora_gguf.text import aligned, share_text, size_text, text_table
 
     remarks = [remark for remark in report.remarks if remark.level in MARKS]
@@ -128,7 +130,7 @@ def costs(report: DoctorReport) -> str:
 
 
 def by_kind(report: DoctorReport) -> list[tuple]:
-    """One line for each kind of tensor and type."""
+    """Return one line for each kind of tensor and type."""
     groups: dict[tuple[str, str], list[TensorOutlook]] = {}
     for tensor in report.tensors:
         groups.setdefault((tensor.kind, tensor.type), []).append(tensor)
@@ -136,7 +138,7 @@ def by_kind(report: DoctorReport) -> list[tuple]:
 
 
 def averages(group: list[TensorOutlook]) -> tuple[str, ...]:
-    """rms(delta), delta/step, and what is kept by default and with nearest rounding, over the tensors' energy."""
+    """Return rms(delta), delta/step, and what is kept by default and with nearest rounding, over the tensors' energy."""
     from lora_gguf.text import share_text
 
     energy = [tensor.delta_norm**2 for tensor in group]

@@ -35,7 +35,7 @@ def inspect(
 
 
 def as_text(found: Inspection) -> str:
-    """The inspection for a reader: a line of what it is, its facts, its types."""
+    """Return the inspection for a reader: a line of what it is, its facts, its types."""
     from lora_gguf.checks.inspection import ModelInspection
     from lora_gguf.text import aligned, count_text, size_text, text_table
 
@@ -62,7 +62,7 @@ def as_text(found: Inspection) -> str:
 
 
 def model_facts(found: ModelInspection) -> list[tuple[str, str]]:
-    """What is particular to a model; what is unknown is empty."""
+    """Return what is particular to a model; what is unknown is empty."""
     made = found.provenance
     layers = found.n_layers and found.embedding_length and f"{found.n_layers} of width {found.embedding_length}"
     heads = found.n_heads and f"{found.n_heads}" + (
@@ -91,20 +91,20 @@ def model_facts(found: ModelInspection) -> list[tuple[str, str]]:
 
 
 def tower_text(tower: TowerFacts) -> str:
-    """A tower of an mmproj, in a line."""
+    """Return a tower of an mmproj, in a line."""
     size = tower.n_layers and tower.embedding_length and f"{tower.n_layers} layers of width {tower.embedding_length}"
     heads = f", {tower.n_heads} heads" if size and tower.n_heads else ""
     return ": ".join(filter(None, [tower.projector, f"{size}{heads}" if size else ""]))
 
 
 def merge_text(made: Provenance) -> str:
-    """One merge of several, in a line."""
+    """Return one merge of several, in a line."""
     adapters = ", ".join(f"{name}, scale {scale:g}" for name, scale in made.adapters)
     return f"{adapters}; lora-gguf {made.version}, rounding {made.rounding}, seed {made.seed}"
 
 
 def adapter_facts(found: AdapterInspection) -> list[tuple[str, str]]:
-    """What is particular to an adapter; what is unknown is empty."""
+    """Return what is particular to an adapter; what is unknown is empty."""
     ranks = [
         f"{group.rank}"
         + (f", scale {group.scale:g}" if group.scale is not None else "")
@@ -130,7 +130,7 @@ def modules(n: int) -> str:
 
 
 def counts(found: dict[str, int]) -> str:
-    """Names with how often, where that differs; a line stays readable."""
+    """Return names with how often, where that differs; a line stays readable."""
     if len(set(found.values())) == 1 and len(found) > 1:
         return f"{', '.join(found)} ({next(iter(found.values()))} each)"
     return ", ".join(f"{name} ({n})" for name, n in found.items())

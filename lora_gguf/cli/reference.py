@@ -44,7 +44,7 @@ class Term:
 
 
 def commands() -> dict[str, Callable]:
-    """The commands' functions by name, in the order of the help."""
+    """Return the commands' functions by name, in the order of the help."""
     return {
         command.name or callback.__name__.replace("_", "-"): callback
         for command in app.registered_commands
@@ -53,7 +53,7 @@ def commands() -> dict[str, Callable]:
 
 
 def terms(command: Callable) -> list[Term]:
-    """What a command takes, in the order of its help."""
+    """Return what a command takes, in the order of its help."""
     hints = typing.get_type_hints(command, include_extras=True)
     return [
         _term(name, hint, info, parameter.default)
@@ -72,12 +72,12 @@ def _term(name: str, hint: type, info: ArgumentInfo | OptionInfo, default: objec
 
 
 def examples(command: Callable) -> list[str]:
-    """The command lines in a command's help."""
+    """Return the command lines in a command's help."""
     return re.findall(r"^lora-gguf .+$", cleandoc(command.__doc__ or ""), re.MULTILINE)
 
 
 def commands_reference() -> str:
-    """All commands in Markdown."""
+    """Return all commands in Markdown."""
     return "\n\n".join(part for name, command in commands().items() for part in _section(name, command))
 
 

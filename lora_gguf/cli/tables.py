@@ -19,7 +19,7 @@ SHORT = 4  # columns
 
 
 def retention_table(report: MergeReport, verbose: bool = False) -> str:
-    """One line per kind of tensor, one for the whole, for the mmproj likewise, and what became of the adapters'
+    """Return one line per kind of tensor, one for the whole, for the mmproj likewise, and what became of the adapters'
     tensors; ``verbose`` with all that was measured.
     """
     rows = [
@@ -54,7 +54,7 @@ def _row(kind: str, types: str, count: int, part: Retention) -> tuple:
 
 
 def verify_table(report: VerifyReport) -> str:
-    """One line per kind of adapted tensor, one for all of them, one for the rest of the file."""
+    """Return one line per kind of adapted tensor, one for all of them, one for the rest of the file."""
     rows = [
         _verify_row(kind, f"{before} > {after}" if before != after else before, checks)
         for (kind, before, after), checks in report.by_kind().items()
@@ -79,8 +79,8 @@ def _verdict(checks: Sequence[Check]) -> str:
 
 
 def extraction_table(found: Extraction) -> str:
-    """One line per kind of tensor: how large its update is beside the weights, and how much of its energy the rank
-    holds.
+    """Return one line per kind of tensor: how large its update is beside the weights, and how much of its energy the
+    rank holds.
     """
     groups: dict[str, list] = {}
     for tensor in found.tensors:

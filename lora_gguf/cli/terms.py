@@ -60,7 +60,7 @@ class OutType(str, Enum):
 
 
 def base_and_adapter(first: str | None, second: str | None, model: str | None) -> tuple[str, str | None]:
-    """BASE and ADAPTER, of which BASE may have been named with -m; then the only argument is the adapter."""
+    """Return BASE and ADAPTER, of which BASE may have been named with -m; then the only argument is the adapter."""
     if model and second:
         raise UsageError(f"two base models: {printable(first)} and -m {printable(model)}: name one")
     base, adapter = (model, first) if model else (first, second)
@@ -70,7 +70,7 @@ def base_and_adapter(first: str | None, second: str | None, model: str | None) -
 
 
 def named_adapters(adapter: str | None, scale: float, lora: Iterable[str] | None) -> list[tuple[str, float]]:
-    """ADAPTER at --scale and those of --lora, which have scales of their own; at least one."""
+    """Return ADAPTER at --scale and those of --lora, which have scales of their own; at least one."""
     if lora and not adapter and scale != 1.0:
         raise UsageError(
             f"--scale {scale:g} is ADAPTER's, and only --lora names any: write each one's behind it: "
@@ -83,14 +83,14 @@ def named_adapters(adapter: str | None, scale: float, lora: Iterable[str] | None
 
 
 def adapters_of(texts: Iterable[str]) -> list[tuple[str, float]]:
-    """The adapters of --lora and their scales: ADAPTER[:SCALE], several with commas as llama.cpp takes them."""
+    """Return the adapters of --lora and their scales: ADAPTER[:SCALE], several with commas as llama.cpp takes them."""
     return [
         with_scale(part) for text in texts for part in ([text] if os.path.exists(text) else text.split(",")) if part
     ]
 
 
 def joined_scales(arguments: Iterable[str]) -> list[str]:
-    """The command line with ``--lora-scaled ADAPTER SCALE``, as llama.cpp took it once, as ``--lora-scaled
+    """Return the command line with ``--lora-scaled ADAPTER SCALE``, as llama.cpp took it once, as ``--lora-scaled
     ADAPTER:SCALE``.
     """
     words: list[str] = []
@@ -107,7 +107,7 @@ def joined_scales(arguments: Iterable[str]) -> list[str]:
 
 
 def with_scale(text: str) -> tuple[str, float]:
-    """ADAPTER[:SCALE], as llama.cpp's --lora-scaled takes it."""
+    """Return ADAPTER[:SCALE], as llama.cpp's --lora-scaled takes it."""
     if os.path.exists(text):
         return text, 1.0
     name, _, number = text.rpartition(":")
@@ -122,7 +122,7 @@ def with_scale(text: str) -> tuple[str, float]:
 
 
 def mmproj_command(named: Iterable[tuple[str, float]]) -> str:
-    """The command line that merges the vision and audio part of the adapters."""
+    """Return the command line that merges the vision and audio part of the adapters."""
     words = [f"{name}:{scale:g}" if scale != 1 else str(name) for name, scale in named]
     if len(words) == 1 and words[0] == str(next(iter(named))[0]):
         return f"lora-gguf merge mmproj.gguf {shlex.quote(words[0])}"
@@ -130,7 +130,7 @@ def mmproj_command(named: Iterable[tuple[str, float]]) -> str:
 
 
 def n_bytes(option: str, size: str | None) -> int | None:
-    """500M or 2G in bytes; None where ``option`` was not given."""
+    """Return 500M or 2G in bytes; None where ``option`` was not given."""
     if size is None:
         return None
     number, unit = size[:-1], {"M": 10**6, "G": 10**9}.get(size[-1:].upper())
@@ -140,7 +140,7 @@ def n_bytes(option: str, size: str | None) -> int | None:
 
 
 def pictures(page: Path | None, plot: Path | None, force: bool, inputs: Iterable[str | os.PathLike[str]]) -> Pictures:
-    """The files of --report and --plot, of the running command."""
+    """Return the files of --report and --plot, of the running command."""
     from lora_gguf.report.files import Pictures
 
     return Pictures(page, plot, COMMAND_LINE.get(), force, tuple(inputs))

@@ -77,7 +77,7 @@ def listen(llama: Llama, name: str, part: Spoken, tokens: list[int], answer: Ans
 
 
 def _first_shard(path: str | os.PathLike[str]) -> tuple[Path, bool]:
-    """The file of a model that llama.cpp is given, and whether it has a chat template."""
+    """Return the file of a model that llama.cpp is given, and whether it has a chat template."""
     with Base(path) as model:
         return model.paths[0], bool(model.get("tokenizer.chat_template"))
 
@@ -86,7 +86,7 @@ def _first_shard(path: str | os.PathLike[str]) -> tuple[Path, bool]:
 def run_time_adapters(
     adapters: Sequence[tuple[str | os.PathLike[str], float]], base: Path
 ) -> Iterator[list[tuple[Path, float]]]:
-    """The adapters as GGUFs that llama.cpp loads beside ``base``; PEFT's are converted for as long as it lasts."""
+    """Return the adapters as GGUFs that llama.cpp loads beside ``base``; PEFT's are converted for as long as it lasts."""
     with TemporaryDirectory(prefix="lora-gguf-") as folder:
         yield [(_as_gguf(path, base, Path(folder) / f"{i}.gguf"), scale) for i, (path, scale) in enumerate(adapters)]
 

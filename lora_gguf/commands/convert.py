@@ -131,7 +131,7 @@ def base_model(base: Base | None, reading: Reading) -> hparams.Hparams:
 
 
 def metadata(adapter: Adapter) -> list[tuple[str, object, str]]:
-    """Further keys of the file: what it is called and what it was trained on."""
+    """Return further keys of the file: what it is called and what it was trained on."""
     found: list[tuple[str, object, str]] = [("general.name", adapter.label, "str")]
     if adapter.invocation_tokens:
         found.append(("adapter.alora.invocation_tokens", adapter.invocation_tokens, "u32"))

@@ -90,7 +90,7 @@ def is_local(model: Base) -> bool:
 
 
 def remarks_on(path: str | os.PathLike, model: Base, named: bool = False) -> list[Remark]:
-    """What to say of an adapter before its weights are looked at; ``named`` where it must be told from others."""
+    """Return what to say of an adapter before its weights are looked at; ``named`` where it must be told from others."""
     found = inspect(path)
     if not isinstance(found, AdapterInspection):
         return []  # the placement says what it is instead
@@ -108,7 +108,7 @@ def remarks_on(path: str | os.PathLike, model: Base, named: bool = False) -> lis
 
 
 def remarks_on_fit(model: Base, plan: Plan, placements: Sequence[Placement]) -> list[Remark]:
-    """What becomes of the adapters' tensors in the base."""
+    """Return what becomes of the adapters' tensors in the base."""
     accounts = [account for placement in placements for account in placement.accounts]
     ignored = [account for account in accounts if account.outcome == "ignored"]
     n_applied = len(accounts) - len(ignored)
@@ -174,7 +174,7 @@ def foresee(report: DoctorReport, model: Base, plan: Plan, threads: int | None, 
 
 
 def poor_remarks(tensors: Sequence[TensorPlan], found: dict[str, Retention]) -> list[Remark]:
-    """A warning where the defaults keep little of some kind of tensor."""
+    """Return a warning where the defaults keep little of some kind of tensor."""
     kinds: dict[tuple[str, str, str], list[Retention]] = {}
     for tensor in tensors:
         key = (kind_of(tensor.target.name), tensor.source.type.name, tensor.target.type.name)
@@ -184,8 +184,8 @@ def poor_remarks(tensors: Sequence[TensorPlan], found: dict[str, Retention]) -> 
 
 
 def is_other(tensors: Sequence[TensorPlan], default: Sequence[TensorPlan]) -> bool:
-    """Whether an option differs from the default: a type may be the base's own, and a new or an exact one knows no
-    rounding.
+    """Return whether an option differs from the default: a type may be the base's own, and a new or an exact one knows
+    no rounding.
     """
 
     def ways(tensors: Sequence[TensorPlan]) -> list[tuple]:
@@ -198,7 +198,7 @@ def is_other(tensors: Sequence[TensorPlan], default: Sequence[TensorPlan]) -> bo
 def outlook_of(
     tensor: TensorPlan, model: Base, weights: dict[str, int], found: dict[str, dict[str, Retention]]
 ) -> TensorOutlook:
-    """What is expected of a tensor; ``found`` is by the name of the way to merge, then of the tensor."""
+    """Return what is expected of a tensor; ``found`` is by the name of the way to merge, then of the tensor."""
     name = tensor.target.name
     of = {option: parts[name] for option, parts in found.items()}
     rms = of["auto"].delta_rms
@@ -218,7 +218,7 @@ def outlook_of(
 
 
 def file_bytes(model: Base, plan: Plan, targets: dict) -> int:
-    """The size of the merged file as one; its header is taken to be as long as the base's."""
+    """Return the size of the merged file as one; its header is taken to be as long as the base's."""
     chosen_types = (targets.get(tensor.target.name, tensor.target) for tensor in plan.tensors)
     return model.readers[0].data_position + sum(padded(target.n_bytes, model.alignment) for target in chosen_types)
 

@@ -45,7 +45,7 @@ class Extraction:
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict:
-        """The report as plain data for JSON."""
+        """Return the report as plain data for JSON."""
         tensors = [
             {"name": t.name, "shape": list(t.shape), "relative_size": t.relative_size, "kept": t.kept}
             for t in self.tensors
@@ -95,7 +95,7 @@ def extract(
 
 
 def noise_warnings(found: Extraction, before: Base, after: Base) -> list[str]:
-    """A line where the differences look like rounding rather than training: of quantized weights, and of no low
+    """Return a line where the differences look like rounding rather than training: of quantized weights, and of no low
     rank.
     """
     quantized = [t for t in found.tensors if any(m.tensors[t.name].type.block_size > 1 for m in (before, after))]
@@ -132,7 +132,7 @@ def check_alike(before: Base, after: Base) -> None:
 def extract_tensor(
     name: str, before: Base, after: Base, found: Extraction, progress: Progress | None
 ) -> LoraPair | None:
-    """The pair of one tensor; None where there is no difference, or none that has a place in an adapter."""
+    """Return the pair of one tensor; None where there is no difference, or none that has a place in an adapter."""
     info = before.tensors[name]
     if progress:
         progress(info.n_bytes, before.n_bytes, name)
@@ -154,7 +154,9 @@ def extract_tensor(
 
 
 def pair_of(name: str, delta: np.ndarray, size: float, found: Extraction) -> LoraPair | None:
-    """The pair nearest to ``delta``, f32 (out, in) or (E, out, in), noted in ``found``; None where nothing changed."""
+    """Return the pair nearest to ``delta``, f32 (out, in) or (E, out, in), noted in ``found``; None where nothing
+    changed.
+    """
     parts = [factor(matrix, found.rank) for matrix in delta.reshape(-1, *delta.shape[-2:])]
     energy, kept = sum(part.energy for part in parts), sum(part.kept for part in parts)
     if energy == 0:
@@ -166,7 +168,7 @@ def pair_of(name: str, delta: np.ndarray, size: float, found: Extraction) -> Lor
 
 
 def is_same(name: str, before: Base, after: Base) -> bool:
-    """Whether the tensor has the same type and bytes in both files."""
+    """Return whether the tensor has the same type and bytes in both files."""
     info, other = before.tensors[name], after.tensors[name]
     if info.type != other.type:
         return False
@@ -179,7 +181,7 @@ def is_same(name: str, before: Base, after: Base) -> bool:
 
 
 def why_left_out(info: TensorInfo, base: Base) -> str | None:
-    """The reason why a tensor's difference has no place in an adapter, or None."""
+    """Return the reason why a tensor's difference has no place in an adapter, or None."""
     if not info.name.endswith(".weight") or len(info.shape) not in (2, 3) or "norm" in info.name:
         return "llama.cpp applies adapters to weight matrices only"
     if info.type.name not in CODECS:

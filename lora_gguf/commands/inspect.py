@@ -27,7 +27,8 @@ NAMES_QUANT = re.compile(r"[\w.-]:[\w.-]+$")  # OWNER/NAME:Q4_K_M
 
 
 def inspect(source: str | os.PathLike) -> Inspection:
-    """What ``source`` is: a GGUF, a PEFT adapter's folder, or either on the Hub (an id, or a reference to a file).
+    """Return what ``source`` is: a GGUF, a PEFT adapter's folder, or either on the Hub (an id, or a reference to a
+    file).
 
     Returns a ``ModelInspection`` or an ``AdapterInspection``. Only headers are read; of a repository the configuration
     and the headers are transferred, no weights. Raises the subclasses of ``LoraGgufError``.
@@ -42,7 +43,7 @@ def inspect(source: str | os.PathLike) -> Inspection:
 
 
 def inspect_file(path: Path) -> Inspection:
-    """Of a GGUF, by its content, or of the adapter that the file is part of."""
+    """Inspect a GGUF, known by its content, or the adapter that the file is part of."""
     with InputFile(path) as file:
         is_gguf = file.read(0, min(4, file.size)) == MAGIC
     if is_gguf or path.suffix not in (".safetensors", ".bin", ".json"):
@@ -52,7 +53,7 @@ def inspect_file(path: Path) -> Inspection:
 
 
 def inspect_folder(path: Path) -> Inspection:
-    """Of the one model in a folder, or of the adapter. Raises ``FileError`` where there are several models."""
+    """Inspect the one model in a folder, or the adapter. Raises ``FileError`` where there are several models."""
     models = sorted(path.glob("*.gguf"))
     if models and not (path / CONFIG).is_file():
         split = split_name(models[0])
@@ -70,7 +71,7 @@ def inspect_folder(path: Path) -> Inspection:
 
 
 def header_of(weights: str, folder: Path, opener: Opener) -> list[Entry]:
-    """The tensors of an adapter's weights, whose index (if they have one) lies in ``folder``.
+    """Return the tensors of an adapter's weights, whose index (if they have one) lies in ``folder``.
 
     A PyTorch file has no header of its own: it is read whole, from ``folder``.
     """
@@ -87,7 +88,7 @@ def header_of(weights: str, folder: Path, opener: Opener) -> list[Entry]:
 
 
 def remote_model(reference: str) -> Inspection:
-    """The GGUF that ``reference`` names on the Hub."""
+    """Inspect the GGUF that ``reference`` names on the Hub."""
     found = find_model(reference)
     if found is None:
         raise FileError(
@@ -98,7 +99,7 @@ def remote_model(reference: str) -> Inspection:
 
 
 def remote_adapter(source: str) -> Inspection | None:
-    """The PEFT adapter in a repository (or a folder of it); None where it holds GGUF models instead."""
+    """Inspect the PEFT adapter in a repository (or a folder of it); None where it holds GGUF models instead."""
     repo_id, revision, subfolder = adapter_reference(source, None, None)
     repo = open_repo(repo_id, revision)
     prefix = f"{subfolder}/" if subfolder else ""

@@ -83,7 +83,7 @@ class MergeReport:
         return sentence(self.whole)
 
     def by_kind(self) -> dict[tuple[str, str, str], list[Retention]]:
-        """The merged tensors' retention by (kind, type before, type after): kinds in the file's order of first
+        """Return the merged tensors' retention by (kind, type before, type after): kinds in the file's order of first
         appearance.
         """
         groups: dict[tuple[str, str, str], list[Retention]] = {}
@@ -279,7 +279,7 @@ def carry_out(job: Job, opened: ExitStack, resources: Resources, progress: Progr
 
 
 def _of_all(progress: Progress, n_bytes: int) -> Progress:
-    """``progress`` of several files as of one."""
+    """Return ``progress`` of several files as of one."""
     return lambda done, _, name: progress(done, n_bytes, name)
 
 
@@ -305,8 +305,8 @@ def committed(writers: Sequence[GgufWriter]) -> list[Path]:
 
 
 def ollama_recipe(jobs: Sequence[Job], force: bool) -> tuple[Path, bytes]:
-    """Where the Modelfile of a merge goes, and its content; refused here, before the merge, where it could not be
-    written.
+    """Return where the Modelfile of a merge goes, and its content; refused here, before the merge, where it could not
+    be written.
     """
     if len(jobs[0].parts) > 1:
         raise UsageError("--modelfile: Ollama takes one file: leave out --keep-split and --split-max-size")
@@ -321,7 +321,7 @@ def ollama_recipe(jobs: Sequence[Job], force: bool) -> tuple[Path, bytes]:
 def writer_of(
     part: OutputPart, plan: Plan, metadata: list[bytes], alignment: int, force: bool, inputs: list
 ) -> GgufWriter:
-    """The writer of one output file, its path checked; nothing is written before it is entered."""
+    """Return the writer of one output file, its path checked; nothing is written before it is entered."""
     targets, key_values = [tensor.target for tensor in part.tensors], part.key_values(metadata, len(plan.tensors))
     return GgufWriter(part.path, key_values, targets, alignment=alignment, force=force, inputs=inputs)
 

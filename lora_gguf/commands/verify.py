@@ -93,7 +93,7 @@ class VerifyReport:
         return [check for check in self.checks if check.touched]
 
     def by_kind(self) -> dict[tuple[str, str, str], list[Check]]:
-        """The adapted tensors by (kind, type before, type after), in the file's order of first appearance."""
+        """Return the adapted tensors by (kind, type before, type after), in the file's order of first appearance."""
         groups: dict[tuple[str, str, str], list[Check]] = {}
         for check in self.adapted:
             groups.setdefault((kind_of(check.name), check.base_type, check.type), []).append(check)
@@ -105,7 +105,7 @@ class VerifyReport:
         return sum((check.comparison for check in self.adapted), Comparison())
 
     def as_dict(self) -> dict:
-        """The report as plain data for JSON."""
+        """Return the report as plain data for JSON."""
         untouched = [check for check in self.checks if not check.touched]
         return {
             "ok": self.ok,
@@ -183,7 +183,7 @@ Work = tuple[int | None, Progress | None]
 
 
 def make_again(report: VerifyReport, evidence: Evidence, origin: Origin, plan: Plan, work: Work) -> None:
-    """The first road: every byte must be that of the same merge."""
+    """Take the first road: every byte must be that of the same merge."""
     models = evidence.model, evidence.result
     checks = remade(plan, models, origin.policy.imatrix if origin.policy else None, *work)
     others = list(header_findings(origin, *models, plan))
@@ -202,7 +202,7 @@ def make_again(report: VerifyReport, evidence: Evidence, origin: Origin, plan: P
 
 
 def compare(report: VerifyReport, evidence: Evidence, origin: Origin, imatrix: Imatrix | None, work: Work) -> None:
-    """The second road: exactly what another tool writes, or what rounding may do, and no more."""
+    """Take the second road: exactly what another tool writes, or what rounding may do, and no more."""
     models = evidence.model, evidence.result
     report.checks = list(compared(evidence.plan, models, imatrix, *work).values())
     for check in report.checks:
@@ -232,7 +232,7 @@ def settle(report: VerifyReport, evidence: Evidence, others: Sequence[Finding]) 
 
 
 def too_faint(faint: Sequence[Check], report: VerifyReport) -> str:
-    """What to say of tensors whose types are too coarse for the update."""
+    """Return what to say of tensors whose types are too coarse for the update."""
     of_faint = sum((check.comparison for check in faint), Comparison())
     names = f"{len(faint)} of {len(report.adapted)} adapted tensors, such as {faint[0].name}"
     return (
@@ -242,7 +242,7 @@ def too_faint(faint: Sequence[Check], report: VerifyReport) -> str:
 
 
 def unexplained(checks: Sequence[Check], report: VerifyReport, origin: Origin) -> str:
-    """What to say of tensors against which nothing speaks, but that no known way of rounding gives."""
+    """Return what to say of tensors against which nothing speaks, but that no known way of rounding gives."""
     whole = report.whole
     names = f"{len(checks)} of {len(report.checks)} tensors, such as {checks[0].name}"
     why = origin.why or "it does not say how it was made"
@@ -253,7 +253,7 @@ def unexplained(checks: Sequence[Check], report: VerifyReport, origin: Origin) -
 
 
 def notes(report: VerifyReport) -> list[str]:
-    """What is worth saying of a file that holds."""
+    """Return what is worth saying of a file that holds."""
     if report.findings or not report.adapted:
         return []
     whole = report.whole

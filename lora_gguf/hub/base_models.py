@@ -39,8 +39,8 @@ def bases_of(source: str | os.PathLike[str], subfolder: str | None = None) -> Ba
 
 
 def base_model_of(source: str | os.PathLike, subfolder: str | None = None) -> str:
-    """The model that the adapter ``source`` was trained on, as it states it: the folder or GGUF of an adapter, or its
-    Hub id.
+    """Return the model that the adapter ``source`` was trained on, as it states it: the folder or GGUF of an adapter,
+    or its Hub id.
 
     A repository that holds a model and no adapter stands for itself. Raises ``HubError``, ``FileError``,
     ``MalformedError``.
@@ -136,7 +136,7 @@ def _copy_one(path: Path, target: Path, chosen: Quantization, force: bool) -> Pa
 
 
 def named(found: list[Quantization]) -> dict[str, Quantization]:
-    """What to write as BASE for each: ``OWNER/NAME:QUANT``, or the file where that would be another."""
+    """Return what to write as BASE for each: ``OWNER/NAME:QUANT``, or the file where that would be another."""
     names: dict[str, Quantization] = {}
     for entry in found:
         name = f"{entry.repo}:{entry.quant}"

@@ -49,7 +49,7 @@ STATUS_EXPLANATIONS = {
 
 
 def host() -> str:
-    """The Hub's host and port, without what else its address may hold (a password)."""
+    """Return the Hub's host and port, without what else its address may hold (a password)."""
     from huggingface_hub import constants
 
     parts = urlsplit(constants.ENDPOINT)
@@ -57,14 +57,14 @@ def host() -> str:
 
 
 def page(repo_id: str) -> str:
-    """The address of a repository's page."""
+    """Return the address of a repository's page."""
     from huggingface_hub import constants
 
     return f"{urlsplit(constants.ENDPOINT).scheme}://{host()}/{repo_id}"
 
 
 def explained(error: Exception, repo_id: str, revision: str, file: str, cache: str) -> LoraGgufError:
-    """``error``, which huggingface_hub raised on ``file`` (may be empty) of a repository, as one line."""
+    """Return ``error``, which huggingface_hub raised on ``file`` (may be empty) of a repository, as one line."""
     names = {base.__name__ for base in type(error).__mro__}
     if "LocalEntryNotFoundError" in names and isinstance(error.__cause__, Exception):
         return explained(error.__cause__, repo_id, revision, file, cache)

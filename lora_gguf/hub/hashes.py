@@ -15,7 +15,7 @@ LARGE = 256 << 20
 
 
 def hexadecimal(value: object, length: int) -> str | None:
-    """``value`` as lower-case hex of ``length`` digits; None where it is none."""
+    """Return ``value`` as lower-case hex of ``length`` digits; None where it is none."""
     text = str(value).lower()
     return text if re.fullmatch(rf"[0-9a-f]{{{length}}}", text) else None
 
@@ -52,7 +52,7 @@ def check_hashes(path: Path, known: set[str], where: str) -> None:
 
 
 def _note(path: Path, expected: set[str]) -> tuple[Path, str]:
-    """Where it is noted that a file had its hashes, and what the note says of the file as it is now."""
+    """Return where it is noted that a file had its hashes, and what the note says of the file as it is now."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     status = path.stat()
     text = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
@@ -66,7 +66,7 @@ def _read(note: Path) -> str | None:
 
 
 def digests(path: Path, lengths: set[int]) -> set[str]:
-    """Of a file, the sha256 if ``lengths`` holds 64 (digits), and the git blob id if it holds 40."""
+    """Return of a file the sha256 if ``lengths`` holds 64 (digits), and the git blob id if it holds 40."""
     hashes = [hashlib.sha256()] if 64 in lengths else []
     if 40 in lengths:
         hashes.append(hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))

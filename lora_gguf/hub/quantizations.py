@@ -44,7 +44,9 @@ def fetch_quantization(repo: Repo, chosen: Quantization, progress: FileProgress 
 
 
 def quantizations(repo: Repo, every: bool = False) -> list[Quantization]:
-    """The models among the GGUF files of a repository, shards together, smallest first; ``every``: all GGUF files."""
+    """Return the models among the GGUF files of a repository, shards together, smallest first; ``every``: all GGUF
+    files.
+    """
     groups: dict[str, list[str]] = {}
     for name in sorted(repo.files):
         if name.endswith(".gguf") and (every or not _NO_MODEL.search(name)):
@@ -64,7 +66,9 @@ def _is_whole(names: list[str]) -> bool:
 
 
 def quant_of(name: str) -> str:
-    """The quantization that a file's name (or its folder's) states, in capitals; an empty string if it states none."""
+    """Return the quantization that a file's name (or its folder's) states, in capitals; an empty string if it states
+    none.
+    """
     split = split_name(name)
     stem = split[0] if split else name.removesuffix(".gguf")
     for part in reversed(stem.split("/")):
@@ -75,7 +79,7 @@ def quant_of(name: str) -> str:
 
 
 def choose(found: Iterable[Quantization], quant: str | None, where: str) -> Quantization:
-    """The first with this quantization; without a wish Q4_K_M, or the only one there is."""
+    """Return the first with this quantization; without a wish Q4_K_M, or the only one there is."""
     found = list(found)
     if not found:
         raise HubError(
@@ -100,7 +104,8 @@ def listed(found: Iterable[Quantization]) -> str:
 
 
 def find_quantizations(base_model: str) -> list[Quantization]:
-    """The GGUF quantizations on the Hub of ``base_model``, an id as adapters state it, the most downloaded first.
+    """Return the GGUF quantizations on the Hub of ``base_model``, an id as adapters state it, the most downloaded
+    first.
 
     A bitsandbytes variant stands for the model that it was made of, and so does a copy under the same name.
     Raises ``HubError``.
@@ -120,12 +125,12 @@ def find_quantizations(base_model: str) -> list[Quantization]:
 
 
 def quantizing(model: str) -> list[str]:
-    """The repositories of GGUFs that say that they quantize ``model``, the most downloaded first."""
+    """Return the repositories of GGUFs that say that they quantize ``model``, the most downloaded first."""
     return search(model, ["gguf", f"base_model:quantized:{model}"], MAX_REPOS)
 
 
 def _same_model(base_model: str) -> list[str]:
-    """``base_model`` without bitsandbytes' suffix, and the ids of the same name that tags give as its origin."""
+    """Return ``base_model`` without bitsandbytes' suffix, and the ids of the same name that tags give as its origin."""
     asked, models = [base_model], [_BITSANDBYTES.sub("", base_model)]
     name = models[0].partition("/")[2].lower()
     while asked and len(models) < MAX_REPOS:

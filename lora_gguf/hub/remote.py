@@ -16,7 +16,7 @@ MIN_WINDOW, MAX_WINDOW = 64 << 10, 1 << 20
 
 
 def open_source(repo: Repo, name: str) -> Source:
-    """The file ``name`` of ``repo``: the one in the cache, or the one on the Hub. Raises ``HubError``,
+    """Return the file ``name`` of ``repo``: the one in the cache, or the one on the Hub. Raises ``HubError``,
     ``FileError``.
     """
     cached = repo.snapshot / name
@@ -24,7 +24,7 @@ def open_source(repo: Repo, name: str) -> Source:
 
 
 def open_model(repo: Repo, chosen: Quantization) -> Base:
-    """A model on the Hub, open for reading where it lies. Raises ``HubError``, ``MalformedError``."""
+    """Return a model on the Hub, open for reading where it lies. Raises ``HubError``, ``MalformedError``."""
     return Base(chosen.files[0], lambda path: GgufReader(open_source(repo, path.as_posix())))
 
 
@@ -58,7 +58,7 @@ class RemoteFile(Source):
         return part
 
     def _ask(self, position: int, n_bytes: int) -> bytes:
-        """One request; the body is only read where it is the part that was asked for, and no whole model."""
+        """Make one request; its body is only read where it is the part that was asked for, and no whole model."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 

@@ -64,7 +64,7 @@ class Repo:
 
 
 def open_repo(repo_id: str, revision: str | None = None) -> Repo:
-    """The files of ``repo_id`` at ``revision`` (branch, tag, commit; default main); offline, those in the cache."""
+    """Return the files of ``repo_id`` at ``revision`` (branch, tag, commit; default main); offline, those in the cache."""
     from huggingface_hub import HfApi, constants
 
     repo = Repo(repo_id, revision or DEFAULT_REVISION, "")
@@ -85,7 +85,8 @@ def open_repo(repo_id: str, revision: str | None = None) -> Repo:
 
 
 def download(repo: Repo, name: str, progress: FileProgress | None = None) -> Path:
-    """The path in the cache of file ``name``, downloaded if need be, its hashes checked; a wrong file is removed.
+    """Return the path in the cache of file ``name``, downloaded if need be, its hashes checked; a wrong file is
+    removed.
 
     ``progress`` is called with the name, the bytes so far and the bytes in all (0 where unknown).
     """
@@ -106,7 +107,9 @@ def download(repo: Repo, name: str, progress: FileProgress | None = None) -> Pat
 
 
 def search(what: str, tags: list[str], limit: int) -> list[str]:
-    """The ids of at most ``limit`` repositories with all of ``tags``, the most downloaded first; ``what`` names it."""
+    """Return the ids of at most ``limit`` repositories with all of ``tags``, the most downloaded first; ``what`` names
+    it.
+    """
     from huggingface_hub import HfApi, constants
 
     with client(Repo(what, DEFAULT_REVISION, "")):
@@ -118,7 +121,7 @@ def search(what: str, tags: list[str], limit: int) -> list[str]:
 
 
 def tags_of(repo_id: str) -> list[str]:
-    """The tags of a repository, such as ``base_model:quantized:OWNER/NAME``."""
+    """Return the tags of a repository, such as ``base_model:quantized:OWNER/NAME``."""
     from huggingface_hub import HfApi, constants
 
     with client(Repo(repo_id, DEFAULT_REVISION, "")):
@@ -179,7 +182,7 @@ def _repo_file(sibling: RepoSibling) -> RepoFile:
 
 
 def _cached(repo: Repo) -> Repo:
-    """The repository as it lies in the cache."""
+    """Return the repository as it lies in the cache."""
     commit = repo.revision
     with contextlib.suppress(OSError):
         commit = (repo.folder / "refs" / repo.revision).read_text(encoding="utf-8").strip()
@@ -237,7 +240,9 @@ def _progress_option(name: str, progress: FileProgress | None) -> dict[str, Any]
 
 @contextlib.contextmanager
 def client(repo: Repo, file: str = "", *, bars: bool = False) -> Iterator[None]:
-    """Calls of huggingface_hub: its log kept quiet, its bars off unless wanted, its errors explained in one line."""
+    """Let calls of huggingface_hub run: its log kept quiet, its bars off unless wanted, its errors explained in one
+    line.
+    """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     verbosity, had_bars = logging.get_verbosity(), not (bars or are_progress_bars_disabled())
@@ -282,14 +287,14 @@ def _check_response(response: Response) -> None:
 
 
 def retry_after(response: Response) -> int:
-    """Seconds that an answer asks to wait; 0 where it does not say."""
+    """Return the seconds that an answer asks to wait; 0 where it does not say."""
     text = response.headers.get("retry-after", "").strip()
     limit = re.search(r"\br=0\s*;\s*t=(\d+)", response.headers.get("ratelimit", "").replace(" ", ""))
     return int(text) if text.isdigit() else int(limit[1]) if limit else 0
 
 
 def retrying(call: Callable[[], Result]) -> Result:
-    """The result of ``call``, tried again after answers and failures that may pass."""
+    """Return the result of ``call``, tried again after answers and failures that may pass."""
     for wait in RETRY_WAITS:
         try:
             return call()

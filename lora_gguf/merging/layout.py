@@ -26,7 +26,7 @@ class OutputPart:
     count: int = 1
 
     def key_values(self, metadata: list[bytes], n_tensors: int) -> list[bytes]:
-        """The file's metadata: all of it in the first shard, the split keys in each of several."""
+        """Return the file's metadata: all of it in the first shard, the split keys in each of several."""
         if self.count == 1:
             return metadata
         split = [

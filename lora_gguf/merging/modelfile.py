@@ -53,7 +53,7 @@ class Family:
         return None if self.system_in_user else default_system(jinja, before.rstrip("\n"), after.strip())
 
     def go_template(self) -> str:
-        """One exchange with Ollama's variables; it repeats it for each of a conversation."""
+        """Return one exchange with Ollama's variables; it repeats it for each of a conversation."""
         system, user = "{{ .System }}", "{{ .Prompt }}"
         if self.system_in_user:
             head, user = "", f"{{{{ if .System }}}}{system}\n\n{{{{ end }}}}{user}"
@@ -95,8 +95,8 @@ _UNKNOWN = """# The base's chat template is of no family that is known here, so 
 
 
 def modelfile(base: Base, file_name: str, mmproj: str | None = None) -> str:
-    """The Modelfile for the GGUF ``file_name``, which lies beside it and has the metadata of ``base``; ``mmproj`` is
-    that of its towers.
+    """Return the Modelfile for the GGUF ``file_name``, which lies beside it and has the metadata of ``base``;
+    ``mmproj`` is that of its towers.
 
     Raises ``UsageError`` for a name that a Modelfile cannot hold.
     """
@@ -111,12 +111,12 @@ def modelfile(base: Base, file_name: str, mmproj: str | None = None) -> str:
 
 
 def family_of(jinja: str) -> Family | None:
-    """The family of chats that a Jinja template writes, by the marks in it; None for others."""
+    """Return the family of chats that a Jinja template writes, by the marks in it; None for others."""
     return next((family for family in FAMILIES.values() if all(mark in jinja for mark in family.marks)), None)
 
 
 def special_tokens(base: Base) -> list[str]:
-    """The tokens that end an answer, as text."""
+    """Return the tokens that end an answer, as text."""
     tokens = base.get("tokenizer.ggml.tokens") or []
     numbers = [base.get(f"tokenizer.ggml.{name}_token_id") for name in SPECIAL]
     return [str(tokens[number]) for number in numbers if type(number) is int and 0 <= number < len(tokens)]
@@ -162,7 +162,7 @@ def _sampling(base: Base) -> list[str]:
 
 
 def _is_a(kind: type, value: object) -> bool:
-    """Whether a value of the metadata is a finite number of this kind; a flag is none."""
+    """Return whether a value of the metadata is a finite number of this kind; a flag is none."""
     return isinstance(value, int | float) and type(value) in (kind, int) and math.isfinite(value)
 
 

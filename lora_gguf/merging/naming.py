@@ -24,12 +24,12 @@ _STEM = re.compile(
 
 
 def output_path(out: str | os.PathLike[str], base: Base, plan: Plan, adapters: Iterable[str]) -> Path:
-    """``out``, or where that is a folder the file in it that the convention names."""
+    """Return ``out``, or where that is a folder the file in it that the convention names."""
     return Path(out) / merged_name(base, plan, adapters) if os.path.isdir(out) else Path(out)
 
 
 def merged_name(base: Base, plan: Plan, adapters: Iterable[str]) -> str:
-    """The conventional name of ``base`` with ``adapters`` (their names) merged into it as ``plan`` says."""
+    """Return the conventional name of ``base`` with ``adapters`` (their names) merged into it as ``plan`` says."""
     number = plan.file_type(base.get("general.file_type"))
     encoding = next(name for name, known in FILE_TYPES.items() if known == number)
     model, tail = _joined([*_model(base), *adapters]), _joined([_version(base), encoding])
@@ -61,5 +61,5 @@ def _stem(base: Base) -> dict[str, str | None]:
 
 
 def _clean(part: object) -> str:
-    """A part with nothing but what is harmless in the name of a file."""
+    """Return a part of the name with nothing but what is harmless in the name of a file."""
     return re.sub(r"[^\w.+]+", "-", str(part or ""), flags=re.ASCII).strip("-.")

@@ -43,26 +43,28 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif
 
 
 def measure_of(name: str) -> Measure:
-    """What is shown of the rows' value ``name``; ``kept.nearest`` is ``kept``, of the way to merge called nearest."""
+    """Return what is shown of the rows' value ``name``; ``kept.nearest`` is ``kept``, of the way to merge called
+    nearest.
+    """
     measure, _, way = name.partition(".")
     return replace(MEASURES[measure], title=f"{MEASURES[measure].title}, {way}") if way else MEASURES[measure]
 
 
 def value_of(row: dict, name: str) -> float | str | None:
-    """A row's value of a measure."""
+    """Return a row's value of a measure."""
     measure, _, way = name.partition(".")
     value = row.get(measure)
     return value.get(way) if way and value is not None else value
 
 
 def shown(measures: Iterable[str], rows: Iterable[dict]) -> list[str]:
-    """The measures that some row has."""
+    """Return the measures that some row has."""
     rows = list(rows)
     return [name for name in measures if any(value_of(row, name) is not None for row in rows)]
 
 
 def heat_map(measure: str, measures: Sequence[str], rows: Sequence[dict], tall: bool = False) -> dict:
-    """Layers by kinds of tensor, coloured by ``measure``; the tooltip has all ``measures``. ``tall`` has layers
+    """Return layers by kinds of tensor, coloured by ``measure``; the tooltip has all ``measures``. ``tall`` has layers
     downwards.
     """
     n_layers, n_kinds = len({row["layer"] for row in rows}), len({row["kind"] for row in rows})
@@ -121,7 +123,7 @@ def _tooltip(measures: Sequence[str]) -> list[dict]:
 
 
 def histogram(measure: str) -> dict:
-    """How many tensors have which value of ``measure``."""
+    """Return how many tensors have which value of ``measure``."""
     quantity = {"field": measure, "type": "quantitative", "bin": {"maxbins": HISTOGRAM_BINS}}
     axis = {"format": measure_of(measure).format, "labelOverlap": True, "labelFlush": True, "tickCount": 5}
     count = {"aggregate": "count", "type": "quantitative", "title": "tensors"}
@@ -137,7 +139,7 @@ def histogram(measure: str) -> dict:
 
 
 def figure(title: str, subtitle: Sequence[str], rows: Sequence[dict], measures: Sequence[str]) -> dict:
-    """A chart for print: the first two measures as heat maps, and their histograms."""
+    """Return a chart for print: the first two measures as heat maps, and their histograms."""
     chosen = list(measures[:2])
     printed = {"width": {"step": PRINTED_CELL}, "height": {"step": PRINTED_CELL}}
     maps = [heat_map(name, measures, rows) | printed for name in chosen]
@@ -154,7 +156,7 @@ def figure(title: str, subtitle: Sequence[str], rows: Sequence[dict], measures: 
 
 
 def config(dark: bool) -> dict:
-    """The charts' colours and fonts, on a light or a dark page."""
+    """Return the charts' colours and fonts, on a light or a dark page."""
     text, muted, grid = ("#e6e9ee", "#aab2bd", "#333b46") if dark else ("#1c2430", "#5a6472", "#e3e7ec")
     heat = ["#1e2a39", "#24548a", "#4a97d9", "#d3eaff"] if dark else ["#e9f0f8", "#9dc4e8", "#3c82c4", "#0a3566"]
     kept = ["#ff7043", "#6b4a3d", "#2d5f7a", "#37b4e8"] if dark else ["#c8401a", "#f3c9a8", "#b9d9e6", "#1f7fb0"]

@@ -95,7 +95,7 @@ class Content:
 
 
 def of_merge(report: MergeReport, base: str | os.PathLike, adapters: Adapters, rounding: str) -> Content:
-    """The page of a merge, or of its dry run."""
+    """Return the page of a merge, or of its dry run."""
     data, whole = report.as_dict(), report.whole
     n_merged, n_copied = len(data["merged"]), len(data["copied"])
     figure = {
@@ -125,7 +125,7 @@ def of_merge(report: MergeReport, base: str | os.PathLike, adapters: Adapters, r
 
 
 def of_verify(report: VerifyReport, merged: str | os.PathLike, base: str | os.PathLike, adapters: Adapters) -> Content:
-    """The page of a verification."""
+    """Return the page of a verification."""
     data = report.as_dict()
     whole, untouched, n_adapted = data["all"], data["untouched"], len(data["tensors"])
     verdict = {
@@ -153,7 +153,7 @@ def of_verify(report: VerifyReport, merged: str | os.PathLike, base: str | os.Pa
 
 
 def of_doctor(report: DoctorReport, base: str | os.PathLike, adapters: Adapters) -> Content:
-    """The page of a checkup."""
+    """Return the page of a checkup."""
     data = report.as_dict()
     if report.ok:
         kept = report.outlooks[0].kept
@@ -181,7 +181,7 @@ def of_doctor(report: DoctorReport, base: str | os.PathLike, adapters: Adapters)
 def of_compare(
     report: CompareReport, base: str | os.PathLike, adapters: Adapters, merged: str | os.PathLike
 ) -> Content:
-    """The page of a comparison: no charts, but the answers."""
+    """Return the page of a comparison: no charts, but the answers."""
     data = report.as_dict()
     answers = [{"prompt": part["prompt"], **part["answers"]} for part in data["prompts"]]
     near = [{"model": "the base", **data["base"]}, {"model": "the merged file", **data["merged"]}]
@@ -212,5 +212,5 @@ def _accounted(data: dict) -> str:
 
 
 def file_rows(files: Sequence[tuple[str, str | os.PathLike]]) -> list[dict]:
-    """The files' roles, names, and sizes in bytes; a folder's size is that of the files in it."""
+    """Return the files' roles, names, and sizes in bytes; a folder's size is that of the files in it."""
     return [{"role": role, "name": printable(path), "size": size_of(path)} for role, path in files]

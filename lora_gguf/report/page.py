@@ -53,7 +53,7 @@ def write_plot(
 
 
 def page_of(content: Content, command: Sequence[str]) -> str:
-    """The page's HTML. Its figures are those of ``content.report``, embedded as JSON under the key ``report``."""
+    """Return the page's HTML. Its figures are those of ``content.report``, embedded as JSON under the key ``report``."""
     library, script = _library(), _inline(_part("page.js"))
     return Template(_part("page.html")).substitute(
         policy=policy((library, script)),
@@ -66,7 +66,7 @@ def page_of(content: Content, command: Sequence[str]) -> str:
 
 
 def page_data(content: Content, command: Sequence[str]) -> dict:
-    """What the page's script reads."""
+    """Return what the page's script reads."""
     rows = content.report[content.rows]
     measures = charts.shown(content.measures, rows)
     return {
@@ -101,7 +101,7 @@ def _map(name: str, measures: Sequence[str], rows: Sequence[dict]) -> dict:
 
 
 def policy(scripts: Iterable[str]) -> str:
-    """The Content-Security-Policy: these inline scripts may run, and nothing may be fetched from anywhere."""
+    """Return the Content-Security-Policy: these inline scripts may run, and nothing may be fetched from anywhere."""
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:"
@@ -109,15 +109,15 @@ def policy(scripts: Iterable[str]) -> str:
 
 @cache
 def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed in a scope of their own: they have thousands of short names."""
+    """Return Vega, Vega-Lite and Vega-Embed in a scope of their own: they have thousands of short names."""
     import vl_convert
 
     return _inline(f"(() => {{{vl_convert.javascript_bundle(LIBRARY)}\n}})();")
 
 
 def _inline(script: str) -> str:
-    """``script`` so that it can stand in a page: nothing in it ends its element, and line ends are those that the
-    browser hashes.
+    """Return ``script`` so that it can stand in a page: nothing in it ends its element, and line ends are those that
+    the browser hashes.
     """
     return script.replace("\r\n", "\n").replace("\r", "\n").replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
