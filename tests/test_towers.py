@@ -58,7 +58,11 @@ def test_a_tower_is_merged_as_llama_cpp_converts_pefts_merge(tmp_path, name):
     assert {account.tensor for account in report.accounts} == saved.keys()
     assert {account.outcome for account in report.accounts} == {"applied", "ignored"}
     reasons = {account.reason.split(",")[0].split(":")[0] for account in report.accounts if account.reason}
-    assert reasons <= {"part of the text model", "of a layer that the model does not use"}
+    assert reasons <= {
+        "part of the text model",
+        "of a layer that the model does not use",
+        "part of what makes speech or pictures",
+    }
 
 
 def test_twelve_families_and_more_are_held_against_llama_cpp():
@@ -353,3 +357,14 @@ def test_internvls_own_fused_attention_is_cut_in_three(tmp_path, adapter):
         np.testing.assert_allclose(found[f"v.blk.{i}.attn_k.weight"], wanted[f"v.blk.{i}.attn_k.weight"], atol=2e-6)
         np.testing.assert_array_equal(found[f"v.blk.{i}.attn_v.weight"], before[f"v.blk.{i}.attn_v.weight"])
     assert len(report.plan.merged) == 12
+
+
+def test_a_projector_is_never_taken_for_another_tower(tmp_path, adapter):
+    """An mmproj without a vision tower may lack modules of one; those that may be its own must be known."""
+
+    def rename(tensors):
+        for name in [name for name in tensors if "multi_modal_projector" in name]:
+            tensors[name.replace("projector.linear", "projector.strange")] = tensors.pop(name)
+
+    with pytest.raises(MismatchError, match="strange: no tensor of qwen2a mmproj is known"):
+        merge(FOLDER / "qwen2audio" / "mmproj.gguf", [(adapter("qwen2audio", rename), 1.0)], None)

@@ -25,10 +25,11 @@ OTHER_TOWERS = (
     "visual.", "vision.", "audio.", "talker.", "vision_", "audio_", "token2wav.", "code2wav.", "projector.",
     "pre_mm_projector_norm", "image_newline", "patch_embed", "patch_merger.", "patch_merge_mlp.", "model.connector.",
     "vqmodel.", "model.aligner.", "generation_", "model.merger.", "sam_model.", "vit_large_projector", "speech_encoder.",
-    "speech_audio_adapter.", "ln_speech", ".attn.to_", ".ff1.", ".ff2.", ".conv.up_conv", ".conv.down_conv",
+    "speech_audio_adapter.", "ln_speech", "model.encoder.input_linear", "model.encoder.out", ".attn.to_", ".ff1.", ".ff2.", ".conv.up_conv", ".conv.down_conv",
 )  # fmt: skip
 # parts that make speech or pictures, for which there is no GGUF
 GENERATION = ("talker.", "token2wav.", "code2wav.", "vqmodel.", "generation_")
+TOWER_WORDS = {"vision": r"vision|visual|(^|\.)(vit|vpm)\.", "audio": r"audio|speech|sound|conformer"}
 LAYER = re.compile(r"\.(\d+)\.")
 ALTUP = re.compile(r"(?P<head>.*altup_(?:unembed_)?projections)\.(?P<slot>\d+)")
 EXPERT = re.compile(
@@ -89,11 +90,9 @@ def why_left_to_others(path: str, hparams: Hparams) -> str | None:
         return "part of the text model, which an mmproj does not hold"
     if any(part in path for part in GENERATION):
         return NOWHERE
-    kinds = ("audio", "vision") if re.search(r"audio|speech|sound|conformer", path) else ("vision", "audio")
-    if hparams.get(f"has_{kinds[0]}_encoder") is False or (
-        hparams.get(f"has_{kinds[0]}_encoder") is None and hparams.get(f"has_{kinds[1]}_encoder")
-    ):
-        return f"part of the model's {kinds[0]} tower, which this mmproj does not hold"
+    for kind, words in TOWER_WORDS.items():
+        if re.search(words, path) and not hparams.get(f"has_{kind}_encoder"):
+            return f"part of the model's {kind} tower, which this mmproj does not hold"
     return None
 
 

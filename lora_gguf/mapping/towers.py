@@ -195,8 +195,8 @@ GEMMA4V = (
         "post_feedforward_layernorm": "ffn_post_norm",
     })
     + under(r"vision_tower\.patch_embedder\.", {"input_proj": Out("v.patch_embd", cols=(t.channels_first,))})
-    + under(r"embed_vision\.", {"embedding_projection": "mm.input_projection"})
-    + under(r"vision_embedder\.", {"patch_dense": Out("v.patch_embd", cols=(t.channels_first,))})
+    + under(r"embed_vision\.(multimodal_embedder\.)?", {"embedding_projection": "mm.input_projection"})
+    + under(r"(vision_embedder|embed_vision)\.", {"patch_dense": Out("v.patch_embd", cols=(t.channels_first,))})
 )  # fmt: skip
 GEMMA4V = (
     tuple(
@@ -251,9 +251,13 @@ RESAMPLER = VIT + under(
 QWEN2A = WHISPER + under(r"(multi_modal_projector\.linear|audio_tower\.proj)", {"": "mm.a.fc"})
 VOXTRAL = WHISPER + under(PROJECTOR, {"linear_#": "mm.a.mlp.#"})
 ULTRAVOX = VOXTRAL + under(PROJECTOR, {"ln_pre": "mm.a.norm_pre", "ln_mid": "mm.a.norm_mid"})
-QWEN3A = WHISPER + under(
-    r"audio_tower\.",
-    {"conv2d#": "a.conv2d.#", "conv_out": "a.conv_out", "ln_post": "a.post_ln", "proj#": "mm.a.mlp.#"},
+QWEN3A = (
+    WHISPER
+    + under(
+        r"audio_tower\.",
+        {"conv2d#": "a.conv2d.#", "conv_out": "a.conv_out", "ln_post": "a.post_ln", "proj#": "mm.a.mlp.#"},
+    )
+    + under(PROJECTOR, {"linear_#": "mm.a.mlp.#"})
 )
 GLMA = WHISPER + under(
     r"audio_encoder\.",
@@ -322,14 +326,17 @@ DOTS_OCR = layers(r"vision_tower\.blocks\.", "v.blk", BLOCK | {
     "patch_embed.patchifier.proj": "v.patch_embd", "merger.mlp.#": "mm.#", "merger.ln_q": "mm.input_norm",
     "post_trunk_norm": "mm.post_norm",
 })  # fmt: skip
-PADDLEOCR = VIT + under(r"mlp_AR\.", {"linear_#": "mm.#", "pre_norm": "mm.input_norm"})
+PADDLEOCR = VIT + under(r"(mlp_AR|projector)\.", {"linear_#": "mm.#", "pre_norm": "mm.input_norm"})
 YOUTUVL = VIT + under(r"merger\.", {"mlp.#": "mm.#", "ln_q": "mm.input_norm"})
-HUNYUANVL = layers(r"vit\.layers\.", "v.blk", ATTENTION | {
+HUNYUANVL = layers(r"(vit|vision_tower)\.layers\.", "v.blk", ATTENTION | MLP | {
     "self_attn.o_proj": "attn_out", "mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down",
     "input_layernorm": "ln1", "post_attention_layernorm": "ln2",
 }) + under(r"vit\.", {
     "embeddings.patch_embedding": "v.patch_embd", "perceive.proj.#": "mm.#", "perceive.mlp": "mm.model.fc",
     "perceive.before_rms": "mm.pre_norm", "perceive.after_rms": "mm.post_norm",
+}) + under(r"vision_tower\.", {
+    "embeddings.patch_embedding": "v.patch_embd", "patch_merger.proj_conv": "mm.0", "patch_merger.proj_out": "mm.2",
+    "patch_merger.mlp": "mm.model.fc", "patch_merger.before_rms": "mm.pre_norm", "patch_merger.after_rms": "mm.post_norm",
 })  # fmt: skip
 STEP3VL = layers(r"vision_model\.transformer\.resblocks\.", "v.blk", {
     "attn.in_proj": "attn_qkv", "attn.out_proj": "attn_out", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
