@@ -149,7 +149,7 @@ def convert(
     *,
     to: str = "gguf",
     base_config: Name | None = None,
-    outtype: str = "f32",
+    outtype: str = "auto",
     rank: int | None = None,
     allow_unused: str | None = None,
     expert_b_layout: str | None = None,
@@ -163,7 +163,7 @@ def convert(
     tensors.
 
     The layout is that of ``base``, or of the ``config.json`` in ``base_config``, or without either of that of the model
-    that the adapter names, from the Hub. ``outtype`` is f32 (exact), f16, bf16
+    that the adapter names, from the Hub. ``outtype`` is auto (the smallest that is exact), f32, f16, bf16
     or q8_0. With ``to`` peft it is the way back: an adapter GGUF becomes a folder that PEFT loads.
     What is not low rank is refused (``UnsupportedError``), or approximated at ``rank``. Raises
     ``MismatchError`` where the adapter does not fit the base.

@@ -133,7 +133,8 @@ def test_metadata_is_the_bases_and_then_ours(tmp_path):
         own = ["version", "adapter.names", "adapter.scales", "adapter.sha256", "base.header_sha256", "base.size",
                "rounding", "seed", "metadata_sha256"]  # fmt: skip
         earlier = [f"earlier.0.{key}" for key in own]
-        assert [key.removeprefix("lora_gguf.") for key in keys[len(before.kv) :]] == [*earlier, *own]
+        ours = [key.removeprefix("lora_gguf.") for key in keys[len(before.kv) :] if key.startswith("lora_gguf.")]
+        assert ours == [*earlier, *own] and keys[-len(ours) :] == [f"lora_gguf.{key}" for key in ours]
         assert after.get("lora_gguf.earlier.0.adapter.scales") == [0.75]
         assert after.get("lora_gguf.adapter.scales") == [-0.5] and after.get("lora_gguf.seed") == 7
 

@@ -46,7 +46,7 @@ def name(base, *adapters, file_type=Q4_K_M):
 def test_names_from_metadata_are_those_of_the_gguf_package(kv):
     finetune = "-".join(filter(None, (kv.get("finetune"), "pirate", "chef")))
     expected = gguf.naming_convention(None, kv["basename"], finetune, kv.get("version"), kv.get("size_label"), "Q8_0")
-    assert name(Named("model.gguf", **kv), "pirate", "chef", file_type=Q8_0) == f"{expected}.gguf"
+    assert name(Named(f"{'long-' * 20}.gguf", **kv), "pirate", "chef", file_type=Q8_0) == f"{expected}.gguf"
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,11 @@ def test_metadata_never_leads_out_of_the_folder(evil):
 
 @pytest.mark.parametrize("kv", [{}, {"basename": "B" * 150, "size_label": "8B", "version": "v2"}])
 def test_a_long_name_is_cut_before_its_version_and_encoding(kv):
-    found = {file_type: name(Named("model.gguf", **kv), "a" * 250, file_type=file_type) for file_type in (Q4_K_M, Q8_0)}
-    version = "v2-" if kv else ""
+    found = {
+        file_type: name(Named(f"{'c' * 160}-v3.gguf", **kv), "a" * 250, file_type=file_type)
+        for file_type in (Q4_K_M, Q8_0)
+    }
+    version = "v2-" if kv else "v3-"
     assert found[Q4_K_M].endswith(f"-{version}Q4_K_M.gguf") and found[Q8_0].endswith(f"-{version}Q8_0.gguf")
     assert all(150 < len(path) <= 205 for path in found.values())
 
@@ -102,6 +105,6 @@ def test_the_command_uses_it_and_never_overwrites(tmp_path, capsys, monkeypatch)
 
 def test_a_real_base(tmp_path):
     report = merge(smollm2_path(), [(DEMO_ADAPTER, 1.0)], tmp_path, Policy("nearest"))
-    assert report.written == [tmp_path / "smollm2-135M-8k-lc100k-mix1-ep2-demo-adapter-Q4_1.gguf"]
+    assert report.written == [tmp_path / "SmolLM2-135M-Instruct-demo-adapter-Q4_1.gguf"]
     with Base(report.written[0]) as merged:
         assert merged.get("lora_gguf.adapter.names") == ["demo-adapter"]

@@ -25,6 +25,7 @@ WHOLE = re.compile(r"(?P<path>.+?)(\.(modules_to_save|ln_tuning_layers)(\.[^.]+)
 # the order in which modules of packed experts register their parameters
 PARAMETERS = ("gate_up_proj", "gate_proj", "w1", "up_proj", "v1", "w3", "down_proj", "w2", "weight")
 # a repository in huggingface_hub's cache: its folder is called by the commit, which says nothing to a reader
+_REPOSITORY = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)[/\\]snapshots[/\\][0-9a-f]{40}", re.ASCII)
 _CACHED = re.compile(r"models--[^/\\]+--(?P<name>[^/\\]+)[/\\]snapshots[/\\][0-9a-f]{40}$")
 
 
@@ -125,6 +126,12 @@ def adapter_name(source: str | os.PathLike) -> str:
     cached = _CACHED.search(path)
     name = cached["name"] if cached else os.path.basename(path)
     return printable(name.removesuffix(".gguf"), 100)
+
+
+def hub_id(path: str | os.PathLike[str]) -> str:
+    """Return the repository that a file or folder of the Hub's cache is of; nothing for another path."""
+    found = _REPOSITORY.search(os.path.normpath(os.fspath(path)))
+    return f"{found['owner']}/{found['name']}" if found else ""
 
 
 def check_all_finite(tensors: dict[str, np.ndarray], label: str) -> None:

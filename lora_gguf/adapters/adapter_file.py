@@ -11,14 +11,15 @@ from lora_gguf.arguments import check_choice, check_flag, check_path, check_whol
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter GGUF to write at ``path``, its tensors of type ``outtype``; F32 is exact.
+    """An adapter GGUF to write at ``path``, its tensors of type ``outtype``; ``auto`` is the smallest that is
+    exact.
 
     ``rank`` is that of what is approximated, None where nothing may be; ``force`` replaces a file that is there. Raises
     ``UsageError`` where a value makes no sense.
     """
 
     path: str | os.PathLike[str]
-    outtype: str = "f32"
+    outtype: str = "auto"
     rank: int | None = None
     force: bool = False
 

@@ -14,7 +14,7 @@ from lora_gguf.errors import MalformedError, NumericError, UnsupportedError, pri
 from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
 from lora_gguf.quants.ggml import BY_NAME, GgmlType
 
-OUT_TYPES = ("f32", "f16", "bf16", "q8_0")
+OUT_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 SHARED = "lora_gguf.shared_embedding"  # that an adapter's embedding is the head too
 
@@ -126,6 +126,15 @@ def stored_type(shape: tuple[int, ...], outtype: str) -> GgmlType:
     return wanted if shape[-1] % wanted.block_size == 0 else BY_NAME["F16"]
 
 
+def smallest_exact(arrays: Sequence[np.ndarray]) -> str:
+    """Return the smallest of f16, bf16 and f32 that holds all numbers of ``arrays`` as they are."""
+    with np.errstate(over="ignore"):
+        if all(array.dtype == np.float16 or (array.astype(np.float16) == array).all() for array in arrays):
+            return "f16"
+    bits = (np.ascontiguousarray(array, np.float32).view(np.uint32) for array in arrays)
+    return "bf16" if all(not (found & 0xFFFF).any() for found in bits) else "f32"
+
+
 def encode(name: str, array: np.ndarray, type: GgmlType) -> np.ndarray:
     """Return the bytes of ``array`` (f32) in ``type``: F32, F16, BF16 or Q8_0. Raises where F16 would overflow."""
     array = np.ascontiguousarray(array, np.float32)
@@ -177,6 +186,8 @@ def write_adapter_gguf(
 
     alpha = common_alpha(pairs)
     factors = [factor for pair in pairs for factor in stored_factors(under_alpha(pair, alpha))]
+    if outtype == "auto":
+        outtype = smallest_exact([array for _, array in factors])
     specs = [TensorSpec(name, stored_type(array.shape, outtype), array.shape) for name, array in factors]
     encoded = [encode(name, array, spec.type) for (name, array), spec in zip(factors, specs, strict=True)]
     header = [

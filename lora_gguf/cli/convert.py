@@ -39,7 +39,9 @@ def convert(
         Path | None,
         typer.Option("-o", "--outfile", "--output", metavar="PATH", help="Default: ADAPTER.gguf in this folder."),
     ] = None,
-    outtype: Annotated[OutType, typer.Option(help="The type of the tensors; f32 is exact.")] = OutType.f32,
+    outtype: Annotated[
+        OutType, typer.Option(help="The type of the tensors; auto is the smallest exact one.")
+    ] = OutType.auto,
     rank: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Approximate DoRA, OFT and the like at this rank.")
     ] = None,

@@ -53,6 +53,7 @@ class Form(str, Enum):
 
 
 class OutType(str, Enum):
+    auto = "auto"
     f32 = "f32"
     f16 = "f16"
     bf16 = "bf16"

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from lora_gguf.errors import printable
 from lora_gguf.files.base import Base
-from lora_gguf.merging.provenance import PREFIX
+from lora_gguf.merging.provenance import PREFIX, repos_of
 from lora_gguf.text import share_text, size_text
 
 MARK = "<!-- This card was made by lora-gguf; a later push makes it anew unless this line is taken out. -->"
-_HUB = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", re.ASCII)
 
 
 def card(model: Base, repo_id: str, kept: float | None = None) -> str:
@@ -57,11 +56,7 @@ def _front(model: Base) -> str:
 
 def parents(model: Base) -> list[str]:
     """Return the repositories on the Hub that the file names as its base and its adapters."""
-    count = model.get("general.base_model.count")
-    numbers = range(min(count, 100)) if isinstance(count, int) else ()
-    urls = [model.get(f"general.base_model.{i}.repo_url") for i in numbers] or [model.get("general.repo_url")]
-    found = [match[1] for url in urls if (match := _HUB.fullmatch(str(url or "")))]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(filter(None, repos_of(model))))
 
 
 def _run(model: Base, repo_id: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_gguf.adapters.adapter import adapter_name
+from lora_gguf.adapters.adapter import adapter_name, hub_id
 from lora_gguf.checks.earlier import earlier_merges
 from lora_gguf.checks.keeping import idle, judged, sentence
 from lora_gguf.checks.kinship import kin_warnings
@@ -249,7 +249,8 @@ def joined_accounts(first: list[Account], second: Iterable[Account] = ()) -> lis
 def prepare(job: Job, writing: Writing, adapters: Adapters, inputs: list[str | os.PathLike]) -> None:
     """Open the writers of a job's files, whose paths are checked; nothing is written before they are entered."""
     job.parts = output_parts(writing, job.model, job.plan, [adapter_name(path) for path, _ in adapters])
-    names = names_of(job.model, job.names, job.policy)
+    repos = [hub_id(path) for path in (job.model.path, *(path for path, _ in adapters))]
+    names = names_of(job.model, job.names, job.policy, repos if len(job.names) == len(adapters) else repos[:1])
     metadata = merged_key_values(job.model, job.plan, job.placements, job.policy, names)
     alignment = job.model.alignment
     job.writers = [writer_of(part, job.plan, metadata, alignment, writing.force, inputs) for part in job.parts]

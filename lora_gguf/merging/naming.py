@@ -1,7 +1,7 @@
 """The name of a merged file, by the GGUF naming convention: BaseName-SizeLabel-FineTune-Version-Encoding.gguf.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#gguf-naming-convention. The adapters' names join the
-fine-tune. What the base's metadata does not say is read from its file's name.
+fine-tune. The model's part is what the base's metadata say, or its file's name where that is shorter or they say nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lora_gguf.merging.plan import Plan
 from lora_gguf.quants.ggml import FILE_TYPES
 
 MAX_LENGTH = 200
+_PARTS = ("basename", "size_label", "finetune")
 _ENCODING = "|".join(sorted(FILE_TYPES, key=len, reverse=True))
 _STEM = re.compile(
     rf"(?P<name>.+?)(?:[-.](?P<version>v\d+(?:\.\d+)*))?(?:[-._](?:UD-)?(?:{_ENCODING}|Q\d_K_X?L))?", re.IGNORECASE
@@ -41,16 +42,21 @@ def _joined(parts: Iterable[object]) -> str:
 
 
 def _model(base: Base) -> list[object]:
-    if base.get("general.basename"):
-        parts = [base.get(f"general.{key}", "") for key in ("basename", "size_label", "finetune")]
-    else:
-        parts = [_stem(base)["name"]]
+    parts = [_stem(base)["name"]]
+    if _by_metadata(base):
+        parts = [base.get(f"general.{key}", "") for key in _PARTS]
     # llama.cpp's converter and its downloads know an mmproj by this word
     return ["mmproj", *parts] if base.get("general.architecture") == CLIP and "mmproj" not in str(parts[0]) else parts
 
 
 def _version(base: Base) -> object:
-    return base.get("general.version") or (None if base.get("general.basename") else _stem(base)["version"])
+    return base.get("general.version") if _by_metadata(base) else _stem(base)["version"]
+
+
+def _by_metadata(base: Base) -> bool:
+    """Whether the metadata call the model more shortly than its file's name does."""
+    named = _joined(base.get(f"general.{key}", "") for key in (*_PARTS, "version"))
+    return bool(base.get("general.basename")) and len(named) <= len(_joined(_stem(base).values()))
 
 
 def _stem(base: Base) -> dict[str, str | None]:

@@ -19,6 +19,7 @@ from lora_gguf.merging.growth import grown
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.merging.types import with_types
+from lora_gguf.quants.ggml import FILE_TYPES
 from lora_gguf.quants.mixes import file_type_of
 from lora_gguf.quants.table import CODECS
 
@@ -28,11 +29,16 @@ _ONE_BY_ONE = "merge one, then the other into the result"
 
 @dataclass
 class Plan:
-    """All tensors in order, warnings, and the raw ``key_values`` that take the place of the base's."""
+    """All tensors in order, warnings, and the raw ``key_values`` that take the place of the base's.
+
+    ``mix`` is the one that all types are of, ``promoted`` are the tensors whose type grew out of their mix.
+    """
 
     tensors: list[TensorPlan]
     warnings: list[str]
     key_values: dict[str, bytes] = field(default_factory=dict)
+    mix: str | None = None
+    promoted: frozenset[str] = frozenset()
 
     @property
     def merged(self) -> list[TensorPlan]:
@@ -41,8 +47,14 @@ class Plan:
 
     def file_type(self, before: int | None) -> int:
         """``general.file_type`` of the file, ``before`` that of the base."""
+        if self.mix:
+            return FILE_TYPES[self.mix]
+        body = [tensor for tensor in self.tensors if tensor.target.name not in {EMBEDDING, HEAD, *self.promoted}]
+        known = before is not None and before in FILE_TYPES.values()
+        if known and all(tensor.target.type == tensor.source.type for tensor in body):
+            return before
         weights: dict[str, int] = {}
-        for tensor in self.tensors:
+        for tensor in body or self.tensors:
             weights[tensor.target.type.name] = weights.get(tensor.target.type.name, 0) + tensor.target.n_elements
         return file_type_of(weights, before)
 
@@ -57,7 +69,13 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
         raise UsageError(f"scale: expected a finite number up to {LARGEST_SCALE:.0e}, found {strange[0]}")
     tensors = adapted(base, placements)
     _check(base, tensors)
-    tensors = grown(with_types(base, tensors, policy), base, policy.max_growth)
+    typed = with_types(base, tensors, policy)
+    tensors = grown(typed, base, policy.max_growth)
+    promoted = frozenset(
+        after.target.name
+        for before, after in zip(typed, tensors, strict=True)
+        if before.target.type != after.target.type
+    )
     warnings = [warning for placement, _ in placements for warning in placement.warnings]
     if any(placement.untied for placement, _ in placements):
         head = next(tensor.target for tensor in tensors if tensor.target.name == HEAD)
@@ -65,7 +83,7 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
         warnings.append(
             f"{HEAD}: the adapter's head is no longer the embedding: it becomes a tensor of its own ({size}); see --tied"
         )
-    return Plan(tensors, warnings, _vocabulary(placements, base.label))
+    return Plan(tensors, warnings, _vocabulary(placements, base.label), policy.mix, promoted)
 
 
 def adapted(base: Base, placements: Sequence[tuple[Placement, float]]) -> list[TensorPlan]:

@@ -38,39 +38,78 @@ if TYPE_CHECKING:
 PREFIX = "lora_gguf."
 SEAL = f"{PREFIX}metadata_sha256"
 EARLIER = "earlier."
+PARENT = "general.base_model."
+MAX_PARENTS = 1000
+HUB = "https://huggingface.co/"
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
 
 
 @dataclass(frozen=True)
 class Names:
-    """What was merged was called so: the adapters, the importance matrix; and the hashes of the base's files."""
+    """What was merged was called so: the adapters, the importance matrix; and the hashes of the base's files.
+
+    ``repos`` are the repositories on the Hub of the base and of each adapter, as far as they are known.
+    """
 
     adapters: Sequence[str]
     imatrix: str = ""
     base_sha256: Sequence[str] = ()
+    repos: Sequence[str] = ()
 
 
-def names_of(model: Base, adapters: Sequence[str], policy: Policy) -> Names:
+def names_of(model: Base, adapters: Sequence[str], policy: Policy, repos: Sequence[str] = ()) -> Names:
     """Return the names that a merge records of what the user gave it."""
-    return Names(adapters, policy.imatrix.label if policy.imatrix else "", known_sha256(model.paths))
+    return Names(adapters, policy.imatrix.label if policy.imatrix else "", known_sha256(model.paths), repos)
 
 
 def merged_key_values(
     model: Base, plan: Plan, placements: Sequence[tuple[Placement, float]], policy: Policy, names: Names
 ) -> list[bytes]:
-    """Return a merged file's key/value pairs: the base's as they are but for ``general.file_type`` and new tokens, then
-    how the file was made.
+    """Return a merged file's key/value pairs: the base's but for its types, new tokens and what the file is called, then how
+    the file was made.
     """
-    changed = dict(plan.key_values)
+    changed = dict(plan.key_values) | description(model, names)
     if any(tensor.target.type != tensor.source.type for tensor in plan.tensors):
         file_type = key_value("general.file_type", plan.file_type(model.get("general.file_type")), "u32")
         version = key_value("general.quantization_version", QUANTIZATION_VERSION, "u32")
         changed |= {"general.file_type": file_type, "general.quantization_version": version}
-    kept = [key for key in model.kv if not key.startswith(PREFIX) and key not in SPLIT_KEYS]
+    kept = [key for key in model.kv if not key.startswith((PREFIX, PARENT)) and key not in SPLIT_KEYS]
     raw = raw_key_values(model.readers[0], set(model.kv) - set(kept))
     base_pairs = [changed.pop(key, pair) for key, pair in zip(kept, raw, strict=True)]
     own = own_key_values(model, placements, policy, names)
     return sealed(base_pairs + list(changed.values()) + earlier_key_values(model) + own)
+
+
+def description(model: Base, names: Names) -> dict[str, bytes]:
+    """Return the pairs ``general.*`` that tell a merged file from its base: its name, its fine-tune, and the base and
+    the adapters as what it was made of.
+    """
+    base = str(model.get("general.name") or model.path.name.removesuffix(".gguf"))
+    finetune = [str(model.get("general.finetune") or ""), *names.adapters]
+    found: dict[str, tuple[object, str]] = {
+        "general.name": (" + ".join([base, *names.adapters]), "str"),
+        "general.finetune": ("-".join(filter(None, finetune)), "str"),
+        f"{PARENT}count": (1 + len(names.adapters), "u32"),
+    }
+    repos = [*names.repos, *[""] * (1 + len(names.adapters))]
+    for i, name in enumerate([base, *names.adapters]):
+        url = HUB + repos[i] if repos[i] else str(model.get("general.repo_url") or "") if i == 0 else ""
+        owner = _repo(url).partition("/")[0] or (str(model.get("general.organization") or "") if i == 0 else "")
+        entries = {"name": name, "organization": owner, "repo_url": url}
+        found |= {f"{PARENT}{i}.{key}": (value, "str") for key, value in entries.items() if value}
+    return {key: key_value(key, *value) for key, value in found.items()}
+
+
+def repos_of(result: Base) -> list[str]:
+    """Return the repositories on the Hub of what a merged file says that it was made of; empty where it does not say."""
+    count = result.get(f"{PARENT}count")
+    numbers = range(min(count, MAX_PARENTS)) if type(count) is int else ()
+    return [_repo(result.get(f"{PARENT}{i}.repo_url")) for i in numbers]
+
+
+def _repo(url: object) -> str:
+    found = re.fullmatch(rf"{re.escape(HUB)}([\w.-]+/[\w.-]+)", str(url or ""), re.ASCII)
+    return found[1] if found else ""
 
 
 def earlier_key_values(model: Base) -> list[bytes]:
