@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
+from libgguf import dequantize_rows, quantize_rows
 
 from lora_gguf.errors import UsageError
 from lora_gguf.merging.options import parse_growth
+from lora_gguf.merging.regrid import halves_of
+from lora_gguf.quants.ggml import BY_NAME
+from lora_gguf.quants.table import CODECS
 from tests.calls import merge
+from tests.chunk_cases import merged, recipe
 from tests.common import DEMO_ADAPTER, smollm2_path
 
 
@@ -16,11 +22,35 @@ def test_budget_is_kept_and_the_small_tensors_that_carry_most_go_first(tmp_path)
     report = merge(smollm2_path(), [(DEMO_ADAPTER, 1.0)], tmp_path / "out.gguf", max_growth=0.03)
     size, before = os.path.getsize(tmp_path / "out.gguf"), os.path.getsize(smollm2_path())
     assert 0.02 * before < size - before < 0.031 * before
-    promoted = [tensor.target.name for tensor in report.plan.merged if tensor.target.type.name == "Q8_0"]
-    assert len([name for name in promoted if "attn_v" in name]) == 30 and not [
-        name for name in promoted if "ffn" in name
-    ]
-    assert all(report.retention[name].kept > 0.97 for name in promoted)
+    types = {tensor.target.name: tensor.target.type.name for tensor in report.plan.merged}
+    larger = [name for name, type_name in types.items() if type_name != "Q4_1"]
+    assert len([name for name in larger if "attn_v" in name]) > 20
+    assert {types[name] for name in larger} == {"Q5_1", "Q8_0"}
+    assert np.mean([report.retention[name].kept for name in larger]) > 0.97
+
+
+@pytest.mark.parametrize(("source", "target"), [("Q4_0", "Q5_0"), ("Q4_1", "Q5_1"), ("Q4_K", "Q5_K")])
+def test_the_type_with_a_bit_more_holds_every_weight_of_the_coarser_one(source, target):
+    weights = (np.random.default_rng(0).normal(size=(24, 1024)) * 3).astype(np.float32)
+    blocks = np.frombuffer(bytes(quantize_rows(weights, BY_NAME[source].id)), np.uint8).reshape(24, -1)
+    halved = halves_of(CODECS[source], CODECS[target], blocks)
+    old, new = (
+        np.asarray(dequantize_rows(raw, BY_NAME[name].id, n_per_row=1024)).reshape(weights.shape)
+        for name, raw in ((source, blocks), (target, halved))
+    )
+    assert np.allclose(new, old, atol=1e-6)
+    how, delta = (
+        recipe(source, target=target),
+        (np.random.default_rng(1).normal(size=weights.shape) * 0.01).astype("f4"),
+    )
+    after, sums = merged(how, blocks, delta)
+    parts = [merged(how, blocks[i : i + 7], delta[i : i + 7], i)[0] for i in range(0, 24, 7)]
+    assert (np.concatenate(parts) == after).all()
+    moved = np.asarray(dequantize_rows(after, BY_NAME[target].id, n_per_row=1024)).reshape(weights.shape) - old
+    assert abs((moved * delta).sum() / np.square(delta).sum() - 1) < 0.15
+    error = np.square(moved - delta).sum()
+    on_old_grid = CODECS[source].decoded(merged(recipe(source), blocks, delta)[0]) - old
+    assert error < 0.6 * np.square(on_old_grid - delta).sum()
 
 
 def test_no_budget_no_change():

@@ -119,7 +119,7 @@ def merge(
         str | None, typer.Option(metavar="OWNER/NAME", help="Then put it on the Hub, as lora-gguf push does: private.")
     ] = None,
     max_growth: Annotated[
-        str, typer.Option(metavar="N%", help="Promote the tensors that gain most to Q8_0, up to this growth.")
+        str, typer.Option(metavar="N%", help="Give the tensors that gain most a larger type, up to this growth.")
     ] = "0%",
     min_retention: Annotated[
         float, typer.Option(metavar="SHARE", help="Fail, and write nothing, where less of the adapter is kept.")

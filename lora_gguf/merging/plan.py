@@ -70,7 +70,7 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
     tensors = adapted(base, placements)
     _check(base, tensors)
     typed = with_types(base, tensors, policy)
-    tensors = grown(typed, base, policy.max_growth)
+    tensors = grown(typed, base, policy)
     promoted = frozenset(
         after.target.name
         for before, after in zip(typed, tensors, strict=True)

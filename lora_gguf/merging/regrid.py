@@ -67,6 +67,26 @@ def keep_update(chunk: Changed, grid: Grid, renewed: np.ndarray, before: np.ndar
         renewed[chosen] = stored(grid, codes, renewed)[chosen]
 
 
+def halves_of(source: Codec, target: Codec, blocks: np.ndarray) -> np.ndarray:
+    """Return the rows ``blocks`` as stored in a type of ``FINER``: uint8 (rows, row_bytes), half the step, twice the code.
+
+    A scale whose half is no f16 number is rounded.
+    """
+    if not (source.grid and target.grid):
+        raise ValueError(f"{source.type}, {target.type}: expected types with a grid")
+    n_cols = blocks.shape[1] // source.type.block_bytes * source.type.block_size
+    codes = np.empty((len(blocks), n_cols), np.int8)
+    source.grid.unpack(blocks, codes, np.empty((len(blocks), n_cols // source.grid.group), np.float32))
+    head = source.type.block_bytes - source.type.block_size // 2  # the scales, before four bits a code
+    halved = np.zeros((len(blocks), target.row_bytes(n_cols)), np.uint8)
+    of_block = halved.reshape(-1, target.type.block_bytes)
+    of_block[:, :head] = blocks.reshape(-1, source.type.block_bytes)[:, :head]
+    d = np.ascontiguousarray(of_block[:, :2]).view(np.float16) * np.float16(0.5)
+    of_block[:, :2] = d.view(np.uint8)
+    target.grid.pack(codes * np.int8(2), halved)
+    return halved
+
+
 def stored(grid: Grid, codes: np.ndarray, like: np.ndarray) -> np.ndarray:
     """Return a copy of the rows ``like`` with ``codes`` in them."""
     blocks = like.copy()

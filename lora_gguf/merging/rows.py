@@ -9,7 +9,7 @@ import numpy as np
 from lora_gguf.merging.chunks import Changed, update_of
 from lora_gguf.merging.importance import weighting_of
 from lora_gguf.merging.refit import NO_GRID, MovingGrid
-from lora_gguf.merging.regrid import Watched, keep_update, round_on
+from lora_gguf.merging.regrid import Watched, halves_of, keep_update, round_on
 from lora_gguf.merging.rounding import round_bf16, round_f16, tally_rows
 from lora_gguf.merging.scratch import copied, scratch
 from lora_gguf.merging.tensor import NO_IMPORTANCE, SPREADS
@@ -119,13 +119,26 @@ def renew(chunk: Changed, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.nda
     recipe = chunk.recipe
     before = recipe.source.decoded(blocks)
     renewed = recipe.target.encoded(before + delta, recipe.importance_of(chunk.matrix))
-    if recipe.source is not recipe.target and recipe.rounding in ("auto", "dither"):
+    if recipe.refines_grid:
+        renewed = refined(chunk, blocks, before + delta)
+    elif recipe.source is not recipe.target and recipe.rounding in ("auto", "dither"):
         if recipe.target.half:
-            as_stored = replace(chunk, recipe=replace(recipe, source=recipe.target))
-            renewed, _ = move(as_stored, recipe.target.encoded(before, NO_IMPORTANCE), delta)
+            renewed, _ = move(of_target(chunk), recipe.target.encoded(before, NO_IMPORTANCE), delta)
         elif recipe.target.grid:
             keep_update(chunk, recipe.target.grid, renewed, before, delta)
     return renewed, tallied(recipe.source, blocks, renewed, delta, recipe.target)
+
+
+def refined(chunk: Changed, blocks: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the rows ``wanted`` f32 (rows, cols) on the grid of ``blocks``, with the values in between."""
+    target = chunk.recipe.target
+    halved = halves_of(chunk.recipe.source, target, blocks)
+    return move(of_target(chunk), halved, wanted - target.decoded(halved))[0]
+
+
+def of_target(chunk: Changed) -> Changed:
+    """Return a chunk as if its rows had had the type that they get."""
+    return replace(chunk, recipe=replace(chunk.recipe, source=chunk.recipe.target))
 
 
 def renew_blocks(chunk: Changed, blocks: np.ndarray, before: np.ndarray, delta: np.ndarray, chosen: np.ndarray) -> None:

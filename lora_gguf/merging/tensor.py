@@ -15,6 +15,8 @@ from lora_gguf.quants.codec import Codec
 NO_IMPORTANCE = np.empty(0, np.float32)
 # the width of the random offset that rounding on a grid adds before the floor; what is not here finds a new grid
 SPREADS = {"auto": 1.0, "dither": 1.0, "nearest": 0.0}
+# the types with the same scales and a bit more in each code: every second of their values is one of the coarser type
+FINER = {"Q4_0": "Q5_0", "Q4_1": "Q5_1", "Q4_K": "Q5_K"}
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,15 @@ class Recipe:
         return self.rounding in SPREADS and self.source is self.target and on_grid
 
     @property
+    def refines_grid(self) -> bool:
+        """Whether rows keep the grid that they lie on, with values in between."""
+        return self.rounding in SPREADS and FINER.get(self.source.type.name) == self.target.type.name
+
+    @property
     def moves_grid(self) -> bool:
         """Whether the grid of a block is itself moved towards its update."""
-        return (
-            self.rounding == "auto" and self.keeps_grid and self.source.grid is not None and bool(self.source.scales_at)
-        )
+        keeps = self.keeps_grid or self.refines_grid
+        return self.rounding == "auto" and keeps and self.source.grid is not None and bool(self.source.scales_at)
 
     def importance_of(self, matrix: int) -> np.ndarray:
         """Return the importance of a matrix's columns as a quantizer takes it: f32 (cols,), or (0,) for none."""
