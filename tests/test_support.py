@@ -23,6 +23,7 @@ EXAMPLES = {
     "loha": "LoHa",
     "lokr": "LoKr",
     "dora": "DoRA",
+    "dora-embedding": "DoRA on embeddings",
     "oft": "OFT",
     "boft": "BOFT",
     "tokens": "trainable_token_indices",

@@ -15,7 +15,17 @@ import numpy as np
 
 from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.adapters.patterns import first_match
-from lora_gguf.adapters.updates import Added, Dora, Hadamard, Kronecker, Replaced, Rotated, Scaled, Update
+from lora_gguf.adapters.updates import (
+    Added,
+    Dora,
+    DoraOfColumns,
+    Hadamard,
+    Kronecker,
+    Replaced,
+    Rotated,
+    Scaled,
+    Update,
+)
 from lora_gguf.errors import MalformedError, UnsupportedError
 
 
@@ -112,11 +122,9 @@ def lora(module: Module) -> Found:
     return found
 
 
-def dora(module: Module, pair: LoraPair, magnitude: np.ndarray, embedding: bool) -> Dora:
+def dora(module: Module, pair: LoraPair, magnitude: np.ndarray, embedding: bool) -> Dora | DoraOfColumns:
     if embedding:
-        raise UnsupportedError(
-            f"{module.path}: DoRA on an embedding takes lengths over the vocabulary: merge it with PEFT"
-        )
+        return dora_of_embedding(module, pair, magnitude)
     if magnitude.size != pair.shape[0]:
         raise module.malformed(f"expected {pair.shape[0]} magnitudes, found {magnitude.size}")
     return Dora(
@@ -125,6 +133,16 @@ def dora(module: Module, pair: LoraPair, magnitude: np.ndarray, embedding: bool)
         sources=module.sources,
         pair=pair,
         magnitude=magnitude.ravel(),
+    )
+
+
+def dora_of_embedding(module: Module, pair: LoraPair, magnitude: np.ndarray) -> DoraOfColumns:
+    """An embedding's lengths run over the vocabulary, one a column."""
+    n_rows, n_cols = pair.shape[0], pair.shape[1]
+    if magnitude.size != n_cols:
+        raise module.malformed(f"expected {n_cols} magnitudes, found {magnitude.size}")
+    return DoraOfColumns(
+        name=module.path, shape=(n_rows, n_cols), sources=module.sources, pair=pair, magnitude=magnitude.ravel()
     )
 
 

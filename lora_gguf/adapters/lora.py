@@ -153,9 +153,15 @@ def encode(name: str, array: np.ndarray, type: GgmlType) -> np.ndarray:
     return blocks
 
 
-def decode(reader: GgufReader, info: TensorInfo) -> np.ndarray:
-    """Return a tensor of an open file as f32, in its shape."""
-    raw = reader.read(info)
+def decode_rows(reader: GgufReader, info: TensorInfo, first: int, n: int) -> np.ndarray:
+    """Return ``n`` rows of a tensor of an open file from ``first`` on, as f32."""
+    part = replace(info, shape=(n, info.n_cols))
+    return decode(reader, part, reader.read(info, first, n))
+
+
+def decode(reader: GgufReader, info: TensorInfo, raw: np.ndarray | None = None) -> np.ndarray:
+    """Return a tensor of an open file as f32, in its shape; ``raw`` are its bytes where they are read already."""
+    raw = reader.read(info) if raw is None else raw
     if info.type.name in ("F32", "F16"):
         return raw.view("<f4" if info.type.name == "F32" else "<f2").astype(np.float32).reshape(info.shape)
     from lora_gguf.quants.table import CODECS

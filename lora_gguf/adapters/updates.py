@@ -8,6 +8,7 @@ A vector of the base (a bias, a norm) is a matrix of one row here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 
 from lora_gguf.adapters.lora import LoraPair, Piece
 from lora_gguf.errors import UnsupportedError
+
+MEASURED_ROWS = 4096  # at a time
 
 
 @dataclass(kw_only=True, eq=False)
@@ -112,9 +115,57 @@ class Dora(Update):
         return (moved * factor[:, None] - weights).astype(np.float32)
 
     def take(self, piece: Piece) -> Update:
-        magnitude = gathered(self.magnitude, piece.rows)
+        magnitude = self.magnitude if piece.rows is None else self.magnitude[piece.rows]
         if piece.scale is not None:
             magnitude = magnitude * np.abs(piece.scale)
+        if piece.transpose:
+            turned = self.pair.take(piece)
+            n_rows, n_cols = turned.shape[-2:]
+            return DoraOfColumns(
+                name=piece.name,
+                shape=(n_rows, n_cols),
+                sources=self.sources,
+                offset=(piece.slot or 0) * n_rows,
+                pair=turned,
+                magnitude=magnitude,
+            )
+        return self.moved(piece, pair=self.pair.take(piece), magnitude=magnitude)
+
+
+@dataclass(kw_only=True, eq=False)
+class DoraOfColumns(Update):
+    """DoRA of an embedding, or of a weight that a GGUF holds turned: each column of the part brought to its length.
+
+    The ``lengths`` of the columns of W + scale * B @ A run over all of its rows: they are measured before any change.
+    """
+
+    pair: LoraPair
+    magnitude: np.ndarray
+    lengths: np.ndarray | None = None
+    kind = "DoRA"
+
+    def moved_weights(self, i: int, weights: np.ndarray) -> np.ndarray:
+        return weights + multiply(self.pair.b[i : i + len(weights)] * np.float32(self.pair.scale), self.pair.a)
+
+    def measure(self, rows: Callable[[int, int], np.ndarray]) -> None:
+        """Set ``lengths``; ``rows(first, n)`` are the base's, dequantized, counted as the tensor's are."""
+        total = np.zeros(self.shape[1])
+        for i in range(0, self.shape[0], MEASURED_ROWS):
+            n = min(MEASURED_ROWS, self.shape[0] - i)
+            total += np.square(self.moved_weights(i, rows(self.offset + i, n)), dtype=np.float64).sum(axis=0)
+        self.lengths = np.sqrt(total)
+
+    def change_of(self, i: int, weights: np.ndarray) -> np.ndarray:
+        assert self.lengths is not None, "measure comes first"  # noqa: S101
+        factor = np.divide(self.magnitude, self.lengths, out=np.zeros(self.shape[1]), where=self.lengths > 0)
+        return (self.moved_weights(i, weights) * factor - weights).astype(np.float32)
+
+    def take(self, piece: Piece) -> Update:
+        if piece.rows is not None or piece.transpose:
+            raise UnsupportedError(f"{self.name}: DoRA on {piece.name}, whose layout differs: merge it with PEFT")
+        magnitude = self.magnitude if piece.cols is None else self.magnitude[piece.cols]
+        if piece.scale is not None:
+            magnitude = magnitude * abs(float(piece.scale[0]))
         return self.moved(piece, pair=self.pair.take(piece), magnitude=magnitude)
 
 

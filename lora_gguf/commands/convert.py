@@ -19,7 +19,7 @@ from lora_gguf.files.base import Base
 from lora_gguf.hub.references import REPO_ID
 from lora_gguf.mapping import hparams
 from lora_gguf.mapping.accounts import Placement
-from lora_gguf.mapping.placement import gguf_pairs
+from lora_gguf.mapping.placement import gguf_pairs, measure_columns
 from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import read_base_config
 from lora_gguf.progress import Progress
@@ -43,6 +43,8 @@ def convert(
     with Base(base) if base is not None else nullcontext() as opened:
         model = base_model(opened, reading)
         placement = gguf_pairs(adapter, model, replace(reading, tied="refuse"), updates=True)
+        if opened is not None:
+            measure_columns(placement, opened)
         to_pairs(placement, adapter, opened, output.rank, progress)
         placement.warnings += [
             f"{pair.name}: it is the head too (tied), and llama.cpp stops at an adapter of such a tensor: merge instead"

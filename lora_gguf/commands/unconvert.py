@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_gguf.adapters.adapter import read_adapter
+from lora_gguf.adapters.adapter import allowed, read_adapter
 from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.adapters.peft_folder import config_of, tensors_of, write_folder
 from lora_gguf.errors import LoraGgufError, UnsupportedError, UsageError, printable
@@ -19,7 +19,7 @@ from lora_gguf.mapping.accounts import Account, Placement
 from lora_gguf.mapping.architectures import ARCHITECTURES
 from lora_gguf.mapping.back import module_pairs
 from lora_gguf.mapping.hparams import from_base
-from lora_gguf.mapping.placement import adapter_gguf_pairs, allowed, gguf_pairs
+from lora_gguf.mapping.placement import adapter_gguf_pairs, gguf_pairs
 from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import read_base_config
 

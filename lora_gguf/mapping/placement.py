@@ -11,14 +11,15 @@ import os
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
 from lora_gguf.adapters.adapter import Adapter, allowed
-from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair, Piece, read_adapter_gguf
-from lora_gguf.adapters.updates import Replaced, Update
+from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair, Piece, decode_rows, read_adapter_gguf
+from lora_gguf.adapters.updates import DoraOfColumns, Replaced, Update
 from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
@@ -91,6 +92,8 @@ def gguf_pairs(
     if placement.updates and not updates:
         others = [f"{update.name}: {update.kind}" for update in placement.updates]
         raise UnsupportedError(f"{adapter.label}: {others[0]}: not supported yet: merge it with PEFT", others)
+    if not isinstance(base, Hparams):
+        measure_columns(placement, base)
     changed = {update.name for update in placement.changes}
     placement.warnings += missing(adapter, hparams, changed)
     placement.warnings += run_time_warnings(placement.pairs, hparams)
@@ -98,6 +101,15 @@ def gguf_pairs(
     if not isinstance(base, Hparams) and EMBEDDING in base.tensors:
         settle_vocabulary(placement, adapter, base)
     return placement
+
+
+def measure_columns(placement: Placement, base: GgufReader | Base) -> None:
+    """Let the updates that go by the lengths of whole columns measure them in the base."""
+    for update in placement.updates:
+        if isinstance(update, DoraOfColumns):
+            info = base.tensors[update.name]
+            reader = base.reader_of(update.name) if isinstance(base, Base) else base
+            update.measure(partial(decode_rows, reader, info))
 
 
 def settle_vocabulary(placement: Placement, adapter: Adapter, base: GgufReader | Base) -> None:

@@ -28,7 +28,7 @@ KINDS = {
     '`lora_bias`, `bias="all"`, `bias="lora_only"`': (NO, EXACT),
     "aLoRA": (EXACT, "refused: active only after its tokens"),
     "PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA": ("exact if saved against the original base, else refused",) * 2,
-    "DoRA on embeddings": (NO, NO),
+    "DoRA on embeddings": (APPROXIMATE, EXACT),
     "other PEFT methods": ("refused: `convert_to_lora`",) * 2,
     **{f"`{field}`": (NO, NO) for field in REFUSED},
     "mlx-lm: LoRA, DoRA, full": ("as above", EXACT),
