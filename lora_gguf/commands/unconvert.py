@@ -44,7 +44,7 @@ def unconvert(
     if not (path.is_file() and path.suffix == ".gguf"):
         raise UsageError(f"{printable(path)}: --to peft wants an adapter GGUF: a PEFT folder is one already")
     with Base(base) as model:
-        placement = adapter_gguf_pairs(path, model, "separate", reading.allow_unused, reading.layout_of)
+        placement = adapter_gguf_pairs(path, model, reading)
         config_json = read_base_config(reading.base_config)
         hparams = from_base(model, config_json, reading.layout_of)
         found = module_pairs(placement.pairs, hparams)
@@ -80,14 +80,8 @@ def check_same(
     with tempfile.TemporaryDirectory() as folder:
         write_folder(folder, tensors, config)
         try:
-            again = gguf_pairs(
-                read_adapter(folder),
-                model,
-                config=read_base_config(reading.base_config),
-                updates=True,
-                tied="separate",
-                layout_of=reading.layout_of,
-            )
+            config_json = read_base_config(reading.base_config)
+            again = gguf_pairs(read_adapter(folder), model, reading, config=config_json, updates=True)
         except LoraGgufError as error:
             raise UnsupportedError(f"its layout cannot be undone: {error}", error.details) from error
     by_name = {pair.name: pair for pair in again.pairs}
