@@ -236,15 +236,13 @@ def merge(
     """
     check_path("base", base, MODEL)
     named = scaled_names(adapters)
-    if mmproj is not None:
-        check_path("mmproj", mmproj, MODEL)
-    reading = Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of, again)
+    reading = Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of, again, mmproj)
     resources = Resources(threads, memory)
     writing = None if out is None else Writing(out, max_bytes, keep_split, shard, modelfile, force)
     growth, measured = parse_growth(str(max_growth)), _importance(imatrix)
     policy = Policy(rounding, seed, _upper(type), _upper(quantize), measured, growth, min_retention)
     if writing and writing.one_file:
-        check_target(writing.one_file, force=force, inputs=[base, *([mmproj] if mmproj else [])])
+        check_target(writing.one_file, force=force, inputs=[base, *filter(None, [mmproj])])
     files = by_file(downloads or progress)
     model, local = fetch_model(base, files), fetch_adapters(named, files)
     reading = replace(reading, mmproj=mmproj and fetch_model(mmproj, files))

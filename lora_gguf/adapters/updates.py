@@ -82,8 +82,9 @@ class Update:
                 f"{self.name}: {self.kind} on {piece.name}, which GGUF stores transposed: merge it with PEFT"
             )
         n_rows = self.shape[0] if piece.rows is None else len(piece.rows)
+        n_cols = self.shape[1] if piece.cols is None else len(piece.cols)
         offset = (piece.offset or 0) + (piece.slot or 0) * n_rows
-        return replace(self, name=piece.name, shape=(n_rows, self.shape[1]), offset=offset, **fields)
+        return replace(self, name=piece.name, shape=(n_rows, n_cols), offset=offset, **fields)
 
 
 def gathered(values: np.ndarray | None, index: np.ndarray | None, axis: int = 0) -> np.ndarray | None:
