@@ -101,7 +101,7 @@ def test_the_page_of_a_merge_has_the_figures_of_its_json(merged, folder):
     page, printed = merged
     data = data_of(page)
     assert data["report"] == printed and len(printed["merged"]) == 15
-    assert data["figure"]["value"] == f"{printed['all']['kept']:.3f}"
+    assert data["figure"]["value"] == f"{printed['all']['kept']:.0%}" and data["figure"]["badge"] == "good"
     assert (
         data["run"]["command"].startswith(f"lora-gguf merge {folder}/base.gguf") and "--json" in data["run"]["command"]
     )
@@ -183,7 +183,7 @@ def test_hostile_names_stay_text_in_a_browser(tmp_path, browser):
     browser.open(tmp_path / "page.html")
     browser.value("document.querySelector('#accounts details').open = true")
     assert browser.value("document.querySelector('h1').textContent") == HOSTILE
-    assert browser.value("document.querySelector('#accounts td').textContent") == HOSTILE
+    assert browser.value("document.querySelector('#accounts .cards td').textContent") == HOSTILE
     assert browser.value("String(window.taken)") == "undefined" and browser.value("document.images.length") == 0
 
 
@@ -333,7 +333,7 @@ def test_the_page_of_a_checkup_has_the_figures_of_its_json(folder, tmp_path, cap
     code, out, _ = run(capsys, *words)
     data, printed = data_of(page), json.loads(out)
     assert code == 0 and data["report"] == printed and len(printed["tensors"]) == 15
-    assert data["figure"]["value"] == f"{printed['outlooks'][0]['kept']:.3f}" and plot.read_bytes().startswith(
+    assert data["figure"]["value"] == f"{printed['outlooks'][0]['kept']:.0%}" and plot.read_bytes().startswith(
         b"\x89PNG"
     )
     assert {"delta_per_step", "kept.auto", "kept.nearest", "type"} <= set(data["charts"]["maps"])
@@ -372,3 +372,30 @@ def test_a_refusal_has_its_page_and_no_plot(folder, tmp_path, capsys):
     data = data_of(page)
     assert code == errors.MismatchError.exit_code and data["figure"]["value"] == "refused" and not plot.exists()
     assert data["figure"]["label"] in err and not data["charts"]["maps"]
+
+
+def test_a_file_of_the_hubs_cache_is_called_by_its_repository():
+    from lora_gguf.report.content import file_name
+
+    commit = "0123456789abcdef" * 2 + "01234567"
+    folder = f"/home/me/.cache/huggingface/hub/models--alice--pirate-lora/snapshots/{commit}"
+    assert file_name(folder) == "alice/pirate-lora@0123456789ab"
+    assert file_name(f"{folder}/a/b.gguf") == "alice/pirate-lora@0123456789ab/a/b.gguf"
+    assert file_name("/models/b.gguf") == "/models/b.gguf"
+
+
+@in_browser
+def test_the_page_tells_what_now_and_folds_what_is_not_asked(merged, browser):
+    page, printed = merged
+    browser.open(page)
+    assert browser.value("document.querySelector('#badge').textContent") == "good"
+    what_now = browser.value("document.querySelector('#next pre').textContent")
+    assert "llama-cli -m" in what_now and "lora-gguf verify" in what_now
+    assert browser.value("[...document.querySelectorAll('table')].every(table => table.offsetWidth <= 800)")
+    drawn = "document.querySelectorAll('#histograms svg').length"
+    assert browser.value(drawn) == 1
+    browser.value("document.querySelector('#histograms details').open = true")
+    browser.value("new Promise(done => setTimeout(done, 500))")
+    assert browser.value(drawn) == len(data_of(page)["charts"]["histograms"])
+    groups = browser.value("[...document.querySelectorAll('#accounts table')[0].tBodies[0].rows].length")
+    assert groups == len({row["kind"] for row in printed["merged"]})

@@ -10,8 +10,9 @@ from typing import Any
 
 HISTOGRAM_BINS = 24
 CELL, TALL_CELL, PRINTED_CELL = 28, 18, 20  # pixels
+NARROW_FROM = 0.8  # where all tensors keep at least so much, the colours tell these apart
 EXCESS = 1.25  # a tensor that keeps more acts too strongly: the colours then go to 2
-VERDICTS = ("#2f8fc4", "#d1451b")  # holds, or does not
+VERDICTS = ("#2f8fc4", "#d1451b")  # right, or wrong
 UNKNOWN = "#8884"
 NO_LAYER = "–"  # where the axis of layers shows the tensors of none
 
@@ -94,10 +95,14 @@ def _colour(measure: str, rows: Sequence[dict]) -> dict:
     legend: dict[str, object] = {"orient": "top", "title": shown_as.title, "titleOrient": "left"}
     if shown_as.nominal:
         verdict = {"scale": {"domain": [True, False], "range": list(VERDICTS)}} if measure == "holds" else {}
-        return {"field": measure, "type": "nominal", "legend": legend | {"columns": 4}, **verdict}
-    legend |= {"format": shown_as.format.replace(".3f", ".1f"), "tickCount": 5}
+        words = {"labelExpr": "datum.value ? 'right' : 'wrong'"} if measure == "holds" else {}
+        return {"field": measure, "type": "nominal", "legend": legend | {"columns": 4} | words, **verdict}
+    digits = ".2f" if _scale(measure, rows).get("domain") == [NARROW_FROM, 1] else ".1f"
+    legend |= {"format": shown_as.format.replace(".3f", digits), "tickCount": 5}
     quantity = {"field": measure, "type": "quantitative", "scale": _scale(measure, rows), "legend": legend}
-    return {"condition": {"test": f"isValid(datum.{measure})", **quantity}, "value": UNKNOWN}
+    # codes of another type than the base's have nothing that they could be compared with
+    same = " && (!datum.base_type || datum.base_type === datum.type)" if measure == "changed" else ""
+    return {"condition": {"test": f"isValid(datum.{measure}){same}", **quantity}, "value": UNKNOWN}
 
 
 def _scale(measure: str, rows: Sequence[dict]) -> dict:
@@ -105,6 +110,8 @@ def _scale(measure: str, rows: Sequence[dict]) -> dict:
         return {"zero": True, "range": "heatmap"}
     kept = [value for row in rows if isinstance(value := value_of(row, measure), (int, float))]
     too_much = max(kept, default=0) > EXCESS
+    if kept and min(kept) >= NARROW_FROM and not too_much:
+        return {"domain": [NARROW_FROM, 1], "clamp": True, "range": "heatmap", "interpolate": "rgb"}
     return {
         "domain": [0, 2 if too_much else 1],
         "clamp": True,
@@ -125,7 +132,7 @@ def _tooltip(measures: Sequence[str]) -> list[dict]:
 def histogram(measure: str) -> dict:
     """Return how many tensors have which value of ``measure``."""
     quantity = {"field": measure, "type": "quantitative", "bin": {"maxbins": HISTOGRAM_BINS}}
-    axis = {"format": measure_of(measure).format, "labelOverlap": True, "labelFlush": True, "tickCount": 5}
+    axis = {"format": measure_of(measure).format, "labelOverlap": "parity", "labelFlush": False}
     count = {"aggregate": "count", "type": "quantitative", "title": "tensors"}
     return {
         "width": "container",
@@ -158,9 +165,9 @@ def figure(title: str, subtitle: Sequence[str], rows: Sequence[dict], measures: 
 def config(dark: bool) -> dict:
     """Return the charts' colours and fonts, on a light or a dark page."""
     text, muted, grid = ("#e6e9ee", "#aab2bd", "#333b46") if dark else ("#1c2430", "#5a6472", "#e3e7ec")
-    heat = ["#1e2a39", "#24548a", "#4a97d9", "#d3eaff"] if dark else ["#e9f0f8", "#9dc4e8", "#3c82c4", "#0a3566"]
-    kept = ["#ff7043", "#6b4a3d", "#2d5f7a", "#37b4e8"] if dark else ["#c8401a", "#f3c9a8", "#b9d9e6", "#1f7fb0"]
-    excess = ["#7d6fe0", "#b46cf0", "#e58cf5"] if dark else ["#5a55b8", "#6d2fa0", "#3f0f66"]
+    # pale is little and dark is much, on either page
+    heat = ["#e9f0f8", "#9dc4e8", "#3c82c4", "#16498a"]
+    kept, excess = ["#c8401a", "#f3c9a8", "#b9d9e6", "#1f7fb0"], ["#5a55b8", "#7d3bb0", "#5f2490"]
     category = [
         "#4f9be0",
         "#f0a03c",

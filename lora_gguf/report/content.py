@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,17 @@ from pathlib import Path
 from lora_gguf.adapters.adapter import adapter_name
 from lora_gguf.checks.checkup import WARNING, DoctorReport
 from lora_gguf.checks.closeness import CompareReport
+from lora_gguf.checks.keeping import GOOD
 from lora_gguf.commands.merge import MergeReport
+from lora_gguf.commands.next_steps import next_steps
 from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.errors import printable
 from lora_gguf.merging.retention import WARN_BELOW
-from lora_gguf.text import share_text, size_of
+from lora_gguf.text import size_of
 
+CACHED = re.compile(
+    r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(?P<rest>.*)$", re.ASCII
+)
 Adapters = Sequence[tuple[str | os.PathLike, float]]
 
 
@@ -79,7 +85,8 @@ class Table:
 class Content:
     """One page: ``report`` is the ``--json`` dict, ``rows`` the key of its list of tensors.
 
-    ``accounts`` are the columns of the table of what became of the adapter's tensors, ``files`` pairs of role and path.
+    ``accounts`` are the columns of the table of what became of the adapter's tensors, ``files`` pairs of role and path,
+    ``run`` the command lines to go on with. ``best`` are the options in the row that is recommended.
     """
 
     title: str
@@ -92,6 +99,9 @@ class Content:
     tables: list[Table]
     files: list[tuple[str, str | os.PathLike]] = field(default_factory=list)
     accounts: list[Column] = field(default_factory=lambda: ACCOUNTS)
+    run: list[str] = field(default_factory=list)
+    tables_first: bool = False
+    best: str = ""
 
 
 def of_merge(report: MergeReport, base: str | os.PathLike, adapters: Adapters, rounding: str) -> Content:
@@ -99,8 +109,9 @@ def of_merge(report: MergeReport, base: str | os.PathLike, adapters: Adapters, r
     data, whole = report.as_dict(), report.whole
     n_merged, n_copied = len(data["merged"]), len(data["copied"])
     figure = {
-        "value": share_text(whole.kept),
-        "label": "of the adapter is kept (1 is all of it)",
+        "value": percent_text(whole.kept),
+        "label": "of the fine-tune is kept",
+        "badge": judgement(whole.kept),
         "bad": not whole.kept >= WARN_BELOW,
     }
     if not whole.n_weights:
@@ -121,6 +132,7 @@ def of_merge(report: MergeReport, base: str | os.PathLike, adapters: Adapters, r
             Table("By kind of tensor", "kinds", MERGED_KINDS, {"kind": "all merged", "count": n_merged, **data["all"]})
         ],
         files=[*report.inputs, *(("output", path) for path in report.written)],
+        run=list(next_steps(report, os.fspath(base), adapters)),
     )
 
 
@@ -137,7 +149,8 @@ def of_verify(report: VerifyReport, merged: str | os.PathLike, base: str | os.Pa
     changed = f", {len(untouched['changed'])} changed" if untouched["changed"] else ""
     return Content(
         title=f"{Path(merged).name} {verdict}",
-        figure={"value": f"{data['kept']:.3f}", "label": f"of the update is in the file (1 is all of it){error}",
+        figure={"value": percent_text(data["kept"]), "label": f"of the update is in the file{error}",
+                "badge": report.verdict,
                 "bad": not report.ok or data["kept"] < WARN_BELOW},
         lines=[
             f"Compared with {Path(base).name} and {_names(adapters)}: {n_adapted} adapted tensors, {whole['wrong']} wrong; "
@@ -158,8 +171,9 @@ def of_doctor(report: DoctorReport, base: str | os.PathLike, adapters: Adapters)
     if report.ok:
         kept = report.outlooks[0].kept
         figure = {
-            "value": share_text(kept),
-            "label": "of the adapter would be kept (1 is all of it)",
+            "value": percent_text(kept),
+            "label": "of the fine-tune would be kept",
+            "badge": judgement(kept),
             "bad": not kept >= WARN_BELOW,
         }
     else:
@@ -175,7 +189,27 @@ def of_doctor(report: DoctorReport, base: str | os.PathLike, adapters: Adapters)
         measures=("delta_per_step", *ways, "delta_norm", "type"),
         tables=[Table("Ways to merge", "outlooks", WAYS), Table("What was looked at", "remarks", REMARKS)],
         files=report.inputs,
+        tables_first=True,
+        best=best_way(report),
     )
+
+
+def best_way(report: DoctorReport) -> str:
+    """Return the options of the way to merge that the report recommends."""
+    named = [way.options for way in report.outlooks if way.options in report.recommendation]
+    return max(named, key=len, default="")
+
+
+def judgement(kept: float) -> str:
+    """Return in a word whether that much of an adapter is good."""
+    if not math.isfinite(kept):
+        return ""
+    return "good" if kept >= GOOD else "fair" if kept >= WARN_BELOW else "poor"
+
+
+def percent_text(share: float) -> str:
+    """Return a share of one as per cent for a reader; n/a where there is nothing to share."""
+    return f"{share:.0%}" if math.isfinite(share) else "n/a"
 
 
 def of_compare(
@@ -213,4 +247,12 @@ def _accounted(data: dict) -> str:
 
 def file_rows(files: Sequence[tuple[str, str | os.PathLike]]) -> list[dict]:
     """Return the files' roles, names, and sizes in bytes; a folder's size is that of the files in it."""
-    return [{"role": role, "name": printable(path), "size": size_of(path)} for role, path in files]
+    return [{"role": role, "name": file_name(path), "size": size_of(path)} for role, path in files]
+
+
+def file_name(path: str | os.PathLike[str]) -> str:
+    """Return what to call a file: of the Hub's cache OWNER/NAME@COMMIT and its name there, else its path."""
+    found = CACHED.search(Path(path).as_posix())
+    if not found:
+        return printable(path)
+    return printable(f"{found['owner']}/{found['name']}@{found['commit'][:12]}{found['rest']}")

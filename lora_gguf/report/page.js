@@ -44,7 +44,7 @@ function table(columns, content, kind = "") {
   made.append(element("thead"), element("tbody"));
   made.tHead.append(head);
   for (const row of content) {
-    const line = element("tr", undefined, { class: row.total ? "total" : row.outcome === "error" || row.wrong ? "wrong" : "" });
+    const line = element("tr", undefined, { class: row.total ? "total" : row.outcome === "error" || row.wrong ? "wrong" : page.best && row.options === page.best ? "best" : "" });
     line.append(...columns.map((column) => cell(row, column)));
     made.tBodies[0].append(line);
   }
@@ -69,10 +69,14 @@ async function drawMap() {
   await draw(chart, chart.clientWidth < NARROW ? tall : wide);
 }
 
+// a folded chart has no width to be drawn in
+function drawHistograms() {
+  const shown = Object.entries(page.charts.histograms).filter((_, i) => !i || $("#histograms details").open);
+  return Promise.all(shown.map(([name, spec]) => draw($(`[data-measure="${name}"]`, $("#histograms")), spec)));
+}
+
 async function drawAll() {
-  const drawn = Object.entries(page.charts.histograms).map(([name, spec]) => draw($(`[data-measure="${name}"]`, $("#histograms")), spec));
-  if (measure) drawn.push(drawMap());
-  await Promise.all(drawn);
+  await Promise.all([drawHistograms(), ...(measure ? [drawMap()] : [])]);
   document.body.dataset.drawn = "yes";
 }
 
@@ -82,7 +86,12 @@ function prepareCharts() {
     button.onclick = () => { measure = name; drawMap(); };
     $("#map .measures").append(button);
   }
-  for (const name of Object.keys(page.charts.histograms)) $(".grid", show("histograms")).append(element("div", undefined, { class: "chart", "data-measure": name }));
+  Object.keys(page.charts.histograms).forEach((name, i) => {
+    const section = show("histograms"), folded = $("details", section);
+    if (i) folded.hidden = false;
+    (i ? $(".grid", section) : $(".first", section)).append(element("div", undefined, { class: "chart", "data-measure": name }));
+  });
+  $("#histograms details").addEventListener("toggle", drawHistograms);
   dark.addEventListener("change", drawAll);
   let narrow = window.innerWidth < NARROW;
   window.addEventListener("resize", () => {
@@ -90,10 +99,23 @@ function prepareCharts() {
   });
 }
 
+// accounts by what became of them, and by the kind of tensor that they went to
+const GROUPS = [{ key: "outcome", title: "outcome", format: "" }, { key: "kind", title: "went to", format: "" }, { key: "count", title: "tensors", format: "d" }];
+
+function grouped(accounts) {
+  const groups = new Map();
+  for (const { outcome, target, reason } of accounts) {
+    const kind = (target || reason || "").replace(/^(?:(enc|dec)\.)?blk\.\d+\./, "$1").replace(/\.weight$/, ""), key = `${outcome} ${kind}`;
+    groups.set(key, { outcome, kind, count: (groups.get(key)?.count || 0) + 1 });
+  }
+  return [...groups.values()];
+}
+
 function prepareAccounts(accounts) {
   const section = show("accounts"), counts = {}, columns = page.columns.accounts;
   for (const { outcome } of accounts) counts[outcome] = (counts[outcome] || 0) + 1;
   $(".summary", section).textContent = `${accounts.length} in all: ` + Object.entries(counts).map(([what, n]) => `${n} ${what}`).join(", ");
+  $(".summary", section).after(table(GROUPS, grouped(accounts)));
   const others = accounts.filter(({ outcome }) => outcome !== "applied");
   if (others.length) $("details", section).before(table(columns, others.slice(0, MOST_ROWS), "cards"));
   const list = () => {
@@ -121,6 +143,9 @@ function prepareText() {
   $("#figure").textContent = page.figure.value;
   $("#label").textContent = page.figure.label;
   if (page.figure.bad) $("header").classList.add("bad");
+  if (page.figure.badge) { $("#badge").textContent = page.figure.badge; $("#badge").hidden = false; }
+  if (page.next.length) $("pre", show("next")).textContent = page.next.join("\n");
+  if (page.tables_first) $("#map").before($("#tables"));
   $("#lines").append(...page.lines.map((line) => element("p", line)));
   if (page.warnings.length) $("ul", show("warnings")).append(...page.warnings.map((line) => element("li", line)));
   $("#command").textContent = page.run.command;
