@@ -169,11 +169,56 @@ def test_a_mix_of_types_holds_new_rows(tmp_path):
         assert model.tensors["output.weight"].type.name == "Q8_0" and len(model.get("tokenizer.ggml.tokens")) == 291
 
 
+def copied(kind, folder, words):
+    """A fixture's adapter with other words for its tokens, or none."""
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((KINDS / kind / name).read_bytes())
+    if words:
+        (folder / "added_tokens.json").write_text(json.dumps({word: 288 + i for i, word in enumerate(words)}))
+    return folder
+
+
+def new_rows(base, adapters, out, name):
+    report = merge(base, [(adapter, 1.0) for adapter in adapters], out, force=True)
+    return rows(out, name).view(np.float32)[288:], report
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, "output.weight"])
+def test_two_adapters_with_the_same_tokens_share_their_rows(tmp_path, name):
+    base, out = tiny.base_gguf(tmp_path, "qwen2"), tmp_path / "out.gguf"
+    kinds = [KINDS / "new-tokens-whole", KINDS / "new-tokens-lora"]
+    (one, _), (other, _) = (new_rows(base, [kind], out, name) for kind in kinds)
+    both, report = new_rows(base, kinds, out, name)
+    np.testing.assert_allclose(both, (one + other) / 2, atol=1e-6)
+    assert any("3 new tokens are in several adapters" in line for line in report.plan.warnings)
+    with GgufReader(out) as reader:
+        assert reader.get("tokenizer.ggml.tokens")[288:] == ["<|begin|>", "<|end|>", "new word"]
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, "output.weight"])
+def test_two_adapters_with_other_tokens_bring_them_all(tmp_path, name):
+    base, out = tiny.base_gguf(tmp_path, "qwen2"), tmp_path / "out.gguf"
+    first, second = (
+        KINDS / "new-tokens-whole",
+        copied("new-tokens-lora", tmp_path / "b", ["<|call|>", "<|end|>", "third"]),
+    )
+    (one, _), (other, _) = (new_rows(base, [adapter], out, name) for adapter in (first, second))
+    both, _ = new_rows(base, [first, second], out, name)
+    expected = np.concatenate([one[:1], (one[1:2] + other[1:2]) / 2, one[2:], other[:1], other[2:]])
+    np.testing.assert_allclose(both, expected, atol=1e-6)
+    with GgufReader(out) as reader:
+        found = reader.get("tokenizer.ggml.tokens")
+    assert found[288:] == ["<|begin|>", "<|end|>", "new word", "<|call|>", "third"]
+    answer = tiny.server(out).handle_completions({"prompt": [1, 292], "n_predict": 1})
+    assert answer["usage"]["prompt_tokens"] == 2
+
+
 @pytest.mark.campaign("adapters that do not fit")
-def test_two_adapters_with_tokens_are_refused(tmp_path):
-    base = tiny.base_gguf(tmp_path, "qwen2")
+def test_two_adapters_whose_tokens_have_no_names_are_refused(tmp_path):
+    base, second = tiny.base_gguf(tmp_path, "qwen2"), copied("new-tokens-lora", tmp_path / "b", [])
     with pytest.raises(MismatchError, match="two adapters add tokens.*merge one, then the other"):
-        merge(base, [(KINDS / "new-tokens-whole", 1.0), (KINDS / "new-tokens-lora", 1.0)], tmp_path / "out.gguf")
+        merge(base, [(KINDS / "new-tokens-whole", 1.0), (second, 1.0)], tmp_path / "out.gguf")
 
 
 def test_added_tokens_rename_fillers_without_trained_rows(tmp_path):

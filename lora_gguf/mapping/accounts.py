@@ -11,6 +11,7 @@ from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair
 from lora_gguf.adapters.updates import Update
 from lora_gguf.errors import MismatchError, printable
 from lora_gguf.mapping.hparams import Hparams
+from lora_gguf.mapping.vocabulary import Token
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Placement:
     ``invocation_tokens`` (aLoRA) say that the adapter is active only after these tokens, so that it can't be merged.
     ``approximations`` gives the relative error of the tensors whose update ``convert`` could not write exactly.
     ``new_rows`` are f32 rows (k, cols) that come after those of the base's embedding and head, for new tokens, and
-    ``key_values`` the raw key/value pairs of the vocabulary that take the place of the base's.
+    ``key_values`` the raw key/value pairs of the vocabulary that take the place of the base's; ``tokens`` are those of
+    the adapter's tokenizer, by id.
     """
 
     pairs: list[LoraPair] = field(default_factory=list)
@@ -71,6 +73,7 @@ class Placement:
     approximations: dict[str, float] = field(default_factory=dict)
     new_rows: dict[str, np.ndarray] = field(default_factory=dict)
     key_values: dict[str, bytes] = field(default_factory=dict)
+    tokens: dict[int, Token] = field(default_factory=dict)
 
     def is_idle(self, factor: float) -> bool:
         """Return whether it changes nothing at ``factor`` times its own scale, as far as that shows without the

@@ -125,6 +125,7 @@ def settle_vocabulary(placement: Placement, adapter: Adapter, base: GgufReader |
         tokens = learned | tokens
     if n_rows == n_old and (not tokens or "tokenizer.ggml.tokens" not in base.kv):
         return
+    placement.tokens = tokens
     try:
         placement.key_values = extended(base, tokens, n_rows, merges)
     except MismatchError as error:

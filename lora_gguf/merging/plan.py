@@ -16,6 +16,7 @@ from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.mapping.accounts import Placement
 from lora_gguf.merging.growth import grown
+from lora_gguf.merging.new_tokens import with_one_vocabulary
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.merging.types import with_types
@@ -64,7 +65,7 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
 
     Raises ``MismatchError``, ``NumericError`` or ``UnsupportedError`` with all offenders listed.
     """
-    placements = list(placements)
+    placements = with_one_vocabulary(base, list(placements))
     if strange := [scale for _, scale in placements if not math.isfinite(scale) or abs(scale) > LARGEST_SCALE]:
         raise UsageError(f"scale: expected a finite number up to {LARGEST_SCALE:.0e}, found {strange[0]}")
     tensors = adapted(base, placements)
