@@ -43,6 +43,7 @@ bench-speed: $(VENV)/test
 
 bench-fidelity: $(VENV)/bench
 	$(BIN)/python -m tests.bench.fidelity
+	$(BIN)/python -m tests.bench.further
 
 clean:
 	rm -rf $(VENV) models merged adapters

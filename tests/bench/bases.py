@@ -10,15 +10,16 @@ from libgguf import quantize_rows
 
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, raw_key_values
+from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.quants.ggml import BY_NAME
 from tests.bench.oracle import decoded
 
 # what llama.cpp takes for rows that are not a multiple of 256
-FALLBACKS = {"Q2_K": "IQ4_NL", "Q4_K": "Q5_0"}
+FALLBACKS = {"Q2_K": "IQ4_NL", "Q4_K": "Q5_0", "Q6_K": "Q8_0"}
 
 
-def requantized(source: Path, target: Path, type_name: str) -> Path:
-    """A copy of ``source`` with its Q4_1 tensors in ``type_name``.
+def requantized(source: Path, target: Path, type_name: str, imatrix: Imatrix | None = None) -> Path:
+    """A copy of ``source`` with its Q4_1 tensors in ``type_name``, quantized with an ``imatrix`` if there is one.
 
     The weights first get uniform noise of one of their own steps: on the grid that they lie on, a second quantization
     would find that grid again and lose nothing.
@@ -29,7 +30,11 @@ def requantized(source: Path, target: Path, type_name: str) -> Path:
             for info in reader.tensors.values():
                 raw = reader.read(info)
                 if info.type.name == "Q4_1":
-                    raw = encoded(broken_grid(decoded(reader, info), raw, info.name), writer.tensors[info.name].type)
+                    weights = broken_grid(decoded(reader, info), raw, info.name)
+                    importance = (
+                        imatrix.importance[info.name][0] if imatrix and info.name in imatrix.importance else None
+                    )
+                    raw = encoded(weights, writer.tensors[info.name].type, importance)
                 writer.write(writer.tensors[info.name], 0, np.ascontiguousarray(raw))
             writer.commit()
     return target
@@ -47,8 +52,10 @@ def broken_grid(weights: np.ndarray, raw: np.ndarray, name: str) -> np.ndarray:
     return weights + noise * np.repeat(step[:, :, 0], 32, axis=1)
 
 
-def encoded(weights: np.ndarray, type) -> np.ndarray:
+def encoded(weights: np.ndarray, type, importance: np.ndarray | None = None) -> np.ndarray:
+    if type.name == "F32":
+        return weights
     if type.name == "BF16":
         bits = weights.view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return np.asarray(quantize_rows(weights, type.id)).view(np.uint8).reshape(len(weights), -1)
+    return np.asarray(quantize_rows(weights, type.id, imatrix=importance)).view(np.uint8).reshape(len(weights), -1)

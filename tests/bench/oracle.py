@@ -26,17 +26,6 @@ MODULES = {
 _TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
-def windows(gguf: Path, text: str, n_windows: int, length: int) -> tuple[AutoModelForCausalLM, torch.Tensor]:
-    """The model of a GGUF in f32, and ``text`` in its tokens, cut into windows (n_windows, length), without BOS: none
-    is a beginning.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    rows = [ids[i * length : (i + 1) * length] for i in range(n_windows)]
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    return model.eval(), torch.tensor(rows)
-
-
 def linear_weights(gguf: Path) -> dict[str, torch.Tensor]:
     """The linear layers of a GGUF in f32, by transformers' parameter names."""
     found = {}
@@ -79,8 +68,16 @@ class Oracle:
     """A model whose linear layers can be exchanged, and a text to judge them by."""
 
     def __init__(self, gguf: Path, text: str, n_windows: int, length: int = 256):
-        self.model, self.tokens = windows(gguf, text, n_windows, length)
+        self.tokenizer, self.length = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name), length
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        self.model, self.tokens = model.eval(), self.windows_of(text)[:n_windows]
         self.parameters = dict(self.model.named_parameters())
+
+    def windows_of(self, text: str) -> torch.Tensor:
+        """``text`` in tokens, cut into windows (n_windows, length), without BOS: none is a beginning."""
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        starts = range(0, len(ids) - self.length + 1, self.length)
+        return torch.tensor([ids[start : start + self.length] for start in starts])
 
     def set(self, weights: dict[str, torch.Tensor]) -> None:
         for name, weight in weights.items():
