@@ -30,7 +30,7 @@ from lora_gguf.files.imatrix import Imatrix, read_imatrix
 from lora_gguf.files.output import check_target
 from lora_gguf.hub import base_models
 from lora_gguf.hub.base_models import Bases, bases_of
-from lora_gguf.hub.downloads import fetch_adapter, fetch_adapters, fetch_model
+from lora_gguf.hub.downloads import fetch_adapter, fetch_adapters, fetch_imatrix, fetch_model
 from lora_gguf.hub.references import Adapters, Name, scaled_names
 from lora_gguf.mapping.reading import AsFound, Reading
 from lora_gguf.merging.options import Policy, Resources, Writing, parse_growth
@@ -227,7 +227,8 @@ def merge(
     as Q4_K_M for all tensors of a base in F16, BF16 or F32; ``max_growth`` a share of the base's size; ``max_bytes``
     the size of a shard, and ``shard`` N/COUNT one of them alone; ``again`` lets an adapter in that the base already
     holds; ``memory`` is in bytes, for the rows in work. The same arguments give the same file, whatever the memory and
-    the number of threads. ``mmproj`` is the model's, into which the adapters' vision and audio part goes: it is written
+    the number of threads. ``imatrix`` None takes the one in the base's repository on the Hub, if there is one, and the
+    word none takes none. ``mmproj`` is the model's, into which the adapters' vision and audio part goes: it is written
     too, as mmproj-NAME.gguf, in its own types.
 
     Raises ``MismatchError`` (the adapter does not fit), ``UnsupportedError``, ``NumericError`` (NaN, or less than
@@ -246,9 +247,15 @@ def merge(
     files = by_file(downloads or progress)
     model, local = fetch_model(base, files), fetch_adapters(named, files)
     reading = replace(reading, mmproj=mmproj and fetch_model(mmproj, files))
+    found = fetch_imatrix(base, files) if imatrix is None else None
+    if found:
+        policy = replace(policy, imatrix=read_imatrix(found))
     from lora_gguf.commands.merge import merge as work
 
-    return work(model, local, writing, policy, reading, resources, progress)
+    report = work(model, local, writing, policy, reading, resources, progress)
+    if found:
+        report.plan.warnings.append(f"{found.name}: the importance matrix beside the base is used; --imatrix none: not")
+    return report
 
 
 def verify(
@@ -382,6 +389,8 @@ def _check_fetch(adapter: Name, subfolder: str | None, output: Name | None = Non
 def _importance(imatrix: Name | Imatrix | None) -> Imatrix | None:
     if not isinstance(imatrix, (str, os.PathLike)):
         return imatrix
+    if os.fspath(imatrix) == "none":
+        return None
     check_path("imatrix", imatrix)
     return read_imatrix(imatrix)
 

@@ -86,7 +86,8 @@ def merge(
     imatrix: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", help="llama.cpp's importance matrix: which columns matter to auto, and to new grids."
+            metavar="PATH",
+            help="llama.cpp's importance matrix, tells auto which columns matter; default: that in the base's repository.",
         ),
     ] = None,
     tied: TiedHead = Tied.separate,

@@ -20,7 +20,7 @@ from lora_gguf.errors import LoraGgufError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import padded
 from lora_gguf.files.input_file import InputFile
-from lora_gguf.hub.downloads import find_model
+from lora_gguf.hub.downloads import find_model, imatrix_of
 from lora_gguf.hub.remote import open_model
 from lora_gguf.mapping.accounts import Placement
 from lora_gguf.mapping.reading import Reading
@@ -62,9 +62,12 @@ def doctor(
     What keeps them from being merged is the report's ``refusal``; files that cannot be read raise as ever. ``progress``
     is called with (samples done since the last call, samples in all, tensor name).
     """
-    with open_base(base) as model:
+    found = find_model(base)
+    with open_model(*found) if found else Base(base) as model:
         named = [(adapter_name(path), float(factor)) for path, factor in adapters]
         report = DoctorReport(model.label, named, [("base", base), *(("adapter", path) for path, _ in adapters)])
+        if found and (matrix := imatrix_of(found[0])):
+            report.remarks.append(Remark("base", OK, f"{matrix}: merge uses this importance matrix beside the base"))
         for path, _ in adapters:
             report.remarks += remarks_on(path, model, named=len(adapters) > 1)
         try:
@@ -78,11 +81,6 @@ def doctor(
             report.refusal = error
             report.remarks.append(Remark("fit", REFUSAL, str(error)))
     return report
-
-
-def open_base(base: str | os.PathLike) -> Base:
-    found = find_model(base)
-    return open_model(*found) if found else Base(base)
 
 
 def is_local(model: Base) -> bool:

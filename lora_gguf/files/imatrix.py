@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,8 +48,17 @@ class Imatrix:
         raise MismatchError(
             f"{self.label}: {tensor.name}: expected {shape[0]} x {shape[1]} values, found "
             f"{' x '.join(map(str, found.shape))}: "
-            "is it the importance matrix of another model?"
+            "is it the importance matrix of another model? --imatrix none merges without one"
         )
+
+    def check(self, tensors: Iterable[TensorInfo]) -> None:
+        """Raise ``MismatchError`` where it is not of the model with these ``tensors``."""
+        measured = [tensor for tensor in tensors if self.of(tensor) is not None]
+        if not measured:
+            raise MismatchError(
+                f"{self.label}: none of its {len(self.importance)} entries is a tensor of the base: is it the "
+                "importance matrix of another model? --imatrix none merges without one"
+            )
 
 
 def read_imatrix(path: str | os.PathLike) -> Imatrix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lora_gguf.hub.repository import Repo, download, open_repo, remember
 from lora_gguf.progress import FileProgress
 
 CONFIG = "adapter_config.json"
+IMATRIX = re.compile(r"imatrix[^/]*\.(dat|gguf)$|\.imatrix$", re.IGNORECASE)
 TOKENIZER = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -34,6 +36,26 @@ def fetch_model(source: Name, progress: FileProgress | None = None) -> Path:
     """
     found = find_model(source)
     return fetch_quantization(*found, progress) if found else Path(source)
+
+
+def fetch_imatrix(source: Name, progress: FileProgress | None = None) -> Path | None:
+    """Return the local path of the importance matrix in the repository that ``source`` names on the Hub, downloaded if
+    need be; None where there is none, and of a path.
+
+    Of several it is the one with the shortest name. Raises as ``fetch_model``.
+    """
+    reference = model_reference(source)
+    if reference is None:
+        return None
+    repo = open_repo(reference.repo, reference.revision)
+    name = imatrix_of(repo)
+    return download(repo, name, progress) if name else None
+
+
+def imatrix_of(repo: Repo) -> str | None:
+    """Return the name of the importance matrix in a repository, None where there is none."""
+    names = [name for name in repo.files if IMATRIX.search(name)]
+    return min(names, key=lambda name: (len(name), name)) if names else None
 
 
 def find_model(source: Name) -> tuple[Repo, Quantization] | None:

@@ -70,6 +70,8 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
         raise UsageError(f"scale: expected a finite number up to {LARGEST_SCALE:.0e}, found {strange[0]}")
     tensors = adapted(base, placements)
     _check(base, tensors)
+    if policy.imatrix:
+        policy.imatrix.check(base.tensors.values())
     typed = with_types(base, tensors, policy)
     tensors = grown(typed, base, policy)
     promoted = frozenset(
