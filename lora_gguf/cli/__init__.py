@@ -110,7 +110,7 @@ def _on_signals(handler: Callable[[int, object], None]) -> None:
 
 
 def main() -> None:
-    """Run the command line, as the console script does; turn every refusal into one line on stderr and its exit code."""
+    """Run the console script: turn every refusal into one line on stderr and its exit code."""
     _open_standard_streams()
     _on_signals(_terminate)
     try:

@@ -138,7 +138,7 @@ def by_kind(report: DoctorReport) -> list[tuple]:
 
 
 def averages(group: list[TensorOutlook]) -> tuple[str, ...]:
-    """Return rms(delta), delta/step, and what is kept by default and with nearest rounding, over the tensors' energy."""
+    """Return rms(delta), delta/step, and what is kept by default and with nearest rounding, weighed by energy."""
     from lora_gguf.text import share_text
 
     energy = [tensor.delta_norm**2 for tensor in group]

@@ -86,7 +86,7 @@ def _first_shard(path: str | os.PathLike[str]) -> tuple[Path, bool]:
 def run_time_adapters(
     adapters: Sequence[tuple[str | os.PathLike[str], float]], base: Path
 ) -> Iterator[list[tuple[Path, float]]]:
-    """Return the adapters as GGUFs that llama.cpp loads beside ``base``; PEFT's are converted for as long as it lasts."""
+    """Yield the adapters as GGUFs that llama.cpp loads beside ``base``; PEFT's are converted for the time."""
     with TemporaryDirectory(prefix="lora-gguf-") as folder:
         yield [(_as_gguf(path, base, Path(folder) / f"{i}.gguf"), scale) for i, (path, scale) in enumerate(adapters)]
 

@@ -88,7 +88,7 @@ def is_local(model: Base) -> bool:
 
 
 def remarks_on(path: str | os.PathLike, model: Base, named: bool = False) -> list[Remark]:
-    """Return what to say of an adapter before its weights are looked at; ``named`` where it must be told from others."""
+    """Return what is said of an adapter before its weights are looked at; ``named`` where it must be told apart."""
     found = inspect(path)
     if not isinstance(found, AdapterInspection):
         return []  # the placement says what it is instead

@@ -66,8 +66,8 @@ def base_model_of(source: str | os.PathLike, subfolder: str | None = None) -> st
 
 
 def base_config_of(adapter: Path, progress: FileProgress | None = None) -> Path:
-    """Return the ``config.json`` of the model that ``adapter``, a folder or a file in it, was trained on: kilobytes, from the Hub or
-    where the adapter says that the model lies.
+    """Return the ``config.json`` of the model that ``adapter``, a folder or a file in it, was trained on: kilobytes,
+    from the Hub or where the adapter says that the model lies.
 
     Raises ``UsageError`` where the adapter does not say, ``HubError`` where the Hub cannot be asked; both say what to
     give instead.

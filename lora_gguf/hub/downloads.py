@@ -99,7 +99,8 @@ def fetch_adapter(
 
     A path that exists is returned as it is. From the Hub come only the files that matter, into its own cache, at one
     commit, each compared with its hash; with ``output`` they are copied there, and ``force`` replaces files that
-    differ. ``progress`` is called with a file's name, its bytes so far and in all. Raises ``HubError``, ``IntegrityError``, ``FileError``, ``UsageError``.
+    differ. ``progress`` is called with a file's name, its bytes so far and in all. Raises ``HubError``,
+    ``IntegrityError``, ``FileError``, ``UsageError``.
     """
     if names_file(source) and not (revision or subfolder):
         path = fetch_model(source, progress)
@@ -119,7 +120,7 @@ def fetch_adapter(
 
 
 def adapter_files(repo: Repo, subfolder: str = "") -> list[str]:
-    """Return the files of ``repo`` that make an adapter, the configuration first and the weights (or their index) last."""
+    """Return the files of ``repo`` that make an adapter: the configuration first, the weights (or an index) last."""
     prefix = f"{subfolder}/" if subfolder else ""
     here = [name.removeprefix(prefix) for name in repo.files if name.startswith(prefix)]
     try:

@@ -64,7 +64,7 @@ class Repo:
 
 
 def open_repo(repo_id: str, revision: str | None = None) -> Repo:
-    """Return the files of ``repo_id`` at ``revision`` (branch, tag, commit; default main); offline, those in the cache."""
+    """Return ``repo_id`` with its files at ``revision`` (branch, tag or commit); offline, those in the cache."""
     from huggingface_hub import HfApi, constants
 
     repo = Repo(repo_id, revision or DEFAULT_REVISION, "")

@@ -53,7 +53,7 @@ def write_plot(
 
 
 def page_of(content: Content, command: Sequence[str]) -> str:
-    """Return the page's HTML. Its figures are those of ``content.report``, embedded as JSON under the key ``report``."""
+    """Return the page's HTML; its figures are those of ``content.report``, embedded as JSON under that key."""
     library, script = _library(), _inline(_part("page.js"))
     return Template(_part("page.html")).substitute(
         policy=policy((library, script)),
