@@ -243,7 +243,7 @@ def merge(
     growth, measured = parse_growth(str(max_growth)), _importance(imatrix)
     policy = Policy(rounding, seed, _upper(type), _upper(quantize), measured, growth, min_retention)
     if writing and writing.one_file:
-        check_target(writing.one_file, force=force, inputs=[base, *filter(None, [mmproj])])
+        check_target(writing.one_file, force=force, inputs=[base, *([] if mmproj is None else [mmproj])])
     files = by_file(downloads or progress)
     model, local = fetch_model(base, files), fetch_adapters(named, files)
     reading = replace(reading, mmproj=mmproj and fetch_model(mmproj, files))

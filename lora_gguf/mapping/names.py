@@ -25,7 +25,7 @@ OTHER_TOWERS = (
     "visual.", "vision.", "audio.", "talker.", "vision_", "audio_", "token2wav.", "code2wav.", "projector.",
     "pre_mm_projector_norm", "image_newline", "patch_embed", "patch_merger.", "patch_merge_mlp.", "model.connector.",
     "vqmodel.", "model.aligner.", "generation_", "model.merger.", "sam_model.", "vit_large_projector", "speech_encoder.",
-    "speech_audio_adapter.", "ln_speech", "model.encoder.input_linear", "model.encoder.out", ".attn.to_", ".ff1.", ".ff2.", ".conv.up_conv", ".conv.down_conv",
+    "speech_audio_adapter.", "ln_speech", "model.encoder.input_linear", "model.encoder.out", "qwen2_model.", ".attn.to_", ".ff1.", ".ff2.", ".conv.up_conv", ".conv.down_conv",
 )  # fmt: skip
 # parts that make speech or pictures, for which there is no GGUF
 GENERATION = ("talker.", "token2wav.", "code2wav.", "vqmodel.", "generation_")

@@ -356,6 +356,15 @@ MINIMAX_M3 = layers(rf"{VIT_ROOT}encoder\.layers\.", "v.blk", {
 MUSE = layers(r"vision_tower\.layers\.", "v.blk", MLP | BLOCK | {
     "attn.q_proj": Out("attn_q", (ROTARY_Q,)), "attn.k_proj": Out("attn_k", (ROTARY_Q,)), "attn.v_proj": "attn_v",
 }) + under(r"", {"vision_adapter.fc1": "mm.0", "vision_adapter.fc2": "mm.1", "vision_projection": "mm.2"})  # fmt: skip
+PHI4 = FLAT_VIT + under(r"mm_projector\.", {"#": "mm.#"})
+DEEPSEEK_OCR = layers(r"sam_model\.blocks\.", "v.sam.blk", {
+    "attn.qkv": "attn.qkv", "attn.proj": "attn.out", "mlp.lin1": "mlp.lin1", "mlp.lin2": "mlp.lin2", "norm1": "pre_ln",
+    "norm2": "post_ln",
+}) + layers(r"vision_model\.transformer\.layers\.", "v.blk", MLP | NORMS | {
+    "self_attn.qkv_proj": "attn_qkv", "self_attn.out_proj": "attn_out",
+}) + layers(r"qwen2_model\.model\.model\.layers\.", "v.blk", ATTENTION | GATED_MLP | {"self_attn.o_proj": "attn_out"}) + under(
+    r"", {"sam_model.patch_embed.proj": "v.sam.patch_embd", "projector.layers": "mm.model.fc"}
+)  # fmt: skip
 
 # clip.projector_type -> its row
 TOWERS: dict[str, Tower] = {
@@ -413,5 +422,8 @@ TOWERS: dict[str, Tower] = {
     "step3vl": Tower(("StepVLForConditionalGeneration", "Step3p7ForConditionalGeneration"), STEP3VL),
     "nemotron_v2_vl": Tower(("NemotronH_Nano_VL_V2", "RADIOModel"), NEMOTRON),
     "minimax_m3": Tower(("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3VLForConditionalGeneration"), MINIMAX_M3),
+    "phi4": Tower(("Phi4ForCausalLMV",), PHI4),
+    "deepseekocr": Tower(("DeepseekOCRForCausalLM", "UnlimitedOCRForCausalLM"), DEEPSEEK_OCR),
+    "deepseekocr2": Tower(("DeepseekOCR2ForCausalLM",), DEEPSEEK_OCR),
     "muse-glimmer": Tower(("MuseGlimmerForConditionalGeneration",), MUSE),
 }  # fmt: skip
