@@ -355,26 +355,30 @@ def extract(
     base: Name,
     tuned: Name,
     out: Name,
-    rank: int = 32,
+    rank: int | str = 32,
     *,
     outtype: str = "f16",
     force: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
     downloads: Progress | None = None,
 ) -> Extraction:
     """Write the adapter of ``rank`` that turns the GGUF ``base`` into ``tuned`` to ``out``, as nearly as that rank can.
 
+    The rank ``auto`` is for each tensor the least that keeps 99% of its difference's energy, 256 at most.
     Raises ``MismatchError`` where the two are not of one model.
     """
     check_path("base", base, MODEL)
     check_path("tuned", tuned, MODEL)
-    check_whole("rank", rank, 1)
-    output = AdapterFile(out, outtype, rank, force)
+    if rank != "auto":
+        check_whole("rank", rank, 1)
+    output = AdapterFile(out, outtype, None if rank == "auto" else int(rank), force)
+    resources = Resources(threads)
     files = by_file(downloads or progress)
     before, after = fetch_model(base, files), fetch_model(tuned, files)
     from lora_gguf.commands.extract import extract as work
 
-    return work(before, after, output, progress)
+    return work(before, after, output, resources.threads, progress)
 
 
 def _check_fetch(adapter: Name, subfolder: str | None, output: Name | None = None, force: bool = False) -> None:

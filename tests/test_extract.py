@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from libgguf import quantize_rows
 
-from lora_gguf.adapters.factoring import factor
+from lora_gguf.adapters.factoring import factor, factor_to
 from lora_gguf.adapters.lora import decode, read_adapter_gguf
 from lora_gguf.api import extract
 from lora_gguf.errors import LoraGgufError, MismatchError, UsageError
@@ -115,8 +115,9 @@ def test_refusals(folder):
         extract(base, base, out)
     with pytest.raises(MismatchError, match="gpt2"):
         extract(base, tiny.base_gguf(folder, "gpt2"), out)
-    with pytest.raises(UsageError, match="rank"):
-        extract(base, tuned, out, 0)
+    for rank in (0, "all"):
+        with pytest.raises(UsageError, match="rank"):
+            extract(base, tuned, out, rank)
     smaller = tiny.write_gguf(
         folder / "smaller.gguf", "llama", before | {"output.weight": before["output.weight"][:-1]}
     )
@@ -146,3 +147,36 @@ def test_factors_keep_what_the_best_ones_would(shape):
 def test_factors_of_nothing():
     found = factor(np.zeros((5, 4), np.float32), 8)
     assert found.a.shape == (4, 4) and found.share == 1.0 and found.error == 0.0
+
+
+def test_the_rank_that_keeps_enough():
+    """A matrix of rank 20 and a little noise, and one of noise alone: the least rank whose factors keep 99%."""
+    rng = np.random.default_rng(6)
+    noise = rng.standard_normal((300, 200)).astype(np.float32)
+    clean = (rng.standard_normal((300, 20)) @ rng.standard_normal((20, 200))).astype(np.float32)
+    for matrix, most in ((clean + 0.01 * noise, 256), (noise, 256), (noise, 32)):
+        found = factor_to(matrix, 0.99, most)
+        sizes2 = np.square(np.linalg.svd(matrix.astype(np.float64), compute_uv=False))
+        least = min(int(np.searchsorted(np.cumsum(sizes2), 0.99 * sizes2.sum())) + 1, most)
+        assert (
+            abs(len(found.a) - least) <= 1
+            and abs(found.kept / found.energy - sizes2[:least].sum() / sizes2.sum()) < 0.005 * found.share
+        )
+        left = np.square(matrix - found.b.astype(np.float64) @ found.a).sum() / sizes2.sum()
+        assert abs(1 - left - found.share) < 1e-4
+
+
+def test_rank_auto_is_that_of_the_adapter(folder):
+    base, tuned, _, merged = files(folder, "llama")
+    found = extract(base, tuned, folder / "auto.gguf", "auto", outtype="f32", threads=2)
+    assert len(found.tensors) == len(merged) and min(tensor.kept for tensor in found.tensors) >= 0.99
+    assert max(pair.rank for pair in read_adapter_gguf(folder / "auto.gguf")[0]) <= 8
+
+
+def test_the_threads_do_not_change_it(folder):
+    base, tuned, _, _ = files(folder, "llama")
+    found = set()
+    for threads in (1, 3):
+        extract(base, tuned, folder / "same.gguf", 4, threads=threads, force=True)
+        found.add((folder / "same.gguf").read_bytes())
+    assert len(found) == 1

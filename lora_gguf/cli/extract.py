@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_gguf.cli.helping import gguf_files
-from lora_gguf.cli.options import BASE_HELP, Force, Progress, QuietPath
+from lora_gguf.cli.options import BASE_HELP, Force, Progress, QuietPath, Threads
 from lora_gguf.cli.terms import OutType, say_written, warn
 from lora_gguf.progress import bars
 from lora_gguf.text import json_text
@@ -25,8 +25,11 @@ def extract(
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--outfile", "--output", metavar="PATH", help="The adapter to write.")],
-    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Of each tensor's update.")] = 32,
+    rank: Annotated[
+        str, typer.Option(metavar="N|auto", help="Of each tensor's update; auto keeps 99% of its energy.")
+    ] = "32",
     outtype: Annotated[OutType, typer.Option(help="The type of the tensors.")] = OutType.f16,
+    threads: Threads = None,
     force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the energy kept of each tensor as JSON.")] = False,
     quiet: QuietPath = False,
@@ -40,7 +43,15 @@ def extract(
 
     with bars("extracting", progress and not quiet) as (downloads, work):
         found = api.extract(
-            base, tuned, output, rank, outtype=outtype.value, force=force, progress=work, downloads=downloads
+            base,
+            tuned,
+            output,
+            int(rank) if rank.isdecimal() else rank,
+            outtype=outtype.value,
+            force=force,
+            threads=threads,
+            progress=work,
+            downloads=downloads,
         )
     from lora_gguf.cli import tables
 

@@ -7,17 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from lora_gguf.adapters.adapter_file import AdapterFile
-from lora_gguf.adapters.factoring import factor
+from lora_gguf.adapters.factoring import Factors, factor, factor_to
 from lora_gguf.adapters.lora import EMBEDDING, LoraPair, decode, write_adapter_gguf
-from lora_gguf.errors import MismatchError, NumericError, UsageError, printable
+from lora_gguf.errors import MismatchError, NumericError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
+from lora_gguf.merging.work import in_threads
 from lora_gguf.progress import Progress
 from lora_gguf.quants.table import CODECS
 
 CHUNK_BYTES = 16 << 20
+ENOUGH = 0.99  # share of a difference's energy that --rank auto keeps
 LOW_RANK = 0.8  # share of a difference's energy below which it is hardly that of a fine-tune of the rank
 
 
@@ -38,7 +41,7 @@ class Extraction:
     reason."""
 
     architecture: str
-    rank: int
+    rank: int | None
     n_same: int = 0
     tensors: list[Extracted] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -64,20 +67,20 @@ def extract(
     base: str | os.PathLike[str],
     tuned: str | os.PathLike[str],
     output: AdapterFile,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Extraction:
-    """Write the adapter that turns ``base`` into ``tuned``, as nearly as the rank of ``output`` can.
+    """Write the adapter that turns ``base`` into ``tuned``, as nearly as the rank of ``output`` can; where that is None,
+    of the rank that keeps 99% of each difference's energy.
 
     Both are GGUFs of one architecture, of any types: each difference is taken between dequantized weights, so what the
-    quantization of either adds is in it. One tensor is in memory at a time. Raises ``MismatchError`` where the two are
-    not of one model, ``NumericError`` for NaN and infinity.
+    quantization of either adds is in it. One tensor a thread is in memory at a time. Raises ``MismatchError`` where the
+    two are not of one model, ``NumericError`` for NaN and infinity.
     """
-    if output.rank is None:
-        raise UsageError("rank: an adapter is made of a rank: name one, such as 32")
     with Base(base) as before, Base(tuned) as after:
         check_alike(before, after)
         found = Extraction(before.architecture, output.rank)
-        pairs = [pair for name in before.tensors if (pair := extract_tensor(name, before, after, found, progress))]
+        pairs = extracted(before, after, found, threads, progress)
         inputs = [*before.paths, *after.paths]
         label = after.label
         found.warnings += noise_warnings(found, before, after)
@@ -103,7 +106,7 @@ def noise_warnings(found: Extraction, before: Base, after: Base) -> list[str]:
     if not noisy or len(noisy) < len(found.tensors) / 2:
         return []
     return [
-        f"of {len(noisy)} quantized tensors rank {found.rank} keeps less than {LOW_RANK:.0%}, such as "
+        f"of {len(noisy)} quantized tensors rank {found.rank or 'auto'} keeps less than {LOW_RANK:.0%}, such as "
         f"{noisy[0].kept:.0%} of "
         f"{noisy[0].name}: most of the difference is rounding: extract from F16 or BF16 files"
     ]
@@ -129,20 +132,47 @@ def check_alike(before: Base, after: Base) -> None:
         )
 
 
-def extract_tensor(
-    name: str, before: Base, after: Base, found: Extraction, progress: Progress | None
-) -> LoraPair | None:
-    """Return the pair of one tensor; None where there is no difference, or none that has a place in an adapter."""
-    info = before.tensors[name]
-    if progress:
-        progress(info.n_bytes, before.n_bytes, name)
+def extracted(
+    before: Base, after: Base, found: Extraction, threads: int | None, progress: Progress | None
+) -> list[LoraPair]:
+    """Return the pairs of all tensors, in order, and note in ``found`` what became of each.
+
+    Each tensor is one thread's, and BLAS keeps to it: its own threads would wait for each other, spinning.
+    """
+    pairs = []
+
+    def work(name: str) -> Difference | str | None:
+        return difference(name, before, after, found.rank)
+
+    with threadpool_limits(1, "blas"):
+        for name, result in in_threads(work, before.tensors, threads):
+            if progress:
+                progress(before.tensors[name].n_bytes, before.n_bytes, name)
+            if result is None:
+                found.n_same += 1
+            elif isinstance(result, str):
+                found.left_out[name] = result
+            else:
+                found.tensors.append(result.told)
+                pairs.append(result.pair)
+    return pairs
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What fine-tuning added to one tensor, as a pair, and what is told of it."""
+
+    pair: LoraPair
+    told: Extracted
+
+
+def difference(name: str, before: Base, after: Base, rank: int | None) -> Difference | str | None:
+    """Return what one tensor has more in ``after``, the reason why that has no place in an adapter, or None for nothing."""
     if is_same(name, before, after):
-        found.n_same += 1
         return None
-    why = why_left_out(info, before)
-    if why:
-        found.left_out[name] = why
-        return None
+    info = before.tensors[name]
+    if why := why_left_out(info, before):
+        return why
     old = decode(before.reader_of(name), info)
     delta = decode(after.reader_of(name), after.tensors[name])
     size = float(np.linalg.norm(old))
@@ -150,21 +180,20 @@ def extract_tensor(
     del old
     if not np.isfinite(delta).all():
         raise NumericError(f"{after.label}: {name}: NaN or infinity in one of the two files: download it again")
-    return pair_of(name, delta, size, found)
-
-
-def pair_of(name: str, delta: np.ndarray, size: float, found: Extraction) -> LoraPair | None:
-    """Return the pair nearest to ``delta``, f32 (out, in) or (E, out, in), noted in ``found``; None where nothing
-    changed.
-    """
-    parts = [factor(matrix, found.rank) for matrix in delta.reshape(-1, *delta.shape[-2:])]
+    parts = factored(delta.reshape(-1, *delta.shape[-2:]), rank)
     energy, kept = sum(part.energy for part in parts), sum(part.kept for part in parts)
     if energy == 0:
-        found.n_same += 1
         return None
-    found.tensors.append(Extracted(name, delta.shape, energy**0.5 / size if size else float("inf"), kept / energy))
     a, b = (np.stack([getattr(part, key) for part in parts]) for key in ("a", "b"))
-    return LoraPair(name, a, b, 1.0) if delta.ndim == 3 else LoraPair(name, a[0], b[0], 1.0)
+    pair = LoraPair(name, *((a, b) if delta.ndim == 3 else (a[0], b[0])), 1.0)
+    return Difference(pair, Extracted(name, delta.shape, energy**0.5 / size if size else float("inf"), kept / energy))
+
+
+def factored(matrices: np.ndarray, rank: int | None) -> list[Factors]:
+    """Return the factors of each matrix, all of one rank: ``rank``, or the least that keeps enough of every one."""
+    if rank is None:
+        rank = max(len(factor_to(matrix, ENOUGH).a) for matrix in matrices)
+    return [factor(matrix, rank) for matrix in matrices]
 
 
 def is_same(name: str, before: Base, after: Base) -> bool:
