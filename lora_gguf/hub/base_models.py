@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,10 +137,11 @@ def _copy_one(path: Path, target: Path, chosen: Quantization, force: bool) -> Pa
 
 
 def named(found: list[Quantization]) -> dict[str, Quantization]:
-    """Return what to write as BASE for each: ``OWNER/NAME:QUANT``, or the file where that would be another."""
+    """Return what to write as BASE for each: ``OWNER/NAME:QUANT``, or the file where that could be another."""
     names: dict[str, Quantization] = {}
+    counts = Counter((entry.repo, entry.quant) for entry in found)
     for entry in found:
         name = f"{entry.repo}:{entry.quant}"
-        plain = entry.quant and name not in names and re.fullmatch(r"[\w.-]+", entry.quant)
+        plain = entry.quant and counts[entry.repo, entry.quant] == 1 and re.fullmatch(r"[\w.-]+", entry.quant)
         names[name if plain else f"hf://{entry.repo}/{entry.files[0]}"] = entry
     return names

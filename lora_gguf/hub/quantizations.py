@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_gguf.errors import HubError, UsageError, printable
 from lora_gguf.files.base import split_name
 from lora_gguf.hub.references import REPO_ID
-from lora_gguf.hub.repository import Repo, download, open_repo, remember, search, tags_of
+from lora_gguf.hub.repository import Repo, download, is_name, open_repo, remember, search, tags_of
 from lora_gguf.progress import FileProgress
 
 DEFAULT_QUANT = "Q4_K_M"
@@ -95,6 +95,10 @@ def choose(found: Iterable[Quantization], quant: str | None, where: str) -> Quan
         raise UsageError(
             f"{where}: no {printable(wanted, 40)} among its quantizations: choose one of {listed(found)}{default}"
         )
+    twins = [entry for entry in found if (entry.repo, entry.quant) == (match.repo, match.quant)]
+    if len(twins) > 1:
+        names = " or ".join(f"hf://{entry.repo}/{printable(entry.files[0], 120)}" for entry in twins[:5])
+        raise UsageError(f"{where}: {len(twins)} files of one quantization, {match.quant}: name one: {names}")
     return match
 
 
@@ -110,7 +114,7 @@ def find_quantizations(base_model: str) -> list[Quantization]:
     A bitsandbytes variant stands for the model that it was made of, and so does a copy under the same name.
     Raises ``HubError``.
     """
-    if not re.fullmatch(REPO_ID, base_model, re.ASCII):
+    if not (is_name(base_model) and re.fullmatch(REPO_ID, base_model, re.ASCII)):
         raise HubError(f"base model '{printable(base_model, 80)}': not a Hub id: find the base's GGUF by its name")
     repos = quantizing(
         _BITSANDBYTES.sub("", base_model)

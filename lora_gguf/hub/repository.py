@@ -93,6 +93,7 @@ def download(repo: Repo, name: str, progress: FileProgress | None = None) -> Pat
     from huggingface_hub import constants, hf_hub_download
 
     file = repo.files[name]
+    known = known_hashes(repo, file)
     _remove_stale(repo, file)
     if not (repo.snapshot / name).exists():
         _check_space(file)
@@ -102,8 +103,30 @@ def download(repo: Repo, name: str, progress: FileProgress | None = None) -> Pat
                 repo.id, name, revision=repo.commit, endpoint=constants.ENDPOINT, **_progress_option(name, progress)
             )
         )
-    check_hashes(path, {digest for digest in (file.sha256, file.git_sha1) if digest}, f"{repo.id}: {printable(name)}")
+    check_hashes(path, known, f"{repo.id}: {printable(name)}")
     return path
+
+
+def known_hashes(repo: Repo, file: RepoFile) -> set[str]:
+    """Return the hashes that a file must have: those of the listing, or else the one that the Hub answers with.
+
+    Offline there may be none but the name of the cache's blob. Raises ``HubError`` where the Hub tells none.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    listed = {found for found in (file.sha256, file.git_sha1) if found}
+    if listed or constants.HF_HUB_OFFLINE:
+        return listed
+    url = hf_hub_url(repo.id, file.name, revision=repo.commit, endpoint=constants.ENDPOINT)
+    with client(repo, file.name):
+        etag = retrying(lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)).etag
+    found = {digest for length in (64, 40) if (digest := hexadecimal(etag, length))}
+    if not found:
+        raise HubError(
+            f"{repo.id}: {printable(file.name)}: {host()} tells no hash of it, so that a damaged download would go "
+            "unseen: check HF_ENDPOINT"
+        )
+    return found
 
 
 def search(what: str, tags: list[str], limit: int) -> list[str]:
@@ -117,7 +140,7 @@ def search(what: str, tags: list[str], limit: int) -> list[str]:
         found = list(
             api.list_models(filter=tags, sort="downloads", limit=limit)
         )  # the client itself tries this call again
-        return [model.id for model in sorted(found, key=lambda model: -(model.downloads or 0)) if _is_name(model.id)]
+        return [model.id for model in sorted(found, key=lambda model: -(model.downloads or 0)) if is_name(model.id)]
 
 
 def tags_of(repo_id: str) -> list[str]:
@@ -151,13 +174,14 @@ def _cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def _is_name(repo_id: str) -> bool:
+def is_name(repo_id: str) -> bool:
+    """Return whether a repository may be called so."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII)) and ".." not in repo_id and len(repo_id) <= 96
 
 
 def check_names(repo: Repo) -> None:
     """Raise ``HubError`` where the repository's id or revision cannot be one."""
-    if not _is_name(repo.id):
+    if not is_name(repo.id):
         raise HubError(f"{printable(repo.id)}: not the name of a repository: expected OWNER/NAME")
     parts = repo.revision.split("/")
     if (
@@ -172,10 +196,15 @@ def check_names(repo: Repo) -> None:
 
 
 def _repo_file(sibling: RepoSibling) -> RepoFile:
-    lfs = sibling.lfs
+    lfs, size = sibling.lfs, sibling.size
+    if size is not None and (type(size) is not int or size < 0):
+        raise HubError(
+            f"{host()} lists {printable(sibling.rfilename, 80)} with {printable(repr(size), 40)} as its size: "
+            "check HF_ENDPOINT"
+        )
     return RepoFile(
         str(sibling.rfilename),
-        sibling.size,
+        size,
         hexadecimal(getattr(lfs, "sha256", None), 64) if lfs else None,
         hexadecimal(sibling.blob_id, 40) if not lfs else None,
     )
