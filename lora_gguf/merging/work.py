@@ -13,6 +13,7 @@ from lora_gguf.errors import NumericError, UsageError
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufWriter
 from lora_gguf.merging.chunks import Changed, Chunk, New, n_cores
+from lora_gguf.merging.limits import check_address_space
 from lora_gguf.merging.rows import merge_rows
 from lora_gguf.merging.scratch import scratch
 from lora_gguf.merging.tensor import NO_IMPORTANCE
@@ -75,6 +76,7 @@ def in_threads(
     n_threads = n_cores() if n_threads is None else n_threads
     if n_threads < 1:
         raise UsageError(f"threads: expected at least 1, found {n_threads}")
+    check_address_space(n_threads)
     ahead: deque[tuple[Item, Future[Result]]] = deque()
     with ThreadPoolExecutor(n_threads) as pool:
         try:
