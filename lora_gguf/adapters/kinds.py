@@ -137,7 +137,7 @@ def dora(module: Module, pair: LoraPair, magnitude: np.ndarray, embedding: bool)
 
 
 def dora_of_embedding(module: Module, pair: LoraPair, magnitude: np.ndarray) -> DoraOfColumns:
-    """An embedding's lengths run over the vocabulary, one a column."""
+    """Return the update of an embedding, whose lengths run over the vocabulary: one a column."""
     n_rows, n_cols = pair.shape[0], pair.shape[1]
     if magnitude.size != n_cols:
         raise module.malformed(f"expected {n_cols} magnitudes, found {magnitude.size}")

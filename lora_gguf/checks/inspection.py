@@ -161,7 +161,7 @@ def inspect_gguf(base: Base, source: str) -> Inspection:
     return adapter_gguf(base, common) if kind == "adapter" else model(base, common)
 
 
-def text(value) -> str:
+def text(value: object) -> str:
     return printable(value, TEXT) if isinstance(value, str) else ""
 
 
@@ -224,7 +224,7 @@ def towers_of(base: Base) -> list[TowerFacts]:
     ]
 
 
-def number(value) -> int | None:
+def number(value: object) -> int | None:
     """Return a count that the header states: some architectures have a list of one a layer, the largest counts."""
     if isinstance(value, list):
         value = max((item for item in value if type(item) is int), default=None)
@@ -249,7 +249,9 @@ def provenance_of(keys: dict[str, object]) -> Provenance | None:
 def adapter_gguf(base: Base, common: dict) -> AdapterInspection:
     """Return the inspection of an adapter GGUF; ``common`` as for ``model``."""
     alpha = base.get("adapter.lora.alpha", 0.0)
-    ranks, targets, layers = Counter(), Counter(), set()
+    ranks: Counter[tuple[int, float]] = Counter()
+    targets: Counter[str] = Counter()
+    layers: set[str] = set()
     for name, info in base.tensors.items():
         if name.endswith(".lora_b"):
             stem = name.removesuffix(".lora_b")
@@ -261,7 +263,7 @@ def adapter_gguf(base: Base, common: dict) -> AdapterInspection:
         **common,
         method="aLoRA" if base.get("adapter.alora.invocation_tokens") else "LoRA",
         alpha=alpha,
-        ranks=[Ranks(*key, n) for key, n in sorted(ranks.items())],
+        ranks=[Ranks(rank, scale, n) for (rank, scale), n in sorted(ranks.items())],
         targets=dict(targets),
         n_layers=len(layers),
     )

@@ -42,7 +42,7 @@ def _joined(parts: Iterable[object]) -> str:
 
 
 def _model(base: Base) -> list[object]:
-    parts = [_stem(base)["name"]]
+    parts: list[object] = [_stem(base)["name"]]
     if _by_metadata(base):
         parts = [base.get(f"general.{key}", "") for key in _PARTS]
     # llama.cpp's converter and its downloads know an mmproj by this word
