@@ -184,8 +184,8 @@ def difference(name: str, before: Base, after: Base, rank: int | None) -> Differ
     energy, kept = sum(part.energy for part in parts), sum(part.kept for part in parts)
     if energy == 0:
         return None
-    a, b = (np.stack([getattr(part, key) for part in parts]) for key in ("a", "b"))
-    pair = LoraPair(name, *((a, b) if delta.ndim == 3 else (a[0], b[0])), 1.0)
+    a, b = np.stack([part.a for part in parts]), np.stack([part.b for part in parts])
+    pair = LoraPair(name, a, b, 1.0) if delta.ndim == 3 else LoraPair(name, a[0], b[0], 1.0)
     return Difference(pair, Extracted(name, delta.shape, energy**0.5 / size if size else float("inf"), kept / energy))
 
 
