@@ -4,6 +4,7 @@
 # make docs     what docs/ says of commands and tables, from the code
 # make chaos    faults, kills and hostile files: a quarter of an hour
 # make bench-speed, make bench-fidelity    the figures of docs/benchmarks.md
+# make clients  other people's programs over our files: Node, a browser, transformers, parsers
 # make clean    remove what the others made
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 SMOLLM2 := models/smollm2-135m-instruct-q4_1.gguf
 
-.PHONY: help demo test lint docs chaos bench-speed bench-fidelity clean
+.PHONY: help demo test lint docs chaos clients bench-speed bench-fidelity clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -38,6 +39,9 @@ docs: $(VENV)/base
 chaos: $(VENV)/test
 	$(PYTEST) tests/chaos
 
+clients: $(VENV)/clients
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clients
+
 bench-speed: $(VENV)/test
 	$(BIN)/python -m tests.bench.speed
 
@@ -46,7 +50,7 @@ bench-fidelity: $(VENV)/bench
 	$(BIN)/python -m tests.bench.further
 
 clean:
-	rm -rf $(VENV) models merged adapters
+	rm -rf $(VENV) models merged adapters tests/clients/node_modules
 
 # the environments, each a stamp file in the virtual environment
 
@@ -73,6 +77,11 @@ $(VENV)/lint: $(VENV)/base
 
 $(VENV)/bench: $(VENV)/test
 	$(PIP) torch==2.13.0 transformers peft
+	touch $@
+
+$(VENV)/clients: $(VENV)/test tests/clients/package.json
+	$(PIP) modelvet==0.1.1 torch==2.13.0 transformers
+	npm install --prefix tests/clients --omit=optional --no-audit --no-fund
 	touch $@
 
 $(SMOLLM2): | $(VENV)/demo
