@@ -7,10 +7,14 @@ import shutil
 
 import pytest
 
-from lora_gguf.api import convert, doctor, inspect
+from lora_gguf.api import convert, doctor, extract, inspect
 from lora_gguf.errors import UsageError
+from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.gguf_writer import GgufWriter, raw_key_values
+from lora_gguf.mapping.sources import placement_of
 from lora_gguf.merging.options import Policy
+from lora_gguf.merging.plan import make_plan
 from lora_gguf.merging.provenance import merges_of
 from tests.calls import merge
 from tests.common import DEMO_ADAPTER, FIXTURES, smollm2_path
@@ -86,3 +90,53 @@ def test_again_is_a_flag(tmp_path, value):
     base, adapter, _ = base_and_adapter(tmp_path, "Q8_0")
     with pytest.raises(UsageError):
         doctor(base, adapter, again=value)
+
+
+def test_what_was_extracted_is_merged_back_at_its_strength(tmp_path):
+    base, adapter, _ = base_and_adapter(tmp_path, "Q4_0", rows=256)
+    merge(base, [(adapter, 1.0)], tmp_path / "once.gguf", Policy("dither"))
+    extract(base, tmp_path / "once.gguf", tmp_path / "back.gguf", 128, outtype="f32")  # with what rounding added
+    found = merge(base, [(tmp_path / "back.gguf", 1.0)], tmp_path / "twice.gguf", Policy("dither"))
+    assert abs(found.whole.kept - 1) < 0.05
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_the_same_adapter_again_keeps_as_much_as_with_another_seed(tmp_path, once, strip):
+    base = once
+    if strip:
+        base = tmp_path / "stripped.gguf"
+        with Base(smollm2_path()) as clean, Base(once) as merged:
+            pairs, targets = raw_key_values(clean.readers[0]), list(clean.tensors.values())
+            with GgufWriter(base, pairs, targets, alignment=clean.alignment) as writer:
+                for info in targets:
+                    writer.write(
+                        writer.tensors[info.name], 0, merged.reader_of(info.name).read(merged.tensors[info.name])
+                    )
+                writer.commit()
+    kept = [
+        merge(base, [(PERL, 1.0)], tmp_path / f"{seed}.gguf", Policy("dither", seed), again=True).whole.kept
+        for seed in (7, 8)
+    ]
+    assert abs(kept[0] - kept[1]) < 0.02
+
+
+def test_the_random_numbers_are_of_what_is_merged_and_stay(tmp_path):
+    base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
+    other = tmp_path / "other"
+    other.mkdir()
+    _, second, _ = base_and_adapter(other, "Q4_0", seed=1)
+
+    def keys(base, *adapters):
+        with Base(base) as model:
+            placements = [(placement_of(path, model), 1.0) for path in adapters]
+            return [int(tensor.recipe.key) for tensor in make_plan(model, placements, Policy()).merged]
+
+    assert keys(base, adapter) == keys(base, adapter)
+    merge(base, [(adapter, 1.0)], tmp_path / "merged.gguf")
+    found = [
+        keys(base, adapter),
+        keys(base, second),
+        keys(base, adapter, second),
+        keys(tmp_path / "merged.gguf", second),
+    ]
+    assert len({tuple(key) for key in found}) == len(found)

@@ -60,7 +60,7 @@ class Placement:
     ``approximations`` gives the relative error of the tensors whose update ``convert`` could not write exactly.
     ``new_rows`` are f32 rows (k, cols) that come after those of the base's embedding and head, for new tokens, and
     ``key_values`` the raw key/value pairs of the vocabulary that take the place of the base's; ``tokens`` are those of
-    the adapter's tokenizer, by id.
+    the adapter's tokenizer, by id. ``sha256`` is what ``identity.adapter_sha256`` found once it was asked.
     """
 
     pairs: list[LoraPair] = field(default_factory=list)
@@ -74,6 +74,7 @@ class Placement:
     new_rows: dict[str, np.ndarray] = field(default_factory=dict)
     key_values: dict[str, bytes] = field(default_factory=dict)
     tokens: dict[int, Token] = field(default_factory=dict)
+    sha256: str = field(default="", init=False, repr=False, compare=False)
 
     def is_idle(self, factor: float) -> bool:
         """Return whether it changes nothing at ``factor`` times its own scale, as far as that shows without the

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,39 @@ import numpy as np
 from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.adapters.updates import Update
 from lora_gguf.files.base import Base
+from lora_gguf.files.gguf_reader import TensorInfo
+from lora_gguf.files.gguf_writer import raw_key_values
+from lora_gguf.files.input_file import InputFile
 from lora_gguf.mapping.accounts import Placement
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+def merge_identity(base: Base, placements: Iterable[Placement]) -> str:
+    """Return a hash of the adapters and of what the base says of earlier merges."""
+    own = [key for key in base.kv if key.startswith("lora_gguf.")]
+    earlier = raw_key_values(base.readers[0], base.kv.keys() - set(own)) if own else []
+    found = [adapter_sha256(placement).encode() for placement in placements]
+    return hashlib.sha256(b"".join([*found, *earlier])).hexdigest()
+
+
+def first_row_sha256(base: Base, info: TensorInfo) -> str:
+    """Return the sha256 of a tensor's first row as stored, which tells a merged file from its base whatever its
+    metadata say; '' for a base on the Hub, where each row costs a request.
+    """
+    reader = base.reader_of(info.name)
+    if not isinstance(reader.source, InputFile) or not info.n_rows:
+        return ""
+    return hashlib.sha256(reader.read(info, 0, 1)).hexdigest()
+
+
 def adapter_sha256(placement: Placement) -> str:
-    """Return the sha256 of what a placement adds to a base, in hexadecimal digits."""
+    """Return the sha256 of what a placement adds to a base, in hexadecimal digits; it is kept by the placement."""
+    placement.sha256 = placement.sha256 or _sha256_of(placement)
+    return placement.sha256
+
+
+def _sha256_of(placement: Placement) -> str:
     digest = hashlib.sha256()
     updates: list[LoraPair | Update] = [*placement.pairs, *placement.updates]
     _feed(digest, sorted(updates, key=lambda update: update.name))

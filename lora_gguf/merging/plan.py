@@ -16,6 +16,7 @@ from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.mapping.accounts import Placement
 from lora_gguf.merging.growth import grown
+from lora_gguf.merging.identity import first_row_sha256, merge_identity
 from lora_gguf.merging.new_tokens import with_one_vocabulary
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.tensor import TensorPlan
@@ -109,9 +110,14 @@ def adapted(base: Base, placements: Sequence[tuple[Placement, float]]) -> list[T
                 if name in new_rows:
                     raise MismatchError(f"{base.label}: {name}: two adapters add tokens: {_ONE_BY_ONE}")
                 new_rows[name] = new
-    return [
+    what = merge_identity(base, [placement for placement, _ in placements])
+    tensors = [
         TensorPlan(source, _target(name, source, new_rows.get(name)), pairs[name], updates[name], new_rows.get(name))
         for name, source in sources.items()
+    ]
+    return [
+        replace(tensor, identity=f"{what}/{first_row_sha256(base, tensor.source)}") if tensor.changes else tensor
+        for tensor in tensors
     ]
 
 

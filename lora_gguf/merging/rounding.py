@@ -54,11 +54,14 @@ _ROWS = (
 )
 
 
-def tensor_key(seed: int, name: str) -> np.uint64:
-    """The key of a tensor's random numbers."""
-    return np.uint64(
-        int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()[:8], "little")
-    )
+def tensor_key(seed: int, name: str, identity: str = "") -> np.uint64:
+    """Return the key of a tensor's random numbers; ``identity`` is that of what is merged and what it is merged into.
+
+    The error that rounding leaves in a merged file is a function of these numbers. A second merge that met them again
+    would add to that error rather than leave it at random.
+    """
+    text = f"{seed}/{identity}/{name}".encode("utf-8", "surrogateescape")
+    return np.uint64(int.from_bytes(hashlib.sha256(text).digest()[:8], "little"))
 
 
 @kernel

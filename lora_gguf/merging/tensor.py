@@ -60,7 +60,8 @@ class TensorPlan:
     """A tensor is copied where ``recipe`` is None, else rewritten with ``pairs`` and ``updates`` added.
 
     ``source`` is where it lies in the base, ``target`` what is written. ``updates`` are those that aren't low rank,
-    each with its factor. ``new_rows``, f32 (k, cols), come after those of the base.
+    each with its factor. ``new_rows``, f32 (k, cols), come after those of the base. ``identity`` tells apart what is
+    merged into what: the random numbers of the rounding depend on it.
     """
 
     source: TensorInfo
@@ -69,6 +70,7 @@ class TensorPlan:
     updates: Sequence[tuple[Update, float]] = ()
     new_rows: np.ndarray | None = None
     recipe: Recipe | None = None
+    identity: str = ""
 
     @property
     def wanted(self) -> Recipe:

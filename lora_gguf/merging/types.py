@@ -39,7 +39,7 @@ def with_recipe(tensor: TensorPlan, policy: Policy, mix_type: GgmlType | None = 
     if tensor.changes or chosen != info.type:
         whole = any(update.replaces and update.n_rows == info.n_rows for update, _ in tensor.updates)
         importance = policy.imatrix.of(info) if policy.imatrix else None
-        key = tensor_key(policy.seed, target.name)
+        key = tensor_key(policy.seed, target.name, tensor.identity)
         rounding = "fresh" if whole else policy.rounding
         recipe = Recipe(CODECS[info.type.name], CODECS[chosen.name], rounding, key, importance)
     return replace(tensor, target=target, recipe=recipe)
