@@ -157,6 +157,12 @@ def test_a_row_replaced_beside_lora_does_not_coarsen_the_others(tmp_path):
     report = merge(base, [(KINDS / "embedding", 0.01), (KINDS / "tokens", 1.0)], tmp_path / "out.gguf")
     alone = merge(base, [(KINDS / "embedding", 0.01)], tmp_path / "alone.gguf")
     assert alone.retention[EMBEDDING].kept > 0.8 and report.retention[EMBEDDING].kept > 0.8
+    both = [
+        (KINDS / "embedding", 1.0),
+        (KINDS / "tokens", 1.0),
+    ]  # without the random numbers, which are of what is merged
+    merge(base, both, tmp_path / "out.gguf", Policy("nearest"), force=True)
+    merge(base, both[:1], tmp_path / "alone.gguf", Policy("nearest"), force=True)
     same = (rows(tmp_path / "out.gguf", EMBEDDING) == rows(tmp_path / "alone.gguf", EMBEDDING)).all(axis=1)
     assert np.flatnonzero(~same).tolist() == [5, 17, 200]
 
