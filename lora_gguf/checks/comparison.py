@@ -28,8 +28,8 @@ from lora_gguf.quants.codec import Codec
 # maxima
 (
     PROJECTION, UPDATE2, ACHIEVED2, DITHERED, NEAREST, VARIANCE, EXPECTED_NOISE2, EXPECTED_FAR, FAR,
-    DOUBTFUL, BEYOND, BEFORE2, BEFORE_ACHIEVED, FRESH, NOISE2, ALLOWED_NOISE2, PEAK, PEAK_NOISE2,
-) = range(18)  # fmt: skip
+    DOUBTFUL, BEYOND, BEFORE2, BEFORE_ACHIEVED, FRESH, HALVED, HALF_VARIANCE, NOISE2, ALLOWED_NOISE2, PEAK, PEAK_HALF, PEAK_NOISE2,
+) = range(21)  # fmt: skip
 N_SUMS, N_KERNEL, ROWS = PEAK_NOISE2 + 1, BEFORE_ACHIEVED + 1, 9
 MAXIMA = slice(PEAK, PEAK_NOISE2 + 1)
 # in steps: near the middle of two neighbours; at the farther one; beyond both
@@ -134,8 +134,10 @@ def off_share(sums: np.ndarray, *, mixed: bool = False) -> np.ndarray:
     """
     slack = bound(sums[..., VARIANCE], sums[..., PEAK])
     unsure = np.where(sums[..., DOUBTFUL] > 0, bound(sums[..., DOUBTFUL], sums[..., PEAK]), 0.0)
-    errors = np.stack([slack, unsure, slack]) + ALLOWED * sums[..., UPDATE2]
-    ways = np.stack([sums[..., DITHERED], sums[..., NEAREST], sums[..., FRESH]])
+    halved = slack + bound(sums[..., HALF_VARIANCE], sums[..., PEAK_HALF])
+    errors = np.stack([slack, unsure, slack, halved]) + ALLOWED * sums[..., UPDATE2]
+    ways = sums[..., [DITHERED, NEAREST, FRESH, HALVED]]
+    ways = np.moveaxis(ways, -1, 0)
     found, low, high = sums[..., PROJECTION], ways - errors, ways + errors
     if mixed:
         low, high = low.min(0, keepdims=True), high.max(0, keepdims=True)
@@ -344,12 +346,20 @@ def compare_rows(
     low, high = found or (wanted - np.abs(own_error), wanted + np.abs(own_error))
     rows = np.zeros((len(delta), N_SUMS))
     compare(before, after, delta, low, high, rows)
+    unit = (np.abs(before) + np.abs(wanted)) * np.float32(2.0**-9)  # of bf16, through which a merge may have gone
+    if rows[:, BEYOND].any():
+        off = np.abs(after - np.clip(wanted, low, high))
+        rows[:, BEYOND] = (off > EDGE * (high - low) + 2 * unit).sum(1)
     if target.type.block_size == 1 or found is None:
         rows[:, [FAR, BEYOND]] = 0
     if target.type.block_size == 1:
         own_error = rounded(wanted, "BF16") - wanted
     rows[:, BEYOND] += (np.abs(error) > farthest(target, own_error, steps)).sum(1)
     rows[:, FRESH] = np.einsum("ij,ij->i", delta, (own_error + delta).astype(np.float64))
+    halves = rounded(rounded(before, "BF16") + delta, "BF16") - wanted
+    rows[:, HALVED] = np.einsum("ij,ij->i", delta, (halves + delta).astype(np.float64))
+    rows[:, HALF_VARIANCE] = np.square(delta * unit, dtype=np.float64).sum(1)
+    rows[:, PEAK_HALF] = np.abs(delta * unit).max(1, initial=0)
     rows[:, NOISE2] = np.square(error, dtype=np.float64).sum(1)
     if steps is None:
         own2, peak = np.square(own_error), 2 * np.abs(own_error)

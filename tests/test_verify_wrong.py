@@ -1,0 +1,136 @@
+"""Files that verify must not call right, over eleven types, ours and as if another tool's; and right ones of other tools."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lora_gguf.api import verify
+from lora_gguf.errors import MismatchError, UnprovedError
+from lora_gguf.files.gguf_reader import GgufReader
+from tests.test_cli import run
+from tests.test_merge import stored
+from tests.test_verify import SIZE, some_pairs, write_adapter, write_base
+from tests.wrong_files import CODECS, DAMAGES, WHOLE, Merge, packed, spoiled, unpacked
+
+# of an update, so that it is about 0.05 of a step
+SIZES = {"Q5_0": 1e-4, "Q6_K": 5e-5, "Q2_K": 8e-4, "IQ4_NL": 2e-4, "IQ3_S": 4e-4, "BF16": 4e-6} | SIZE
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "Q2_K", "IQ4_NL", "F16", "BF16", "IQ3_S")
+LABELS = [*DAMAGES, *WHOLE]
+SHARE = {"IQ3_S": 10}  # of the damages that a type is tried with, one in so many
+
+
+def chosen(type_name, rounding):
+    """Some of the damages, others for each type and rounding, so that all are tried over several of both."""
+    step = SHARE.get(type_name, 5)
+    return LABELS[(2 * TYPES.index(type_name) + (rounding == "fresh")) % step :: step]
+
+
+@pytest.fixture(scope="module", params=[(name, rounding) for name in TYPES for rounding in ("auto", "fresh")], ids=str)
+def case(request, tmp_path_factory):
+    """Dithered with an update of 0.05 steps, and rounded to nearest on a fresh grid with one of 2 steps."""
+    type_name, rounding = request.param
+    folder = tmp_path_factory.mktemp(f"{type_name}-{rounding}")
+    return Merge(folder, type_name, SIZES[type_name] * (40 if rounding == "fresh" else 1), rounding)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "another tool's"])
+def test_no_wrong_file_is_right(case, ours):
+    path = case.folder / "spoiled.gguf"
+    for label in chosen(case.type_name, case.rounding):
+        path.write_bytes(spoiled(case, label, ours=ours))
+        verdict = verify(path, case.base, [(case.adapter, 1.0)]).verdict
+        assert verdict == "wrong" if ours else verdict != "right", label
+
+
+def test_the_right_file_is_right(case):
+    assert verify(case.merged, case.base, [(case.adapter, 1.0)]).verdict == "right"
+    path = case.folder / "bare.gguf"
+    path.write_bytes(packed(*unpacked(case.merged), ours=False))
+    exact = case.rounding == "fresh" or case.type_name == "IQ3_S"
+    assert verify(path, case.base, [(case.adapter, 1.0)]).verdict == ("right" if exact else "unproved")
+
+
+def test_every_flipped_bit_of_a_file_of_ours_is_found(tmp_path):
+    case = Merge(tmp_path, "Q4_K", SIZES["Q4_K"], "auto")
+    raw, rng = case.merged.read_bytes(), np.random.default_rng(5)
+    with GgufReader(case.merged) as reader:
+        table = raw.index(b"token_embd.weight")
+        norm = reader.tensors["blk.0.attn_norm.weight"]
+        places = [*rng.integers(24, table, 4), *rng.integers(table, reader.data_position - 40, 2)]
+        places += [reader.data_position - 1] if raw[reader.data_position - 1] == 0 else []
+        places += [*rng.integers(reader.data_position, len(raw), 3), reader.data_position + norm.offset + 5]
+    keys = [raw.index(key) + len(key) + 16 for key in (b"lora_gguf.version", b"lora_gguf.seed", b"lora_gguf.rounding")]
+    keys += [raw.index(b"lora_gguf.adapter.names") + 45, raw.index(b"lora_gguf.metadata_sha256") + 3]
+    path = tmp_path / "flipped.gguf"
+    for place in [*places, *keys]:
+        for bit in range(8):
+            flipped = bytearray(raw)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                assert verify(path, case.base, [(case.adapter, 1.0)]).verdict == "wrong", (place, bit)
+            except Exception as error:
+                assert getattr(error, "exit_code", 1) in (3, 4, 5), (place, bit, error)
+
+
+UPDATES = {
+    "f32": lambda a, b: b @ a,
+    "f64": lambda a, b: (b.double() @ a.double()).float(),
+    "another order": lambda a, b: b.flip(1) @ a.flip(0),
+    "half factors": lambda a, b: b.half().float() @ a.half().float(),
+    "bf16": lambda a, b: (b.bfloat16() @ a.bfloat16()).float(),
+}
+THROUGH = {"F32": lambda x: x, "F16": lambda x: x.half().float(), "BF16": lambda x: x.bfloat16().float()}
+
+
+def merged_by_others(base, pairs, update, through, type_name):
+    """The bytes of a merge in torch, the base and the sum held in a float type, and then quantized by libgguf."""
+    keys, tensors = unpacked(base)
+    by_name = {pair.name: pair for pair in pairs}
+    for name, (kind, shape, rows) in tensors.items():
+        if name not in by_name and (kind == type_name or len(shape) == 1):
+            continue
+        held = THROUGH[through](torch.from_numpy(CODECS[kind].decoded(rows)))
+        if name in by_name:
+            pair = by_name[name]
+            held = THROUGH[through](held + UPDATES[update](torch.from_numpy(pair.a), torch.from_numpy(pair.b)))
+        raw = stored(np.ascontiguousarray(held.numpy()), type_name).tobytes()
+        tensors[name] = [type_name, shape, np.frombuffer(raw, np.uint8).reshape(len(held), -1)]
+    return packed(keys, tensors, ours=False)
+
+
+@pytest.mark.parametrize("base_type", ["F16", "BF16", "Q4_0", "Q8_0"])
+def test_right_files_of_other_tools_are_never_wrong(tmp_path, base_type):
+    base, found = tmp_path / "base.gguf", {}
+    write_base(base, base_type)
+    for factor in (1, 30):
+        pairs = some_pairs(SIZES[base_type] * factor)
+        adapter = write_adapter(tmp_path / "adapter.gguf", pairs)
+        for update in UPDATES:
+            for through, type_name in (
+                ("F32", "F16"),
+                ("F16", "F16"),
+                ("BF16", "BF16"),
+                ("BF16", "Q8_0"),
+                ("F16", "Q4_K"),
+            ):
+                out = tmp_path / "merged.gguf"
+                out.write_bytes(merged_by_others(base, pairs, update, through, type_name))
+                report = verify(out, base, [(adapter, 1.0)])
+                found[factor, update, through, type_name] = report.verdict
+                assert report.verdict != "wrong", (factor, update, through, type_name, report.findings)
+    assert found[30, "f32", "F32", "F16"] == found[30, "another order", "F32", "F16"] == "right"
+
+
+def test_the_exit_codes_of_the_three_verdicts(tmp_path, capsys):
+    case = Merge(tmp_path, "Q4_1", SIZES["Q4_1"], "auto")
+    words = ("--base", case.base, "--lora", case.adapter)
+    assert run(capsys, "verify", case.merged, *words)[0] == 0
+    path = tmp_path / "bare.gguf"
+    path.write_bytes(packed(*unpacked(case.merged), ours=False))
+    code, _, err = run(capsys, "verify", path, *words)
+    assert code == UnprovedError.exit_code == 10 and "cannot be proved" in err and "how it was made" in err
+    path.write_bytes(spoiled(case, "a tensor zeroed", ours=False))
+    assert run(capsys, "verify", path, *words)[0] == MismatchError.exit_code
