@@ -45,11 +45,16 @@ def test_no_wrong_file_is_right(case, ours):
 
 
 def test_the_right_file_is_right(case):
-    assert verify(case.merged, case.base, [(case.adapter, 1.0)]).verdict == "right"
+    found = [verify(case.merged, case.base, [(case.adapter, 1.0)]).verdict]
     path = case.folder / "bare.gguf"
     path.write_bytes(packed(*unpacked(case.merged), ours=False))
-    exact = case.rounding == "fresh" or case.type_name == "IQ3_S"
-    assert verify(path, case.base, [(case.adapter, 1.0)]).verdict == ("right" if exact else "unproved")
+    found.append(verify(path, case.base, [(case.adapter, 1.0)]).verdict)
+    if case.rounding == "fresh":
+        assert found == ["right", "right"]
+    elif case.type_name == "IQ3_S":  # which has no codes to dither: an update this small is erased
+        assert found == ["unproved", "unproved"]
+    else:
+        assert found == ["right", "unproved"]
 
 
 def test_every_flipped_bit_of_a_file_of_ours_is_found(tmp_path):
@@ -109,13 +114,7 @@ def test_right_files_of_other_tools_are_never_wrong(tmp_path, base_type):
         pairs = some_pairs(SIZES[base_type] * factor)
         adapter = write_adapter(tmp_path / "adapter.gguf", pairs)
         for update in UPDATES:
-            for through, type_name in (
-                ("F32", "F16"),
-                ("F16", "F16"),
-                ("BF16", "BF16"),
-                ("BF16", "Q8_0"),
-                ("F16", "Q4_K"),
-            ):
+            for through, type_name in (("F32", "F16"), ("BF16", "BF16"), ("BF16", "Q8_0"), ("F16", "Q4_K")):
                 out = tmp_path / "merged.gguf"
                 out.write_bytes(merged_by_others(base, pairs, update, through, type_name))
                 report = verify(out, base, [(adapter, 1.0)])

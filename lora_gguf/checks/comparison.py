@@ -274,7 +274,8 @@ class Comparison:
     @property
     def tells_dither(self) -> bool:
         """Whether more of the update is there than any rounding to nearest leaves: chance put it there."""
-        return self.gridded and self.kept - self.slack > max(self.nearest, self.fresh) and self.is_dithered
+        others = max(self.nearest, self.fresh, self._share(HALVED) if self.half else 0.0)
+        return self.gridded and self.kept - self.slack > others and self.is_dithered
 
     @property
     def is_nearest(self) -> bool:

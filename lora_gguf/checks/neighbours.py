@@ -125,7 +125,7 @@ def own_steps(
     if target.type.block_size == 1:
         size = np.maximum(np.abs(before), np.abs(before + delta)) + np.abs(delta)
         size += np.sqrt(np.square(delta).mean(1, keepdims=True))  # what factors in halves may be off
-        return size * np.float32(2.0**-8) + np.float32(2.0**-24 if target.type.name == "F16" else 1e-38)
+        return size * np.float32(2.0**-7) + np.float32(2.0**-24 if target.type.name == "F16" else 1e-38)
     if target.grid is None:
         return None
     steps = _widest_steps(target, fresh, delta.shape)
