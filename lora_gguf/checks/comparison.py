@@ -34,6 +34,7 @@ N_SUMS, N_KERNEL, ROWS = PEAK_NOISE2 + 1, BEFORE_ACHIEVED + 1, 9
 MAXIMA = slice(PEAK, PEAK_NOISE2 + 1)
 # in steps: near the middle of two neighbours; at the farther one; beyond both
 NEAR, FARTHER, EDGE = np.float32(0.48), np.float32(0.52), np.float32(1.05)
+MOVED = np.float32(1.6)  # steps that a weight may be off where its grid moved after it was rounded
 TINY = np.float32(1e-38)
 LOG_ODDS = math.log(2e9)  # of a bound that chance exceeds once in 10**9
 ALLOWED = 0.01  # share of the update that f32 sums in another order, or a rounding to nearest here and there, may cost
@@ -350,7 +351,7 @@ def compare_rows(
     unit = (np.abs(before) + np.abs(wanted)) * np.float32(2.0**-9)  # of bf16, through which a merge may have gone
     if rows[:, BEYOND].any():
         off = np.abs(after - np.clip(wanted, low, high))
-        rows[:, BEYOND] = (off > EDGE * (high - low) + 2 * unit).sum(1)
+        rows[:, BEYOND] = (off > MOVED * (high - low) + 2 * unit).sum(1)
     if target.type.block_size == 1 or found is None:
         rows[:, [FAR, BEYOND]] = 0
     if target.type.block_size == 1:
