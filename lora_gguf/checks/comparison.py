@@ -28,8 +28,9 @@ from lora_gguf.quants.codec import Codec
 # maxima
 (
     PROJECTION, UPDATE2, ACHIEVED2, DITHERED, NEAREST, VARIANCE, EXPECTED_NOISE2, EXPECTED_FAR, FAR,
-    DOUBTFUL, BEYOND, BEFORE2, BEFORE_ACHIEVED, FRESH, HALVED, HALF_VARIANCE, NOISE2, ALLOWED_NOISE2, PEAK, PEAK_HALF, PEAK_NOISE2,
-) = range(21)  # fmt: skip
+    DOUBTFUL, BEYOND, BEFORE2, BEFORE_ACHIEVED, FRESH, HALVED, HALF_VARIANCE, NOISE2, ALLOWED_NOISE2, ASTRAY,
+    PEAK, PEAK_HALF, PEAK_NOISE2,
+) = range(22)  # fmt: skip
 N_SUMS, N_KERNEL, ROWS = PEAK_NOISE2 + 1, BEFORE_ACHIEVED + 1, 9
 MAXIMA = slice(PEAK, PEAK_NOISE2 + 1)
 # in steps: near the middle of two neighbours; at the farther one; beyond both
@@ -42,7 +43,8 @@ WIDER = np.float32(2)  # than what base + update need, times which a step counts
 NOISIER = 2.0  # than a grid's own noise, times which a search for another kind of error may be
 FAINT = 0.5  # of the update kept, below which it is not in the file
 
-LOOSE_TYPES, LOOSE_SHARE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1"), 2e-3  # measured: at most 1.3e-3, on heavy-tailed weights
+LOOSE_SHARE = 2e-3  # of the weights may be beyond: a search by importance, or a moved grid, leaves at most 1.3e-3 there
+FEW_FAR = 10
 FEW = 0.3  # of the weights that dithering rounds to the farther value: rounding to nearest none, half an update half
 
 
@@ -139,6 +141,7 @@ def off_share(sums: np.ndarray, *, mixed: bool = False) -> np.ndarray:
     errors = np.stack([slack, unsure, slack, halved]) + ALLOWED * sums[..., UPDATE2]
     ways = sums[..., [DITHERED, NEAREST, FRESH, HALVED]]
     ways = np.moveaxis(ways, -1, 0)
+    errors[1:3, sums[..., FAR] > FEW * sums[..., EXPECTED_FAR] + FEW_FAR] = -np.inf  # these are not at the nearest
     found, low, high = sums[..., PROJECTION], ways - errors, ways + errors
     if mixed:
         low, high = low.min(0, keepdims=True), high.max(0, keepdims=True)
@@ -160,14 +163,12 @@ def erased(sums: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Comparison:
-    """The sums of some rows, f64 (N_SUMS,). ``gridded`` says that their type has a grid; ``loose`` that blocks got
-    another grid, of a type whose quantizer, given an importance matrix, does not round to the nearest of it; ``half``
-    that they are floats."""
+    """The sums of some rows, f64 (N_SUMS,). ``gridded`` says that their type has a grid, ``half`` that they
+    are floats."""
 
     n_weights: int = 0
     sums: np.ndarray = field(default_factory=lambda: np.zeros(N_SUMS))
     gridded: bool = True
-    loose: bool = False
     half: bool = False
 
     def __add__(self, other: Comparison) -> Comparison:
@@ -175,7 +176,6 @@ class Comparison:
             self.n_weights + other.n_weights,
             added(np.stack([self.sums, other.sums])),
             self.gridded and other.gridded,
-            self.loose or other.loose,
             self.half or other.half,
         )
 
@@ -305,7 +305,7 @@ class Comparison:
     @property
     def is_damaged(self) -> bool:
         """Whether weights are where no rounding of base + update puts them, though most are right."""
-        return bool(too_noisy(self.sums)) or self.beyond > (LOOSE_SHARE if self.loose else 0.0)
+        return bool(too_noisy(self.sums)) or self.beyond > LOOSE_SHARE or bool(self.sums[ASTRAY])
 
 
 @dataclass
@@ -315,12 +315,11 @@ class Compared:
     rows: np.ndarray
     n_cols: int
     gridded: bool
-    loose: bool
     half: bool
 
     @property
     def whole(self) -> Comparison:
-        return Comparison(len(self.rows) * self.n_cols, added(self.rows), self.gridded, self.loose, self.half)
+        return Comparison(len(self.rows) * self.n_cols, added(self.rows), self.gridded, self.half)
 
     def cells(self, n_rows: int) -> np.ndarray:
         """The sums of each ``n_rows`` rows."""
@@ -356,7 +355,7 @@ def compare_rows(
         rows[:, [FAR, BEYOND]] = 0
     if target.type.block_size == 1:
         own_error = rounded(wanted, "BF16") - wanted
-    rows[:, BEYOND] += (np.abs(error) > farthest(target, own_error, steps)).sum(1)
+    rows[:, ASTRAY] = (np.abs(error) > farthest(target, own_error, steps)).sum(1)
     rows[:, FRESH] = np.einsum("ij,ij->i", delta, (own_error + delta).astype(np.float64))
     halves = rounded(rounded(before, "BF16") + delta, "BF16") - wanted
     rows[:, HALVED] = np.einsum("ij,ij->i", delta, (halves + delta).astype(np.float64))
@@ -369,5 +368,4 @@ def compare_rows(
         own2, peak = np.square(steps) / 12 + np.minimum(np.abs(delta), steps / 4) * steps, steps
     rows[:, ALLOWED_NOISE2] = own2.sum(1, dtype=np.float64)
     rows[:, PEAK_NOISE2] = np.square(peak.max(1, initial=0), dtype=np.float64)
-    loose = target.type.name in LOOSE_TYPES and source is not target
-    return Compared(rows, delta.shape[1], found is not None, loose, target.type.block_size == 1)
+    return Compared(rows, delta.shape[1], found is not None, target.type.block_size == 1)

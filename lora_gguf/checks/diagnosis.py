@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_gguf.checks.comparison import ALLOWED, BEYOND, LOG_ODDS, UPDATE2, Comparison
+from lora_gguf.checks.comparison import ALLOWED, ASTRAY, BEYOND, LOG_ODDS, UPDATE2, Comparison
 from lora_gguf.checks.findings import Check, Finding, nearest_only
 from lora_gguf.files.base import Base
 from lora_gguf.merging.chunks import Changed, cut, update_of
@@ -150,7 +150,7 @@ def single_cause(check: Check) -> Finding:
         return Finding("damaged", name, "the bytes that the merge gives", f"{check.n_wrong} bytes that differ")
     if check.n_erased and not check.n_odd and not found.is_damaged:
         return Finding("skipped", name, "the update in all its rows", "rows without it")
-    place = f"{found.sums[BEYOND]:.0f} weights more than a step away, {check.n_odd} slices of rows unlike it"
+    place = f"{found.sums[BEYOND] + found.sums[ASTRAY]:.0f} weights more than a step away, {check.n_odd} slices of rows unlike it"
     return Finding("damaged", name, "weights within a step of base + update", place)
 
 
