@@ -22,7 +22,8 @@ TASKS = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Tasks")[2
 COMMANDS = [
     line
     for line in re.findall(r"^(lora-gguf .+)$", TASKS, re.MULTILINE)
-    if not line.startswith("lora-gguf compare")  # it asks llama.cpp: tests/test_compare.py
+    # one asks llama.cpp (tests/test_compare.py), one takes a model with a tower (tests/test_towers*.py)
+    if not line.startswith("lora-gguf compare") and "mmproj" not in line
 ]
 ADAPTER = tiny.TINY / "llama" / "adapter"
 
