@@ -50,7 +50,7 @@ def refitted(type_name, importance, seed=0):
     )
     left = delta.copy()
     for i in range(len(delta)):
-        refit_row(grid, grid.before, i, unit[i], np.float32(0), steps[i], left[i], refit_work(len(grid.before)))
+        refit_row(grid, refit_work(grid.before), i, unit[i], np.float32(0), steps[i], left[i])
     return blocks, before, delta, left, delta - left, steps
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from lora_gguf.kernels.low_rank import low_rank
 from lora_gguf.merging.refit import NO_GRID, refit_row, refit_work
-from lora_gguf.merging.rounding import round_bf16, round_codes, round_f16, round_levels, tally_rows, tensor_key
+from lora_gguf.merging.rounding import Rule, round_bf16, round_codes, round_f16, round_levels, tally_rows, tensor_key
 from lora_gguf.merging.rows import moving_grid
 from lora_gguf.quants.table import CODECS
 from tests.chunk_cases import chunk_of, recipe
@@ -25,12 +25,15 @@ def grid(rows=40, cols=512, group=32, seed=0, size=0.1):
     return codes, steps, delta
 
 
+def rule(spread, key):
+    """Of the codes 0 to 15."""
+    return Rule(np.float32(spread), key, 0, np.float32(0), np.float32(15))
+
+
 def rounded(codes, steps, delta, spread=1.0, key=KEY, first_row=0):
     codes, sums = codes.copy(), np.zeros(4)
     limits = np.float32(0), np.float32(15)
-    round_codes(
-        codes, np.float32(0), steps, delta, *limits, np.float32(spread), key, first_row, sums, NO_GRID, NO_GRID[1]
-    )
+    round_codes(codes, steps, delta, Rule(np.float32(spread), key, first_row, *limits), NO_GRID, NO_GRID[1], sums)
     return codes, sums
 
 
@@ -79,12 +82,13 @@ def test_codes_round_what_the_grid_has_left(type_name):
     limits = np.float32(quant.grid.code_min), np.float32(quant.grid.code_max)
     moved_first, before_steps = blocks.copy(), steps.copy()
     once = moving_grid(chunk_of(recipe(type_name), weights.shape), quant.grid, moved_first, before_steps)
-    work = refit_work(len(once.before))
+    turn = refit_work(once.before)
     for i in range(24):
         zero, unit = np.float32(quant.grid.zero), codes[i].astype(np.float32)
-        refit_row(once, once.before, i, unit, zero, before_steps[i], delta[i].copy(), work)
+        refit_row(once, turn, i, unit, zero, before_steps[i], delta[i].copy())
     grid = moving_grid(chunk_of(recipe(type_name), weights.shape), quant.grid, blocks, steps)
-    round_codes(codes, np.float32(quant.grid.zero), steps, delta, *limits, np.float32(0), KEY, 0, sums, grid, outside)
+    rule = Rule(np.float32(0), KEY, 0, *limits, np.float32(quant.grid.zero))
+    round_codes(codes, steps, delta, rule, grid, outside, sums)
     moved_grid, after, step = (
         np.empty_like(weights),
         np.empty_like(weights),
@@ -165,18 +169,18 @@ def test_a_codebook_rounds_between_uneven_levels():
     codes, steps, delta = grid(group=32, size=1.0)
     old = LEVELS[codes] * np.repeat(steps, 32, 1)
     got, sums = codes.copy(), np.zeros(4)
-    round_levels(got, steps, delta, LEVELS, 0, np.float32(0), KEY, 0, sums, NO_GRID)
+    round_levels(got, steps, delta, LEVELS, rule(0, KEY), NO_GRID, sums)
     wanted = np.clip((old + delta) / np.repeat(steps, 32, 1), -12, 12)
     best = np.abs(LEVELS[None, None] - wanted[..., None]).min(-1)
     assert np.allclose(np.abs(LEVELS[got] - wanted), best, atol=1e-4)
     mean = np.zeros(codes.shape)
     for seed in range(400):
         got = codes.copy()
-        round_levels(got, steps, delta, LEVELS, 0, np.float32(1), tensor_key(seed, "t"), 0, np.zeros(4), NO_GRID)
+        round_levels(got, steps, delta, LEVELS, rule(1, tensor_key(seed, "t")), NO_GRID, np.zeros(4))
         mean += LEVELS[got] / 400
     assert abs((mean - wanted).mean()) < 0.01 and np.abs(mean - wanted).max() < 1.0
     still = codes.copy()
-    round_levels(still, steps, delta * 0, LEVELS, 0, np.float32(1), KEY, 0, np.zeros(4), NO_GRID)
+    round_levels(still, steps, delta * 0, LEVELS, rule(1, KEY), NO_GRID, np.zeros(4))
     assert (still == codes).all()
 
 

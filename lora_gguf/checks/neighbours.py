@@ -10,11 +10,11 @@ from lora_gguf.quants.codec import Codec
 
 
 @kernel
-def bracket_codes(codes, steps, after, wanted, code_min, code_max, low, high):
-    """The grid's two values around ``wanted``, all f32 (rows, cols); ``steps`` is (rows, cols // group)."""
+def bracket_codes(codes, steps, after, wanted, limits, low, high):
+    """Find the grid's two values around ``wanted``, all f32 (rows, cols); ``steps`` is (rows, cols // group)."""
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]
-    first, last, one = np.float32(code_min), np.float32(code_max - 1), np.float32(1)
+    first, last, one = limits[0], limits[1] - np.float32(1), np.float32(1)
     for i in range(n_rows):
         for g in range(steps.shape[1]):
             step = steps[i, g]
@@ -39,8 +39,9 @@ def _place(target, levels, below, above):
 
 
 @kernel
-def bracket_levels(codes, steps, after, wanted, levels, code_min, low, high):
-    """As ``bracket_codes`` on a codebook: code c stands for ``levels[c - code_min]`` steps."""
+def bracket_levels(codes, steps, after, wanted, book, low, high):
+    """Find as ``bracket_codes`` does on a codebook, ``book`` (levels, code_min): c stands for ``levels[c - code_min]``."""
+    levels, code_min = book
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]
     target, level = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
@@ -96,9 +97,11 @@ def brackets(
     codes, steps = unpacked(codec, blocks, wanted.shape)
     low, high = scratch("low", wanted.shape), scratch("high", wanted.shape)
     if codec.grid.levels is None:
-        bracket_codes(codes, steps, after, wanted, codec.grid.code_min, codec.grid.code_max, low, high)
+        limits = np.float32(codec.grid.code_min), np.float32(codec.grid.code_max)
+        bracket_codes(codes, steps, after, wanted, limits, low, high)
     else:
-        bracket_levels(codes, steps, after, wanted, codec.grid.levels, codec.grid.code_min, low, high)
+        book = codec.grid.levels, codec.grid.code_min
+        bracket_levels(codes, steps, after, wanted, book, low, high)
     too_wide = high - low > widest
     if too_wide.any():
         low[too_wide] = (wanted - widest / 2)[too_wide]

@@ -24,7 +24,7 @@ Weigh = Callable[[TensorPlan], Sequence[Weighting]]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows ``first`` to ``first + n_rows`` of a tensor, copied as they are."""
+    """Rows ``first`` to ``first + n_rows`` of a tensor; a plain chunk is copied as it is."""
 
     tensor: TensorPlan
     first: int
@@ -40,7 +40,7 @@ class Chunk:
 class Changed(Chunk):
     """Rows that are rewritten by a recipe, all in the matrix (expert) number ``matrix``.
 
-    ``a`` (R, cols) and ``b`` (n_rows, R) are the factors of their update, R 0 where only the type changes; ``weighting``
+    ``a`` (R, cols) and ``b`` (n_rows, R) are the factors of their update, R 0 where none of it is low rank; ``weighting``
     is that of the matrix's columns, None where all count alike.
     """
 

@@ -27,7 +27,7 @@ UNTOUCHED = 0.05  # share of all importance that the heaviest columns of the blo
 _RIDGE = np.float32(1e-3)
 _LARGEST = np.float32(0.5)
 _EXACT = np.float32(2.0**23)  # a whole number below it, added to it, stands in the lowest bits
-# of f16: the least normal number, the least number, and one less than the largest
+# of f16: the least normal number, the least number, and the last before the largest
 _NORMAL, _UNIT, _PER_UNIT, _MOST = np.float32(2.0**-14), np.float32(2.0**-24), np.float32(2.0**24), np.float32(65472)
 
 
@@ -169,11 +169,12 @@ def _solve(work):
 
 
 @part
-def _moments(unit, zero, importance, delta, first, end, group, steps, lows, has_m):
-    """Σ h·s², Σ h·s·delta, Σ h·s·o and Σ h·o·delta over the groups ``first`` to ``end``."""
-    nothing, zeros = splat(np.float32(0.0)), splat(zero)
+def _moments(columns, delta, span, steps, lows, has_m):
+    """Σ h·s², Σ h·s·delta, Σ h·s·o and Σ h·o·delta over the groups of ``span``; ``columns`` is (unit, zero, importance)."""
+    unit, zero, importance = columns
+    nothing, zeros, group = splat(np.float32(0.0)), splat(zero), len(unit) // len(steps)
     ss = sd = so = od = nothing
-    for g in range(first, end):
+    for g in range(span[0], span[1]):
         uu = ud = u1 = d1 = nothing
         for j in range(g * group, (g + 1) * group, N):
             h, u, d = load(importance, j), load(unit, j) - zeros, load(delta, j)
@@ -193,51 +194,53 @@ def _moments(unit, zero, importance, delta, first, end, group, steps, lows, has_
 
 
 @part
-def _leave(unit, zero, left, first, end, group, steps, lows, x, y):
-    """Take from ``left`` what the groups ``first`` to ``end`` have moved by: x of their steps and y of their lows."""
-    zeros = splat(zero)
-    for g in range(first, end):
+def _leave(columns, left, span, steps, lows, change):
+    """Take from ``left`` what the groups of ``span`` have moved by: ``change`` (x, y), parts of their steps and lows."""
+    unit, zero, _ = columns
+    x, y = change
+    zeros, group = splat(zero), len(unit) // len(steps)
+    for g in range(span[0], span[1]):
         moved, shifted = splat(-x * steps[g]), splat(y * lows[g])
         for j in range(g * group, (g + 1) * group, N):
             store(fma(moved, load(unit, j) - zeros, load(left, j) + shifted), left, j)
 
 
 @kernel
-def refit_work(n_blocks):
-    """The ``work`` of ``refit_row`` for ``n_blocks`` blocks."""
-    return np.zeros((8, (n_blocks + N - 1) // N * N), np.float32)
+def refit_work(numbers):
+    """The ``turn`` of ``refit_row`` for the blocks ``numbers``: their numbers, and room to work in."""
+    return numbers, np.zeros((8, (len(numbers) + N - 1) // N * N), np.float32)
 
 
 @kernel
-def refit_row(grid, moving, row, unit, zero, steps, left, work):
-    """Move the grid of the blocks ``moving`` of a row towards its update ``left`` f32 (cols,), which becomes what the codes
+def refit_row(movable, turn, row, unit, zero, steps, left):
+    """Move the grid of some blocks of a row towards its update ``left`` f32 (cols,), which becomes what the codes
     would still have to move by.
 
-    ``grid`` is a ``MovingGrid``. A weight is step * (unit - zero) - low: ``unit`` (cols,), int8 or f32, is what the
-    codes count; ``steps`` (groups,) and the grid's lows become those of the new grid. ``work`` is ``refit_work``.
+    ``movable`` is a ``MovingGrid``. A weight is step * (unit - zero) - low: ``unit`` (cols,), int8 or f32, is what the
+    codes count; ``steps`` (groups,) and the grid's lows become those of the new grid. ``turn`` is that of
+    ``refit_work``.
     """
-    blocks, all_lows, importance, heights, _, _, block_bytes, d_at, m_at = grid
+    blocks, all_lows, importance, heights, _, _, block_bytes, d_at, m_at = movable
     stored, lows, has_m = blocks[row], all_lows[row], m_at >= 0
-    per_block, group = len(steps) // (len(stored) // block_bytes), len(unit) // len(steps)
-    for k in range(len(moving)):
-        first = moving[k] * per_block
-        end, at, oo, height = first + per_block, np.uint64(moving[k] * block_bytes), np.float32(0.0), np.float32(0.0)
+    numbers, work = turn
+    columns, per_block = (unit, zero, importance), len(steps) // (len(stored) // block_bytes)
+    for k in range(len(numbers)):
+        first = numbers[k] * per_block
+        end, at, oo, height = first + per_block, np.uint64(numbers[k] * block_bytes), np.float32(0.0), np.float32(0.0)
         for g in range(first, end):
             oo += heights[g] * lows[g] * lows[g]
             height += heights[g]
-        work[0, k], work[1, k], work[2, k], work[3, k] = _moments(
-            unit, zero, importance, left, first, end, group, steps, lows, has_m
-        )
+        work[0, k], work[1, k], work[2, k], work[3, k] = _moments(columns, left, (first, end), steps, lows, has_m)
         work[4, k], work[5, k] = oo, _RIDGE * steps[first] * steps[first] * height
         work[6, k] = _take(stored, at + np.uint64(d_at))
         work[7, k] = _take(stored, at + np.uint64(m_at)) if has_m else np.float32(0.0)
     _solve(work)
-    for k in range(len(moving)):
-        first, at, x, y = moving[k] * per_block, np.uint64(moving[k] * block_bytes), work[2, k], work[3, k]
+    for k in range(len(numbers)):
+        first, at, x, y = numbers[k] * per_block, np.uint64(numbers[k] * block_bytes), work[2, k], work[3, k]
         _put(work[0, k], stored, at + np.uint64(d_at))
         if has_m:
             _put(work[1, k], stored, at + np.uint64(m_at))
-        _leave(unit, zero, left, first, first + per_block, group, steps, lows, x, y)
+        _leave(columns, left, (first, first + per_block), steps, lows, (x, y))
         for g in range(first, first + per_block):
             steps[g] *= np.float32(1.0) + x
             lows[g] *= np.float32(1.0) + y

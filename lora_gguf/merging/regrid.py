@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_gguf.merging.chunks import Changed
 from lora_gguf.merging.refit import NO_GRID, MovingGrid
-from lora_gguf.merging.rounding import round_codes, round_levels
+from lora_gguf.merging.rounding import Rule, round_codes, round_levels
 from lora_gguf.quants.codec import Codec, Grid
 
 MIDDLE = 0.125  # of the distance between two codes
@@ -36,13 +36,12 @@ def round_on(
     chunk: Changed, grid: Grid, codes: np.ndarray, steps: np.ndarray, delta: np.ndarray, spread: float, watched: Watched
 ) -> None:
     """Move int8 ``codes`` (rows, cols), in place, by ``delta`` f32 (rows, cols) on a grid with ``steps`` (rows, groups)."""
-    key, by = chunk.recipe.key, np.float32(spread)
-    moving, outside, sums = watched
+    by, least, most, zero = map(np.float32, (spread, grid.code_min, grid.code_max, grid.zero))
+    rule = Rule(by, chunk.recipe.key, chunk.first, least, most, zero)
     if grid.levels is not None:
-        round_levels(codes, steps, delta, grid.levels, grid.code_min, by, key, chunk.first, sums, moving)
-        return
-    zero, least, most = np.float32(grid.zero), np.float32(grid.code_min), np.float32(grid.code_max)
-    round_codes(codes, zero, steps, delta, least, most, by, key, chunk.first, sums, moving, outside)
+        round_levels(codes, steps, delta, grid.levels, rule, watched.moving, watched.sums)
+    else:
+        round_codes(codes, steps, delta, rule, *watched)
 
 
 def keep_update(chunk: Changed, grid: Grid, renewed: np.ndarray, before: np.ndarray, delta: np.ndarray) -> None:

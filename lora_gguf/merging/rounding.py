@@ -6,16 +6,26 @@ is added before the floor:
     nearest     0.5: moves only where the update exceeds half a step, and so erases most adapters
     dither      uniform in [0, 1): moves by one step with probability |delta| / step, unbiased (stochastic rounding)
 
-Between the two, the offset narrows where the update of a group of weights is as large as their step: it needs no chance
-any more, which only adds noise. ``refit_row`` comes before and after: it moves the grid itself so that the columns that
-matter most need no rounding, and then to where the rounded codes fit best.
+``auto`` chooses by what a type has:
 
-The random numbers are a hash of (seed, tensor name, row, column): the bytes depend on neither threads nor chunks.
+    codes, f16 scales      ``refit_row`` moves the grid so that the columns that matter most need no rounding, codes are
+                           dithered, and ``refit_row`` moves the grid to where they fit best. Where the update of a group
+                           is as large as its step, the offset narrows: it needs no chance, which only adds noise.
+    a codebook, f16 scales the same, but the offset stays
+    other scales           as dither: MXFP4, NVFP4
+    halves                 nearest in rows whose update is larger than what the type can tell apart, else dither
+    a new type             what its own quantizer finds, or the base's nearest codes moved by the update (``regrid``)
+
+``fresh`` is what the type's own quantizer finds for the sum, as llama.cpp's tools do it.
+
+The random numbers are a hash of (seed, what is merged into what, tensor name, row, column): the bytes depend on neither
+threads nor chunks.
 """
 
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,14 +54,11 @@ from lora_gguf.merging.refit import refit_row, refit_work
 _GOLDEN = np.uint32(0x9E3779B9)
 _SIXTEEN = np.uint32(N * 0x9E3779B9 & 0xFFFFFFFF)  # columns further
 _UNIT = np.float32(2.0**-24)
-# of a group whose moves have this deviation in steps, the offset begins to narrow, and is none: nearest rounding
-_DOUBTFUL, _CERTAIN = np.float32(0.4), np.float32(0.55)
-_PER_DOUBT = np.float32(1 / (0.55 - 0.4))
+# the deviation of a group's moves, in steps, at which the offset begins to narrow, and at which it is none
+_DOUBTFUL, _CERTAIN = 0.4, np.float32(0.55)
+_PER_DOUBT = np.float32(1 / (0.55 - _DOUBTFUL))
 _PER_SIZE = np.float32((np.pi / 2) ** 0.5)  # of a normal number: its deviation, per mean magnitude
 _EASING = np.float32(0.1)  # mean move of a row in steps from which on its groups are looked at one by one
-_ROWS = (
-    24  # of a product in work at once: more of them, a power of two of bytes apart, throw each other out of the cache
-)
 
 
 def tensor_key(seed: int, name: str, identity: str = "") -> np.uint64:
@@ -62,6 +69,20 @@ def tensor_key(seed: int, name: str, identity: str = "") -> np.uint64:
     """
     text = f"{seed}/{identity}/{name}".encode("utf-8", "surrogateescape")
     return np.uint64(int.from_bytes(hashlib.sha256(text).digest()[:8], "little"))
+
+
+class Rule(NamedTuple):
+    """How codes are rounded: ``spread`` is the width of the random offset, 1 dithers and 0 rounds to nearest; ``key`` is the
+    tensor's, ``first_row`` the number of the first row in it. A code stands for its distance from ``zero``; ``least`` and
+    ``most`` are the codes that there are.
+    """
+
+    spread: np.float32
+    key: np.uint64
+    first_row: int
+    least: np.float32
+    most: np.float32
+    zero: np.float32 = np.float32(0)
 
 
 @kernel
@@ -151,11 +172,11 @@ def _width(left, inverse):
 
 
 @part
-def _move(codes, steps, left, low, high, spread, eases, row_key, sums):
-    """Move a row's int8 ``codes`` by ``left`` f32 (cols,), rounded; ``left`` becomes what they have still to move by, and
-    ``sums`` gains the number of those that changed. Returns the largest move in steps, before it is rounded.
+def _move(codes, steps, left, rule, eases, row_key):
+    """Move a row's int8 ``codes`` by ``left`` f32 (cols,), rounded; ``left`` becomes what they have still to move by.
+    Returns the largest move in steps, before it is rounded, and the number of codes that changed.
     """
-    group, lowest, highest = len(codes) // len(steps), splat(low), splat(high)
+    group, lowest, highest, spread = len(codes) // len(steps), splat(rule.least), splat(rule.most), rule.spread
     base, unit = splat(np.float32(0.5) - np.float32(0.5) * spread), splat(spread * _UNIT)
     column, sixteen = splat(row_key) + iota() * splat(_GOLDEN), splat(_SIXTEEN)
     changed = largest = splat(np.float32(0.0))
@@ -173,8 +194,7 @@ def _move(codes, steps, left, low, high, spread, eases, row_key, sums):
             store(fma(old - new, step, rest), left, j)
             changed, largest = changed + nonzero(new - old), most(magnitude(steps_moved), largest)
             column = column + sixteen
-    sums[3] += total(changed)
-    return greatest(largest)
+    return greatest(largest), total(changed)
 
 
 @kernel
@@ -199,31 +219,30 @@ def _measure_outside(left, steps, outside):
 
 
 @kernel
-def round_codes(codes, zero, steps, delta, low, high, spread, key, first_row, sums, grid, outside):
+def round_codes(codes, steps, delta, rule, movable, outside, sums):
     """Move int8 ``codes`` (rows, cols), in place, by ``delta`` (rows, cols) on a grid of ``steps`` (rows, cols //
-    group).
+    group), as ``rule`` says.
 
-    ``low`` and ``high`` are the least and the largest code. ``spread`` is the width of the random offset: 1 dithers, 0
-    rounds to nearest. ``sums`` (4,) f64 gains Σ wanted·achieved, Σ wanted², Σ achieved², and the number of codes that
-    changed. ``grid`` is what ``refit_row`` moves first and last, where it has blocks; then the offset narrows where it
+    ``sums`` (4,) f64 gains Σ wanted·achieved, Σ wanted², Σ achieved², and the number of codes that
+    changed. ``movable`` is what ``refit_row`` moves first and last, where it has blocks; then the offset narrows where it
     may, and ``outside`` f32 (rows, blocks) gets Σ distance², in steps, of the weights beyond the range of the codes.
     """
     n_rows, n_cols = codes.shape
-    refits = len(grid.blocks) > 0
-    work, work_after = refit_work(len(grid.before)), refit_work(len(grid.after))
+    refits = len(movable.blocks) > 0
+    first, last = refit_work(movable.before), refit_work(movable.after)
     left = np.empty(n_cols, np.float32)
     for i in range(n_rows):
         copy(delta[i], left)
         eases = False
         if refits:
-            refit_row(grid, grid.before, i, codes[i], zero, steps[i], left, work)
+            refit_row(movable, first, i, codes[i], rule.zero, steps[i], left)
             eases = _size(left) > _EASING * _mean_step(steps[i])
-        row_key = _row_key(key, first_row + i)
-        largest = _move(codes[i], steps[i], left, low, high, spread, eases, row_key, sums)
+        largest, changed = _move(codes[i], steps[i], left, rule, eases, _row_key(rule.key, rule.first_row + i))
+        sums[3] += changed
         if refits:
             if largest > np.float32(0.5):
                 _measure_outside(left, steps[i], outside[i])
-            refit_row(grid, grid.after, i, codes[i], zero, steps[i], left, work_after)
+            refit_row(movable, last, i, codes[i], rule.zero, steps[i], left)
         _count(delta[i], left, sums)
 
 
@@ -231,7 +250,7 @@ def round_codes(codes, zero, steps, delta, low, high, spread, key, first_row, su
 def _units(codes, levels, code_min, unit):
     """What a row's int8 ``codes`` stand for, into ``unit`` f32 (cols,)."""
     for j in range(0, len(codes), N):
-        number, level = load(codes, j) - splat(np.float32(code_min)), splat(levels[0])
+        number, level = load(codes, j) - splat(code_min), splat(levels[0])
         for c in range(1, len(levels)):
             level = where_less(number, splat(np.float32(c)), level, splat(levels[c]))
         store(level, unit, j)
@@ -251,15 +270,17 @@ def _bracket(wanted, levels):
 
 
 @part
-def _move_levels(codes, unit, levels, code_min, steps, left, spread, row_key, sums):
-    """As ``_move``, on a codebook; ``unit`` (cols,) is what the codes stand for, before and after."""
+def _move_levels(codes, unit, levels, steps, left, rule, row_key):
+    """Move as ``_move`` does, on a codebook; ``unit`` (cols,) is what the codes stand for, before and after. Returns the
+    number of codes that changed.
+    """
     group, zero, one, least_code = (
         len(codes) // len(steps),
         splat(np.float32(0.0)),
         splat(np.float32(1.0)),
-        splat(np.float32(code_min)),
+        splat(rule.least),
     )
-    base, width = splat(np.float32(0.5) - np.float32(0.5) * spread), splat(spread * _UNIT)
+    base, width = splat(np.float32(0.5) - np.float32(0.5) * rule.spread), splat(rule.spread * _UNIT)
     column, sixteen = splat(row_key) + iota() * splat(_GOLDEN), splat(_SIXTEEN)
     changed = zero
     for g in range(len(steps)):
@@ -276,24 +297,25 @@ def _move_levels(codes, unit, levels, code_min, steps, left, spread, row_key, su
             store(new_value, unit, j)
             store(fma(value - new_value, step, rest), left, j)
             changed, column = changed + nonzero(new - old), column + sixteen
-    sums[3] += total(changed)
+    return total(changed)
 
 
 @kernel
-def round_levels(codes, steps, delta, levels, code_min, spread, key, first_row, sums, grid):
-    """As ``round_codes``, on a codebook: code c stands for ``levels[c - code_min] * step``, levels ascending, f32."""
+def round_levels(codes, steps, delta, levels, rule, movable, sums):
+    """Round as ``round_codes`` does, on a codebook: code c stands for ``levels[c - least] * step``, levels ascending."""
     n_rows, n_cols = codes.shape
-    refits = len(grid.blocks) > 0
-    work, work_after = refit_work(len(grid.before)), refit_work(len(grid.after))
+    refits = len(movable.blocks) > 0
+    first, last = refit_work(movable.before), refit_work(movable.after)
     unit, left = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
     for i in range(n_rows):
         copy(delta[i], left)
-        _units(codes[i], levels, code_min, unit)
+        _units(codes[i], levels, rule.least, unit)
         if refits:
-            refit_row(grid, grid.before, i, unit, np.float32(0.0), steps[i], left, work)
-        _move_levels(codes[i], unit, levels, code_min, steps[i], left, spread, _row_key(key, first_row + i), sums)
+            refit_row(movable, first, i, unit, np.float32(0.0), steps[i], left)
+        row_key = _row_key(rule.key, rule.first_row + i)
+        sums[3] += _move_levels(codes[i], unit, levels, steps[i], left, rule, row_key)
         if refits:
-            refit_row(grid, grid.after, i, unit, np.float32(0.0), steps[i], left, work_after)
+            refit_row(movable, last, i, unit, np.float32(0.0), steps[i], left)
         _count(delta[i], left, sums)
 
 
@@ -320,7 +342,7 @@ def round_bf16(halves, delta, spread, key, first_row, sums):
 
 @kernel
 def _f16_offset(wanted, offset):
-    """The f16 pattern below or above ``wanted`` in magnitude: the one below, moved up with probability 1 - fraction."""
+    """The f16 pattern below or above ``wanted`` in magnitude: the one below, moved up where the dropped fraction plus ``offset`` reaches 1."""
     bits = np.float32(wanted).view(np.uint32)
     magnitude = np.uint32(bits & 0x7FFFFFFF)
     if magnitude < 0x38800000:  # denormal in f16, whose unit is 2**-24

@@ -15,7 +15,8 @@ from lora_gguf.merging.scratch import copied, scratch
 from lora_gguf.merging.tensor import NO_IMPORTANCE, SPREADS
 from lora_gguf.quants.codec import Codec, Grid, Half
 
-OUTSIDE = 1 / 12  # mean square, in steps, by which weights leave a block's range from which on it gets a new grid
+# a block whose weights lie outside its codes' range by more than this mean square, in steps, gets a new grid
+OUTSIDE = 1 / 12
 HALVES = {"F16": round_f16, "BF16": round_bf16}
 
 
@@ -66,6 +67,8 @@ def move(chunk: Changed, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndar
         move_halves(chunk, codec.half, blocks.view(np.uint16), delta, sums)
     elif codec.grid:
         move_codes(chunk, codec.grid, blocks, delta, sums)
+    else:
+        raise ValueError(f"{codec.type} has no grid")
     return blocks, sums
 
 
@@ -84,7 +87,7 @@ def move_halves(chunk: Changed, half: Half, halves: np.ndarray, delta: np.ndarra
 
 
 def move_codes(chunk: Changed, grid: Grid, blocks: np.ndarray, delta: np.ndarray, sums: np.ndarray) -> None:
-    """Round codes in place. A block that weights leave by far gets a fresh grid after all."""
+    """Round codes in place. Under ``auto``, a block that weights leave by far gets a fresh grid after all."""
     codec, before = chunk.recipe.source, copied(blocks) if chunk.recipe.moves_grid else blocks
     codes, steps = scratch("codes", delta.shape, np.int8), scratch("steps", (len(delta), delta.shape[1] // grid.group))
     grid.unpack(blocks, codes, steps)
@@ -115,16 +118,21 @@ def moving_grid(chunk: Changed, grid: Grid, blocks: np.ndarray, steps: np.ndarra
 
 
 def renew(chunk: Changed, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows with ``delta`` added on the grid that the target type's own quantizer finds, and their sums."""
+    """Return the rows with ``delta`` added on another grid than theirs, and their sums.
+
+    It is that which the target type's own quantizer finds, or theirs with the values in between. Where a row has a new
+    type, all rows of the chunk are given: their random numbers go by their place in it.
+    """
     recipe = chunk.recipe
     before = recipe.source.decoded(blocks)
-    renewed = recipe.target.encoded(before + delta, recipe.importance_of(chunk.matrix))
+    by_chance = recipe.source is not recipe.target and recipe.rounding in ("auto", "dither")
     if recipe.refines_grid:
         renewed = refined(chunk, blocks, before + delta)
-    elif recipe.source is not recipe.target and recipe.rounding in ("auto", "dither"):
-        if recipe.target.half:
-            renewed, _ = move(of_target(chunk), recipe.target.encoded(before, NO_IMPORTANCE), delta)
-        elif recipe.target.grid:
+    elif by_chance and recipe.target.half:
+        renewed, _ = move(of_target(chunk), recipe.target.encoded(before, NO_IMPORTANCE), delta)
+    else:
+        renewed = recipe.target.encoded(before + delta, recipe.importance_of(chunk.matrix))
+        if by_chance and recipe.target.grid:
             keep_update(chunk, recipe.target.grid, renewed, before, delta)
     return renewed, tallied(recipe.source, blocks, renewed, delta, recipe.target)
 
