@@ -8,8 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from lora_gguf.api import convert
 from lora_gguf.files.base import Base
@@ -43,7 +42,7 @@ def test_an_adapter_is_the_same_in_another_folder_file_and_format(adapter, model
     convert(adapter, tmp_path / "converted.gguf", model)
     assert identity(tmp_path / "converted.gguf", model) == before
     weights = adapter / "adapter_model.safetensors"
-    torch.save(load_file(weights), adapter / "adapter_model.bin")
+    shutil.copy(tiny.TINY / "llama" / "adapter.bin", adapter / "adapter_model.bin")  # the same, by torch.save
     weights.unlink()
     assert identity(adapter, model) == before
 
@@ -53,8 +52,8 @@ def test_an_adapter_of_one_other_number_is_another(adapter, model):
     config = json.loads((adapter / "adapter_config.json").read_text())
     weights = load_file(adapter / "adapter_model.safetensors")
     for name in sorted(weights)[:4]:
-        changed = {key: tensor.clone() for key, tensor in weights.items()}
-        changed[name].view(-1)[3] += 1e-3
+        changed = {key: array.copy() for key, array in weights.items()}
+        changed[name].reshape(-1)[3] += 1e-3
         save_file(changed, adapter / "adapter_model.safetensors")
         found.add(identity(adapter, model))
     save_file(weights, adapter / "adapter_model.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
+from ml_dtypes import bfloat16
 
 from lora_gguf.api import verify
 from lora_gguf.errors import MismatchError, UnprovedError
@@ -82,26 +82,31 @@ def test_every_flipped_bit_of_a_file_of_ours_is_found(tmp_path):
 
 UPDATES = {
     "f32": lambda a, b: b @ a,
-    "f64": lambda a, b: (b.double() @ a.double()).float(),
-    "another order": lambda a, b: b.flip(1) @ a.flip(0),
-    "half factors": lambda a, b: b.half().float() @ a.half().float(),
-    "bf16": lambda a, b: (b.bfloat16() @ a.bfloat16()).float(),
+    "f64": lambda a, b: (b.astype(np.float64) @ a.astype(np.float64)).astype(np.float32),
+    "another order": lambda a, b: np.ascontiguousarray(b[:, ::-1]) @ np.ascontiguousarray(a[::-1]),
+    "half factors": lambda a, b: held_as(b, np.float16) @ held_as(a, np.float16),
+    "bf16": lambda a, b: held_as(held_as(b, bfloat16) @ held_as(a, bfloat16), bfloat16),
 }
-THROUGH = {"F32": lambda x: x, "F16": lambda x: x.half().float(), "BF16": lambda x: x.bfloat16().float()}
+THROUGH = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16}
+
+
+def held_as(weights, dtype):
+    """Weights f32 as a float type holds them."""
+    return weights.astype(dtype).astype(np.float32)
 
 
 def merged_by_others(base, pairs, update, through, type_name):
-    """The bytes of a merge in torch, the base and the sum held in a float type, and then quantized by libgguf."""
+    """The bytes of a merge in numpy, the base and the sum held in a float type, and then quantized by libgguf."""
     keys, tensors = unpacked(base)
     by_name = {pair.name: pair for pair in pairs}
     for name, (kind, shape, rows) in tensors.items():
         if name not in by_name and (kind == type_name or len(shape) == 1):
             continue
-        held = THROUGH[through](torch.from_numpy(CODECS[kind].decoded(rows)))
+        held = held_as(CODECS[kind].decoded(rows), THROUGH[through])
         if name in by_name:
             pair = by_name[name]
-            held = THROUGH[through](held + UPDATES[update](torch.from_numpy(pair.a), torch.from_numpy(pair.b)))
-        raw = stored(np.ascontiguousarray(held.numpy()), type_name).tobytes()
+            held = held_as(held + UPDATES[update](pair.a, pair.b), THROUGH[through])
+        raw = stored(np.ascontiguousarray(held), type_name).tobytes()
         tensors[name] = [type_name, shape, np.frombuffer(raw, np.uint8).reshape(len(held), -1)]
     return packed(keys, tensors, ours=False)
 

@@ -36,4 +36,6 @@ def _run(report: MergeReport, model: Path) -> str:
 
 
 def _quoted(text: str | os.PathLike[str]) -> str:
-    return shlex.quote(printable(text))
+    """Return a path as a shell takes it, and no program for an option."""
+    shown = printable(text)
+    return shlex.quote(f"./{shown}" if shown.startswith("-") else shown)
