@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lora_gguf.kernels.decorators import kernel
-from lora_gguf.kernels.half import f16_from_f32, f32_from_f16
+from lora_gguf.kernels.half import f16_from_f32, f32_of_many
 from lora_gguf.quants.codec import Half, codec
 
 
@@ -22,7 +22,7 @@ def decode_f16(blocks: np.ndarray, out: np.ndarray) -> None:
     """Widen f16; NaNs come out quiet, as the processor's own conversion gives them."""
     halves, out = blocks.reshape(-1).view(np.uint16), out.reshape(-1)
     for j in range(halves.size):
-        out[j] = f32_from_f16(halves[j])
+        out[j] = f32_of_many(halves[j])
 
 
 @kernel
