@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ FEW = 0.3  # of the weights that dithering rounds to the farther value: rounding
 
 
 @kernel
-def _add_moves(w):
+def _add_moves(w: Any) -> None:
     """Add what 64 weights achieved; ``w`` f32 (ROWS + N_KERNEL + 1, 64) holds before, after, delta, low and gap, room for
     four more, then one row a sum, and the peak. All is in one array and each loop short: so the compiler vectorises."""
     for k in range(64):
@@ -62,7 +63,7 @@ def _add_moves(w):
 
 
 @kernel
-def _add_chances(w):
+def _add_chances(w: Any) -> None:
     """Add what each way of rounding should achieve; leaves the place between the neighbours in row 6."""
     for k in range(64):
         w[6, k] = min(max(w[0, k] + w[2, k] - w[3, k], np.float32(0)), w[4, k])
@@ -79,7 +80,7 @@ def _add_chances(w):
 
 
 @kernel
-def _add_errors(w):
+def _add_errors(w: Any) -> None:
     """Add where the weights are instead: at the farther neighbour, beyond both, or near the middle. Needs row 6."""
     for k in range(64):
         error = abs(w[1, k] - w[3, k] - w[6, k])
@@ -94,7 +95,9 @@ def _add_errors(w):
 
 
 @kernel
-def compare(before, after, delta, low, high, sums):
+def compare(
+    before: np.ndarray, after: np.ndarray, delta: np.ndarray, low: np.ndarray, high: np.ndarray, sums: np.ndarray
+) -> None:
     """Write what became of each row's update ``delta`` (all f32, (rows, cols)) to ``sums`` f64 (rows, N_SUMS): the first
     ``N_KERNEL`` and the peak."""
     n_rows, n_cols = before.shape
@@ -118,7 +121,7 @@ def compare(before, after, delta, low, high, sums):
         sums[i, PEAK] = work[ROWS + N_KERNEL].max()
 
 
-def bound(variance, peak):
+def bound(variance: Any, peak: Any) -> Any:
     """What a sum of independent errors with this variance, none above ``peak``, exceeds once in 10**9 (Bernstein)."""
     tail = LOG_ODDS / 3 * peak
     return tail + np.sqrt(tail * tail + 2 * LOG_ODDS * variance)
@@ -180,7 +183,7 @@ class Comparison:
         )
 
     @classmethod
-    def of_merge(cls, n_weights: int, merge_sums: np.ndarray) -> Comparison:
+    def of_merge(cls: Any, n_weights: int, merge_sums: np.ndarray) -> Comparison:
         """What a merge itself counts, f64 (4,) as in ``Retention``: what rounding might have done is not known then."""
         sums = np.full(N_SUMS, np.nan)
         sums[[PROJECTION, UPDATE2, ACHIEVED2]] = merge_sums[:3]

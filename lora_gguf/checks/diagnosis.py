@@ -189,16 +189,15 @@ def by_adapter(evidence: Evidence, failing: Sequence[Check]) -> Finding | None:
     ]
     for check in chosen:
         alone = [tensor_of(plan, check.name) for plan in evidence.parts]
-        found = project(evidence, alone)
-        gram, projections, achieved2, n_weights = (
-            old + new for old, new in zip((gram, projections, achieved2, n_weights), found, strict=True)
-        )
+        more = project(evidence, alone)
+        gram, projections = gram + more[0], projections + more[1]
+        achieved2, n_weights = achieved2 + more[2], n_weights + more[3]
     present = np.flatnonzero(np.diag(gram) > 0)
     if not len(present):
         return None
     inverse = np.linalg.pinv(gram[np.ix_(present, present)])
     factors = inverse @ projections[present]
-    rest = max(achieved2 - factors @ projections[present], 0.0) / max(n_weights, 1)
+    rest = max(float(achieved2 - factors @ projections[present]), 0.0) / max(n_weights, 1)
     clipped = 1 - min((check.comparison.dithered for check in failing), default=1.0)
     errors = np.sqrt(np.maximum(np.diag(inverse), 0) * rest * 2 * LOG_ODDS) + ALLOWED + clipped
     wrong = [i for i in range(len(present)) if abs(factors[i] - 1) > errors[i]]

@@ -16,6 +16,7 @@ from lora_gguf.adapters.kinds import KINDS, Module, scale_of
 from lora_gguf.adapters.lora import EMBEDDING, HEAD
 from lora_gguf.errors import LoraGgufError, MalformedError, printable
 from lora_gguf.files.base import Base
+from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.weights import Entry
 from lora_gguf.mapping.towers import CLIP
 from lora_gguf.merging.provenance import merges_of
@@ -174,7 +175,7 @@ def by_type(tensors: Iterable[tuple[str, int, int]]) -> dict[str, TypeShare]:
     return {name: TypeShare(*sums) for name, sums in sorted(found.items(), key=lambda item: -item[1][2])}
 
 
-def base_model_of(base: Base) -> str:
+def base_model_of(base: Base | GgufReader) -> str:
     """Return OWNER/NAME or the name of the first model that the file says it was made of."""
     owner, name = (text(base.get(f"general.base_model.0.{key}", "")) for key in ("organization", "name"))
     address = text(base.get("general.base_model.0.repo_url", ""))

@@ -9,10 +9,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from lora_gguf.adapters.adapter import adapter_name
 from lora_gguf.errors import NumericError
 from lora_gguf.files.base import Base
 from lora_gguf.mapping.accounts import Placement
-from lora_gguf.mapping.sources import adapter_name
 from lora_gguf.merging.forecast import expected, rows_each
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.plan import Plan
@@ -127,7 +127,7 @@ def alternatives(policy: Policy) -> Iterator[tuple[str, Policy]]:
     if policy.type:
         yield "leaving out --type", replace(policy, type=None)
     for option, change in (MIX_REMEDIES if policy.mix else REMEDIES).items():
-        other = replace(policy, **change)
+        other = replace(policy, **change)  # type: ignore[arg-type]
         if other != policy:
             yield option, other
 

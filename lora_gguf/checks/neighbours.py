@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from lora_gguf.kernels.decorators import kernel
@@ -10,7 +12,15 @@ from lora_gguf.quants.codec import Codec
 
 
 @kernel
-def bracket_codes(codes, steps, after, wanted, limits, low, high):
+def bracket_codes(
+    codes: np.ndarray,
+    steps: np.ndarray,
+    after: np.ndarray,
+    wanted: np.ndarray,
+    limits: Any,
+    low: np.ndarray,
+    high: np.ndarray,
+) -> None:
     """Find the grid's two values around ``wanted``, all f32 (rows, cols); ``steps`` is (rows, cols // group)."""
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]
@@ -28,7 +38,7 @@ def bracket_codes(codes, steps, after, wanted, limits, low, high):
 
 
 @kernel
-def _place(target, levels, below, above):
+def _place(target: np.ndarray, levels: np.ndarray, below: np.ndarray, above: np.ndarray) -> None:
     """For each of ``target`` (n,): the last level that is not above it, but for the highest, and the next level."""
     below[:], above[:] = levels[0], levels[1]
     for c in range(1, len(levels) - 1):
@@ -39,7 +49,15 @@ def _place(target, levels, below, above):
 
 
 @kernel
-def bracket_levels(codes, steps, after, wanted, book, low, high):
+def bracket_levels(
+    codes: np.ndarray,
+    steps: np.ndarray,
+    after: np.ndarray,
+    wanted: np.ndarray,
+    book: Any,
+    low: np.ndarray,
+    high: np.ndarray,
+) -> None:
     """Find as ``bracket_codes`` does on a codebook, ``book`` (levels, code_min): c stands for ``levels[c - code_min]``."""
     levels, code_min = book
     n_rows, n_cols = codes.shape
@@ -58,7 +76,9 @@ def bracket_levels(codes, steps, after, wanted, book, low, high):
             low[i, j], high[i, j] = min(one, other), max(one, other)
 
 
-def bracket_floats(type_name: str, before, delta, wanted) -> tuple[np.ndarray, np.ndarray]:
+def bracket_floats(
+    type_name: str, before: np.ndarray, delta: np.ndarray, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The two values of a float type around ``wanted``, wider by what a product of half-precision factors may be off.
 
     For F32 two that are a unit of bf16 apart, through which a merge may have gone.
@@ -111,8 +131,11 @@ def brackets(
 
 def unpacked(codec: Codec, blocks: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The codes int8 (rows, cols) and steps f32 (rows, groups) of ``blocks``."""
-    codes, steps = scratch("codes", shape, np.int8), np.empty((shape[0], shape[1] // codec.grid.group), np.float32)
-    codec.grid.unpack(blocks, codes, steps)
+    codes, steps = (
+        scratch("codes", shape, np.int8),
+        np.empty((shape[0], shape[1] // codec.known_grid.group), np.float32),
+    )
+    codec.known_grid.unpack(blocks, codes, steps)
     return codes, steps
 
 
@@ -140,11 +163,11 @@ def _widest_steps(codec: Codec, blocks: np.ndarray, shape: tuple[int, ...]) -> n
     bits wide, makes of its largest step.
     """
     steps = np.abs(unpacked(codec, blocks, shape)[1])
-    if codec.grid.levels is not None:
-        steps = steps * np.float32(np.diff(codec.grid.levels.astype(np.float32)).max())
-    by_block = steps.reshape(len(steps), -1, codec.type.block_size // codec.grid.group)
+    if codec.known_grid.levels is not None:
+        steps = steps * np.float32(np.diff(codec.known_grid.levels.astype(np.float32)).max())
+    by_block = steps.reshape(len(steps), -1, codec.type.block_size // codec.known_grid.group)
     by_block = np.maximum(by_block, by_block.max(2, keepdims=True) / np.float32(15))
-    return np.repeat(by_block.reshape(steps.shape), codec.grid.group, axis=1)
+    return np.repeat(by_block.reshape(steps.shape), codec.known_grid.group, axis=1)
 
 
 def farthest(codec: Codec, error: np.ndarray, steps: np.ndarray | None) -> np.ndarray:

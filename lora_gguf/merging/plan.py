@@ -52,9 +52,8 @@ class Plan:
         if self.mix:
             return FILE_TYPES[self.mix]
         body = [tensor for tensor in self.tensors if tensor.target.name not in {EMBEDDING, HEAD, *self.promoted}]
-        known = before is not None and before in FILE_TYPES.values()
-        if known and all(tensor.target.type == tensor.source.type for tensor in body):
-            return before
+        if before in FILE_TYPES.values() and all(tensor.target.type == tensor.source.type for tensor in body):
+            return int(before or 0)
         weights: dict[str, int] = {}
         for tensor in body or self.tensors:
             weights[tensor.target.type.name] = weights.get(tensor.target.type.name, 0) + tensor.target.n_elements

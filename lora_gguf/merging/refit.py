@@ -15,7 +15,7 @@ too, and it repairs codes at an end of their range. In a block whose columns mat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,20 +78,20 @@ def weighting(importance: np.ndarray, block_size: int, group: int, n_free: int) 
 
 
 @part
-def _take(row, at):
+def _take(row: np.ndarray, at: Any) -> Any:
     """The magnitude of the f16 number at byte ``at`` of a row: its bit pattern, in an f32 of the same bits."""
     return np.uint32(row[at] | (np.uint32(row[at + 1]) & np.uint32(0x7F)) << np.uint32(8)).view(np.float32)
 
 
 @part
-def _put(magnitude, row, at):
+def _put(magnitude: Any, row: np.ndarray, at: Any) -> None:
     """Store what ``_take`` took; the sign stays."""
     half = np.float32(magnitude).view(np.uint32)
     row[at], row[at + 1] = half & 255, half >> 8 | np.uint32(row[at + 1]) & 0x80
 
 
 @part
-def _values(taken):
+def _values(taken: Any) -> Any:
     """The f32 values of lanes of finite f16 magnitudes as ``_take`` takes them."""
     patterns = bits(taken)
     count = to_f32(patterns)
@@ -100,7 +100,7 @@ def _values(taken):
 
 
 @part
-def _taken(values):
+def _taken(values: Any) -> Any:
     """The reverse of ``_values``."""
     denormal = bits(fma(values, splat(_PER_UNIT), splat(_EXACT))) & splat(np.uint32(0x7FFFFF))
     normal = (bits(values) + splat(np.uint32(0xC8000000))) >> splat(np.uint32(13))
@@ -108,7 +108,7 @@ def _taken(values):
 
 
 @part
-def _f16_below(x, up):
+def _f16_below(x: np.ndarray, up: Any) -> Any:
     """The f16 numbers next to lanes ``x`` > 0 towards zero, after 2**-13 ``up`` of their unit was added: 0x1000 rounds
     to nearest.
     """
@@ -118,19 +118,19 @@ def _f16_below(x, up):
 
 
 @part
-def _f16_above(x):
+def _f16_above(x: np.ndarray) -> Any:
     """The f16 numbers after the f16 numbers ``x`` >= 0."""
     return where_less(x, splat(_NORMAL), x + splat(_UNIT), bits(bits(x) + splat(np.uint32(0x2000))))
 
 
 @part
-def _small(x):
+def _small(x: np.ndarray) -> Any:
     """``x``, or 0 where it is too large a change of a grid to be meant."""
     return where_less(magnitude(x), splat(_LARGEST), x, splat(np.float32(0.0)))
 
 
 @part
-def _solve(work):
+def _solve(work: np.ndarray) -> None:
     """The changes of d and m that come nearest to the update, for many blocks side by side.
 
     ``work`` is f32 (8, blocks, to a multiple of sixteen). Its rows are Σ h·s², Σ h·s·delta, Σ h·s·o, Σ h·o·delta, Σ
@@ -169,7 +169,7 @@ def _solve(work):
 
 
 @part
-def _moments(columns, delta, span, steps, lows, has_m):
+def _moments(columns: Any, delta: np.ndarray, span: Any, steps: np.ndarray, lows: np.ndarray, has_m: Any) -> Any:
     """Σ h·s², Σ h·s·delta, Σ h·s·o and Σ h·o·delta over the groups of ``span``; ``columns`` is (unit, zero, importance)."""
     unit, zero, importance = columns
     nothing, zeros, group = splat(np.float32(0.0)), splat(zero), len(unit) // len(steps)
@@ -194,7 +194,7 @@ def _moments(columns, delta, span, steps, lows, has_m):
 
 
 @part
-def _leave(columns, left, span, steps, lows, change):
+def _leave(columns: Any, left: np.ndarray, span: Any, steps: np.ndarray, lows: np.ndarray, change: Any) -> None:
     """Take from ``left`` what the groups of ``span`` have moved by: ``change`` (x, y), parts of their steps and lows."""
     unit, zero, _ = columns
     x, y = change
@@ -206,13 +206,15 @@ def _leave(columns, left, span, steps, lows, change):
 
 
 @kernel
-def refit_work(numbers):
+def refit_work(numbers: Any) -> Any:
     """The ``turn`` of ``refit_row`` for the blocks ``numbers``: their numbers, and room to work in."""
     return numbers, np.zeros((8, (len(numbers) + N - 1) // N * N), np.float32)
 
 
 @kernel
-def refit_row(movable, turn, row, unit, zero, steps, left):
+def refit_row(
+    movable: MovingGrid, turn: Any, row: np.ndarray, unit: np.ndarray, zero: Any, steps: np.ndarray, left: np.ndarray
+) -> None:
     """Move the grid of some blocks of a row towards its update ``left`` f32 (cols,), which becomes what the codes
     would still have to move by.
 

@@ -52,7 +52,7 @@ def keep_update(chunk: Changed, grid: Grid, renewed: np.ndarray, before: np.ndar
     target, always = chunk.recipe.target, chunk.recipe.rounding == "dither"
     codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), delta.shape[1] // grid.group), np.float32)
     grid.unpack(renewed, codes, steps)
-    chosen = delta.any(axis=1)
+    chosen = np.asarray(delta.any(axis=1))
     if not always:
         gap = 1.0 if grid.levels is None else float(np.diff(grid.levels).mean())
         chosen &= np.abs(delta).mean(axis=1) < LARGE * gap * np.abs(steps).mean(axis=1)

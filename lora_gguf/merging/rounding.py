@@ -25,7 +25,7 @@ threads nor chunks.
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,7 +49,7 @@ from lora_gguf.kernels.lanes import (
     total,
     where_less,
 )  # fmt: skip
-from lora_gguf.merging.refit import refit_row, refit_work
+from lora_gguf.merging.refit import MovingGrid, refit_row, refit_work
 
 _GOLDEN = np.uint32(0x9E3779B9)
 _SIXTEEN = np.uint32(N * 0x9E3779B9 & 0xFFFFFFFF)  # columns further
@@ -86,7 +86,7 @@ class Rule(NamedTuple):
 
 
 @kernel
-def _row_key(key, row):
+def _row_key(key: Any, row: np.ndarray) -> Any:
     """The 32-bit key of one row: a 64-bit finalizer (splitmix64) of the tensor's key and the row's number."""
     x = np.uint64(key) + np.uint64(row + 1) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -95,7 +95,7 @@ def _row_key(key, row):
 
 
 @kernel
-def _bits(row_key, column):
+def _bits(row_key: Any, column: Any) -> Any:
     """A whole number in [0, 2**24) as f32: a 32-bit mixing of the row's key and the column (two rounds)."""
     x = np.uint32(row_key + np.uint32(column) * _GOLDEN)
     x = np.uint32((x ^ np.uint32(x >> 16)) * np.uint32(0x21F0AAAD))
@@ -104,13 +104,13 @@ def _bits(row_key, column):
 
 
 @kernel
-def _uniform(row_key, column):
+def _uniform(row_key: Any, column: Any) -> Any:
     """A number in [0, 1), a multiple of 2**-24."""
     return _bits(row_key, column) * _UNIT
 
 
 @report_kernel
-def _tally(delta, moved, changed, sums):
+def _tally(delta: np.ndarray, moved: np.ndarray, changed: Any, sums: np.ndarray) -> None:
     """Add a row's Σ delta·moved, Σ delta², Σ moved² and its number of changed codes to ``sums`` (4,)."""
     both = wanted = got = np.float32(0.0)
     for j in range(len(delta)):
@@ -124,7 +124,7 @@ def _tally(delta, moved, changed, sums):
 
 
 @kernel
-def _offsets(column, base, unit):
+def _offsets(column: Any, base: Any, unit: np.ndarray) -> Any:
     """The random offsets of sixteen columns; ``column`` holds row_key + column * _GOLDEN. See ``_bits``."""
     x = (column ^ (column >> splat(np.uint32(16)))) * splat(np.uint32(0x21F0AAAD))
     x = (x ^ (x >> splat(np.uint32(15)))) * splat(np.uint32(0x735A2D97))
@@ -132,7 +132,7 @@ def _offsets(column, base, unit):
 
 
 @part
-def _count(delta, left, sums):
+def _count(delta: np.ndarray, left: np.ndarray, sums: np.ndarray) -> None:
     """Add a row's Σ delta·moved, Σ delta² and Σ moved² to ``sums``, moved being what ``left`` has not."""
     both = wanted = got = splat(np.float32(0.0))
     for j in range(0, len(delta), N):
@@ -145,7 +145,7 @@ def _count(delta, left, sums):
 
 
 @part
-def _size(left):
+def _size(left: np.ndarray) -> Any:
     """The mean magnitude of ``left``."""
     size = splat(np.float32(0.0))
     for j in range(0, len(left), N):
@@ -154,7 +154,7 @@ def _size(left):
 
 
 @part
-def _mean_step(steps):
+def _mean_step(steps: np.ndarray) -> Any:
     total_step = np.float32(0.0)
     for step in steps:
         total_step += abs(step)
@@ -162,7 +162,7 @@ def _mean_step(steps):
 
 
 @part
-def _width(left, inverse):
+def _width(left: np.ndarray, inverse: Any) -> Any:
     """The width of the random offset that a group of weights needs to move by ``left`` without bias.
 
     Were its moves normal, of deviation s in steps, nearest rounding would lose 2 exp(-2 π² s²) of them: 8% at 0.4.
@@ -172,7 +172,7 @@ def _width(left, inverse):
 
 
 @part
-def _move(codes, steps, left, rule, eases, row_key):
+def _move(codes: np.ndarray, steps: np.ndarray, left: np.ndarray, rule: Rule, eases: Any, row_key: Any) -> Any:
     """Move a row's int8 ``codes`` by ``left`` f32 (cols,), rounded; ``left`` becomes what they have still to move by.
     Returns the largest move in steps, before it is rounded, and the number of codes that changed.
     """
@@ -198,7 +198,7 @@ def _move(codes, steps, left, rule, eases, row_key):
 
 
 @kernel
-def _measure_outside(left, steps, outside):
+def _measure_outside(left: np.ndarray, steps: np.ndarray, outside: np.ndarray) -> None:
     """How far each block's weights lie beyond the range of their codes: Σ distance², in steps, into ``outside`` f32
     (blocks,). Within the range rounding leaves less than a step.
     """
@@ -219,7 +219,15 @@ def _measure_outside(left, steps, outside):
 
 
 @kernel
-def round_codes(codes, steps, delta, rule, movable, outside, sums):
+def round_codes(
+    codes: np.ndarray,
+    steps: np.ndarray,
+    delta: np.ndarray,
+    rule: Rule,
+    movable: MovingGrid,
+    outside: np.ndarray,
+    sums: np.ndarray,
+) -> None:
     """Move int8 ``codes`` (rows, cols), in place, by ``delta`` (rows, cols) on a grid of ``steps`` (rows, cols //
     group), as ``rule`` says.
 
@@ -247,7 +255,7 @@ def round_codes(codes, steps, delta, rule, movable, outside, sums):
 
 
 @part
-def _units(codes, levels, code_min, unit):
+def _units(codes: np.ndarray, levels: np.ndarray, code_min: Any, unit: np.ndarray) -> None:
     """What a row's int8 ``codes`` stand for, into ``unit`` f32 (cols,)."""
     for j in range(0, len(codes), N):
         number, level = load(codes, j) - splat(code_min), splat(levels[0])
@@ -257,7 +265,7 @@ def _units(codes, levels, code_min, unit):
 
 
 @part
-def _bracket(wanted, levels):
+def _bracket(wanted: np.ndarray, levels: np.ndarray) -> Any:
     """The number of the last level that is not above ``wanted``, that level and the next: the first two or the last two
     beyond them.
     """
@@ -270,7 +278,15 @@ def _bracket(wanted, levels):
 
 
 @part
-def _move_levels(codes, unit, levels, steps, left, rule, row_key):
+def _move_levels(
+    codes: np.ndarray,
+    unit: np.ndarray,
+    levels: np.ndarray,
+    steps: np.ndarray,
+    left: np.ndarray,
+    rule: Rule,
+    row_key: Any,
+) -> Any:
     """Move as ``_move`` does, on a codebook; ``unit`` (cols,) is what the codes stand for, before and after. Returns the
     number of codes that changed.
     """
@@ -301,7 +317,15 @@ def _move_levels(codes, unit, levels, steps, left, rule, row_key):
 
 
 @kernel
-def round_levels(codes, steps, delta, levels, rule, movable, sums):
+def round_levels(
+    codes: np.ndarray,
+    steps: np.ndarray,
+    delta: np.ndarray,
+    levels: np.ndarray,
+    rule: Rule,
+    movable: MovingGrid,
+    sums: np.ndarray,
+) -> None:
     """Round as ``round_codes`` does, on a codebook: code c stands for ``levels[c - least] * step``, levels ascending."""
     n_rows, n_cols = codes.shape
     refits = len(movable.blocks) > 0
@@ -320,7 +344,7 @@ def round_levels(codes, steps, delta, levels, rule, movable, sums):
 
 
 @kernel
-def round_bf16(halves, delta, spread, key, first_row, sums):
+def round_bf16(halves: np.ndarray, delta: np.ndarray, spread: Any, key: Any, first_row: Any, sums: np.ndarray) -> None:
     """Move bf16 bit patterns ``halves`` uint16 (rows, cols), in place, by ``delta``; the rest as ``round_codes``."""
     n_rows, n_cols = halves.shape
     moved = np.empty(n_cols, np.float32)
@@ -341,7 +365,7 @@ def round_bf16(halves, delta, spread, key, first_row, sums):
 
 
 @kernel
-def _f16_offset(wanted, offset):
+def _f16_offset(wanted: np.ndarray, offset: Any) -> Any:
     """The f16 pattern below or above ``wanted`` in magnitude: the one below, moved up where the dropped fraction plus ``offset`` reaches 1."""
     bits = np.float32(wanted).view(np.uint32)
     magnitude = np.uint32(bits & 0x7FFFFFFF)
@@ -353,7 +377,7 @@ def _f16_offset(wanted, offset):
 
 
 @kernel
-def round_f16(halves, delta, spread, key, first_row, sums):
+def round_f16(halves: np.ndarray, delta: np.ndarray, spread: Any, key: Any, first_row: Any, sums: np.ndarray) -> None:
     """As ``round_bf16``, for f16 bit patterns."""
     n_rows, n_cols = halves.shape
     moved = np.empty(n_cols, np.float32)
@@ -374,7 +398,7 @@ def round_f16(halves, delta, spread, key, first_row, sums):
 
 
 @kernel
-def tally_rows(before, after, delta, sums):
+def tally_rows(before: np.ndarray, after: np.ndarray, delta: np.ndarray, sums: np.ndarray) -> None:
     """Add what became of ``delta`` when weights ``before`` turned into ``after`` (all f32, (rows, cols)) to
     ``sums``.
     """

@@ -67,6 +67,13 @@ class Codec:
     grid: Grid | None = None
     half: Half | None = None
 
+    @property
+    def known_grid(self) -> Grid:
+        """The grid of a type that has one."""
+        if self.grid is None:
+            raise ValueError(f"{self.type} has no grid")
+        return self.grid
+
     def row_bytes(self, n_cols: int) -> int:
         """Return the bytes of a row of ``n_cols`` weights."""
         return self.type.row_bytes(n_cols)
