@@ -110,3 +110,14 @@ def test_a_base_of_the_hubs_cache_is_recorded_by_its_hash(adapter, model, tmp_pa
     merge(link, [(adapter, 1.0)], tmp_path / "merged.gguf")
     with GgufReader(tmp_path / "merged.gguf") as found:
         assert found.get("lora_gguf.base.sha256") == [digest]
+
+
+@pytest.mark.parametrize("adapter_called", ["phi-3-mini-lora", "My-Phi3", "modern-bert-x"])
+def test_a_name_by_which_llama_cpp_reads_tokens_otherwise_is_not_taken(adapter, model, tmp_path, adapter_called):
+    from lora_gguf.merging.provenance import Names, description
+
+    with Base(model) as base:
+        plain, telling = (description(base, Names([name], base="b"))["general.name"] for name in ("pirate", "phi-4"))
+        assert b"b + pirate" in plain and b"b + phi-4" in telling
+        found = description(base, Names([adapter_called], base="b"))
+        assert "general.name" not in found and adapter_called.encode() in found["general.base_model.1.name"]

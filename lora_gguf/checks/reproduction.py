@@ -23,7 +23,7 @@ from lora_gguf.merging.identity import adapter_sha256, header_sha256, n_file_byt
 from lora_gguf.merging.layout import OutputPart
 from lora_gguf.merging.options import ROUNDINGS, Policy
 from lora_gguf.merging.plan import Plan, make_plan
-from lora_gguf.merging.provenance import PREFIX, SEAL, Names, merged_key_values, repos_of, seal_of
+from lora_gguf.merging.provenance import PARENT, PREFIX, SEAL, Names, merged_key_values, repos_of, seal_of
 from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.merging.types import with_recipe
 from lora_gguf.quants.table import CODECS
@@ -61,7 +61,8 @@ def origin_of(result: Base, model: Base, placements: Placements, imatrix: Imatri
         why = f"it was made by lora-gguf {printable(found.get('version'), 40)}, this is {__version__}"
         return Origin(why=why, finding=broken)
     origin = _recorded(found, model, placements, imatrix)
-    origin.names = replace(origin.names, repos=repos_of(result))
+    called = str(result.get(f"{PARENT}0.name") or "")  # where the base's file gave it: it may have another name by now
+    origin.names = replace(origin.names, repos=repos_of(result), base=called)
     origin.finding = broken or origin.finding
     return origin
 

@@ -156,9 +156,18 @@ def draw(pictures: Pictures, content: Callable[[], Content], quiet: bool = False
 
 def say_written(path: str | os.PathLike, more: str = "") -> None:
     """Tell of an output, with its size."""
+    say(written(path) + more)
+
+
+def written(path: str | os.PathLike) -> str:
+    """Return a line that tells of an output, with its size where the system says it."""
     from lora_gguf.text import size_text
 
-    say(f"wrote {printable(path)} ({size_text(os.path.getsize(path))}){more}")
+    try:
+        size = f" ({size_text(os.path.getsize(path))})"
+    except OSError:
+        size = ""
+    return f"wrote {printable(path)}{size}"
 
 
 def announce_first_run() -> None:

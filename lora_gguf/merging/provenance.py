@@ -41,25 +41,30 @@ EARLIER = "earlier."
 PARENT = "general.base_model."
 MAX_PARENTS = 1000
 HUB = "https://huggingface.co/"
+# words in a model's name by which llama.cpp chooses how its special tokens take the spaces beside them
+TELLING_NAMES = ("phi-3", "phi3", "modern-bert")
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
 
 
 @dataclass(frozen=True)
 class Names:
-    """What was merged was called so: the adapters, the importance matrix; and the hashes of the base's files.
+    """What the adapters and the importance matrix were called, and the hashes of the base's files.
 
-    ``repos`` are the repositories on the Hub of the base and of each adapter, as far as they are known.
+    ``repos`` are the repositories on the Hub of the base and of each adapter, as far as they are known; ``base`` is what
+    the base's file was called, for a base that has no name of its own.
     """
 
     adapters: Sequence[str]
     imatrix: str = ""
     base_sha256: Sequence[str] = ()
     repos: Sequence[str] = ()
+    base: str = ""
 
 
 def names_of(model: Base, adapters: Sequence[str], policy: Policy, repos: Sequence[str] = ()) -> Names:
     """Return the names that a merge records of what the user gave it."""
-    return Names(adapters, policy.imatrix.label if policy.imatrix else "", known_sha256(model.paths), repos)
+    label = policy.imatrix.label if policy.imatrix else ""
+    return Names(adapters, label, known_sha256(model.paths), repos, model.path.name.removesuffix(".gguf"))
 
 
 def merged_key_values(
@@ -84,10 +89,10 @@ def description(model: Base, names: Names) -> dict[str, bytes]:
     """Return the pairs ``general.*`` that tell a merged file from its base: its name, its fine-tune, and the base and
     the adapters as what it was made of.
     """
-    base = str(model.get("general.name") or model.path.name.removesuffix(".gguf"))
+    base = str(model.get("general.name") or names.base)
     finetune = [str(model.get("general.finetune") or ""), *names.adapters]
     found: dict[str, tuple[object, str]] = {
-        "general.name": (" + ".join([base, *names.adapters]), "str"),
+        "general.name": (called(model, " + ".join([base, *names.adapters])), "str"),
         "general.finetune": ("-".join(filter(None, finetune)), "str"),
         f"{PARENT}count": (1 + len(names.adapters), "u32"),
     }
@@ -97,7 +102,14 @@ def description(model: Base, names: Names) -> dict[str, bytes]:
         owner = _repo(url).partition("/")[0] or (str(model.get("general.organization") or "") if i == 0 else "")
         entries = {"name": name, "organization": owner, "repo_url": url}
         found |= {f"{PARENT}{i}.{key}": (value, "str") for key, value in entries.items() if value}
-    return {key: key_value(key, *value) for key, value in found.items()}
+    return {key: key_value(key, *value) for key, value in found.items() if value[0] != ""}
+
+
+def called(model: Base, name: str) -> str:
+    """Return ``name``, or the base's own ('' for none) where llama.cpp would read tokens in another way for it."""
+    own = str(model.get("general.name") or "")
+    gained = [word for word in TELLING_NAMES if word in name.lower() and word not in own.lower()]
+    return own if gained else name
 
 
 def repos_of(result: Base) -> list[str]:
