@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_gguf import __version__
 
-PACKAGES = ("numpy", "numba", "gguf", "safetensors")
+PACKAGES = ("numpy", "numba", "gguf")  # all of them dependencies
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:

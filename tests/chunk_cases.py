@@ -7,9 +7,8 @@ import numpy as np
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.merging.chunks import Changed
 from lora_gguf.merging.refit import Weighting
-from lora_gguf.merging.rounding import tensor_key
 from lora_gguf.merging.rows import move, renew
-from lora_gguf.merging.tensor import Recipe, TensorPlan
+from lora_gguf.merging.tensor import Recipe, TensorPlan, tensor_key
 from lora_gguf.quants.table import CODECS
 
 

@@ -140,3 +140,12 @@ def test_the_random_numbers_are_of_what_is_merged_and_stay(tmp_path):
         keys(tmp_path / "merged.gguf", second),
     ]
     assert len({tuple(key) for key in found}) == len(found)
+
+
+def test_an_adapter_that_is_named_twice_is_warned_of(tmp_path, capsys):
+    from tests import tiny
+    from tests.test_cli import run
+
+    base, adapter = tiny.base_gguf(tmp_path, "llama"), tiny.TINY / "llama" / "adapter"
+    code, _, err = run(capsys, "merge", base, adapter, "--lora", adapter, "-o", tmp_path / "out.gguf")
+    assert code == 0 and "is the same adapter as one before it" in err

@@ -8,8 +8,8 @@ from libgguf import dequantize_rows, quantize_rows
 
 from lora_gguf.merging.importance import weighting_of
 from lora_gguf.merging.refit import refit_row, refit_work
-from lora_gguf.merging.rounding import tensor_key
 from lora_gguf.merging.rows import moving_grid
+from lora_gguf.merging.tensor import tensor_key
 from lora_gguf.quants.ggml import BY_NAME
 from lora_gguf.quants.table import CODECS
 from tests.chunk_cases import chunk_of, merged, recipe

@@ -5,8 +5,9 @@ import pytest
 
 from lora_gguf.kernels.low_rank import low_rank
 from lora_gguf.merging.refit import NO_GRID, refit_row, refit_work
-from lora_gguf.merging.rounding import Rule, round_bf16, round_codes, round_f16, round_levels, tally_rows, tensor_key
+from lora_gguf.merging.rounding import Rule, round_bf16, round_codes, round_f16, round_levels, tally_rows
 from lora_gguf.merging.rows import moving_grid
+from lora_gguf.merging.tensor import tensor_key
 from lora_gguf.quants.table import CODECS
 from tests.chunk_cases import chunk_of, recipe
 

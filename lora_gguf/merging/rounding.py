@@ -18,13 +18,11 @@ is added before the floor:
 
 ``fresh`` is what the type's own quantizer finds for the sum, as llama.cpp's tools do it.
 
-The random numbers are a hash of (seed, what is merged into what, tensor name, row, column): the bytes depend on neither
-threads nor chunks.
+The random numbers are a hash of (seed, what is merged into what, tensor, row, column), whatever the threads and chunks.
 """
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,16 +57,6 @@ _DOUBTFUL, _CERTAIN = 0.4, np.float32(0.55)
 _PER_DOUBT = np.float32(1 / (0.55 - _DOUBTFUL))
 _PER_SIZE = np.float32((np.pi / 2) ** 0.5)  # of a normal number: its deviation, per mean magnitude
 _EASING = np.float32(0.1)  # mean move of a row in steps from which on its groups are looked at one by one
-
-
-def tensor_key(seed: int, name: str, identity: str = "") -> np.uint64:
-    """Return the key of a tensor's random numbers; ``identity`` is that of what is merged and what it is merged into.
-
-    The error that rounding leaves in a merged file is a function of these numbers. A second merge that met them again
-    would add to that error rather than leave it at random.
-    """
-    text = f"{seed}/{identity}/{name}".encode("utf-8", "surrogateescape")
-    return np.uint64(int.from_bytes(hashlib.sha256(text).digest()[:8], "little"))
 
 
 class Rule(NamedTuple):

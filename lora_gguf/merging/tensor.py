@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,3 +84,13 @@ class TensorPlan:
     def changes(self) -> bool:
         """Whether the adapter changes weights that the base has."""
         return bool(self.pairs or self.updates)
+
+
+def tensor_key(seed: int, name: str, identity: str = "") -> np.uint64:
+    """Return the key of a tensor's random numbers; ``identity`` is that of what is merged and what it is merged into.
+
+    The error that rounding leaves in a merged file is a function of these numbers. A second merge that met them again
+    would add to that error rather than leave it at random.
+    """
+    text = f"{seed}/{identity}/{name}".encode("utf-8", "surrogateescape")
+    return np.uint64(int.from_bytes(hashlib.sha256(text).digest()[:8], "little"))

@@ -9,8 +9,7 @@ from lora_gguf.errors import UnsupportedError, UsageError
 from lora_gguf.files.base import Base
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.merging.options import Policy
-from lora_gguf.merging.rounding import tensor_key
-from lora_gguf.merging.tensor import Recipe, TensorPlan
+from lora_gguf.merging.tensor import Recipe, TensorPlan, tensor_key
 from lora_gguf.quants.ggml import BY_NAME, GgmlType
 from lora_gguf.quants.mixes import fallback_type, mix_types, model_of, requires_importance
 from lora_gguf.quants.table import CODECS
