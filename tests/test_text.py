@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-import tomllib
-
 from lora_gguf.text import PACKAGES, versions
 from tests.common import ROOT
 
