@@ -33,7 +33,7 @@ def _coarse(pairs: Sequence[tuple[float, float]], q_listed: float) -> float:
 
 
 def likeliest(logprobs: Mapping[int, float]) -> int:
-    """The token that is held likeliest."""
+    """Return the token that is held likeliest."""
     return max(logprobs, key=lambda token: logprobs[token])
 
 
@@ -136,7 +136,7 @@ class CompareReport:
         return f"yes: {self.merged_name} answers as the adapter at run time: {same}, {lost:.1%} of its effect lost"
 
     def as_dict(self) -> dict:
-        """The report as plain data for JSON; divergences are in nats."""
+        """Return the report as plain data for JSON; divergences are in nats."""
         return {
             "ok": self.ok,
             "verdict": self.verdict,

@@ -122,21 +122,21 @@ def compare(
 
 
 def bound(variance: Any, peak: Any) -> Any:
-    """What a sum of independent errors with this variance, none above ``peak``, exceeds once in 10**9 (Bernstein)."""
+    """Return what a sum of independent errors of this variance, none above ``peak``, exceeds once in 10**9."""
     tail = LOG_ODDS / 3 * peak
     return tail + np.sqrt(tail * tail + 2 * LOG_ODDS * variance)
 
 
 def added(sums: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Sums of rows, f64 (..., N_SUMS), as those of all of them: the last two are maxima."""
+    """Return sums of rows, f64 (..., N_SUMS), as those of all of them: the last two are maxima."""
     whole = sums.sum(axis)
     whole[..., MAXIMA] = sums[..., MAXIMA].max(axis, initial=0)
     return whole
 
 
 def off_share(sums: np.ndarray, *, mixed: bool = False) -> np.ndarray:
-    """Which rows of ``sums`` hold a share of the update that no way of rounding leaves: bool. ``mixed``: some of their
-    weights may have been rounded in one way, and some in another.
+    """Tell which rows of ``sums`` hold a share of the update that no way of rounding leaves: bool. ``mixed``: some of
+    their weights may have been rounded in one way, and some in another.
     """
     slack = bound(sums[..., VARIANCE], sums[..., PEAK])
     unsure = np.where(sums[..., DOUBTFUL] > 0, bound(sums[..., DOUBTFUL], sums[..., PEAK]), 0.0)
@@ -152,14 +152,14 @@ def off_share(sums: np.ndarray, *, mixed: bool = False) -> np.ndarray:
 
 
 def too_noisy(sums: np.ndarray) -> np.ndarray:
-    """Which rows of ``sums`` are farther from base + update than rounding on any sensible grid takes them: bool."""
+    """Tell which rows of ``sums`` are farther from base + update than rounding on a sensible grid takes them: bool."""
     peak = sums[..., PEAK_NOISE2]
     allowed = NOISIER * sums[..., ALLOWED_NOISE2] + bound(sums[..., ALLOWED_NOISE2] * peak, peak)
     return sums[..., NOISE2] > allowed
 
 
 def erased(sums: np.ndarray) -> np.ndarray:
-    """Which rows of ``sums`` surely hold less than half of the update that dithering leaves: bool."""
+    """Tell which rows of ``sums`` surely hold less than half of the update that dithering leaves: bool."""
     slack = bound(sums[..., VARIANCE], sums[..., PEAK]) + ALLOWED * sums[..., UPDATE2]
     return (sums[..., UPDATE2] > 0) & (sums[..., PROJECTION] + slack < FAINT * sums[..., DITHERED])
 
@@ -184,7 +184,7 @@ class Comparison:
 
     @classmethod
     def of_merge(cls: Any, n_weights: int, merge_sums: np.ndarray) -> Comparison:
-        """What a merge itself counts, f64 (4,) as in ``Retention``: what rounding might have done is not known then."""
+        """Return what a merge itself counts, f64 (4,) as in ``Retention``, without what rounding might have done."""
         sums = np.full(N_SUMS, np.nan)
         sums[[PROJECTION, UPDATE2, ACHIEVED2]] = merge_sums[:3]
         return cls(n_weights, sums)
@@ -325,7 +325,7 @@ class Compared:
         return Comparison(len(self.rows) * self.n_cols, added(self.rows), self.gridded, self.half)
 
     def cells(self, n_rows: int) -> np.ndarray:
-        """The sums of each ``n_rows`` rows."""
+        """Return the sums of each ``n_rows`` rows."""
         padding = -len(self.rows) % n_rows
         padded = np.concatenate([self.rows, np.zeros((padding, N_SUMS))])
         return added(padded.reshape(-1, n_rows, N_SUMS), 1)

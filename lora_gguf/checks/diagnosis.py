@@ -51,7 +51,7 @@ def causes(evidence: Evidence, checks: Sequence[Check], others: Sequence[Finding
 
 
 def is_unmerged(evidence: Evidence, adapted: Sequence[Check]) -> bool:
-    """Whether the adapted tensors are the base's, byte for byte, though the update asks for more: or the whole file."""
+    """Tell whether the adapted tensors, or the whole file, are the base's bytes though the update asks for more."""
     if not all(check.identical for check in adapted) or not any(
         check.comparison.sums[UPDATE2] > 0 for check in adapted
     ):
@@ -60,7 +60,7 @@ def is_unmerged(evidence: Evidence, adapted: Sequence[Check]) -> bool:
 
 
 def is_base(evidence: Evidence) -> bool:
-    """Whether the merged file has the base's own header."""
+    """Tell whether the merged file has the base's own header."""
     heads = [
         [reader.source.read(0, min(reader.data_position, reader.size)) for reader in base.readers]
         for base in (evidence.model, evidence.result)
@@ -69,7 +69,7 @@ def is_base(evidence: Evidence) -> bool:
 
 
 def shape_findings(evidence: Evidence) -> list[Finding]:
-    """Tensors that only one of the two files has, or in another shape."""
+    """Return the tensors that only one of the two files has, or in another shape."""
     expected = {tensor.target.name: tensor.target.shape for tensor in evidence.plan.tensors}
     found = {name: info.shape for name, info in evidence.result.tensors.items()}
     findings = []
@@ -82,7 +82,9 @@ def shape_findings(evidence: Evidence) -> list[Finding]:
 
 
 def other_base(evidence: Evidence, adapted: Sequence[Check], untouched: Sequence[Check]) -> Finding | None:
-    """The file of another base: most of what should be as it was is not, or the weights are nothing like the base's."""
+    """Return the file of another base: most of what should be as it was is not, or the weights are nothing like the
+    base's.
+    """
     changed = [check for check in untouched if not check.holds]
     if evidence.model.architecture != evidence.result.architecture or not (adapted or untouched):
         return Finding(
@@ -117,7 +119,7 @@ def not_merged(adapted: Sequence[Check]) -> Finding:
 
 
 def explain(evidence: Evidence, adapted: Sequence[Check]) -> list[Finding]:
-    """The causes of the adapted tensors that don't hold; of all of them together where one cause explains them."""
+    """Return the causes of the adapted tensors that don't hold; one for all of them where it explains them."""
     failing = [check for check in adapted if not check.holds]
     if not failing and (all(check.proved for check in adapted) or holds_as_a_whole(adapted)):
         return []
@@ -131,13 +133,13 @@ def explain(evidence: Evidence, adapted: Sequence[Check]) -> list[Finding]:
 
 
 def holds_as_a_whole(adapted: Sequence[Check]) -> bool:
-    """Whether the tensors together, too small to tell each on its own, hold the update."""
+    """Tell whether the tensors together, too small to tell each on its own, hold the update."""
     whole = sum((check.comparison for check in adapted), Comparison())
     return not adapted or not whole.is_off
 
 
 def single_cause(check: Check) -> Finding:
-    """The cause of one tensor that does not hold, by its sums alone."""
+    """Return the cause of one tensor that does not hold, by its sums alone."""
     found, name = check.comparison, (check.name,)
     kept = f"kept {found.kept:.2f}"
     if check.identical:
@@ -155,7 +157,7 @@ def single_cause(check: Check) -> Finding:
 
 
 def scale_finding(names: tuple[str, ...], factor: float, error: float) -> Finding:
-    """The finding of tensors that hold ``factor`` times the update, give or take ``error``."""
+    """Return the finding of tensors that hold ``factor`` times the update, give or take ``error``."""
     found = f"{factor:.2f} times it"
     if abs(factor) <= max(error, 2 * ALLOWED):
         return Finding("other adapter", names, "the adapter's update", f"changes unlike it: kept {factor:.2f}")
@@ -163,7 +165,7 @@ def scale_finding(names: tuple[str, ...], factor: float, error: float) -> Findin
 
 
 def common_scale(adapted: Sequence[Check]) -> Finding | None:
-    """The factor that explains all of ``adapted``, if there is one and it isn't 1."""
+    """Return the factor that explains all of ``adapted``, if there is one and it isn't 1."""
     told = [check.comparison for check in adapted if check.comparison.gridded and check.comparison.standard_error >= 0]
     errors = [max(found.standard_error, ALLOWED / 3) for found in told]
     weights = [(found.dithered / error) ** 2 for found, error in zip(told, errors, strict=False)]
@@ -181,7 +183,7 @@ def common_scale(adapted: Sequence[Check]) -> Finding | None:
 
 
 def by_adapter(evidence: Evidence, failing: Sequence[Check]) -> Finding | None:
-    """Of several adapters, how much of each ``failing`` tensors hold: those that hold another share than 1."""
+    """Tell how much of each adapter the ``failing`` tensors hold: those that hold another share than 1."""
     n = len(evidence.parts)
     gram, projections, achieved2, n_weights = np.zeros((n, n)), np.zeros(n), 0.0, 0
     chosen = failing[:N_EXAMPLES] or [
@@ -214,7 +216,7 @@ def tensor_of(plan: Plan, name: str) -> TensorPlan:
 
 
 def project(evidence: Evidence, tensors: Sequence[TensorPlan]) -> tuple[np.ndarray, np.ndarray, float, int]:
-    """What one tensor holds of the updates that ``tensors``, plans of it, would add.
+    """Tell what one tensor holds of the updates that ``tensors``, plans of it, would add.
 
     Returns Σ delta_i·delta_j (n, n), Σ delta_i·achieved (n,), Σ achieved², and the number of weights.
     """
@@ -246,7 +248,7 @@ def changed(tensor: TensorPlan) -> Iterator[Changed]:
 
 
 def misplaced(evidence: Evidence, failing: Sequence[Check]) -> tuple[list[Finding], list[Check]]:
-    """The failing tensors that hold an update in the wrong place, by cause; and those left over.
+    """Return the failing tensors that hold an update in the wrong place, by cause; and those left over.
 
     Only the first few of a kind are read again; what most of them show goes for the others.
     """
@@ -270,7 +272,7 @@ def misplaced(evidence: Evidence, failing: Sequence[Check]) -> tuple[list[Findin
 
 
 def wrong_place(evidence: Evidence, name: str) -> str | None:
-    """Which wrong placing of an update explains the tensor ``name``, or None."""
+    """Tell which wrong placing of an update explains the tensor ``name``, or None."""
     tensor = tensor_of(evidence.plan, name)
     candidates = [(cause, other) for cause, make in PLACINGS for other in make(evidence, tensor)]
     if not candidates:
@@ -287,7 +289,7 @@ def wrong_place(evidence: Evidence, name: str) -> str | None:
 
 
 def other_order(evidence: Evidence, tensor: TensorPlan) -> list[TensorPlan]:
-    """The update of q or k with the rotary permutation of its rows undone, and done once more."""
+    """Return the update of q or k with the rotary permutation of its rows undone, and done once more."""
     key = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}.get(kind_of(tensor.target.name))
     heads = key and (evidence.model.hparam(key) or evidence.model.hparam("attention.head_count"))
     layer = tensor.target.name.split(".")[1]
@@ -302,7 +304,7 @@ def other_order(evidence: Evidence, tensor: TensorPlan) -> list[TensorPlan]:
 
 
 def turned(_evidence: Evidence, tensor: TensorPlan) -> list[TensorPlan]:
-    """The update of a square matrix transposed."""
+    """Return the update of a square matrix transposed."""
     shape = tensor.source.shape
     if len(shape) != 2 or shape[0] != shape[1] or tensor.updates or not tensor.pairs:
         return []
@@ -314,7 +316,7 @@ def turned(_evidence: Evidence, tensor: TensorPlan) -> list[TensorPlan]:
 
 
 def neighbouring(evidence: Evidence, tensor: TensorPlan) -> list[TensorPlan]:
-    """The updates of the layer's other tensors of this shape, and of this kind in the layers before and after."""
+    """Return the updates of the layer's other tensors of this shape, and of this kind in the next layers."""
     prefix, _, kind = tensor.target.name.removesuffix(".weight").rpartition(".")
     layer = prefix.rpartition(".")[2]
     near = [f"blk.{int(layer) + i}.{kind}.weight" for i in (-1, 1)] if layer.isdigit() else []

@@ -71,7 +71,7 @@ def compared(
 
 
 def fits(target: TensorInfo, result: Base) -> bool:
-    """Whether the merged file has the tensor in this shape."""
+    """Tell whether the merged file has the tensor in this shape."""
     found = result.tensors.get(target.name)
     return found is not None and found.shape == target.shape
 
@@ -153,6 +153,6 @@ def _importance(chunk: Chunk, imatrix: Imatrix | None) -> np.ndarray:
 
 
 def row_slices(n_rows: int, n_cols: int) -> list[slice]:
-    """``n_rows`` in pieces of about a chunk's weights: those of a tensor that a merge copies are read in larger ones."""
+    """Cut ``n_rows`` into pieces of about a chunk's weights, larger ones where a merge copies the tensor."""
     n = max(1, CHUNK_WEIGHTS // n_cols)
     return [slice(first, min(first + n, n_rows)) for first in range(0, n_rows, n)]

@@ -113,17 +113,17 @@ class Finding:
 
 
 def nearest_only(check: Check) -> bool:
-    """Whether the tensor holds what rounding to nearest leaves, and not what dithering does."""
+    """Tell whether the tensor holds what rounding to nearest leaves, and not what dithering does."""
     return check.comparison.is_nearest and not check.comparison.is_dithered
 
 
 def tells_dither(checks: Iterable[Check]) -> bool:
-    """Whether any tensor holds what only chance puts there: then the file was dithered, and no tensor may be less."""
+    """Tell whether a tensor holds what only chance puts there: then the file was dithered, and none may be less."""
     return any(check.touched and check.comparison.tells_dither for check in checks)
 
 
 def adapted_holds(check: Check, dithered: bool) -> bool:
-    """Whether nothing speaks against base + update in a tensor, of a file that was surely ``dithered`` or not."""
+    """Tell whether nothing speaks against base + update in a tensor, of a file that was surely ``dithered`` or not."""
     if check.proved and not (dithered and check.comparison.is_erased):
         return True
     parts = [check.comparison, *check.matrices.values()]
@@ -133,7 +133,7 @@ def adapted_holds(check: Check, dithered: bool) -> bool:
 
 
 def untouched_holds(check: Check) -> bool:
-    """Whether a tensor that no adapter touches is the base's, or the base's in another type."""
+    """Tell whether a tensor that no adapter touches is the base's, or the base's in another type."""
     found = check.comparison
     if check.identical or check.proved:
         return True
@@ -141,7 +141,7 @@ def untouched_holds(check: Check) -> bool:
 
 
 def grouped(findings: Sequence[Finding]) -> list[Finding]:
-    """The findings with one for all tensors of a cause; what was found is told of the first."""
+    """Return the findings with one for all tensors of a cause; what was found is told of the first."""
     groups: dict[object, list[Finding]] = {}
     for finding in findings:
         groups.setdefault(finding.cause if finding.tensors else finding, []).append(finding)
@@ -149,7 +149,7 @@ def grouped(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def as_error(label: str, findings: Sequence[Finding]) -> MismatchError:
-    """The findings as the one line of an error, the others as its details."""
+    """Return the findings as the one line of an error, the others as its details."""
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
     return MismatchError(f"{label}: {findings[0]}{more}", [str(finding) for finding in findings[1:]])
 

@@ -35,7 +35,7 @@ Kinds = Mapping[tuple[str, str, str], Sequence[Retention]]
 def idle(
     adapters: Sequence[tuple[str | os.PathLike, float]], placements: Iterable[tuple[Placement, float]]
 ) -> list[str]:
-    """A warning for each of the adapters that changes nothing."""
+    """Return a warning for each of the adapters that changes nothing."""
     return [
         f"{adapter_name(path)} at scale {factor:g} changes nothing: {ZERO}"
         for (path, factor), (placement, _) in zip(adapters, placements, strict=True)
@@ -44,7 +44,7 @@ def idle(
 
 
 def judged(kinds: Kinds, plan: Plan, model: Base, policy: Policy) -> list[str]:
-    """Warnings on what was kept, ``kinds`` as ``MergeReport.by_kind`` gives it.
+    """Return warnings on what was kept, ``kinds`` as ``MergeReport.by_kind`` gives it.
 
     Raises ``NumericError`` where less of the whole was kept than the policy asks for, with the change of the command
     that keeps as much.
@@ -87,7 +87,7 @@ def sentence(whole: Retention) -> str:
 
 
 def poorly_kept(kinds: Kinds) -> dict[str, float]:
-    """The kinds of tensor of whose update little was kept, with the share, the least first."""
+    """Return the kinds of tensor of whose update little was kept, with the share, the least first."""
     found = {f"{kind} ({after})": total(parts) for (kind, _, after), parts in kinds.items()}
     poor = {name: part.kept for name, part in found.items() if part.kept + SURE * error_of(part) < WARN_BELOW}
     return dict(sorted(poor.items(), key=lambda item: item[1]))
@@ -98,12 +98,12 @@ def listed(poor: Mapping[str, float]) -> str:
 
 
 def error_of(part: Retention, n_weights: int | None = None) -> float:
-    """The standard error of what was kept, as far as the rounding's random numbers go, told by ``n_weights`` weights."""
+    """Return the standard error of what was kept that random rounding leaves, of ``n_weights`` weights."""
     return part.noise / math.sqrt(max(n_weights or part.n_weights, 1))
 
 
 def remedy(plan: Plan, model: Base, policy: Policy, goal: float, by_kind: bool = True) -> str:
-    """The smallest change of the command that keeps ``goal``, with what a sample of rows says that it keeps.
+    """Return the smallest change of the command that keeps ``goal``, with what a sample of rows says that it keeps.
 
     ``by_kind``: of each kind of tensor, not only of the whole. Where none does, that is said, with the best there is.
     """
@@ -123,7 +123,7 @@ def remedy(plan: Plan, model: Base, policy: Policy, goal: float, by_kind: bool =
 
 
 def alternatives(policy: Policy) -> Iterator[tuple[str, Policy]]:
-    """Other ways to merge, as what to write and the policy; none that is the policy itself."""
+    """Return other ways to merge, as what to write and the policy; none that is the policy itself."""
     if policy.type:
         yield "leaving out --type", replace(policy, type=None)
     for option, change in (MIX_REMEDIES if policy.mix else REMEDIES).items():
@@ -133,7 +133,7 @@ def alternatives(policy: Policy) -> Iterator[tuple[str, Policy]]:
 
 
 def grouped(tensors: Iterable[TensorPlan]) -> list[list[TensorPlan]]:
-    """The tensors by kind."""
+    """Group the tensors by kind."""
     groups: dict[str, list[TensorPlan]] = {}
     for tensor in tensors:
         groups.setdefault(kind_of(tensor.target.name), []).append(tensor)
@@ -141,7 +141,7 @@ def grouped(tensors: Iterable[TensorPlan]) -> list[list[TensorPlan]]:
 
 
 def surely(tensors: Sequence[TensorPlan], found: Mapping[str, Retention]) -> float:
-    """What a sample of ``tensors`` says that is kept of their updates at least; 0 where it cannot tell."""
+    """Tell what a sample of ``tensors`` says that is kept of their updates at least; 0 where it cannot tell."""
     part, n_rows = total(found[tensor.target.name] for tensor in tensors), rows_each(tensors)
     n_weights = sum(min(n_rows, tensor.source.n_rows) * tensor.source.n_cols for tensor in tensors)
     error = SURE * error_of(part, n_weights)
@@ -149,6 +149,6 @@ def surely(tensors: Sequence[TensorPlan], found: Mapping[str, Retention]) -> flo
 
 
 def growth(plan: Plan, tensors: Iterable[TensorPlan], model: Base) -> str:
-    """How large the file becomes with the types of ``tensors``."""
+    """Tell how large the file becomes with the types of ``tensors``."""
     now, then = (sum(tensor.target.n_bytes for tensor in found) for found in (plan.tensors, tensors))
     return "at the same size" if now == then else f"in a file {then / model.n_bytes:.2f} times the base's size"

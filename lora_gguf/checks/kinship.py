@@ -60,7 +60,7 @@ class Traits:
 
 
 def traits(name: str) -> Traits:
-    """What ``name``, a Hub id, a path or the name in a GGUF, says of a model."""
+    """Read what ``name``, a Hub id, a path or the name in a GGUF, says of a model."""
     words = re.split(r"[^a-z0-9.]+", last_part(name).lower().replace("gpt-2", "gpt2").replace("gpt-neox", "gptneox"))
     words = [word.strip(".") for word in words if word.strip(".")]
     families: dict[str, str] = {}
@@ -81,13 +81,13 @@ def traits(name: str) -> Traits:
 
 
 def last_part(name: str) -> str:
-    """The last part of a Hub id or a path; of a folder of the Hub's cache the model's name."""
+    """Return the last part of a Hub id or a path; of a folder of the Hub's cache the model's name."""
     cached = _CACHED.search(name)
     return cached[1] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def family_of(word: str) -> str | None:
-    """The family that a word belongs to: ``tinyllama`` to llama."""
+    """Return the family that a word belongs to: ``tinyllama`` to llama."""
     return next((known for known in FAMILIES if word == known or (len(known) > 4 and known in word)), None)
 
 
@@ -96,7 +96,7 @@ def _plain(number: str) -> str:
 
 
 def disagreement(one: Traits, other: Traits) -> str:
-    """In what two names cannot mean the same model; '' where they can."""
+    """Tell in what two names cannot mean the same model; '' where they can."""
     if one.families and other.families and not one.families.keys() & other.families.keys():
         return f"{' and '.join(one.families)} is not {' or '.join(other.families)}"
     if one.sizes and other.sizes and not any(_near(a, b, SAME_SIZE) for a in one.sizes for b in other.sizes):
@@ -119,7 +119,7 @@ def agrees(one: Traits, other: Traits) -> bool:
 
 
 def names_of(base: Base) -> list[str]:
-    """What a GGUF calls itself and what it was made of, and its file's name."""
+    """Return what a GGUF calls itself and what it was made of, and its file's name."""
     split = split_name(base.path.name)
     own = [base.get("general.name"), _label(base), split[0] if split else base.path.name.removesuffix(".gguf")]
     for i in range(min(number if type(number := base.get("general.base_model.count")) is int else 0, 8)):
@@ -133,7 +133,7 @@ def _label(base: Base) -> str:
 
 
 def stated_base(path: str | os.PathLike[str]) -> tuple[str, dict]:
-    """The model that an adapter says it was trained on, and its configuration (empty for a GGUF)."""
+    """Return the model that an adapter says it was trained on, and its configuration (empty for a GGUF)."""
     if Path(path).is_file() and Path(path).suffix == ".gguf":
         with GgufReader(path) as reader:
             return base_model_of(reader), {}
@@ -142,8 +142,8 @@ def stated_base(path: str | os.PathLike[str]) -> tuple[str, dict]:
 
 
 def kinship(path: str | os.PathLike[str], base: Base) -> list[Remark]:
-    """Whether the adapter at ``path`` was trained on ``base``, by its name and by its class: agree, disagree, cannot
-    tell.
+    """Tell whether the adapter at ``path`` was trained on ``base``, by its name and by its class: agree, disagree,
+    cannot tell.
     """
     if base.architecture == CLIP:
         return []  # a tower, which is named after many models
@@ -152,7 +152,7 @@ def kinship(path: str | os.PathLike[str], base: Base) -> list[Remark]:
 
 
 def kin_warnings(adapters: Sequence[tuple[str | os.PathLike[str], float]], base: Base) -> list[str]:
-    """What a merge says where an adapter's base is another model, or has another vocabulary."""
+    """Tell what a merge says where an adapter's base is another model, or has another vocabulary."""
     found = []
     for path, _ in adapters:
         remarks = [remark.text for remark in kinship(path, base) if remark.level == WARNING]
@@ -163,7 +163,7 @@ def kin_warnings(adapters: Sequence[tuple[str | os.PathLike[str], float]], base:
 
 
 def by_name(stated: str, base: Base) -> Remark:
-    """What the names say."""
+    """Return what the names say."""
     if not stated:
         return Remark("base", NOTE, "cannot tell: the adapter does not say what it was trained on")
     said, names = traits(stated), names_of(base)
@@ -185,7 +185,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def against_facts(said: Traits, base: Base) -> Iterator[str]:
-    """What of the base itself, whatever it is called, is not as a name says: its architecture, its size."""
+    """Tell what of the base itself, whatever it is called, is not as a name says: its architecture, its size."""
     allowed = "|".join(FAMILIES[family_of(word) or word] for word in said.families)
     if allowed and base.architecture and not re.match(allowed, base.architecture):
         yield f"of the architecture {printable(base.architecture, 40)}"
@@ -195,7 +195,7 @@ def against_facts(said: Traits, base: Base) -> Iterator[str]:
 
 
 def by_class(config: dict, base: Base) -> Iterator[Remark]:
-    """What the class says that PEFT wrapped, and the task."""
+    """Tell what the class says that PEFT wrapped, and the task."""
     mapping = config.get("auto_mapping")
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     known = architectures_of(name) if isinstance(name, str) else set()
@@ -209,7 +209,7 @@ def by_class(config: dict, base: Base) -> Iterator[Remark]:
 
 
 def architectures_of(name: str) -> set[str]:
-    """The GGUF architectures that models of a class of transformers become, whatever their head."""
+    """Return the GGUF architectures that models of a class of transformers become, whatever their head."""
     stem = _stem(name)
     found = {architecture for architecture, row in ARCHITECTURES.items() if stem in map(_stem, row.hf)}
     return found | {other for (one, _), other in VARIANTS.items() if one in found}

@@ -70,15 +70,13 @@ class Llama:
             ) from None
 
     def prompt_tokens(self, prompt: str, *, chat: bool) -> list[int]:
-        """The tokens of ``prompt``, as a user's message in the model's own chat template if it is a ``chat``."""
+        """Return the tokens of ``prompt``, as a user's message in the model's own chat template if it is a ``chat``."""
         if chat:
             prompt = self._ask("/apply-template", {"messages": [{"role": "user", "content": prompt}]})["prompt"]
         return self._ask("/tokenize", {"content": prompt, "add_special": True, "parse_special": True})["tokens"]
 
     def answer(self, tokens: Sequence[int], n_tokens: int) -> Answer:
-        """The greedy continuation of ``tokens`` by at most ``n_tokens``. Raises ``UsageError`` where they are too
-        many.
-        """
+        """Return at most ``n_tokens`` greedy tokens after ``tokens``. Raises ``UsageError`` where they are too many."""
         if len(tokens) + n_tokens > self.n_ctx:
             raise UsageError(
                 f"{self.label}: the prompt has {len(tokens)} tokens, and {n_tokens} are asked for: expected at most "
@@ -89,7 +87,7 @@ class Llama:
         return Answer(found["text"], [step["id"] for step in steps], [_logprobs(step) for step in steps])
 
     def next_logprobs(self, tokens: Sequence[int]) -> Logprobs:
-        """The log-probabilities of the likeliest tokens after ``tokens``."""
+        """Return the log-probabilities of the likeliest tokens after ``tokens``."""
         return _logprobs(self._complete(tokens, 1)["logprobs"]["content"][0])
 
     def _complete(self, tokens: Sequence[int], n_tokens: int) -> dict:

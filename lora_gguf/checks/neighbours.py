@@ -79,7 +79,8 @@ def bracket_levels(
 def bracket_floats(
     type_name: str, before: np.ndarray, delta: np.ndarray, wanted: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The two values of a float type around ``wanted``, wider by what a product of half-precision factors may be off.
+    """Return the two values of a float type around ``wanted``, wider by what a product of half-precision factors may be
+    off.
 
     For F32 two that are a unit of bf16 apart, through which a merge may have gone.
     """
@@ -102,8 +103,8 @@ def bracket_floats(
 def brackets(
     codec: Codec, blocks: np.ndarray, weights: tuple[np.ndarray, np.ndarray, np.ndarray], widest: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """``low`` and ``high`` around base + update on the grid of ``blocks``, all f32 (rows, cols); ``weights`` are those
-    before and after, and the update.
+    """Return ``low`` and ``high`` around base + update on the grid of ``blocks``, all f32 (rows, cols); ``weights`` are
+    those before and after, and the update.
 
     Where they are more than ``widest`` (rows, cols) apart, it is that far around what was wanted. None where the type's
     weights are not coded one by one.
@@ -130,7 +131,7 @@ def brackets(
 
 
 def unpacked(codec: Codec, blocks: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The codes int8 (rows, cols) and steps f32 (rows, groups) of ``blocks``."""
+    """Return the codes int8 (rows, cols) and steps f32 (rows, groups) of ``blocks``."""
     codes, steps = (
         scratch("codes", shape, np.int8),
         np.empty((shape[0], shape[1] // codec.known_grid.group), np.float32),
@@ -142,7 +143,7 @@ def unpacked(codec: Codec, blocks: np.ndarray, shape: tuple[int, ...]) -> tuple[
 def own_steps(
     quants: tuple[Codec, Codec], stored: np.ndarray, fresh: np.ndarray, before: np.ndarray, delta: np.ndarray
 ) -> np.ndarray | None:
-    """How wide each weight's step may be, f32 (rows, cols), whatever the merged block says: as in the base's grid
+    """Tell how wide each weight's step may be, f32 (rows, cols), whatever the merged block says: as in the base's grid
     (``stored``), or in that of base + update (``fresh``), whichever is wider.
 
     For floats it is a unit of bf16, through which a merge may have gone. None where a type has no steps.
@@ -171,8 +172,8 @@ def _widest_steps(codec: Codec, blocks: np.ndarray, shape: tuple[int, ...]) -> n
 
 
 def farthest(codec: Codec, error: np.ndarray, steps: np.ndarray | None) -> np.ndarray:
-    """How far a weight may be from base + update at most, f32 (rows, cols): a few steps, and a few times the largest
-    ``error`` that the type's own quantizer leaves in the block.
+    """Tell how far a weight may be from base + update at most, f32 (rows, cols): a few steps, and a few times the
+    largest ``error`` that the type's own quantizer leaves in the block.
     """
     size = codec.type.block_size
     largest = np.abs(error).reshape(len(error), -1, size).max(2)

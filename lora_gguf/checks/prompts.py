@@ -46,7 +46,8 @@ class Prompts:
 
 
 def read_prompts(path: str | os.PathLike) -> list[str]:
-    r"""The prompts of a text file, one a line; a line in quotation marks is read as JSON, so that it may hold ``\n``.
+    r"""Return the prompts of a text file, one a line; a line in quotation marks is read as JSON, so that it may hold
+    ``\n``.
 
     Raises ``FileError``, ``MalformedError``, ``UsageError`` where there is none.
     """

@@ -68,7 +68,7 @@ def origin_of(result: Base, model: Base, placements: Placements, imatrix: Imatri
 
 
 def is_sealed(result: Base) -> bool:
-    """Whether the metadata are those over which the seal was made."""
+    """Tell whether the metadata are those over which the seal was made."""
     pairs = dict(zip(result.kv, raw_key_values(result.readers[0]), strict=True))
     before, seal, after = _around(list(pairs), SEAL)
     return bool(seal and set(after) <= set(SPLIT_KEYS) and result.get(SEAL) == seal_of([pairs[key] for key in before]))
@@ -110,12 +110,12 @@ def _recorded(found: dict, model: Base, placements: Placements, imatrix: Imatrix
 
 
 def as_given(scale: float, asked: list[tuple[str, float]]) -> float:
-    """A scale as the user gave it, of which the file has the f32: one of those ``asked``, or the shortest decimal."""
+    """Return a scale as the user gave it, of which the file has the f32: one ``asked`` for, or the shortest."""
     return next((given for _, given in asked if np.float32(given) == np.float32(scale)), float(str(np.float32(scale))))
 
 
 def same_sum(recorded: list[tuple[str, float]], asked: list[tuple[str, float]], linear: bool) -> bool:
-    """Whether both add the same, in whatever order; where all updates are ``linear`` in their scale, in whatever parts."""
+    """Tell whether both add the same, in any order; where updates are ``linear`` in their scale, in any parts."""
     if not linear:
         return sorted(recorded) == sorted(asked)
     totals: dict[str, float] = {}
@@ -134,7 +134,7 @@ def _listed(scales: object) -> str:
 
 
 def plan_again(model: Base, result: Base, origin: Origin) -> Plan | None:
-    """The plan of a merge into the types that the tensors of ``result`` have; None where it cannot have been."""
+    """Return the plan of a merge into the types that the tensors of ``result`` have; None where it cannot have been."""
     if origin.policy is None:
         return None
     policy = origin.policy
@@ -150,7 +150,7 @@ def plan_again(model: Base, result: Base, origin: Origin) -> Plan | None:
 
 
 def header_findings(origin: Origin, model: Base, result: Base, plan: Plan) -> Iterator[Finding]:
-    """What differs from the files that the merge writes, but for the tensors: metadata, table, padding, size."""
+    """Tell what differs from the files that the merge writes, but for the tensors: metadata, table, padding, size."""
     metadata = merged_key_values(model, plan, origin.placements, origin.policy or Policy(), origin.names)
     by_name, count = {tensor.target.name: tensor for tensor in plan.tensors}, len(result.readers)
     for number, reader in enumerate(result.readers):
@@ -186,7 +186,7 @@ def _of_key(key: str, model: Base, present: bool) -> Finding:
 
 
 def tail_findings(result: Base) -> Iterator[Finding]:
-    """What lies between and after the tensors' data that should not."""
+    """Tell what lies between and after the tensors' data that should not."""
     for reader in result.readers:
         infos = list(reader.tensors.values())
         ends = [reader.data_position + info.offset + info.n_bytes for info in infos]
@@ -201,7 +201,7 @@ def tail_findings(result: Base) -> Iterator[Finding]:
 
 
 def short_findings(result: Base) -> Iterator[Finding]:
-    """Where a file ends before the padding that a merge writes."""
+    """Tell where a file ends before the padding that a merge writes."""
     for reader in result.readers:
         ends = [reader.data_position + info.offset + info.n_bytes for info in reader.tensors.values()]
         if ends and reader.size < -(-ends[-1] // reader.alignment) * reader.alignment:

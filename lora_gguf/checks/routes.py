@@ -50,7 +50,7 @@ class Rows:
 
 
 def rounded(weights: np.ndarray, type_name: str) -> np.ndarray:
-    """The f32 ``weights`` as they come out of a float type."""
+    """Return the f32 ``weights`` as they come out of a float type."""
     if type_name == "F32":
         return weights
     codec = CODECS[type_name]
@@ -58,22 +58,20 @@ def rounded(weights: np.ndarray, type_name: str) -> np.ndarray:
 
 
 def encoded_as(codec: Codec, weights: np.ndarray, importance: np.ndarray) -> np.ndarray:
-    """Rows f32 (rows, cols) as the type's own quantizer stores them; without an ``importance`` that it needs, all
-    columns matter alike.
-    """
+    """Return rows f32 (rows, cols) as the type's quantizer stores them, all columns alike without ``importance``."""
     if codec.needs_importance and not importance.size:
         importance = np.ones(weights.shape[1], np.float32)
     return codec.encoded(np.ascontiguousarray(weights), importance)
 
 
 def along(route: tuple[str, str, str], before: np.ndarray, delta: np.ndarray) -> np.ndarray:
-    """The sum that a way gives, before it is stored."""
+    """Return the sum that a way gives, before it is stored."""
     base_type, update_type, sum_type = route
     return rounded(rounded(before, base_type) + rounded(delta, update_type), sum_type)
 
 
 def n_unexplained(codec: Codec, rows: Rows, importance: np.ndarray, fresh: np.ndarray) -> int:
-    """How many blocks no way of rounding gives; ``fresh`` is what the first of them gives."""
+    """Tell how many blocks no way of rounding gives; ``fresh`` is what the first of them gives."""
     if codec.needs_importance and not importance.size:
         return fresh.size // codec.type.block_bytes
     differs = differing(codec, rows.stored, fresh)
@@ -88,7 +86,7 @@ def n_unexplained(codec: Codec, rows: Rows, importance: np.ndarray, fresh: np.nd
 
 
 def differing(codec: Codec, stored: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Which blocks differ: bool (blocks,)."""
+    """Tell which blocks differ: bool (blocks,)."""
     return (stored.reshape(-1, codec.type.block_bytes) != other.reshape(-1, codec.type.block_bytes)).any(1)
 
 

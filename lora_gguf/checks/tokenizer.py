@@ -21,7 +21,8 @@ SPECIAL = {
 
 
 def compare_tokenizer(directory: Path, base: Base) -> list[Remark]:
-    """What to say of the tokenizer files in ``directory``: one remark for the tokens, the special ones, the template.
+    """Tell what to say of the tokenizer files in ``directory``: one remark for the tokens, the special ones, the
+    template.
 
     ``MalformedError`` where a file is not what its name says.
     """
@@ -35,12 +36,12 @@ def compare_tokenizer(directory: Path, base: Base) -> list[Remark]:
 
 
 def found_json(path: Path) -> dict:
-    """The object in a JSON file, empty where there is no file."""
+    """Return the object in a JSON file, empty where there is no file."""
     return read_json(path, MAX_JSON) if path.is_file() else {}
 
 
 def compare_tokens(directory: Path, _config: dict, base: Base, texts: list[str]) -> Remark | None:
-    """Whether each token has the same id."""
+    """Tell whether each token has the same id."""
     tokens = {token_id: token.text for token_id, token in added_tokens(directory).items()}
     vocabulary = (found_json(directory / "tokenizer.json").get("model") or {}).get("vocab")
     if isinstance(vocabulary, dict):
@@ -64,7 +65,7 @@ def compare_tokens(directory: Path, _config: dict, base: Base, texts: list[str])
 
 
 def tokens_differ(directory: Path, base: Base) -> list[str]:
-    """A warning where the adapter's tokenizer is another one than the base's; nothing where either has none."""
+    """Return a warning where the adapter's tokenizer is another one than the base's; nothing where either has none."""
     texts = base.get("tokenizer.ggml.tokens")
     if not isinstance(texts, list) or not texts or not (directory / "tokenizer.json").is_file():
         return []
@@ -77,12 +78,12 @@ def is_filler(text: str, other: str) -> bool:
 
 
 def is_same(text: str, other: str) -> bool:
-    """SentencePiece writes a space as an underline of its own."""
+    """Tell whether two tokens are the same: SentencePiece writes a space as an underline of its own."""
     return other in (text, text.replace("\u2581", " "))
 
 
 def compare_special(_directory: Path, config: dict, base: Base, texts: list[str]) -> Remark | None:
-    """Whether beginning, end and padding are the same tokens."""
+    """Tell whether beginning, end and padding are the same tokens."""
     differing, n_same = [], 0
     for name, key in SPECIAL.items():
         entry, token_id = config.get(name), base.get(f"tokenizer.ggml.{key}")
@@ -102,7 +103,7 @@ def compare_special(_directory: Path, config: dict, base: Base, texts: list[str]
 
 
 def compare_template(directory: Path, config: dict, base: Base, _texts: list[str]) -> Remark | None:
-    """Whether the adapter was trained with the chat template that the base has."""
+    """Tell whether the adapter was trained with the chat template that the base has."""
     ours, theirs = template_of(directory, config), base.get("tokenizer.chat_template")
     if ours is None:
         return None
@@ -116,7 +117,7 @@ def compare_template(directory: Path, config: dict, base: Base, _texts: list[str
 
 
 def template_of(directory: Path, config: dict) -> str | None:
-    """The adapter's default chat template, or None."""
+    """Return the adapter's default chat template, or None."""
     path = directory / TEMPLATE
     if path.is_file():
         try:

@@ -27,7 +27,7 @@ STEADY_BYTES = 160 << 20  # the interpreter, numpy, the compiled kernels
 
 
 def thinned(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
-    """Of each kind of tensor those of ``N_FAR`` layers, evenly spaced."""
+    """Return, of each kind of tensor, those of ``N_FAR`` layers, evenly spaced."""
     groups: dict[tuple[str, str], list[TensorPlan]] = {}
     for tensor in tensors:
         groups.setdefault((kind_of(tensor.target.name), tensor.source.type.name), []).append(tensor)
@@ -63,7 +63,7 @@ def expected(
 
 
 def rows_each(tensors: Sequence[TensorPlan]) -> int:
-    """How many rows of each tensor the sample takes."""
+    """Tell how many rows of each tensor the sample takes."""
     n_cols = sum(tensor.source.n_cols for tensor in tensors)
     return min(max(SAMPLE_WEIGHTS // max(n_cols, 1), MIN_ROWS), MAX_ROWS)
 
@@ -91,9 +91,7 @@ def changing_rows(tensor: TensorPlan) -> np.ndarray:
 
 
 def step_of(base: Base, tensor: TensorPlan, near: bool = True) -> float | None:
-    """The rms distance between two values that the tensor's type can tell apart, from the sampled rows; None where the
-    type has no such steps.
-    """
+    """Return the rms step of the tensor's type, from the sampled rows; None where it has no steps."""
     info, quant = tensor.source, tensor.wanted.source
     if not has_steps(quant):
         return None
@@ -127,7 +125,7 @@ def expected_seconds(
 
 
 def recipe_key(tensor: TensorPlan) -> tuple[object, ...]:
-    """What the speed of a tensor's chunks depends on."""
+    """Tell what the speed of a tensor's chunks depends on."""
     if tensor.recipe is None:
         return ()
     updates = tuple(type(update).__name__ for update, _ in tensor.updates)
@@ -154,7 +152,7 @@ def seconds_a_byte(base: Base, tensor: TensorPlan, weigh: Weigh | None = None) -
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds that ``call`` takes, the better of two runs after a first."""
+    """Return the seconds that ``call`` takes, the better of two runs after a first."""
     found = []
     for _ in range(3):
         started = time.perf_counter()
@@ -164,5 +162,5 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def scratch_bytes(threads: int | None = None) -> int:
-    """About how much the threads of a merge hold at once."""
+    """Estimate how many bytes the threads of a merge hold at once."""
     return (threads or n_cores()) * CHUNK_WEIGHTS * WORKING_BYTES

@@ -60,7 +60,7 @@ def weighting_of(codec: Codec, importance: np.ndarray) -> Weighting:
 
 
 def importance_of(base: Base, name: str, imatrix: Imatrix | None, energies: dict[str, np.ndarray]) -> np.ndarray:
-    """The importance of the columns of a tensor: f32 (matrices, cols), mean 1. ``energies`` keeps what was sampled."""
+    """Return the importance of a tensor's columns, f32 (matrices, cols), mean 1; ``energies`` keeps samples."""
     info = base.tensors[name]
     measured = imatrix.of(info) if imatrix else None
     guess = (
@@ -76,7 +76,7 @@ def importance_of(base: Base, name: str, imatrix: Imatrix | None, energies: dict
 
 
 def guessed(base: Base, name: str, energies: dict[str, np.ndarray]) -> np.ndarray:
-    """The guess for one tensor, (cols,)."""
+    """Return the guess for one tensor, (cols,)."""
     match = _NAME.fullmatch(name)
     telling: list[str] = []
     if match and match[2] in _RESIDUAL:
@@ -93,8 +93,8 @@ def guessed(base: Base, name: str, energies: dict[str, np.ndarray]) -> np.ndarra
 
 
 def super_columns(base: Base, name: str, energies: dict[str, np.ndarray]) -> np.ndarray | float:
-    """How far the columns of a tensor that writes the residual stream stand out in the rows of its heaviest columns:
-    (matrices, cols).
+    """Tell how far the columns of a tensor that writes the residual stream stand out in the rows of its heaviest
+    columns: (matrices, cols).
 
     1 for other tensors, and where nothing tells these columns.
     """
@@ -124,14 +124,14 @@ def _readable(info: TensorInfo, n_cols: int) -> bool:
 
 
 def column_energy(base: Base, info: TensorInfo) -> np.ndarray:
-    """The mean square of each column, (cols,), from some rows, relative to their median."""
+    """Return the mean square of each column, (cols,), from some rows, relative to their median."""
     energy = np.square(decoded_rows(base, info, evenly(info.n_rows, ENERGY_ROWS)), dtype=np.float64).sum(axis=0)
     median = np.median(energy)
     return np.maximum(energy / median, FLOOR) if np.isfinite(median) and median > 0 else np.ones(info.n_cols)
 
 
 def decoded_rows(base: Base, info: TensorInfo, rows: np.ndarray) -> np.ndarray:
-    """Some rows of a tensor, f32 (rows, cols)."""
+    """Return some rows of a tensor, f32 (rows, cols)."""
     weights = np.empty((len(rows), info.n_cols), np.float32)
     CODECS[info.type.name].decode(base.rows(info, rows), weights)
     return weights

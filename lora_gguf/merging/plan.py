@@ -48,7 +48,7 @@ class Plan:
         return [tensor for tensor in self.tensors if tensor.changes]
 
     def file_type(self, before: int | None) -> int:
-        """``general.file_type`` of the file, ``before`` that of the base."""
+        """Return ``general.file_type`` of the file, ``before`` that of the base."""
         if self.mix:
             return FILE_TYPES[self.mix]
         body = [tensor for tensor in self.tensors if tensor.target.name not in {EMBEDDING, HEAD, *self.promoted}]

@@ -207,7 +207,7 @@ def _leave(columns: Any, left: np.ndarray, span: Any, steps: np.ndarray, lows: n
 
 @kernel
 def refit_work(numbers: Any) -> Any:
-    """The ``turn`` of ``refit_row`` for the blocks ``numbers``: their numbers, and room to work in."""
+    """Return the ``turn`` of ``refit_row`` for the blocks ``numbers``: their numbers, and room to work in."""
     return numbers, np.zeros((8, (len(numbers) + N - 1) // N * N), np.float32)
 
 

@@ -19,12 +19,12 @@ _SUFFIX = re.compile(r"\.weight$")
 
 
 def kind_of(name: str) -> str:
-    """What a GGUF tensor is, whatever its layer: ``blk.3.attn_q.weight`` is an ``attn_q``."""
+    """Tell what a GGUF tensor is, whatever its layer: ``blk.3.attn_q.weight`` is an ``attn_q``."""
     return _SUFFIX.sub("", _BLOCK.sub(lambda match: f"{match[1]}." if match[1] else "", name))
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a GGUF tensor belongs to; None where it is of no layer."""
+    """Return the layer that a GGUF tensor belongs to; None where it is of no layer."""
     match = _BLOCK.match(name)
     return int(match[2]) if match else None
 
@@ -83,7 +83,7 @@ class Retention:
         return float(np.sqrt(self.sums[1] / self.steps2)) if self.steps2 > 0 else float("nan")
 
     def as_dict(self) -> dict[str, float | None]:
-        """Plain data; None for what was not measured."""
+        """Return plain data; None for what was not measured."""
         measures = ("kept", "changed", "delta_rms", "delta_norm", "delta_per_step", "noise")
         return {"weights": self.n_weights} | {
             name: getattr(self, name) if self.n_weights else None for name in measures

@@ -366,7 +366,7 @@ def _f16_offset(wanted: np.ndarray, offset: Any) -> Any:
 
 @kernel
 def round_f16(halves: np.ndarray, delta: np.ndarray, spread: Any, key: Any, first_row: Any, sums: np.ndarray) -> None:
-    """As ``round_bf16``, for f16 bit patterns."""
+    """Round as ``round_bf16`` does, for f16 bit patterns."""
     n_rows, n_cols = halves.shape
     moved = np.empty(n_cols, np.float32)
     base = np.float32(0.5) - np.float32(0.5) * np.float32(spread)
