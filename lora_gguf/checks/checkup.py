@@ -63,7 +63,8 @@ class TensorOutlook:
 class DoctorReport:
     """Whether a merge will work: ``refusal`` is the error with which it would end, None where it will work.
 
-    ``inputs`` are the role (base, adapter) and path of what was read. Sizes are in bytes, ``seconds`` on this machine; they are None, and the lists empty, where it is refused.
+    ``inputs`` are the role (base, adapter) and path of what was read. Sizes are in bytes, ``seconds`` on this machine;
+    they are None, and the lists empty, where it is refused.
     """
 
     base: str

@@ -125,8 +125,8 @@ class CompareReport:
             return f"no: {self.merged_name} answers {nearer} as the adapter at run time: {same}"
         if base.kl < LITTLE:
             return (
-                f"{self.merged_name} answers as the adapter at run time, but so does the base: give prompts of the kind "
-                "that the adapter was trained on"
+                f"{self.merged_name} answers as the adapter at run time, but so does the base: give prompts of the "
+                "kind that the adapter was trained on"
             )
         if lost > GOOD:
             return (

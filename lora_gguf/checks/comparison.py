@@ -2,13 +2,13 @@
 
 Each weight that was wanted, base + update, lies between two neighbours on the merged block's own grid, ``low`` and
 ``high``, a gap apart. Dithering takes ``high`` with probability (wanted - low) / gap: the expectation is what was
-wanted, the variance (wanted - low) * (high - wanted). Rounding to nearest takes the closer one, and a fresh quantization
-does so on a grid of its own. So for each of the three the share of the update that must have been kept is known, for
-dithering with a variance; Bernstein's inequality turns that into a bound which chance exceeds once in 10**9, however few
-weights moved.
+wanted, the variance (wanted - low) * (high - wanted). Rounding to nearest takes the closer one, and a fresh
+quantization does so on a grid of its own. So for each of the three the share of the update that must have been kept is
+known, for dithering with a variance; Bernstein's inequality turns that into a bound which chance exceeds once in 10**9,
+however few weights moved.
 
-A merged grid is not believed: what it may be is told by the base's own grid and by that which the type's quantizer finds
-for base + update. A step wider than twice both of them counts as that, and the errors are tested against theirs.
+A merged grid is not believed: what it may be is told by the base's own grid and by that which the type's quantizer
+finds for base + update. A step wider than twice both of them counts as that, and the errors are tested against theirs.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ FEW = 0.3  # of the weights that dithering rounds to the farther value: rounding
 
 @kernel
 def _add_moves(w: Any) -> None:
-    """Add what 64 weights achieved; ``w`` f32 (ROWS + N_KERNEL + 1, 64) holds before, after, delta, low and gap, room for
-    four more, then one row a sum, and the peak. All is in one array and each loop short: so the compiler vectorises."""
+    """Add what 64 weights achieved; ``w`` f32 (ROWS + N_KERNEL + 1, 64) holds before, after, delta, low and gap, room
+    for four more, then one row a sum, and the peak. One array and short loops: so the compiler vectorises.
+    """
     for k in range(64):
         w[ROWS + PROJECTION, k] += w[2, k] * (w[1, k] - w[0, k])
         w[ROWS + UPDATE2, k] += w[2, k] * w[2, k]
@@ -98,8 +99,9 @@ def _add_errors(w: Any) -> None:
 def compare(
     before: np.ndarray, after: np.ndarray, delta: np.ndarray, low: np.ndarray, high: np.ndarray, sums: np.ndarray
 ) -> None:
-    """Write what became of each row's update ``delta`` (all f32, (rows, cols)) to ``sums`` f64 (rows, N_SUMS): the first
-    ``N_KERNEL`` and the peak."""
+    """Write what became of each row's update ``delta`` (all f32, (rows, cols)) to ``sums`` f64 (rows, N_SUMS): the
+    first ``N_KERNEL`` and the peak.
+    """
     n_rows, n_cols = before.shape
     work = np.empty((ROWS + N_KERNEL + 1, 64), np.float32)
     for i in range(n_rows):

@@ -152,7 +152,8 @@ def single_cause(check: Check) -> Finding:
         return Finding("damaged", name, "the bytes that the merge gives", f"{check.n_wrong} bytes that differ")
     if check.n_erased and not check.n_odd and not found.is_damaged:
         return Finding("skipped", name, "the update in all its rows", "rows without it")
-    place = f"{found.sums[BEYOND] + found.sums[ASTRAY]:.0f} weights more than a step away, {check.n_odd} slices of rows unlike it"
+    n_away = found.sums[BEYOND] + found.sums[ASTRAY]
+    place = f"{n_away:.0f} weights more than a step away, {check.n_odd} slices of rows unlike it"
     return Finding("damaged", name, "weights within a step of base + update", place)
 
 

@@ -84,7 +84,8 @@ class Check:
             "weights": found.n_weights, "kept": found.kept,
             "kept_expected": found.nearest if nearest_only(self) else found.dithered,
             "standard_error": found.standard_error, "noise": found.noise, "noise_expected": found.expected_noise,
-            "delta_norm": found.delta_norm, "delta_per_step": found.delta_rms / self.step if self.step > 0 else math.nan,
+            "delta_norm": found.delta_norm,
+            "delta_per_step": found.delta_rms / self.step if self.step > 0 else math.nan,
             "correlation": found.correlation, "beyond_a_step": found.beyond, "identical": self.identical,
         }  # fmt: skip
 

@@ -108,7 +108,8 @@ class Inspection:
 @dataclass(kw_only=True)
 class ModelInspection(Inspection):
     """A model's GGUF, or its mmproj's, which has ``towers``. Numbers that the header does not state are None;
-    ``provenance`` is that of a file lora-gguf merged, and ``earlier`` those of the merges that made its base, the first one first.
+    ``provenance`` is that of a file lora-gguf merged, and ``earlier`` those of the merges that made its base, the first
+    one first.
     """
 
     quantization: str = ""

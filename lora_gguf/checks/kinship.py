@@ -1,8 +1,9 @@
 """Is this the base that the adapter was trained on? Names, classes and sizes, where both sides have them.
 
-Shapes cannot tell: many models have the same. Names can, if they are read as loosely as they are written: "SmolLM2-135M-
-Instruct" is called "Smollm2 135M 8k Lc100K Mix1 Ep2" in its GGUF, and bitsandbytes, Unsloth and every quantizer add
-words. So families ("smollm"), their versions (2) and sizes (135M) are compared, and nothing else of a name.
+Shapes cannot tell: many models have the same. Names can, if they are read as loosely as they are written:
+"SmolLM2-135M- Instruct" is called "Smollm2 135M 8k Lc100K Mix1 Ep2" in its GGUF, and bitsandbytes, Unsloth and every
+quantizer add words. So families ("smollm"), their versions (2) and sizes (135M) are compared, and nothing else of a
+name.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ GENERAL = ("general.architecture", "general.type", "general.sampling.", "general
 
 
 def metadata_findings(model: Base, result: Base, plan: Plan) -> Iterator[Finding]:
-    """Yield what differs: keys that are lost, added, of another type or value; ``plan`` has those that a merge changes."""
+    """Yield what differs: keys that are lost, added, of another type or value; ``plan`` has what a merge changes."""
     before, after = _pairs(model), _pairs(result)
     for key in [*before, *(key for key in after if key not in before)]:
         if not key.startswith((f"{model.architecture}.", "tokenizer.", *GENERAL)):

@@ -58,7 +58,7 @@ def bracket_levels(
     low: np.ndarray,
     high: np.ndarray,
 ) -> None:
-    """Find as ``bracket_codes`` does on a codebook, ``book`` (levels, code_min): c stands for ``levels[c - code_min]``."""
+    """Find as ``bracket_codes`` does on a codebook, ``book`` (levels, code_min): c is ``levels[c - code_min]``."""
     levels, code_min = book
     n_rows, n_cols = codes.shape
     group = n_cols // steps.shape[1]

@@ -2,8 +2,8 @@
 
 A tool may hold the base, the update or their sum in half precision on its way, and quantize anew at the end, as ggml
 does. Where one of these ways gives a block's own bytes, nothing is left to statistics. Two tools sum in another order,
-so a number that lies between two values may fall on either side: a block that differs is explained where a change of the
-update that small gives exactly its bytes.
+so a number that lies between two values may fall on either side: a block that differs is explained where a change of
+the update that small gives exactly its bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SUMMED, HALVED = np.float32(2.0**-21), np.float32(2.0**-8)  # how far sums in an
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a merge: base and update f32 (rows, cols), and what the merged file holds, uint8 (rows, row_bytes)."""
+    """Some rows of a merge: base and update f32 (rows, cols), and what the file holds, uint8 (rows, row_bytes)."""
 
     before: np.ndarray
     delta: np.ndarray

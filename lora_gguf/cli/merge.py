@@ -87,7 +87,7 @@ def merge(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="llama.cpp's importance matrix, tells auto which columns matter; default: that in the base's repository.",
+            help="llama.cpp's importance matrix: which columns matter to auto; default: that of the base's repository.",
         ),
     ] = None,
     tied: TiedHead = Tied.separate,

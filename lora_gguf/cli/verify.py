@@ -72,7 +72,8 @@ def verify(
     quiet: Quiet = False,
     progress: Progress = True,
 ) -> None:
-    """Check that a merged file holds its base plus the adapters, within rounding; exit code 5 if not, with the cause, 10 if it cannot be proved.
+    """Check that a merged file holds its base plus the adapters, within rounding; exit code 5 if not, with the cause,
+    10 if it cannot be proved.
 
     lora-gguf verify merged.gguf --base model-Q4_K_M.gguf --lora user/my-adapter
     """

@@ -70,8 +70,8 @@ def extract(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Extraction:
-    """Write the adapter that turns ``base`` into ``tuned``, as nearly as the rank of ``output`` can; where that is None,
-    of the rank that keeps 99% of each difference's energy.
+    """Write the adapter that turns ``base`` into ``tuned``, as nearly as the rank of ``output`` can; where that is
+    None, of the rank that keeps 99% of each difference's energy.
 
     Both are GGUFs of one architecture, of any types: each difference is taken between dequantized weights, so what the
     quantization of either adds is in it. One tensor a thread is in memory at a time. Raises ``MismatchError`` where the
@@ -167,7 +167,9 @@ class Difference:
 
 
 def difference(name: str, before: Base, after: Base, rank: int | None) -> Difference | str | None:
-    """Return what one tensor has more in ``after``, the reason why that has no place in an adapter, or None for nothing."""
+    """Return what one tensor has more in ``after``, the reason why that has no place in an adapter, or None for
+    nothing.
+    """
     if is_same(name, before, after):
         return None
     info = before.tensors[name]

@@ -3,8 +3,8 @@
 Two roads lead there. A file of this version of ours says all that it takes to make it again: that is done, chunk by
 chunk, and every byte compared (``reproduction.py``). Any other is compared with what other tools write, exactly
 (``routes.py``), and where that is not it with what rounding may do (``comparison.py``): chance can hide that a small
-part lacks the update, so this never proves a file right, but often wrong. Only where something is wrong are some tensors
-read again, to name the cause (``diagnosis.py``).
+part lacks the update, so this never proves a file right, but often wrong. Only where something is wrong are some
+tensors read again, to name the cause (``diagnosis.py``).
 """
 
 from __future__ import annotations
@@ -130,8 +130,9 @@ class VerifyReport:
 def _kind_as_dict(kind: str, base_type: str, type: str, checks: Sequence[Check]) -> dict:
     found = sum((check.comparison for check in checks), Comparison())
     return {
-        "kind": kind, "base_type": base_type, "type": type, "count": len(checks), "wrong": sum(not check.holds for check in checks),
-        "kept": found.kept, "standard_error": found.standard_error, "noise": found.noise, "noise_expected": found.expected_noise,
+        "kind": kind, "base_type": base_type, "type": type, "count": len(checks),
+        "wrong": sum(not check.holds for check in checks), "kept": found.kept, "standard_error": found.standard_error,
+        "noise": found.noise, "noise_expected": found.expected_noise,
     }  # fmt: skip
 
 
@@ -146,9 +147,10 @@ def verify(
 ) -> VerifyReport:
     """Compare ``merged`` with ``base`` and ``adapters``, PEFT directories or adapter GGUFs with their factors.
 
-    ``reading`` says how the adapters are read; ``AsFound`` makes of a tied head what the merged file does. ``imatrix`` is the importance matrix that the merge used, if it did: with it, tensors can be merged again.
-    ``progress`` is called with (bytes of the base done since the last call, bytes in all, tensor name).
-    Raises ``MismatchError`` where the adapters do not fit the base, ``UnsupportedError`` for an unreadable type.
+    ``reading`` says how the adapters are read; ``AsFound`` makes of a tied head what the merged file does. ``imatrix``
+    is the importance matrix that the merge used, if it did: with it, tensors can be merged again. ``progress`` is
+    called with (bytes of the base done since the last call, bytes in all, tensor name). Raises ``MismatchError`` where
+    the adapters do not fit the base, ``UnsupportedError`` for an unreadable type.
     """
     with Base(base) as model, Base(merged) as result:
         if isinstance(reading, AsFound):
@@ -236,8 +238,8 @@ def too_faint(faint: Sequence[Check], report: VerifyReport) -> str:
     of_faint = sum((check.comparison for check in faint), Comparison())
     names = f"{len(faint)} of {len(report.adapted)} adapted tensors, such as {faint[0].name}"
     return (
-        f"{names} ({faint[0].type}): kept {of_faint.kept:.2f} of the update: it is not in the file, or smaller than its "
-        "type can show; merge with --rounding auto or dither, or with --type Q8_0 or BF16"
+        f"{names} ({faint[0].type}): kept {of_faint.kept:.2f} of the update: it is not in the file, or smaller than "
+        "its type can show; merge with --rounding auto or dither, or with --type Q8_0 or BF16"
     )
 
 
@@ -247,8 +249,9 @@ def unexplained(checks: Sequence[Check], report: VerifyReport, origin: Origin) -
     names = f"{len(checks)} of {len(report.checks)} tensors, such as {checks[0].name}"
     why = origin.why or "it does not say how it was made"
     return (
-        f"{names}: nothing speaks against them (kept {whole.kept:.2f} ± {whole.standard_error:.2f} of the update in all), "
-        f"but no rounding that is known gives their bytes, and chance can hide a small part without the update; {why}"
+        f"{names}: nothing speaks against them (kept {whole.kept:.2f} ± {whole.standard_error:.2f} of the update in "
+        f"all), but no rounding that is known gives their bytes, and chance can hide a small part without the update; "
+        f"{why}"
     )
 
 

@@ -1,8 +1,8 @@
 """The whole way of a merge, from what the user asked for to the sums of what was kept.
 
     options     what the user asked for, checked
-    plan        tensor by tensor: what is added (tensor, new_tokens), the type it gets (types), what grows (growth, which
-                merges some rows to see)
+    plan        tensor by tensor: what is added (tensor, new_tokens), the type it gets (types), what grows (growth,
+                which merges some rows to see)
     chunks      runs of rows with all that they need; a tensor's weighting (importance) is attached when its turn comes
     rows        one chunk from bytes to bytes: add, decide, move the grid (refit) and round (rounding), or find another
                 grid (regrid), encode, count

@@ -40,8 +40,8 @@ class Chunk:
 class Changed(Chunk):
     """Rows that are rewritten by a recipe, all in the matrix (expert) number ``matrix``.
 
-    ``a`` (R, cols) and ``b`` (n_rows, R) are the factors of their update, R 0 where none of it is low rank; ``weighting``
-    is that of the matrix's columns, None where all count alike.
+    ``a`` (R, cols) and ``b`` (n_rows, R) are the factors of their update, R 0 where none of it is low rank;
+    ``weighting`` is that of the matrix's columns, None where all count alike.
     """
 
     recipe: Recipe

@@ -1,4 +1,5 @@
-"""Spend a size budget where it buys the most fidelity: promote the adapted tensors that rounding disturbs most per byte.
+"""Spend a size budget where it buys the most fidelity: promote the adapted tensors that rounding disturbs most per
+byte.
 
 Rows of each are merged as planned and in the types that it could have. What rounding adds, Σ h·E² over the columns'
 importance h, relative to Σ h·W², tells how far a tensor's output is disturbed; what a type takes away of that, over the
@@ -88,7 +89,7 @@ def _promoted(tensor: TensorPlan, type: GgmlType) -> TensorPlan:
 
 
 def disturbance(tensor: TensorPlan, base: Base, importance: np.ndarray, weigh: Weigh) -> float:
-    """Return Σ h·E² / Σ h·W² of some rows: E what merging them as planned adds, h the ``importance`` (matrices, cols)."""
+    """Return Σ h·E² / Σ h·W² of some rows: E what merging them adds, h the ``importance`` (matrices, cols)."""
     info, recipe = tensor.source, tensor.wanted
     noise = energy = 0.0
     for chunk in chunks_of(tensor, _runs(tensor), weigh):

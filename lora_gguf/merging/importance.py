@@ -36,7 +36,7 @@ _RESIDUAL = (
 )  # fmt: skip
 _TELLING = (("attn_v", "attn_qkv"), ("ffn_up", "ffn_up_exps", "ffn_gate_up_exps"))
 _WRITES = ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
-# in the guess: it finds the heaviest columns, and makes too much of them, most of all where the residual stream is written
+# in the guess: it finds the heaviest columns and makes too much of them, most where the residual stream is written
 TRUST, TRUST_WRITES = 0.98, 0.3
 HEAVIEST = 8  # columns of the residual stream
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")

@@ -20,7 +20,8 @@ def check_address_space(n_threads: int) -> None:
     fitting = (left - KERNEL_BYTES) // THREAD_BYTES
     way_out = f"use --threads {fitting}" if fitting > 0 else "raise it"
     raise FileError(
-        f"out of memory: ulimit -v leaves {size_text(max(left, 0))}, which is too little for {n_threads} threads: {way_out}"
+        f"out of memory: ulimit -v leaves {size_text(max(left, 0))}, which is too little for {n_threads} threads: "
+        f"{way_out}"
     )
 
 

@@ -59,7 +59,8 @@ class Family:
             head, user = "", f"{{{{ if .System }}}}{system}\n\n{{{{ end }}}}{user}"
         else:
             head = f"{{{{ if .System }}}}{self._turn('system', system)}{{{{ end }}}}"
-        return f"{head}{{{{ if .Prompt }}}}{self._turn('user', user)}{{{{ end }}}}{self._turn(self.assistant, '{{ .Response }}')}"
+        prompt = f"{{{{ if .Prompt }}}}{self._turn('user', user)}{{{{ end }}}}"
+        return f"{head}{prompt}{self._turn(self.assistant, '{{ .Response }}')}"
 
     def _turn(self, role: str, text: str) -> str:
         return self.turn.replace("{role}", role).replace("{text}", text)
@@ -89,7 +90,7 @@ FAMILIES = {
     ),
 }
 _NO_TEMPLATE = "# The base has no chat template: it continues text. Give it one with TEMPLATE if it was tuned to chat."
-_UNKNOWN = """# The base's chat template is of no family that is known here, so TEMPLATE is left to Ollama, which knows some more.
+_UNKNOWN = """# The base's chat template is of no family known here, so TEMPLATE is left to Ollama, which knows more.
 # Look at `ollama show --template NAME`: where it prints {{ .Prompt }}, Ollama did not know it either: write a
 # TEMPLATE."""
 

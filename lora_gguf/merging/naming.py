@@ -1,7 +1,8 @@
 """The name of a merged file, by the GGUF naming convention: BaseName-SizeLabel-FineTune-Version-Encoding.gguf.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#gguf-naming-convention. The adapters' names join the
-fine-tune. The model's part is what the base's metadata say, or its file's name where that is shorter or they say nothing.
+fine-tune. The model's part is what the base's metadata say, or its file's name where that is shorter or they say
+nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several adapters that each bring new tokens: one vocabulary of all of them, where their tokens agree or are others."""
+"""Several adapters that each bring new tokens: one vocabulary of all, where their tokens agree or differ."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def with_one_vocabulary(base: Base, placements: Sequence[Scaled]) -> list[Scaled
     ):
         new.warnings = [
             *first.warnings,
-            f"{len(twice)} new tokens are in several adapters, such as {printable(twice[0], 40)!r}: they get the mean of "
-            "their rows",
+            f"{len(twice)} new tokens are in several adapters, such as {printable(twice[0], 40)!r}: they get the mean "
+            "of their rows",
         ]
     changed = {id(first): new, **{id(other): replace(other, new_rows={}, key_values={}) for other in others}}
     return [(changed.get(id(placement), placement), scale) for placement, scale in placements]

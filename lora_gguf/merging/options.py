@@ -114,8 +114,8 @@ def check_type(type: object, types: Collection[str]) -> None:
     """Raise ``UsageError`` unless ``type`` is one of the tensors' ``types``."""
     if isinstance(type, str) and (nearest := re.sub(r"_[SML]$", "", type)) != type and nearest in types:
         raise UsageError(
-            f"--type {type}: a mix of types, not a type: --type {nearest} for the adapted tensors, or, of a base in F16, "
-            f"--quantize {type} for all"
+            f"--type {type}: a mix of types, not a type: --type {nearest} for the adapted tensors, or, of a base in "
+            f"F16, --quantize {type} for all"
         )
     check_choice("type", type, types)
 

@@ -84,7 +84,7 @@ def make_plan(base: Base, placements: Iterable[tuple[Placement, float]], policy:
         head = next(tensor.target for tensor in tensors if tensor.target.name == HEAD)
         size = f"{head.n_bytes / 1e6:.1f} MB, {head.type}"
         warnings.append(
-            f"{HEAD}: the adapter's head is no longer the embedding: it becomes a tensor of its own ({size}); see --tied"
+            f"{HEAD}: the adapter's head is no longer the embedding: it gets a tensor of its own ({size}); see --tied"
         )
     return Plan(tensors, warnings, _vocabulary(placements, base.label), policy.mix, promoted)
 

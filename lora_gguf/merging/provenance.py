@@ -50,8 +50,8 @@ QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
 class Names:
     """What the adapters and the importance matrix were called, and the hashes of the base's files.
 
-    ``repos`` are the repositories on the Hub of the base and of each adapter, as far as they are known; ``base`` is what
-    the base's file was called, for a base that has no name of its own.
+    ``repos`` are the repositories on the Hub of the base and of each adapter, as far as they are known; ``base`` is
+    what the base's file was called, for a base that has no name of its own.
     """
 
     adapters: Sequence[str]
@@ -70,8 +70,8 @@ def names_of(model: Base, adapters: Sequence[str], policy: Policy, repos: Sequen
 def merged_key_values(
     model: Base, plan: Plan, placements: Sequence[tuple[Placement, float]], policy: Policy, names: Names
 ) -> list[bytes]:
-    """Return a merged file's key/value pairs: the base's but for its types, new tokens and what the file is called, then how
-    the file was made.
+    """Return a merged file's key/value pairs: the base's but for its types, new tokens and what the file is called,
+    then how the file was made.
     """
     changed = dict(plan.key_values) | description(model, names)
     if any(tensor.target.type != tensor.source.type for tensor in plan.tensors):
@@ -113,7 +113,7 @@ def called(model: Base, name: str) -> str:
 
 
 def repos_of(result: Base) -> list[str]:
-    """Return the repositories on the Hub of what a merged file says that it was made of; empty where it does not say."""
+    """Return the repositories on the Hub of what a merged file says it was made of; empty where it does not."""
     count = result.get(f"{PARENT}count")
     numbers = range(min(count, MAX_PARENTS)) if type(count) is int else ()
     return [_repo(result.get(f"{PARENT}{i}.repo_url")) for i in numbers]

@@ -7,9 +7,9 @@ and what rounding adds there is most of the damage. ``refit_row`` finds the d an
 column j weighted by ``importance`` E[x_j²].
 
 Before the codes are rounded that is the adapter's update; what it leaves is dithered, so that the whole stays unbiased.
-Two free numbers free two columns of a block from rounding, so it is done only in the blocks whose heaviest two are worth
-it. Afterwards it is what rounding has left: linear in errors whose mean is zero, so it is nearly unbiased
-too, and it repairs codes at an end of their range. In a block whose columns matter alike it gains nothing.
+Two free numbers free two columns of a block from rounding, so it is done only in the blocks whose heaviest two are
+worth it. Afterwards it is what rounding has left: linear in errors whose mean is zero, so it is nearly unbiased too,
+and it repairs codes at an end of their range. In a block whose columns matter alike it gains nothing.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _NORMAL, _UNIT, _PER_UNIT, _MOST = np.float32(2.0**-14), np.float32(2.0**-24), n
 class MovingGrid(NamedTuple):
     """What ``refit_row`` moves: the grid of some rows, and the weighting of their columns.
 
-    ``blocks`` uint8 (rows, row_bytes) are changed in place, and ``lows`` f32 (rows, groups) too; the next four are those
-    of ``Weighting``. A block has ``block_bytes``; in it d is at ``d_at``, and m at ``m_at``, -1 if there is none.
+    ``blocks`` uint8 (rows, row_bytes) are changed in place, and ``lows`` f32 (rows, groups) too; the next four are
+    those of ``Weighting``. A block has ``block_bytes``; in it d is at ``d_at``, and m at ``m_at``, -1 if there is none.
     """
 
     blocks: np.ndarray
@@ -57,8 +57,8 @@ NO_GRID = MovingGrid(
 
 @dataclass(frozen=True)
 class Weighting:
-    """By what ``refit_row`` weighs a matrix's columns: f32 (cols,), their sums over the groups (groups,), and the numbers
-    of the blocks that it moves before and after codes are rounded.
+    """By what ``refit_row`` weighs a matrix's columns: f32 (cols,), their sums over the groups (groups,), and the
+    numbers of the blocks that it moves before and after codes are rounded.
     """
 
     importance: np.ndarray
@@ -135,8 +135,8 @@ def _solve(work: np.ndarray) -> None:
 
     ``work`` is f32 (8, blocks, to a multiple of sixteen). Its rows are Σ h·s², Σ h·s·delta, Σ h·s·o, Σ h·o·delta, Σ
     h·o², the ridge of the first, |d| and |m| as ``_take`` takes them; the first four become the new |d| and |m|, the
-    same way, and the changes x and y, as parts of d and m. The error is Σ h (delta - x s + y o)². Both neighbours of the
-    best d are tried, each with the m that goes with it best.
+    same way, and the changes x and y, as parts of d and m. The error is Σ h (delta - x s + y o)². Both neighbours of
+    the best d are tried, each with the m that goes with it best.
     """
     zero, one, two = splat(np.float32(0.0)), splat(np.float32(1.0)), splat(np.float32(2.0))
     for b in range(0, work.shape[1], N):
@@ -170,7 +170,9 @@ def _solve(work: np.ndarray) -> None:
 
 @part
 def _moments(columns: Any, delta: np.ndarray, span: Any, steps: np.ndarray, lows: np.ndarray, has_m: Any) -> Any:
-    """Σ h·s², Σ h·s·delta, Σ h·s·o and Σ h·o·delta over the groups of ``span``; ``columns`` is (unit, zero, importance)."""
+    """Σ h·s², Σ h·s·delta, Σ h·s·o and Σ h·o·delta over the groups of ``span``; ``columns`` is (unit, zero,
+    importance).
+    """
     unit, zero, importance = columns
     nothing, zeros, group = splat(np.float32(0.0)), splat(zero), len(unit) // len(steps)
     ss = sd = so = od = nothing
@@ -195,7 +197,7 @@ def _moments(columns: Any, delta: np.ndarray, span: Any, steps: np.ndarray, lows
 
 @part
 def _leave(columns: Any, left: np.ndarray, span: Any, steps: np.ndarray, lows: np.ndarray, change: Any) -> None:
-    """Take from ``left`` what the groups of ``span`` have moved by: ``change`` (x, y), parts of their steps and lows."""
+    """Take from ``left`` what the groups of ``span`` have moved by: ``change`` (x, y), parts of steps and lows."""
     unit, zero, _ = columns
     x, y = change
     zeros, group = splat(zero), len(unit) // len(steps)

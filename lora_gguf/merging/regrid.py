@@ -1,11 +1,11 @@
 """Let an update survive a new grid: rows get another type, and their base may lie on its grid already.
 
-So do a QAT checkpoint, a model that was dequantized, BF16 weights that become MXFP4. Rounding the sum to nearest finds the
-base's own codes again, and erases an update below half a step. A base that lies anywhere between the codes has no such
-need: then nearest rounding moves as many weights as it should, and adds less. So it is looked up, row by row, how many of
-the base's weights lie near the middle between two codes, where a small update decides: an eighth of them lie in the
-middle eighth, if they lie anywhere. Where it is far fewer or far more, the base's nearest codes move by the update alone,
-by chance.
+So do a QAT checkpoint, a model that was dequantized, BF16 weights that become MXFP4. Rounding the sum to nearest finds
+the base's own codes again, and erases an update below half a step. A base that lies anywhere between the codes has no
+such need: then nearest rounding moves as many weights as it should, and adds less. So it is looked up, row by row, how
+many of the base's weights lie near the middle between two codes, where a small update decides: an eighth of them lie in
+the middle eighth, if they lie anywhere. Where it is far fewer or far more, the base's nearest codes move by the update
+alone, by chance.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LARGE = 0.5  # mean move of a row in steps from which on nearest rounding erases
 
 
 class Watched(NamedTuple):
-    """The grid that moves while codes are rounded, and what is counted: ``outside`` f32 (rows, blocks), ``sums`` (4,)."""
+    """The grid that moves while codes are rounded, and what is counted: ``outside`` f32 (rows, blocks) and ``sums``."""
 
     moving: MovingGrid
     outside: np.ndarray
@@ -35,7 +35,9 @@ class Watched(NamedTuple):
 def round_on(
     chunk: Changed, grid: Grid, codes: np.ndarray, steps: np.ndarray, delta: np.ndarray, spread: float, watched: Watched
 ) -> None:
-    """Move int8 ``codes`` (rows, cols), in place, by ``delta`` f32 (rows, cols) on a grid with ``steps`` (rows, groups)."""
+    """Move int8 ``codes`` (rows, cols), in place, by ``delta`` f32 (rows, cols) on a grid with ``steps`` (rows,
+    groups).
+    """
     by, least, most, zero = map(np.float32, (spread, grid.code_min, grid.code_max, grid.zero))
     rule = Rule(by, chunk.recipe.key, chunk.first, least, most, zero)
     if grid.levels is not None:
@@ -67,7 +69,8 @@ def keep_update(chunk: Changed, grid: Grid, renewed: np.ndarray, before: np.ndar
 
 
 def halves_of(source: Codec, target: Codec, blocks: np.ndarray) -> np.ndarray:
-    """Return the rows ``blocks`` as stored in a type of ``FINER``: uint8 (rows, row_bytes), half the step, twice the code.
+    """Return the rows ``blocks`` as stored in a type of ``FINER``: uint8 (rows, row_bytes), half the step, twice the
+    code.
 
     A scale whose half is no f16 number is rounded.
     """

@@ -8,9 +8,9 @@ is added before the floor:
 
 ``auto`` chooses by what a type has:
 
-    codes, f16 scales      ``refit_row`` moves the grid so that the columns that matter most need no rounding, codes are
-                           dithered, and ``refit_row`` moves the grid to where they fit best. Where the update of a group
-                           is as large as its step, the offset narrows: it needs no chance, which only adds noise.
+    codes, f16 scales      ``refit_row`` moves the grid so that the columns that matter most need no rounding, codes
+                           are dithered, and ``refit_row`` moves the grid to where they fit best. Where the update of a
+                           group is as large as its step, the offset narrows: chance would only add noise.
     a codebook, f16 scales the same, but the offset stays
     other scales           as dither: MXFP4, NVFP4
     halves                 nearest in rows whose update is larger than what the type can tell apart, else dither
@@ -60,9 +60,9 @@ _EASING = np.float32(0.1)  # mean move of a row in steps from which on its group
 
 
 class Rule(NamedTuple):
-    """How codes are rounded: ``spread`` is the width of the random offset, 1 dithers and 0 rounds to nearest; ``key`` is the
-    tensor's, ``first_row`` the number of the first row in it. A code stands for its distance from ``zero``; ``least`` and
-    ``most`` are the codes that there are.
+    """How codes are rounded: ``spread`` is the width of the random offset, 1 dithers and 0 rounds to nearest; ``key``
+    is the tensor's, ``first_row`` the number of the first row in it. A code stands for its distance from ``zero``;
+    ``least`` and ``most`` are the codes that there are.
     """
 
     spread: np.float32
@@ -219,9 +219,9 @@ def round_codes(
     """Move int8 ``codes`` (rows, cols), in place, by ``delta`` (rows, cols) on a grid of ``steps`` (rows, cols //
     group), as ``rule`` says.
 
-    ``sums`` (4,) f64 gains Σ wanted·achieved, Σ wanted², Σ achieved², and the number of codes that
-    changed. ``movable`` is what ``refit_row`` moves first and last, where it has blocks; then the offset narrows where it
-    may, and ``outside`` f32 (rows, blocks) gets Σ distance², in steps, of the weights beyond the range of the codes.
+    ``sums`` (4,) f64 gains Σ wanted·achieved, Σ wanted², Σ achieved², and the number of codes that changed. ``movable``
+    is what ``refit_row`` moves first and last, where it has blocks; then the offset narrows where it may, and
+    ``outside`` f32 (rows, blocks) gets Σ distance², in steps, of the weights beyond the range of the codes.
     """
     n_rows, n_cols = codes.shape
     refits = len(movable.blocks) > 0
@@ -275,8 +275,8 @@ def _move_levels(
     rule: Rule,
     row_key: Any,
 ) -> Any:
-    """Move as ``_move`` does, on a codebook; ``unit`` (cols,) is what the codes stand for, before and after. Returns the
-    number of codes that changed.
+    """Move as ``_move`` does, on a codebook; ``unit`` (cols,) is what the codes stand for, before and after. Returns
+    the number of codes that changed.
     """
     group, zero, one, least_code = (
         len(codes) // len(steps),
@@ -314,7 +314,7 @@ def round_levels(
     movable: MovingGrid,
     sums: np.ndarray,
 ) -> None:
-    """Round as ``round_codes`` does, on a codebook: code c stands for ``levels[c - least] * step``, levels ascending."""
+    """Round as ``round_codes`` does, on a codebook: code c is ``levels[c - least] * step``, levels ascending."""
     n_rows, n_cols = codes.shape
     refits = len(movable.blocks) > 0
     first, last = refit_work(movable.before), refit_work(movable.after)
@@ -354,7 +354,7 @@ def round_bf16(halves: np.ndarray, delta: np.ndarray, spread: Any, key: Any, fir
 
 @kernel
 def _f16_offset(wanted: np.ndarray, offset: Any) -> Any:
-    """The f16 pattern below or above ``wanted`` in magnitude: the one below, moved up where the dropped fraction plus ``offset`` reaches 1."""
+    """Return the f16 pattern below ``wanted``, or above where the dropped fraction plus ``offset`` reaches 1."""
     bits = np.float32(wanted).view(np.uint32)
     magnitude = np.uint32(bits & 0x7FFFFFFF)
     if magnitude < 0x38800000:  # denormal in f16, whose unit is 2**-24

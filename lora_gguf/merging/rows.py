@@ -61,7 +61,7 @@ def decide(chunk: Changed) -> tuple[np.ndarray, np.ndarray]:
 
 
 def move(chunk: Changed, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows ``blocks`` (changed in place) with ``delta`` added on the grid that they lie on, and their sums."""
+    """Return the rows ``blocks`` (changed in place) with ``delta`` added on the grid they lie on, and their sums."""
     codec, sums = chunk.recipe.source, np.zeros(4)
     if codec.half:
         move_halves(chunk, codec.half, blocks.view(np.uint16), delta, sums)
@@ -73,8 +73,8 @@ def move(chunk: Changed, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndar
 
 
 def move_halves(chunk: Changed, half: Half, halves: np.ndarray, delta: np.ndarray, sums: np.ndarray) -> None:
-    """Round 16-bit floats in place; ``auto`` dithers the rows whose update is smaller than what the type can tell apart,
-    and rounds the others to nearest.
+    """Round 16-bit floats in place; ``auto`` dithers the rows whose update is smaller than what the type can tell
+    apart, and rounds the others to nearest.
     """
     recipe = chunk.recipe
     round_halves, spreads = HALVES[recipe.source.type.name], np.full(len(delta), SPREADS[recipe.rounding])
@@ -162,7 +162,7 @@ def renew_blocks(chunk: Changed, blocks: np.ndarray, before: np.ndarray, delta: 
 def tallied(
     source: Codec, before: np.ndarray, after: np.ndarray, delta: np.ndarray, target: Codec | None = None
 ) -> np.ndarray:
-    """Return the sums (4,) of rows that were stored as ``before`` and are as ``after``, of type ``target`` if another."""
+    """Return the sums (4,) of rows stored as ``before`` that are now ``after``, of type ``target`` if another."""
     sums = np.zeros(4)
     tally_rows(source.decoded(before), (target or source).decoded(after), delta, sums)
     return sums

@@ -56,8 +56,8 @@ def merged(chunk: Changed, reader: GgufReader) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(sums).all():
         raise NumericError(
             f"{reader.label}: {info.name}: rows {chunk.first} to {chunk.first + chunk.n_rows - 1}: NaN, infinity or "
-            f"overflow in the merged {chunk.tensor.target.type}: check the base, lower the scale, or choose --type Q8_0 "
-            "or BF16"
+            f"overflow in the merged {chunk.tensor.target.type}: check the base, lower the scale, or choose --type "
+            "Q8_0 or BF16"
         )
     return blocks, sums
 

@@ -186,8 +186,10 @@ def config(dark: bool) -> dict:
         "view": {"stroke": None},
         "axis": {"labelColor": muted, "titleColor": muted, "gridColor": grid, "domainColor": grid, "tickColor": grid,
                  "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"},
-        "legend": {"labelColor": muted, "titleColor": muted, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"},
+        "legend": {"labelColor": muted, "titleColor": muted,
+                   "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"},
         "title": {"color": text, "subtitleColor": muted, "fontSize": 15, "subtitleFontSize": 12},
         "bar": {"color": category[0]},
-        "range": {"heatmap": {"scheme": heat}, "diverging": {"scheme": kept}, "ramp": {"scheme": [*kept, *excess]}, "category": category},
+        "range": {"heatmap": {"scheme": heat}, "diverging": {"scheme": kept}, "ramp": {"scheme": [*kept, *excess]},
+                  "category": category},
     }  # fmt: skip

@@ -153,8 +153,9 @@ def of_verify(report: VerifyReport, merged: str | os.PathLike, base: str | os.Pa
                 "badge": report.verdict,
                 "bad": not report.ok or data["kept"] < WARN_BELOW},
         lines=[
-            f"Compared with {Path(base).name} and {_names(adapters)}: {n_adapted} adapted tensors, {whole['wrong']} wrong; "
-            f"of the others {untouched['identical']} identical, {len(untouched['requantized'])} requantized{changed}."
+            f"Compared with {Path(base).name} and {_names(adapters)}: {n_adapted} adapted tensors, {whole['wrong']} "
+            f"wrong; of the others {untouched['identical']} identical, {len(untouched['requantized'])} "
+            f"requantized{changed}."
         ],
         warnings=[*map(str, report.findings), *report.missing, *report.notes],
         report=data,
@@ -180,7 +181,7 @@ def of_doctor(report: DoctorReport, base: str | os.PathLike, adapters: Adapters)
         figure = {"value": "refused", "label": str(report.refusal), "bad": True}
     ways = [f"kept.{way.name}" for way in report.outlooks]
     return Content(
-        title=f"{_names(adapters)} in {Path(base).name}: {'a merge will work' if report.ok else 'a merge will not work'}",
+        title=f"{_names(adapters)} in {Path(base).name}: a merge will {'work' if report.ok else 'not work'}",
         figure=figure,
         lines=[line for line in (report.recommendation,) if line],
         warnings=[f"{remark.topic}: {remark.text}" for remark in report.remarks if remark.level == WARNING],
