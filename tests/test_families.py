@@ -4,13 +4,18 @@ word.
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lora_gguf.adapters import kinds
+from lora_gguf.adapters.adapter_config import FIELDS
 from lora_gguf.adapters.lora import decode
 from lora_gguf.api import convert, verify
 from lora_gguf.errors import MismatchError, UnsupportedError
@@ -127,3 +132,19 @@ def test_kinds(folder, name):
     family = (source / "base").read_text()
     wanted = tiny.tensors_from(source / "merged.safetensors", from_config(tiny.config_of(family)))
     assert_merged(tiny.base_gguf(folder, family), source, folder / f"{name}.gguf", wanted)
+
+
+def test_every_kind_has_an_adapter_that_peft_made_and_merged():
+    """mlx's are not PEFT's: tests/test_kinds.py has theirs."""
+    made = {json.loads((KINDS / name / "adapter_config.json").read_text())["peft_type"] for name in ADAPTERS}
+    assert made == set(kinds.KINDS) - {"MLX", "MLX_VLM"}
+
+
+def test_every_field_of_a_configuration_that_is_read_has_a_type():
+    """A field that ``FIELDS`` lacks is read as it comes, of whatever type."""
+    read = set()
+    for module in (Path(kinds.__file__).parent).glob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.Call) and re.search(r"config\.get$|^number$", ast.unparse(node.func)):
+                read |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    assert {"alpha", "coft", "use_dora"} < read and {name for name in read if isinstance(name, str)} <= set(FIELDS)

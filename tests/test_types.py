@@ -37,6 +37,11 @@ def test_where_its_scales_are_is_where_ggml_looks(name):
                 assert codec.broken(spoilt).any() is not valid or bool(codec.broken(spoilt)[1]) is not valid, at
 
 
+def test_every_type_of_weights_has_a_codec():
+    """Those without are integers, and what ggml keeps activations in while it multiplies."""
+    assert set(BY_NAME) - set(CODECS) == {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_it_rounds_somehow(name):
     """On a grid, as a half, or with a grid of its own: a quantized type that says none of these is IQ1 to IQ3."""

@@ -105,6 +105,7 @@ FIELDS = {
     "trainable_token_indices": "tokens",
     "layer_replication": "list",
     "alora_invocation_tokens": "indices",
+    "invocation_string": "text",
 }
 # a LoRA initialised by one of these replaces the base's weights while it trains
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")

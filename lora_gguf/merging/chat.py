@@ -34,7 +34,7 @@ def rendered(template: str) -> str:
     class Limited(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(("*", "**"))
 
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        def call_binop(self, _context: Any, operator: str, _left: Any, _right: Any) -> Any:
             raise OverflowError(operator)
 
     def refuse(message: str) -> None:
