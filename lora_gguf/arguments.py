@@ -5,25 +5,49 @@ The one line names the argument, what was expected and what was found.
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from lora_gguf.errors import UsageError, printable
 
+FEW = 8  # names that a line can list
+OTHER_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".onnx", ".zip", ".json", ".txt", ".html", ".png")
+
 
 def refuse(name: str, expected: str, found: object) -> UsageError:
     """Return the error of an argument that is not what is expected."""
-    return UsageError(f"{name}: expected {expected}, found {printable(repr(found), 60)}")
+    return UsageError(f"{name}: expected {expected}, found {printable(repr(found), 60)}", argument=name)
 
 
 def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise unless ``value`` is one of ``allowed``."""
     if not (isinstance(value, str) and value in allowed):
-        raise refuse(name, f"one of {', '.join(allowed)}", value)
+        raise UsageError(none_of(name, value, allowed), argument=name)
+
+
+def none_of(name: str, value: object, allowed: Collection[str]) -> str:
+    """Return what is wrong with a ``value`` that is none of ``allowed``, and which was meant, if one is like it."""
+    found, meant = printable(repr(value), 60), alike(value, allowed)
+    if not meant:
+        return f"{name}: expected one of {', '.join(allowed)}, found {found}"
+    known = f"expected one of {', '.join(allowed)}, found {found}" if len(allowed) <= FEW else f"{found} is not known"
+    return f"{name}: {known}: did you mean {meant}?"
+
+
+def alike(value: object, names: Iterable[str]) -> str:
+    """Return the name that is most like ``value``, whatever the case and the marks between; empty where none is."""
+    plain = {_plain(name): name for name in reversed([*names])}
+    found = difflib.get_close_matches(_plain(str(value)[:60]), plain, 1, 0.6)
+    return plain[found[0]] if found else ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def check_flag(name: str, value: object) -> None:
@@ -52,6 +76,13 @@ def check_path(name: str, value: object, expected: str = "a path") -> None:
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(text, str) or "\0" in text:
         raise refuse(name, expected, value)
+
+
+def check_gguf_name(path: str | os.PathLike[str]) -> None:
+    """Raise where a GGUF is to be written at a ``path`` that says it is something else."""
+    stem, suffix = os.path.splitext(os.fspath(path))
+    if suffix.lower() in OTHER_FORMATS and not os.path.isdir(path):
+        raise UsageError(f"{printable(path)}: a GGUF is written: call it {printable(stem)}.gguf")
 
 
 def check_text(name: str, value: object, expected: str = "text") -> None:

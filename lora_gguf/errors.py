@@ -38,7 +38,13 @@ class LoraGgufError(Exception):
 
 
 class UsageError(LoraGgufError):
+    """``argument`` is the name of a function's argument with which the message begins, if it is about one."""
+
     exit_code = 2
+
+    def __init__(self, message: str, details: Iterable[str] = (), argument: str = ""):
+        super().__init__(message, details)
+        self.argument = argument
 
 
 class MalformedError(LoraGgufError):

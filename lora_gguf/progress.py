@@ -1,4 +1,6 @@
-"""Progress bars on stderr: how much is done, how fast, how long yet, and at what the program works. Only on a terminal.
+"""Progress on stderr: how much is done, how fast, how long yet, and at what the program works.
+
+On a terminal it is a bar, elsewhere a line now and then.
 
 What works tells of its progress by ``Progress``: (done since the last call, in all, what is being done), in bytes but
 where it says otherwise. Downloads tell by ``FileProgress``: (file, bytes so far, bytes in all).
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,7 @@ FileProgress = Callable[[str, int, int], None]
 WIDTH = 32  # of the words
 WIDE = 110  # columns that a bar with all its figures takes
 NARROW = 24  # columns of what stands behind the words where there are fewer
+SILENT = 2.0, 30.0  # seconds until the first line where there is no terminal, and between the others
 
 
 class _Bar:
@@ -41,17 +45,47 @@ class _Bar:
         self._display.update(self._task, advance=n, total=n_all or None, description=words)
 
 
+class _Lines:
+    """A line on stderr where work lasts, then one every half minute: for logs, and terminals that move no cursor."""
+
+    def __init__(self, verb: str):
+        self.verb, self._done, self._all, self._what = verb, 0, 0, ""
+        self._hidden = threading.Event()
+        self._teller: threading.Thread | None = None
+
+    def show(self) -> None:
+        if self._teller is None:
+            self._teller = threading.Thread(target=self._tell, daemon=True)
+            with contextlib.suppress(RuntimeError):  # there are no more threads: then there are no lines
+                self._teller.start()
+
+    def hide(self) -> None:
+        self._hidden.set()
+
+    def __call__(self, n: int, n_all: int, what: str) -> None:
+        self.show()
+        self._done, self._all, self._what = self._done + n, n_all, what
+
+    def _tell(self) -> None:
+        pause, later = SILENT
+        while not self._hidden.wait(pause):
+            share = f"{min(1, self._done / self._all):.0%}, {self._what}" if self._all else "…"
+            with contextlib.suppress(OSError, ValueError):
+                print(f"{self.verb}: {share}", file=sys.stderr, flush=True)
+            pause = later
+
+
 @contextlib.contextmanager
 def bar(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[Progress | None]:
-    """Yield a ``Progress`` that shows and moves a bar, or None where none is due: it isn't wanted, or stderr is
-    no terminal.
+    """Yield a ``Progress`` that shows and moves a bar, or None where none is wanted.
 
-    ``NO_COLOR`` is obeyed, and a terminal that cannot move its cursor (``TERM=dumb``) gets none.
+    ``NO_COLOR`` is obeyed; where stderr is no terminal, or one that cannot move its cursor (``TERM=dumb``), long work
+    tells of itself in lines.
     """
-    if not is_shown(wanted):
+    if not wanted:
         yield None
         return
-    shown = _Bar(verb, of_bytes)
+    shown = _Bar(verb, of_bytes) if is_shown() else _Lines(verb)
     try:
         yield shown
     finally:
@@ -89,8 +123,12 @@ def _display(of_bytes: bool) -> tuple[int, Display]:
 
 
 def shortened(text: str, length: int) -> str:
-    """Return ``text`` in ``length`` characters, its end kept: that is where names differ."""
-    return text if len(text) <= length else "…" + text[1 - length :]
+    """Return a name in ``length`` characters: without its ``.weight``, then without some of its middle."""
+    text = text.removesuffix(".weight")
+    if len(text) <= length:
+        return text
+    n_first = (length - 1) // 2
+    return f"{text[:n_first]}…{text[n_first + 1 - length :]}"
 
 
 @contextlib.contextmanager
@@ -99,7 +137,7 @@ def bars(verb: str, wanted: bool = True, *, of_bytes: bool = True) -> Iterator[t
     where no bar is due.
     """
     with bar(verb, wanted, of_bytes=of_bytes) as work, bar("fetching", wanted) as fetching:
-        if not (isinstance(work, _Bar) and isinstance(fetching, _Bar)):
+        if not (isinstance(work, _Bar | _Lines) and isinstance(fetching, _Bar | _Lines)):
             yield None, None
             return
         work.show()

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import platform
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,19 +18,42 @@ PACKAGES = ("numpy", "numba", "gguf")  # all of them dependencies
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
-    """Return columns as wide as their widest cell, the first ``left`` aligned left, the others right."""
-    return aligned([head, *rows], left)
+    """Return columns as wide as their widest cell, the first ``left`` aligned left, the others right.
+
+    On a terminal that is narrower each row takes several lines, the further ones indented.
+    """
+    return aligned([head, *rows], left, screen_width())
 
 
-def aligned(rows: Sequence[Sequence[object]], left: int = 1) -> str:
-    """Return ``text_table`` without a head."""
+def aligned(rows: Sequence[Sequence[object]], left: int = 1, screen: int | None = None) -> str:
+    """Return ``text_table`` without a head, on a ``screen`` of so many columns (None: of any number)."""
     lines = [list(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=False)]
-    align = [str.ljust if i < left else str.rjust for i in range(len(widths))]
-    return "\n".join(
-        "  ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths, strict=False)).rstrip()
+    cells = [
+        [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=False))
+        ]
         for line in lines
-    )
+    ]
+    parts = folded(widths, screen)
+    return "\n".join("\n  ".join("  ".join(line[part]).rstrip() for part in parts) for line in cells)
+
+
+def folded(widths: Sequence[int], screen: int | None) -> list[slice]:
+    """Return which columns of these ``widths`` go on a row's first line, its second and so on."""
+    first, used, parts = 0, 0, []
+    for i, width in enumerate(widths):
+        if screen is not None and i > first and used + 2 + width > screen:
+            parts.append(slice(first, i))
+            first, used = i, 0
+        used += 2 + width if used or parts else width
+    return [*parts, slice(first, len(widths))]
+
+
+def screen_width() -> int | None:
+    """Return the columns of the terminal that stdout is; None where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def size_text(n_bytes: float) -> str:

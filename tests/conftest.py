@@ -5,11 +5,13 @@ from collections import Counter
 
 import pytest
 
+from lora_gguf import progress
 from tests.contract import Corruption, Hang, Trace
 from tests.faulty import prepare
 from tests.forked import Forge
 from tests.hub import GGUF_FILES, GGUF_REPO, TOKEN, running_hub
 
+progress.SILENT = 600.0, 600.0  # on a busy machine a test that asks for one line of stderr must not find two
 CAMPAIGN: Counter[str] = Counter()
 HOLES = {Corruption: "silent corruptions", Hang: "hangs", Trace: "tracebacks"}
 

@@ -80,13 +80,47 @@ def test_the_values_that_are_allowed_are_named():
         (lambda: Reading(tied="seperate"), ("separate", "shared", "refuse", "'seperate'")),
         (lambda: Reading(expert_b_layout="x"), ("rank-major", "expert-major")),
         (lambda: Policy("nearst"), ("auto", "dither", "nearest", "fresh")),
-        (lambda: Policy(type="q8"), ("Q8_0", "BF16")),
+        (lambda: Policy(type="banana"), ("Q8_0", "BF16", "'banana'")),
         (lambda: AdapterFile("a.gguf", "f8"), ("f32", "f16", "bf16", "q8_0")),
         (lambda: Resources(0), ("from 1", "found 0")),
     ):
         with pytest.raises(UsageError) as caught:
             make()
         assert all(name in str(caught.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("make", "meant"),
+    [
+        (lambda: Reading(tied="seperate"), "separate"),
+        (lambda: Reading(expert_b_layout="expert major"), "expert-major"),
+        (lambda: Policy("nearst"), "nearest"),
+        (lambda: Policy("Dihter"), "dither"),
+        (lambda: Policy(type="q8"), "Q8_0"),
+        (lambda: Policy(type="IQ4NL"), "IQ4_NL"),
+        (lambda: Policy(mix="Q4_KM"), "Q4_K_M"),
+        (lambda: Policy(mix="iq3-xxs"), "IQ3_XXS"),
+        (lambda: AdapterFile("a.gguf", "fp16"), "f16"),
+    ],
+)
+def test_of_every_choice_the_name_that_was_meant_is_told(make, meant):
+    with pytest.raises(UsageError) as caught:
+        make()
+    assert str(caught.value).endswith(f": did you mean {meant}?")
+
+
+@pytest.mark.parametrize("mix", ["Q4_KM", "q5_k_s", "IQ2_M", "Q3_K_L"])
+def test_a_mix_is_no_type(mix):
+    with pytest.raises(UsageError, match=r"a mix of types, not a type: .*--quantize (Q4_K_M|Q5_K_S|IQ2_M|Q3_K_L) "):
+        Policy(type=mix)
+
+
+@pytest.mark.parametrize("make", [Writing, AdapterFile])
+def test_an_output_whose_name_says_another_format_is_refused(make, tmp_path):
+    with pytest.raises(UsageError, match=r"merged\.v2\.safetensors: a GGUF is written: call it .*merged\.v2\.gguf$"):
+        make(tmp_path / "merged.v2.safetensors")
+    for name in ("merged.gguf", "merged", "merged.Q8_0", "v1.2"):
+        make(tmp_path / name)
 
 
 def test_right_values_are_taken():

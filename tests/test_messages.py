@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ import lora_gguf
 from lora_gguf import errors
 from lora_gguf.cli import app
 from tests import tiny
+from tests.common import smollm2_path
 from tests.test_cli import run
 
 
@@ -29,6 +31,8 @@ def files(tmp_path_factory):
     shutil.make_archive(str(folder / "zipped"), "zip", folder / "adapter")
     (folder / "downloads").mkdir()
     shutil.copy(folder / "zipped.zip", folder / "downloads")
+    (folder / "notes.txt").write_text("hello")
+    shutil.copy(folder / "adapter" / "adapter_model.safetensors", folder / "lone.safetensors")
     return folder
 
 
@@ -54,13 +58,30 @@ MISTAKES = {
     "no adapter": ("merge llama.gguf", 2, "name its folder, Hub id or GGUF after the base"),
     "no adapter to verify": ("verify llama.gguf --base llama.gguf", 2, "--lora ADAPTER[:SCALE] is missing"),
     "no base to verify": ("verify llama.gguf --lora adapter", 2, "--base BASE.gguf is missing"),
-    "no tuned model": ("extract llama.gguf -o out.gguf", 2, "TUNED.gguf is missing: The model after"),
+    "no tuned model": ("extract llama.gguf -o out.gguf", 2, "TUNED.gguf is missing, as in: lora-gguf extract base"),
     "convert without a base": ("convert adapter -o out.gguf", 2, "give --base BASE.gguf or --base-config DIR"),
     "an unknown command": ("mrge llama.gguf adapter", 2, "Did you mean 'merge'?"),
     "an unknown option": ("merge llama.gguf adapter --typ Q8_0", 2, "--type"),
     "a growth without a percent sign": ("merge llama.gguf adapter --max-growth 5", 2, "such as 10%"),
     "a size without a unit": ("merge llama.gguf adapter --memory 100", 2, "such as 500M or 2G"),
     "half a shard": ("merge llama.gguf adapter --shard 3", 2, "such as 3/5"),
+    "a shard too many": ("merge llama.gguf adapter --shard 3/2", 2, "there is no shard 3 of 2"),
+    "a second adapter as the third name": ("merge llama.gguf adapter adapter", 2, "adapter with --lora adapter"),
+    "a second adapter's GGUF": ("doctor llama.gguf adapter lora.gguf", 2, "name each further adapter with --lora"),
+    "an adapter from the Hub as the third name": ("merge llama.gguf adapter user/b", 2, "with --lora user/b"),
+    "the base as the second name": ("convert adapter llama.gguf -o out.gguf", 2, "name the base with --base llama.gguf"),
+    "verify as merge is called": ("verify out.gguf llama.gguf adapter", 2, "as in: lora-gguf verify merged.gguf --base"),
+    "a typo in a choice": ("merge llama.gguf adapter --rounding dihter", 2, "--rounding: expected one of auto, "),
+    "a typo in another choice": ("convert adapter --to pfet", 2, "did you mean peft?"),
+    "a typo in a type": ("merge llama.gguf adapter --type Q8", 2, "--type: 'Q8' is not known: did you mean Q8_0?"),
+    "a typo in a mix as --type": ("merge llama.gguf adapter --type Q4_KM", 2, "--quantize Q4_K_M for all"),
+    "a typo in a mix": ("merge llama.gguf adapter --quantize Q4KM", 2, "--quantize: 'Q4KM' is not known: did you mean"),
+    "a word as a rank": ("extract llama.gguf llama.gguf --rank x -o out.gguf", 2, "--rank: expected a whole number"),
+    "a text as the adapter": ("merge llama.gguf notes.txt -o out.gguf", 7, "notes.txt: not an adapter: name its folder"),
+    "weights without their config": ("merge llama.gguf lone.safetensors -o out.gguf", 7,
+                                     "lone.safetensors: expected adapter_config.json beside it"),
+    "a text as the base": ("merge notes.txt adapter -o out.gguf", 3, "to start with GGUF, found hell: check the path"),
+    "another format's name for the output": ("merge llama.gguf adapter -o out.safetensors", 2, "call it out.gguf"),
     "a folder that is not there": ("merge llama.gguf adapter -o no/out.gguf", 7, "make it first"),
     "an output that exists": ("merge llama.gguf adapter -o lora.gguf", 7, "replace it with --force"),
 }  # fmt: skip
@@ -172,3 +193,10 @@ def test_the_sentence_says_whether_it_is_good(tmp_path, capsys, rounding, size, 
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_0", size=size)
     _, _, err = run(capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--rounding", rounding)
     assert word in next(line for line in err.splitlines() if "of the fine-tune is kept" in line)
+    assert ("check it: " in err) == (word == "good")  # of a file that nothing can prove no proof is promised
+
+
+def test_many_offenders_are_shown_as_many_as_a_screen_holds(files, tmp_path, capsys):
+    code, _, err = run(capsys, "extract", smollm2_path(), files / "llama.gguf", "-o", tmp_path / "out.gguf")
+    assert code == errors.MismatchError.exit_code and err.count("\n") == 17
+    assert re.search(r"and \d+ more, which lora-gguf --debug extract … lists$", err.rstrip())

@@ -6,22 +6,25 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
-from lora_gguf.progress import WIDTH, bar, by_file, shortened
+from lora_gguf import progress
+from lora_gguf.progress import WIDTH, bar, bars, by_file, shortened
 from tests.test_merge import base_and_adapter
 
 pty = pytest.importorskip("pty")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def on_a_terminal(folder, *arguments, **environment) -> str:
-    """What the command writes to its stderr where that is a terminal of 120 columns."""
+def on_a_terminal(folder, *arguments, of_stdout=False, **environment) -> str:
+    """What the command writes to its stderr, or its stdout, where that is a terminal of 120 columns."""
     ours, theirs = pty.openpty()
     variables = {**os.environ, "COLUMNS": "120", "TERM": "xterm-256color", **environment}
     command = [sys.executable, "-m", "lora_gguf", *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=theirs, env=variables)
+    streams = {"stdout": theirs} if of_stdout else {"stdout": subprocess.DEVNULL, "stderr": theirs}
+    process = subprocess.Popen(command, cwd=folder, env=variables, **streams)
     os.close(theirs)
     said = b""
     while True:
@@ -46,7 +49,7 @@ def merging(tmp_path):
 def test_a_bar_tells_what_is_done_and_goes_away(merging):
     said = on_a_terminal(*merging)
     lines = ESCAPE.sub("", said).replace("\r", "\n").split("\n")
-    assert any(re.match(r"merging \S+\.weight\s.*━.*\d+(\.\d+)?/\d+(\.\d+)? [kMG]?B", line) for line in lines), lines
+    assert any(re.match(r"merging blk\.\d+\.\S+\s.*━.*\d+(\.\d+)?/\d+(\.\d+)? [kMG]?B", line) for line in lines), lines
     assert "\x1b[?25h" in said and said.rindex("wrote") > said.rindex("━")  # the cursor is back, and the bar gone
 
 
@@ -73,10 +76,23 @@ def test_downloads_have_one_too(local_hub, tmp_path):
     assert "━" not in on_a_terminal(tmp_path, "fetch", "hf://someone/adapter/adapter.gguf", "-q", **environment)
 
 
-def test_no_bar_where_there_is_no_terminal(capsys):
-    with bar("merging") as advance:
+def test_no_bar_where_there_is_no_terminal_but_a_line_where_work_lasts(capsys, monkeypatch):
+    for silent, said in ((60.0, ""), (0.05, "merging: 30%, blk.0.attn_q.weight\n")):
+        monkeypatch.setattr(progress, "SILENT", (silent, 60.0))
+        with bars("merging") as (_, advance):
+            advance(20, 100, "token_embd.weight")
+            advance(10, 100, "blk.0.attn_q.weight")
+            time.sleep(0.2)
+        assert capsys.readouterr() == ("", said)
+    with bar("merging", False) as advance:
         assert advance is None
-    assert capsys.readouterr() == ("", "")
+
+
+def test_what_tells_nothing_yet_says_what_it_does(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SILENT", (0.05, 60.0))
+    with bars("asking"):
+        time.sleep(0.2)
+    assert capsys.readouterr() == ("", "asking: …\n")
 
 
 def test_files_count_as_one_download():
@@ -87,11 +103,20 @@ def test_files_count_as_one_download():
     assert calls == [(10, 100, "a"), (90, 100, "a"), (50, 150, "b")] and by_file(None) is None
 
 
-def test_long_names_keep_their_ends():
-    assert (
-        shortened("blk.10.ffn_down_exps.weight", 20) == "…fn_down_exps.weight"
-        and len(shortened("a" * 99, WIDTH)) == WIDTH
-    )
+def test_long_names_keep_what_tells_them_apart():
+    assert shortened("blk.10.ffn_down_exps.weight", 20) == "blk.10.ffn_down_exps"
+    assert shortened("enc.blk.10.ffn_down_exps.weight", 20) == "enc.blk.1…_down_exps"
+    assert shortened("model-Q4_K_M-00001-of-00003.gguf", 20) == "model-Q4_…00003.gguf"
+    assert len(shortened("a" * 99, WIDTH)) == WIDTH
+
+
+@pytest.mark.parametrize("columns", [30, 40, 200])
+def test_tables_fit_the_terminal(merging, columns):
+    folder, _, base, adapter, *_ = merging
+    said = on_a_terminal(folder, "doctor", base, adapter, "-q", COLUMNS=str(columns), of_stdout=True)
+    table = said.replace("\r", "").partition("\n\ntensors")[2].partition("\n\n")[0]
+    assert max(map(len, table.split("\n"))) <= columns and "nearest" in table
+    assert ("\n  " in table) == (columns < 80)
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80])

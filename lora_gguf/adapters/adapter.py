@@ -17,7 +17,7 @@ from lora_gguf.adapters.kinds import KINDS, SHARED, Module, pattern_value, scale
 from lora_gguf.adapters.lora import LoraPair, check_finite
 from lora_gguf.adapters.spellings import TORCHTUNE, module_path, peft_name
 from lora_gguf.adapters.updates import Added, Replaced, Update
-from lora_gguf.adapters.weight_files import read_all, weights_of
+from lora_gguf.adapters.weight_files import SUFFIXES, read_all, weights_of
 from lora_gguf.errors import FileError, MalformedError, NumericError, UsageError, printable
 
 EMPTY = "an empty tensor: DeepSpeed ZeRO-3 saves these where the weights are not gathered: gather and save them again"
@@ -95,7 +95,7 @@ def adapter_directory(path: str | os.PathLike) -> Path:
     if path.suffix.lower() in ARCHIVES and path.is_file():
         raise FileError(f"{printable(path)}: an archive: unpack it, and name the folder with {adapter_config.NAME}")
     if path.is_file():
-        path = path.parent
+        return _directory_of(path)
     if not path.is_dir():
         raise FileError(f"{printable(path)}: no such directory: check the path")
     if (path / adapter_config.NAME).is_file():
@@ -108,6 +108,15 @@ def adapter_directory(path: str | os.PathLike) -> Path:
     elif packed:
         hint = f"unpack {printable(packed[0])} first"
     raise FileError(f"{printable(path)}: expected {adapter_config.NAME}, found none: {hint}")
+
+
+def _directory_of(file: Path) -> Path:
+    """Return the folder of an adapter's ``file``, which its ``adapter_config.json`` lies beside."""
+    if (file.parent / adapter_config.NAME).is_file():
+        return file.parent
+    if file.suffix.lower() in SUFFIXES:
+        raise FileError(f"{printable(file)}: expected {adapter_config.NAME} beside it, found none: put it there")
+    raise FileError(f"{printable(file)}: not an adapter: name its folder, its Hub id, its safetensors file or its GGUF")
 
 
 def as_f32(name: str, array: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from lora_gguf.adapters.lora import OUT_TYPES
-from lora_gguf.arguments import check_choice, check_flag, check_path, check_whole
+from lora_gguf.arguments import check_choice, check_flag, check_gguf_name, check_path, check_whole
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class AdapterFile:
 
     def __post_init__(self) -> None:
         check_path("out", self.path)
+        check_gguf_name(self.path)
         check_choice("outtype", self.outtype, OUT_TYPES)
         if self.rank is not None:
             check_whole("rank", self.rank, 1)

@@ -22,6 +22,7 @@ import numpy as np
 from lora_gguf.checks.neighbours import brackets, farthest, own_steps
 from lora_gguf.checks.routes import rounded
 from lora_gguf.kernels.decorators import kernel
+from lora_gguf.merging.retention import FAINT, LOG_ODDS
 from lora_gguf.merging.scratch import scratch
 from lora_gguf.quants.codec import Codec
 
@@ -38,11 +39,9 @@ MAXIMA = slice(PEAK, PEAK_NOISE2 + 1)
 NEAR, FARTHER, EDGE = np.float32(0.48), np.float32(0.52), np.float32(1.05)
 MOVED = np.float32(1.6)  # steps that a weight may be off where its grid moved after it was rounded
 TINY = np.float32(1e-38)
-LOG_ODDS = math.log(2e9)  # of a bound that chance exceeds once in 10**9
 ALLOWED = 0.01  # share of the update that f32 sums in another order, or a rounding to nearest here and there, may cost
 WIDER = np.float32(2)  # than what base + update need, times which a step counts
 NOISIER = 2.0  # than a grid's own noise, times which a search for another kind of error may be
-FAINT = 0.5  # of the update kept, below which it is not in the file
 
 LOOSE_SHARE = 2e-3  # of the weights may be beyond: a search by importance, or a moved grid, leaves at most 1.3e-3 there
 FEW_FAR = 10

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_gguf.checks.comparison import ALLOWED, ASTRAY, BEYOND, LOG_ODDS, UPDATE2, Comparison
+from lora_gguf.checks.comparison import ALLOWED, ASTRAY, BEYOND, UPDATE2, Comparison
 from lora_gguf.checks.findings import Check, Finding, nearest_only
 from lora_gguf.files.base import Base
 from lora_gguf.merging.chunks import Changed, cut, update_of
 from lora_gguf.merging.plan import Plan
-from lora_gguf.merging.retention import kind_of
+from lora_gguf.merging.retention import LOG_ODDS, kind_of
 from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.quants.table import CODECS
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from lora_gguf.checks.comparison import FAINT, LOG_ODDS, UPDATE2, VARIANCE, Comparison
+from lora_gguf.checks.comparison import UPDATE2, VARIANCE, Comparison
 from lora_gguf.checks.remade import Remade
 from lora_gguf.errors import MismatchError, UnprovedError
-from lora_gguf.merging.retention import kind_of, layer_of
+from lora_gguf.merging.retention import FAINT, chance, kind_of, layer_of
 
 CAUSES = {
     "other base": "it was merged from another base model",
@@ -65,8 +65,7 @@ class Check:
         if not self.touched or not found.sums[UPDATE2] > 0:
             return False
         measured = not math.isnan(found.sums[VARIANCE])
-        slack = 0.0 if measured else math.sqrt(2 * LOG_ODDS / found.n_weights) * found.noise
-        return found.kept + slack < FAINT
+        return found.kept + (0.0 if measured else chance(found.noise, found.n_weights)) < FAINT
 
     def add_made(self, made: Remade) -> None:
         """Add a chunk that was made again, and what the merge itself counts of it."""

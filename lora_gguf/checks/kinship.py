@@ -24,6 +24,7 @@ from lora_gguf.files.base import Base, split_name
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.architectures import ARCHITECTURES, VARIANTS
 from lora_gguf.mapping.towers import CLIP
+from lora_gguf.text import count_text
 
 # a family's word in a name -> the GGUF architectures of its models
 FAMILIES = {
@@ -192,7 +193,7 @@ def against_facts(said: Traits, base: Base) -> Iterator[str]:
         yield f"of the architecture {printable(base.architecture, 40)}"
     n_parameters = sum(info.n_elements for info in base.tensors.values())
     if said.families and said.sizes and not any(_near(size, n_parameters, SAME_COUNT) for size in said.sizes):
-        yield f"of {n_parameters / 1e9:.3g} billion parameters"
+        yield f"of {count_text(n_parameters)} parameters"
 
 
 def by_class(config: dict, base: Base) -> Iterator[Remark]:

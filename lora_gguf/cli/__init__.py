@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -18,17 +18,18 @@ from lora_gguf.cli.convert import convert
 from lora_gguf.cli.doctor import doctor
 from lora_gguf.cli.extract import extract
 from lora_gguf.cli.fetch import fetch
-from lora_gguf.cli.helping import Grouped, asked_for_help, way_out
+from lora_gguf.cli.helping import Grouped, as_typed, asked_for_help, way_out
 from lora_gguf.cli.init_pipeline import init_pipeline
 from lora_gguf.cli.inspect import inspect
 from lora_gguf.cli.merge import merge
 from lora_gguf.cli.push import push
 from lora_gguf.cli.terms import COMMAND_LINE, joined_scales, say
 from lora_gguf.cli.verify import verify
-from lora_gguf.errors import LoraGgufError, printable
+from lora_gguf.errors import LoraGgufError, UsageError, printable
 from lora_gguf.files.output import remove_live
 
 _ClickUsageError: Any = typer.BadParameter.__base__  # typer brings its own click
+SHOWN = 15  # offenders of an error
 # what typer's validators say -> what we say
 _WORDS = {
     "Value error, ": "",
@@ -164,14 +165,12 @@ def _report(error: BaseException) -> int:
         raise error
     except LoraGgufError as error:
         _trace()
-        _complain(str(error))
-        for detail in error.details:
-            say(f"  {printable(detail)}")
+        _complain(as_typed(error, app, COMMAND_LINE.get()) if isinstance(error, UsageError) else str(error))
+        _list(error.details)
         return error.exit_code
     except _ClickUsageError as error:
         command = error.ctx.command_path if error.ctx else "lora-gguf"
-        message = _refusal(error)
-        _complain(f"{message}{'' if message.endswith('?') else '.'} See '{command} --help'.")
+        _complain(way_out(error) or f"{_refusal(error)}. See '{command} --help'.")
         return 2
     except typer.Exit as error:
         return error.exit_code
@@ -194,12 +193,19 @@ def _report(error: BaseException) -> int:
         return 1
 
 
+def _list(details: Sequence[str]) -> None:
+    """Print the offenders, as many as a screen holds; --debug prints all."""
+    shown = len(details) if os.environ.get("LORA_GGUF_DEBUG") or len(details) <= SHOWN + 1 else SHOWN
+    for detail in details[:shown]:
+        say(f"  {printable(detail)}")
+    if shown < len(details):
+        say(f"  and {len(details) - shown} more, which lora-gguf --debug {COMMAND_LINE.get()[1]} … lists")
+
+
 def _refusal(error: Any) -> str:
     """Return what is wrong with the command line, with the value that was given where typer's validator, pydantic,
     tells it.
     """
-    if known := way_out(error):
-        return known
     message = error.format_message().rstrip(".")
     for theirs, ours in _WORDS.items():
         message = message.replace(theirs, ours)

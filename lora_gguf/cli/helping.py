@@ -5,12 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from typer.core import TyperCommand
+from typer.main import get_command
 
-from lora_gguf.errors import printable
+from lora_gguf.arguments import none_of
+from lora_gguf.errors import UsageError, printable
 
 # the groups of a command's help, in their order, and the names of the options in them
 GROUPS = {
@@ -74,18 +76,43 @@ def way_out(error: Any) -> str:
     """
     kind, context = type(error).__name__, error.ctx
     if kind == "UsageError" and "unexpected extra argument" in error.format_message() and context:
-        extra = error.format_message().rpartition("(")[2].partition(")")[0]
-        named = printable(extra.split(" ")[0], 80)
-        has_output = any("-o" in param.opts for param in context.command.params)
-        return f"one name too many: {named}" + (f": name the output with -o {named}" if has_output else "")
+        return _too_many(error.format_message().rpartition("(")[2].partition(")")[0].split(" ")[0], context.command)
     param = getattr(error, "param", None)
     if kind == "MissingParameter" and param is not None:
         name = f"{param.opts[0]} {param.metavar}" if param.param_type_name == "option" else param.metavar
-        return f"{name} is missing: {param.help.rstrip('.')}"
-    given = str(getattr(error, "value", "")) + "".join(str(found["input"]) for found in _found(error))
+        return f"{name} is missing, as in: {example(context.command)}"
+    given = "".join(str(found["input"]) for found in _found(error))
     if param is not None and param.name == "scale" and (share := _share(given)):
         return f"--scale {printable(given, 20)}: expected a number: write {share}"
+    if found := re.search(r"'([^']*)' is not one of (.*)", error.format_message()):
+        option = re.search(r"--[\w-]+", error.format_message())
+        return none_of(option[0] if option else "value", found[1], re.findall(r"'([^']*)'", found[2]))
     return ""
+
+
+def _too_many(name: str, command: Any) -> str:
+    """Return what a name is that is one too many: an output, or one more adapter."""
+    options, shown = {word for param in command.params for word in param.opts}, printable(name, 80)
+    is_gguf, exists = name.endswith(".gguf"), os.path.exists(name)
+    likely = {"--base": is_gguf and exists, "--lora": exists or not is_gguf, "-o": is_gguf and not exists}
+    words = {"--base": "the base", "--lora": "each further adapter", "-o": "the output"}
+    found = next((option for option in words if option in options and likely[option]), "")
+    way = f"name {words[found]} with {found} {shown}" if found else f"as in: {example(command)}"
+    return f"one name too many: {shown}: {way}"
+
+
+def example(command: Any) -> str:
+    """Return the first command line in a command's help."""
+    found = re.search(r"lora-gguf .+", command.help or "")
+    return found[0].strip() if found else f"lora-gguf {command.name} --help"
+
+
+def as_typed(error: UsageError, app: Any, line: Sequence[str]) -> str:
+    """Return a message, its argument called as in the command ``line`` where it was given as an option there."""
+    command = getattr(get_command(app), "commands", {}).get(line[1] if len(line) > 1 else "")
+    names = [name for param in command.params for name in param.opts if param.name == error.argument] if command else []
+    typed = next((name for name in names if any(word.partition("=")[0] == name for word in line)), "")
+    return typed + str(error).removeprefix(error.argument) if typed else str(error)
 
 
 def _found(error: Any) -> list[dict]:

@@ -70,10 +70,13 @@ def _verify_row(kind: str, types: str, checks: Sequence[Check]) -> tuple:
     exact = math.isnan(found.standard_error)  # made again: nothing was left to chance
     kept = f"{found.kept:.3f}" + ("" if exact else f" ± {found.standard_error:.3f}")
     expected = "-" if exact else f"{found.expected_noise:.1f}"
-    return (kind, types, len(checks), _verdict(checks), kept, f"{found.noise:.1f}", expected)
+    measured = (kept, f"{found.noise:.1f}", expected) if checks else ("-", "-", "-")
+    return (kind, types, len(checks), _verdict(checks), *measured)
 
 
 def _verdict(checks: Sequence[Check]) -> str:
+    if not checks:
+        return "-"
     wrong, unproved = sum(not check.holds for check in checks), sum(not check.proved for check in checks)
     return f"{wrong} wrong" if wrong else f"{unproved} unproved" if unproved else "proved"
 

@@ -17,7 +17,7 @@ TOWER = "clip"  # the architecture of an mmproj
 def next_steps(
     report: MergeReport, base: str, adapters: Sequence[tuple[str | os.PathLike[str], float]]
 ) -> Iterator[str]:
-    """Yield how to run what was written, and how to check it."""
+    """Yield how to run what was written, and how to check it where enough is kept for a proof."""
     models = [path for path in report.written if path.suffix != MODELFILE]
     if not models:
         return
@@ -25,6 +25,8 @@ def next_steps(
     recipe = next((path for path in report.written if path.suffix == MODELFILE), None)
     if recipe:
         yield f"          ollama create {_quoted(models[0].stem.lower())} -f {_quoted(recipe)}"
+    if any(part.is_faint for part in report.retention.values()):
+        return  # verify could only say that it cannot be proved
     loras = " ".join(f"--lora {_quoted(name if scale == 1 else f'{name}:{scale:g}')}" for name, scale in adapters)
     yield f"check it: lora-gguf verify {_quoted(models[0])} --base {_quoted(base)} {loras}"
 

@@ -181,7 +181,8 @@ class GgufReader:
     def _read_preamble(self, cursor: _Cursor) -> None:
         head = self.source.read(0, min(self.size, 32))
         if not head.startswith(MAGIC):
-            what = impostor(head) or f"not a GGUF file: expected it to start with {MAGIC!r}, found {head[:4]!r}"
+            start = printable(head[:4].decode("latin-1")) or "nothing"
+            what = impostor(head) or f"not a GGUF file: expected it to start with GGUF, found {start}: check the path"
             raise MalformedError(f"{self.label}: {what}")
         cursor.position = 4
         self.version = cursor.unpack("I", "version")

@@ -10,7 +10,17 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from lora_gguf.arguments import check_choice, check_flag, check_number, check_path, check_text, check_whole, refuse
+from lora_gguf.arguments import (
+    alike,
+    check_choice,
+    check_flag,
+    check_gguf_name,
+    check_number,
+    check_path,
+    check_text,
+    check_whole,
+    refuse,
+)
 from lora_gguf.errors import UsageError, printable
 from lora_gguf.files.imatrix import Imatrix
 
@@ -44,9 +54,10 @@ class Policy:
         if not isinstance(self.imatrix, Imatrix | None):
             raise refuse("imatrix", "a path or an Imatrix", self.imatrix)
         if self.type is not None:
+            from lora_gguf.quants.mixes import MIXES
             from lora_gguf.quants.table import CODECS
 
-            check_type(self.type, CODECS)
+            check_type(self.type, CODECS, MIXES)
         if self.mix is not None:
             from lora_gguf.quants.mixes import MIXES
 
@@ -70,6 +81,7 @@ class Writing:
 
     def __post_init__(self) -> None:
         check_path("out", self.path)
+        check_gguf_name(self.path)
         if self.max_bytes is not None:
             check_whole("max_bytes", self.max_bytes, 1)
         for name in ("keep_split", "modelfile", "force"):
@@ -84,9 +96,11 @@ class Writing:
         if self.shard is None:
             return None
         number, _, count = self.shard.partition("/")
-        digits = all(part.isascii() and part.isdigit() and len(part) < 10 for part in (number, count))
-        if not (digits and 1 <= int(number) <= int(count)):
-            raise UsageError(f"--shard {printable(self.shard, 60)}: expected N/COUNT, such as 3/5")
+        shown, digits = printable(self.shard, 60), [part.isascii() and part.isdigit() for part in (number, count)]
+        if not all(digits) or max(len(number), len(count)) > 9:
+            raise UsageError(f"--shard {shown}: expected N/COUNT, such as 3/5 for the third of five")
+        if not 1 <= int(number) <= int(count):
+            raise UsageError(f"--shard {shown}: there is no shard {int(number)} of {int(count)}: they count from 1")
         return int(number), int(count)
 
     @property
@@ -110,12 +124,18 @@ class Resources:
             check_whole("memory", self.memory, 1)
 
 
-def check_type(type: object, types: Collection[str]) -> None:
-    """Raise ``UsageError`` unless ``type`` is one of the tensors' ``types``."""
-    if isinstance(type, str) and (nearest := re.sub(r"_[SML]$", "", type)) != type and nearest in types:
+def check_type(type: object, types: Collection[str], mixes: Collection[str]) -> None:
+    """Raise ``UsageError`` unless ``type`` is one of the tensors' ``types``; it may be one of the ``mixes`` of them."""
+    mix = "" if type in types else alike(type, [*types, *mixes])
+    if mix and mix not in types:
+        nearest = re.sub(r"_[SML]$", "", mix)
+        way = (
+            f"--type {nearest} for the adapted tensors, or, of a base in F16, "
+            if nearest in types
+            else "of a base in F16 "
+        )
         raise UsageError(
-            f"--type {type}: a mix of types, not a type: --type {nearest} for the adapted tensors, or, of a base in "
-            f"F16, --quantize {type} for all"
+            f"--type {printable(type, 60)}: a mix of types, not a type: {way}--quantize {mix} for all tensors"
         )
     check_choice("type", type, types)
 

@@ -6,6 +6,7 @@ adapter acts at full strength, 0 that rounding erased it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 WARN_BELOW = 0.8  # of an adapter kept
+FAINT = 0.5  # of the update kept, below which it is not in the file
+LOG_ODDS = math.log(2e9)  # of a bound that chance exceeds once in 10**9
 NOTHING = 1e-5  # of a step: what sums in f32 leave of updates that cancel
 _BLOCK = re.compile(r"^(?:(enc|dec|v|a)\.)?(?:blk|deepstack)\.(\d+)\.")
 _SUFFIX = re.compile(r"\.weight$")
@@ -82,12 +85,22 @@ class Retention:
         """
         return float(np.sqrt(self.sums[1] / self.steps2)) if self.steps2 > 0 else float("nan")
 
+    @property
+    def is_faint(self) -> bool:
+        """Whether less than half of the update is there, by more than chance: nothing can prove such a tensor."""
+        return self.kept + chance(self.noise, self.n_weights) < FAINT
+
     def as_dict(self) -> dict[str, float | None]:
         """Return plain data; None for what was not measured."""
         measures = ("kept", "changed", "delta_rms", "delta_norm", "delta_per_step", "noise")
         return {"weights": self.n_weights} | {
             name: getattr(self, name) if self.n_weights else None for name in measures
         }
+
+
+def chance(noise: float, n_weights: int) -> float:
+    """Return by how much what is kept of an update may be off by the chance of dithering, at most."""
+    return math.sqrt(2 * LOG_ODDS / n_weights) * noise if n_weights else 0.0
 
 
 def total(parts: Iterable[Retention]) -> Retention:
