@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_gguf.commands.push import PushReport
     from lora_gguf.commands.verify import VerifyReport
     from lora_gguf.errors import (
+        ExecutorError,
         FileError,
         HubError,
         IntegrityError,
@@ -45,8 +46,8 @@ _HOMES = {
     "lora_gguf.commands.push": ("PushReport",),
     "lora_gguf.commands.verify": ("VerifyReport",),
     "lora_gguf.errors": (
-        "FileError", "HubError", "IntegrityError", "LoraGgufError", "MalformedError", "MismatchError", "NumericError",
-        "UnprovedError", "UnsupportedError", "UsageError",
+        "ExecutorError", "FileError", "HubError", "IntegrityError", "LoraGgufError", "MalformedError", "MismatchError",
+        "NumericError", "UnprovedError", "UnsupportedError", "UsageError",
     ),
     "lora_gguf.checks.inspection": ("AdapterInspection", "Inspection", "ModelInspection"),
     "lora_gguf.hub.base_models": ("Bases",),

@@ -37,6 +37,8 @@ from lora_gguf.merging.options import Policy, Resources, Writing, parse_growth
 from lora_gguf.progress import Progress, by_file
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from lora_gguf.checks.checkup import DoctorReport
     from lora_gguf.checks.closeness import CompareReport
     from lora_gguf.checks.inspection import Inspection
@@ -216,6 +218,7 @@ def merge(
     modelfile: bool = False,
     memory: int | None = None,
     threads: int | None = None,
+    executor: Executor | None = None,
     force: bool = False,
     progress: Progress | None = None,
     downloads: Progress | None = None,
@@ -229,16 +232,17 @@ def merge(
     holds; ``memory`` is in bytes, for the rows in work. The same arguments give the same file, whatever the memory and
     the number of threads. ``imatrix`` None takes the one in the base's repository on the Hub, if there is one, and the
     word none takes none. ``mmproj`` is the model's, into which the adapters' vision and audio part goes: it is written
-    too, as mmproj-NAME.gguf, in its own types.
+    too, as mmproj-NAME.gguf, in its own types. ``executor``, one of ``concurrent.futures``, does the work: its workers
+    see the files under the same paths, and ``threads`` (default: 1) and ``memory`` are those of each of its tasks.
 
     Raises ``MismatchError`` (the adapter does not fit), ``UnsupportedError``, ``NumericError`` (NaN, or less than
-    ``min_retention`` is kept), ``FileError`` (no space, ``out`` exists and ``force`` is not given), ``HubError``, …
-    Then ``out`` is what it was.
+    ``min_retention`` is kept), ``FileError`` (no space, ``out`` exists and ``force`` is not given), ``HubError``,
+    ``ExecutorError`` (the executor gives up), … Then ``out`` is what it was.
     """
     check_path("base", base, MODEL)
     named = scaled_names(adapters)
     reading = Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of, again, mmproj)
-    resources = Resources(threads, memory)
+    resources = Resources(threads, memory, executor)
     writing = None if out is None else Writing(out, max_bytes, keep_split, shard, modelfile, force)
     growth, measured = parse_growth(str(max_growth)), _importance(imatrix)
     policy = Policy(rounding, seed, _upper(type), _upper(quantize), measured, growth, min_retention)

@@ -9,7 +9,8 @@
     ├── FileError            7   reading or writing failed, no space, output exists
     ├── HubError             8   the Hub or the network
     ├── IntegrityError       9   a hash or a size differs; an input changed under us
-    └── UnprovedError       10   a merged file can neither be proved right nor wrong
+    ├── UnprovedError       10   a merged file can neither be proved right nor wrong
+    └── ExecutorError       11   an executor that a merge was given: its workers are gone, or not as the caller
 
 SIGINT ends with 130, SIGHUP with 129, SIGTERM with 143.
 """
@@ -77,6 +78,10 @@ class IntegrityError(LoraGgufError):
 
 class UnprovedError(LoraGgufError):
     exit_code = 10
+
+
+class ExecutorError(LoraGgufError):
+    exit_code = 11
 
 
 def not_installed(what: str, package: str, purpose: str) -> UnsupportedError:

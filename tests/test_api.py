@@ -60,7 +60,7 @@ def test_it_is_typed_and_documented(name):
 OTHER_NAMES = {
     "adapter": "adapters", "lora": "adapters", "scale": "adapters", "model": "base", "output": "out", "split_max_size": "max_bytes",
     "dry_run": "out", "source": "source", "report": None, "plot": None, "as_json": None, "quiet": None, "context": None, "verbose": None,
-    "push": None,
+    "push": None, "dask": "executor",
 }  # fmt: skip
 
 

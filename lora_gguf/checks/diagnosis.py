@@ -12,7 +12,7 @@ import numpy as np
 from lora_gguf.checks.comparison import ALLOWED, ASTRAY, BEYOND, UPDATE2, Comparison
 from lora_gguf.checks.findings import Check, Finding, nearest_only
 from lora_gguf.files.base import Base
-from lora_gguf.merging.chunks import Changed, cut, update_of
+from lora_gguf.merging.chunks import Changed, cut, update_of, whole
 from lora_gguf.merging.plan import Plan
 from lora_gguf.merging.retention import LOG_ODDS, kind_of
 from lora_gguf.merging.tensor import TensorPlan
@@ -245,7 +245,7 @@ def project(evidence: Evidence, tensors: Sequence[TensorPlan]) -> tuple[np.ndarr
 
 def changed(tensor: TensorPlan) -> Iterator[Changed]:
     """Yield the chunks of a tensor's own rows."""
-    return (chunk for chunk in cut([tensor]) if isinstance(chunk, Changed))
+    return (chunk for chunk in cut([whole(tensor)]) if isinstance(chunk, Changed))
 
 
 def misplaced(evidence: Evidence, failing: Sequence[Check]) -> tuple[list[Finding], list[Check]]:

@@ -14,7 +14,7 @@ from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.files.imatrix import Imatrix
-from lora_gguf.merging.chunks import CHUNK_WEIGHTS, Changed, Chunk, New, cut, update_of
+from lora_gguf.merging.chunks import CHUNK_WEIGHTS, Changed, Chunk, New, cut, update_of, whole
 from lora_gguf.merging.importance import weigher
 from lora_gguf.merging.plan import Plan
 from lora_gguf.merging.tensor import NO_IMPORTANCE, TensorPlan
@@ -36,14 +36,12 @@ class Inspected:
     found: Compared | None = None
 
 
-def remade(
-    plan: Plan, models: tuple[Base, Base], imatrix: Imatrix | None, threads: int | None, progress: Progress | None
-) -> dict[str, Check]:
+def remade(plan: Plan, models: tuple[Base, Base], threads: int | None, progress: Progress | None) -> dict[str, Check]:
     """Make all tensors of a merge again; one check for each, in order. ``models`` are the base and the merged file."""
     model, result = models
     present = [tensor for tensor in plan.tensors if fits(tensor.target, result)]
     checks = {tensor.target.name: _check_of(tensor, result) for tensor in present}
-    chunks = cut(present, weigher(model, imatrix))
+    chunks = cut(map(whole, present), weigher(model))
     for chunk, made in in_threads(lambda chunk: make_again(chunk, model, result), chunks, threads):
         checks[chunk.tensor.target.name].add_made(made)
         if progress:
@@ -62,7 +60,7 @@ def compared(
             if info.type.name not in CODECS and (tensor.changes or info.type != tensor.source.type):
                 raise UnsupportedError(f"{info.name}: type {info.type} cannot be read")
     checks = {tensor.target.name: _check_of(tensor, result) for tensor in present}
-    for chunk, seen in in_threads(lambda chunk: inspect(chunk, models, imatrix), cut(present), threads):
+    for chunk, seen in in_threads(lambda chunk: inspect(chunk, models, imatrix), cut(map(whole, present)), threads):
         matrix = chunk.matrix if isinstance(chunk, Changed) else 0
         _add(checks[chunk.tensor.target.name], matrix, seen)
         if progress:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lora_gguf.cli.cluster import executor_at
 from lora_gguf.cli.helping import mixes, types, words
 from lora_gguf.cli.options import (
     AdapterArgument,
@@ -130,6 +131,13 @@ def merge(
         str | None,
         typer.Option(metavar="N(M|G)", help="What the rows in work may take; default: about 10M a thread."),
     ] = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tcp://HOST:PORT",
+            help="The scheduler of a Dask cluster that does the work; its workers see the files under the same paths.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
     ] = False,
@@ -162,7 +170,7 @@ def merge(
         make_repo(push)
     if not quiet:
         announce_first_run()
-    with bars("merging", progress and not quiet) as (downloads, work):
+    with executor_at(dask) as executor, bars("merging", progress and not quiet) as (downloads, work):
         merged = api.merge(
             source,
             named,
@@ -188,6 +196,7 @@ def merge(
             modelfile=modelfile,
             threads=threads,
             memory=n_bytes("--memory", memory),
+            executor=executor,
             force=force,
             progress=work,
             downloads=downloads,

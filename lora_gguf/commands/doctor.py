@@ -135,7 +135,7 @@ def remarks_on_fit(model: Base, plan: Plan, placements: Sequence[Placement]) -> 
 def foresee(report: DoctorReport, model: Base, plan: Plan, threads: int | None, progress: Progress | None) -> None:
     """Add to ``report`` what is kept by each option, and what a merge with the defaults costs."""
     local, merged = is_local(model), plan.merged
-    weigh = weigher(model, None) if local else None  # which samples rows: far ones cost a request each
+    weigh = weigher(model) if local else None  # which samples rows: far ones cost a request each
     sampled = merged if local else thinned(merged)
     options = {name: rechosen(sampled, Policy(**change)) for name, (_, change) in OPTIONS.items()}
     options = {

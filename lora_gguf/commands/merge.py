@@ -8,8 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from lora_gguf.adapters.adapter import adapter_name, hub_id
 from lora_gguf.checks.earlier import earlier_merges
 from lora_gguf.checks.keeping import idle, judged, sentence
@@ -23,7 +21,7 @@ from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import inputs_of, placement_of
 from lora_gguf.mapping.tower_names import WAITING
 from lora_gguf.mapping.towers import CLIP
-from lora_gguf.merging.chunks import Chunk, Weigh, cut, weights_within
+from lora_gguf.merging.chunks import Weigh, whole
 from lora_gguf.merging.importance import weigher
 from lora_gguf.merging.layout import OutputPart, output_parts
 from lora_gguf.merging.modelfile import modelfile as modelfile_text
@@ -32,8 +30,9 @@ from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.provenance import merged_key_values, names_of
 from lora_gguf.merging.retention import Retention, kind_of, layer_of, total
 from lora_gguf.merging.steps import planned_step
+from lora_gguf.merging.tasks import in_executor, tasks_of
 from lora_gguf.merging.tensor import TensorPlan
-from lora_gguf.merging.work import in_threads, merge_chunk
+from lora_gguf.merging.work import Done, merge_ranges
 from lora_gguf.progress import Progress
 from lora_gguf.text import size_of, versions
 
@@ -270,7 +269,7 @@ def beside(writing: Writing) -> Writing:
 
 def carry_out(job: Job, opened: ExitStack, resources: Resources, progress: Progress | None) -> None:
     """Write all of a job's files, and judge what was kept."""
-    weigh = weigher(job.model, job.policy.imatrix)
+    weigh = weigher(job.model)
     for part, writer in zip(job.parts, job.writers, strict=True):
         write_part(job, part, opened.enter_context(writer), weigh, resources, progress)
     for tensor in job.plan.merged:
@@ -335,15 +334,27 @@ def write_part(
     resources: Resources,
     progress: Progress | None,
 ) -> None:
-    """Carry out all chunks of one output file, and note what was kept."""
-    n_weights = weights_within(resources.memory, resources.threads)
+    """Carry out all chunks of one output file, here or by an executor, and note what was kept."""
 
-    def work(chunk: Chunk) -> np.ndarray | None:
-        return merge_chunk(chunk, job.model.reader_of(chunk.tensor.source.name), writer)
-
-    for chunk, sums in in_threads(work, cut(part.tensors, weigh, n_weights), resources.threads):
-        name = chunk.tensor.target.name
-        if sums is not None and chunk.tensor.changes:
-            job.report.retention.setdefault(name, Retention()).add(chunk.n_rows * chunk.tensor.source.n_cols, sums)
+    def told(done: Done) -> None:
         if progress:
-            progress(chunk.n_bytes, job.model.n_bytes, name)
+            progress(done.n_bytes, job.model.n_bytes, done.name)
+
+    if resources.executor is None:
+        for done in merge_ranges(map(whole, part.tensors), job.model, writer, weigh, resources):
+            told(done)
+            note(job.report, done)
+        return
+
+    def written(done: Done) -> None:
+        writer.output.wrote(done.n_bytes)
+        told(done)
+
+    for done in in_executor(resources.executor, tasks_of(part.tensors, job.model, writer, resources), written):
+        note(job.report, done)
+
+
+def note(report: MergeReport, done: Done) -> None:
+    """Add what was kept of a chunk to ``report``."""
+    if done.sums is not None:
+        report.retention.setdefault(done.name, Retention()).add(done.n_weights, done.sums)

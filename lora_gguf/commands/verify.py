@@ -187,7 +187,7 @@ Work = tuple[int | None, Progress | None]
 def make_again(report: VerifyReport, evidence: Evidence, origin: Origin, plan: Plan, work: Work) -> None:
     """Take the first road: every byte must be that of the same merge."""
     models = evidence.model, evidence.result
-    checks = remade(plan, models, origin.policy.imatrix if origin.policy else None, *work)
+    checks = remade(plan, models, *work)
     others = list(header_findings(origin, *models, plan))
     others = others or ([origin.finding] if origin.finding else [])
     others += [*tail_findings(evidence.result), *short_findings(evidence.result)]

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_gguf.errors import FileError, MalformedError, UsageError, printable
 from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
+from lora_gguf.files.input_file import FileState, InputFile
 
 _SHARD = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 CONVERT = "make a GGUF of it with llama.cpp's convert_hf_to_gguf.py, or let lora-gguf fetch ADAPTER --base find one"
@@ -88,6 +89,11 @@ class Base:
     def n_bytes(self) -> int:
         """The size of all tensors, in bytes."""
         return sum(info.n_bytes for info in self.tensors.values())
+
+    @property
+    def states(self) -> tuple[FileState, ...]:
+        """What the files of this machine were when they were opened."""
+        return tuple(reader.source.state for reader in self.readers if isinstance(reader.source, InputFile))
 
     def check_unchanged(self) -> None:
         for reader in self.readers:

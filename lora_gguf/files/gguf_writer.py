@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_gguf.errors import UsageError
 from lora_gguf.files.gguf_reader import ARRAY, DEFAULT_ALIGNMENT, SCALARS, STRING, GgufReader, TensorInfo, padded
-from lora_gguf.files.output import OutputFile, check_space
+from lora_gguf.files.output import OpenOutput, OutputFile, check_space
 from lora_gguf.quants.ggml import GgmlType
 
 VERSION = 3
@@ -89,7 +89,32 @@ def header(key_values: Sequence[bytes], tensors: Sequence[TensorInfo], alignment
     return raw.ljust(padded(len(raw), alignment), b"\0")
 
 
-class GgufWriter:
+class GgufPlaces:
+    """Where the tensors of a GGUF file under way lie in its ``output``: ``tensors`` maps each name to its place after
+    ``data_position``.
+    """
+
+    def __init__(self, output: OpenOutput, data_position: int, tensors: dict[str, TensorInfo]) -> None:
+        self.output, self.data_position, self.tensors = output, data_position, tensors
+
+    def write(self, tensor: TensorInfo, offset: int, buffer: Any) -> None:
+        """Write ``buffer`` (contiguous bytes) at ``offset`` bytes into the tensor. Callable from several threads."""
+        self.output.write_at(self.data_position + tensor.offset + offset, buffer)
+
+    def copy(
+        self, tensor: TensorInfo, reader: GgufReader, source: TensorInfo, offset: int = 0, n_bytes: int | None = None
+    ) -> None:
+        """Copy a tensor, or ``n_bytes`` of it from ``offset`` on, from an open file as it is."""
+        n_bytes = source.n_bytes - offset if n_bytes is None else n_bytes
+        self.output.copy_at(
+            self.data_position + tensor.offset + offset,
+            reader.fd,
+            reader.data_position + source.offset + offset,
+            n_bytes,
+        )
+
+
+class GgufWriter(GgufPlaces):
     """A GGUF file under way. A context manager: left without ``commit``, nothing remains of it.
 
     ``key_values`` are raw pairs (``raw_key_values``, ``key_value``); ``alignment`` must be what they say, if they say.
@@ -108,14 +133,14 @@ class GgufWriter:
         inputs: Iterable[os.PathLike | str] = (),
     ) -> None:
         placed = layout(tensors, alignment)
-        self.tensors = {tensor.name: tensor for tensor in placed}
-        if len(self.tensors) != len(placed):
+        by_name = {tensor.name: tensor for tensor in placed}
+        if len(by_name) != len(placed):
             raise UsageError(f"{path}: two tensors have one name")
         self._header = header(key_values, placed, alignment)
-        self.data_position = len(self._header)
         end = placed[-1].offset + padded(placed[-1].n_bytes, alignment) if placed else 0
-        self.size = self.data_position + end
-        self.output = OutputFile(path, force=force, inputs=inputs)
+        self.size = len(self._header) + end
+        self.output: OutputFile = OutputFile(path, force=force, inputs=inputs)
+        super().__init__(self.output, len(self._header), by_name)
         check_space(self.output.target, self.size)
 
     def __enter__(self) -> GgufWriter:
@@ -130,22 +155,6 @@ class GgufWriter:
 
     def __exit__(self, *exc: object) -> None:
         self.output.__exit__(*exc)
-
-    def write(self, tensor: TensorInfo, offset: int, buffer: Any) -> None:
-        """Write ``buffer`` (contiguous bytes) at ``offset`` bytes into the tensor. Callable from several threads."""
-        self.output.write_at(self.data_position + tensor.offset + offset, buffer)
-
-    def copy(
-        self, tensor: TensorInfo, reader: GgufReader, source: TensorInfo, offset: int = 0, n_bytes: int | None = None
-    ) -> None:
-        """Copy a tensor, or ``n_bytes`` of it from ``offset`` on, from an open file as it is."""
-        n_bytes = source.n_bytes - offset if n_bytes is None else n_bytes
-        self.output.copy_at(
-            self.data_position + tensor.offset + offset,
-            reader.fd,
-            reader.data_position + source.offset + offset,
-            n_bytes,
-        )
 
     def sync(self) -> None:
         """Make the file durable, but do not put it in place yet."""

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +111,36 @@ class Source:
         return array
 
 
+@dataclass(frozen=True)
+class FileState:
+    """A file as it was when it was opened: what must still be so where it is opened again, by any process."""
+
+    path: str
+    n_bytes: int
+    mtime_ns: int
+
+
 class InputFile(Source):
-    """A regular file, open for reading. Raises ``FileError`` where it cannot be read."""
+    """A regular file, open for reading, until it is closed or nobody has it any more. Raises ``FileError`` where it
+    cannot be read.
+    """
 
     window = 1 << 20
+    fd = -1
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.label = printable(Path(path).name)
-        self.fd = open_input(path)
+        self.path, self.fd = os.path.abspath(path), open_input(path)
         status = os.fstat(self.fd)
         self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
+
+    def __del__(self) -> None:
+        self.close()
+
+    @property
+    def state(self) -> FileState:
+        """What the file was when it was opened."""
+        return FileState(self.path, self.size, self.mtime_ns)
 
     def close(self) -> None:
         if self.fd >= 0:

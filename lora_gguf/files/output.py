@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import stat
 import threading
@@ -77,11 +78,104 @@ def check_space(target: Path, n_bytes: int) -> None:
         )
 
 
-class OutputFile:
-    """A file under way to ``path``. A context manager: left without ``commit``, nothing remains of it.
+class OpenOutput:
+    """An open file to write to, at any place; ``label`` is what errors call it.
 
-    ``write_at`` may be called from several threads for ranges that do not overlap.
+    ``write_at`` and ``copy_at`` may be called from several threads for ranges that do not overlap.
     """
+
+    label: str
+    fd = -1
+
+    def write_at(self, position: int, buffer: Any) -> None:
+        """Write all of ``buffer`` (contiguous bytes) at ``position`` bytes from the file's start."""
+        view, done = memoryview(buffer), 0
+        if not view.nbytes:
+            return
+        view = view.cast("B")
+        while done < len(view):
+            try:
+                n_bytes = positional.write(self.fd, view[done:], position + done)
+            except OSError as error:
+                raise self.failed("write", error) from error
+            if n_bytes == 0:
+                raise FileError(f"{self.label}: cannot write: the system took no bytes: write elsewhere")
+            done += n_bytes
+        self.wrote(done)
+
+    def copy_at(self, position: int, source_fd: int, source_position: int, n_bytes: int) -> None:
+        """Copy ``n_bytes`` from another open file, inside the kernel where the system can."""
+        done = 0
+        while done < n_bytes:
+            n = self._copy_some(position + done, source_fd, source_position + done, min(n_bytes - done, _COPY_CHUNK))
+            if n == 0:
+                raise IntegrityError(
+                    f"{self.label}: an input became shorter while it was copied: run again when nothing writes to it"
+                )
+            done += n
+
+    def _copy_some(self, position: int, source_fd: int, source_position: int, n_bytes: int) -> int:
+        if hasattr(os, "copy_file_range"):
+            with contextlib.suppress(OSError):
+                if n_copied := os.copy_file_range(source_fd, self.fd, n_bytes, source_position, position):
+                    self.wrote(n_copied)
+                    return n_copied
+        chunk = memoryview(bytearray(n_bytes))
+        try:
+            n_read = positional.read_into(source_fd, chunk, source_position)
+        except OSError as error:
+            raise self.failed("read an input", error) from error
+        self.write_at(position, chunk[:n_read])
+        return n_read
+
+    def wrote(self, n_bytes: int) -> None:
+        """Note that ``n_bytes`` more are written."""
+
+    def failed(self, verb: str, error: OSError) -> FileError:
+        """Return the error of what the system refused."""
+        return FileError(f"{self.label}: cannot {verb}: {error.strerror or error}: nothing was written there")
+
+
+class SharedOutput(OpenOutput):
+    """The file that another process has under way, its ``temporary``, open to write a part of it; a context manager.
+
+    ``sync`` makes what was written durable when it is left: the other process can do so only on its own machine.
+    """
+
+    def __init__(self, temporary: str | os.PathLike, label: str, *, sync: bool) -> None:
+        self.temporary, self.label, self.sync = temporary, label, sync
+
+    def __enter__(self) -> SharedOutput:
+        flags = os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        try:
+            self.fd = os.open(self.temporary, flags)
+        except OSError as error:
+            raise FileError(
+                f"{self.label}: cannot open what is under way to it: {error.strerror}: its folder must be one that all "
+                "workers share"
+            ) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_exc: object) -> None:
+        try:
+            if kind is None and self.sync:
+                os.fsync(self.fd)
+        except OSError as error:
+            raise self.failed("write", error) from error
+        finally:
+            self._close(kind is None)
+
+    def _close(self, whole: bool) -> None:
+        fd, self.fd = self.fd, -1
+        try:
+            os.close(fd)
+        except OSError as error:
+            if whole:  # a network's file system may say here what it did not take
+                raise self.failed("write", error) from error
+
+
+class OutputFile(OpenOutput):
+    """A file under way to ``path``. A context manager: left without ``commit``, nothing remains of it."""
 
     def __init__(
         self, path: str | os.PathLike, *, force: bool = False, inputs: Iterable[os.PathLike | str] = ()
@@ -89,8 +183,10 @@ class OutputFile:
         self.path, self.force = Path(path), force
         self.label = printable(path)
         self.target = check_target(path, force=force, inputs=inputs)
-        self.fd, self.synced = -1, False
-        self.temporary = self.target.with_name(f"{_prefix(self.target)}{os.getpid()}{SUFFIX}")
+        self.synced = False
+        # several machines may write in a folder, with equal process numbers
+        number = f"{os.getpid()}{secrets.randbits(40):013d}"
+        self.temporary = self.target.with_name(f"{_prefix(self.target)}{number}{SUFFIX}")
         self._lock, self._unsynced = threading.Lock(), 0
         # the thread that syncs while more is written, and what it does
         self._disk: ThreadPoolExecutor | None = None
@@ -132,51 +228,10 @@ class OutputFile:
         try:
             os.ftruncate(self.fd, n_bytes)
         except OSError as error:
-            raise self._failed("write", error) from error
+            raise self.failed("write", error) from error
 
-    def write_at(self, position: int, buffer: Any) -> None:
-        """Write all of ``buffer`` (contiguous bytes) at ``position`` bytes from the file's start."""
-        view, done = memoryview(buffer), 0
-        if not view.nbytes:
-            return
-        view = view.cast("B")
-        while done < len(view):
-            try:
-                n_bytes = positional.write(self.fd, view[done:], position + done)
-            except OSError as error:
-                raise self._failed("write", error) from error
-            if n_bytes == 0:
-                raise FileError(f"{self.label}: cannot write: the system took no bytes: write elsewhere")
-            done += n_bytes
-        self._wrote(done)
-
-    def copy_at(self, position: int, source_fd: int, source_position: int, n_bytes: int) -> None:
-        """Copy ``n_bytes`` from another open file, inside the kernel where the system can."""
-        done = 0
-        while done < n_bytes:
-            n = self._copy_some(position + done, source_fd, source_position + done, min(n_bytes - done, _COPY_CHUNK))
-            if n == 0:
-                raise IntegrityError(
-                    f"{self.label}: an input became shorter while it was copied: run again when nothing writes to it"
-                )
-            done += n
-
-    def _copy_some(self, position: int, source_fd: int, source_position: int, n_bytes: int) -> int:
-        if hasattr(os, "copy_file_range"):
-            with contextlib.suppress(OSError):
-                if n_copied := os.copy_file_range(source_fd, self.fd, n_bytes, source_position, position):
-                    self._wrote(n_copied)
-                    return n_copied
-        chunk = memoryview(bytearray(n_bytes))
-        try:
-            n_read = positional.read_into(source_fd, chunk, source_position)
-        except OSError as error:
-            raise self._failed("read an input", error) from error
-        self.write_at(position, chunk[:n_read])
-        return n_read
-
-    def _wrote(self, n_bytes: int) -> None:
-        """Let the disk work while the next bytes are made."""
+    def wrote(self, n_bytes: int) -> None:
+        """Note that ``n_bytes`` more are written, by whomever: the disk works while the next ones are made."""
         with self._lock:
             self._unsynced += n_bytes
             idle = self._ahead is None or (self._ahead.done() and not self._ahead.exception())
@@ -193,7 +248,7 @@ class OutputFile:
                 self._ahead.result()
             os.fsync(self.fd)
         except OSError as error:
-            raise self._failed("finish", error) from error
+            raise self.failed("finish", error) from error
         self.synced = True
 
     def commit(self) -> None:
@@ -207,7 +262,7 @@ class OutputFile:
         except FileExistsError as error:
             raise FileError(f"{self.label}: appeared while this ran: left as it is; replace it with --force") from error
         except OSError as error:
-            raise self._failed("finish", error) from error
+            raise self.failed("finish", error) from error
         try:
             _sync_folder(self.target.parent)
         except OSError as error:
@@ -239,9 +294,6 @@ class OutputFile:
                 raise FileExistsError(self.target) from None
             return False
 
-    def _failed(self, verb: str, error: OSError) -> FileError:
-        return FileError(f"{self.label}: cannot {verb}: {error.strerror or error}: nothing was written there")
-
 
 def _prefix(target: Path) -> str:
     """How the temporary files of ``target`` begin; names may have 255 bytes, and shards differ at their ends."""
@@ -269,7 +321,7 @@ def _remove_stale(target: Path) -> None:
             and middle.isdigit()
             and not entry.is_symlink()
         ):
-            with contextlib.suppress(OSError), open(entry, "rb") as stale:
+            with contextlib.suppress(OSError), open(entry, "r+b") as stale:  # NFS locks what is open for writing
                 fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 entry.unlink()
 

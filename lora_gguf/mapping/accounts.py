@@ -29,9 +29,9 @@ class ElsewhereError(MismatchError):
     tensor.
     """
 
-    def __init__(self, message: str, accounts: list[Account]):
+    def __init__(self, message: str, accounts: Iterable[Account] = ()):
         super().__init__(message)
-        self.accounts = accounts
+        self.accounts = list(accounts)
 
 
 def summary(accounts: Iterable[Account]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,19 @@ COPY_BYTES = 16 << 20
 
 # the weighting of each matrix of a tensor
 Weigh = Callable[[TensorPlan], Sequence[Weighting]]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Rows ``first`` to ``first + n_rows`` of a tensor as it is written, new ones after those of the base."""
+
+    tensor: TensorPlan
+    first: int
+    n_rows: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.n_rows
 
 
 @dataclass(frozen=True)
@@ -62,20 +75,27 @@ class New(Chunk):
         return 0
 
 
-def cut(tensors: Iterable[TensorPlan], weigh: Weigh | None = None, n_weights: int | None = None) -> Iterator[Chunk]:
-    """Yield the chunks of ``tensors``, in order; those that change have about ``n_weights``, whole rows.
+def whole(tensor: TensorPlan) -> Range:
+    """Return all rows of a tensor."""
+    return Range(tensor, 0, tensor.target.n_rows)
+
+
+def cut(ranges: Iterable[Range], weigh: Weigh | None = None, n_weights: int | None = None) -> Iterator[Chunk]:
+    """Yield the chunks of ``ranges``, in order; those that change have about ``n_weights``, whole rows.
 
     ``weigh`` is asked for a tensor's weighting when its turn comes.
     """
     n_weights = n_weights or CHUNK_WEIGHTS
-    for tensor in tensors:
-        n_rows = max(1, n_weights // max(1, tensor.source.n_cols))
-        if tensor.recipe is None:
-            yield from _cut_copied(tensor)
-        elif tensor.source.n_elements:
-            yield from chunks_of(tensor, _runs(tensor, n_rows), weigh)
-        if tensor.new_rows is not None:
-            yield from _cut_new(tensor, tensor.new_rows, n_rows)
+    for part in ranges:
+        source = part.tensor.source
+        n_rows = max(1, n_weights // max(1, source.n_cols))
+        old = replace(part, n_rows=min(part.end, source.n_rows) - part.first)
+        if part.tensor.recipe is None:
+            yield from _cut_copied(old)
+        elif source.n_elements and old.n_rows > 0:
+            yield from chunks_of(part.tensor, _runs(old, n_rows), weigh)
+        if part.tensor.new_rows is not None:
+            yield from _cut_new(part, part.tensor.new_rows, n_rows)
 
 
 def chunks_of(tensor: TensorPlan, runs: Iterable[tuple[int, int]], weigh: Weigh | None = None) -> Iterator[Changed]:
@@ -90,24 +110,26 @@ def chunks_of(tensor: TensorPlan, runs: Iterable[tuple[int, int]], weigh: Weigh 
         yield Changed(tensor, first, len(factor), recipe, matrix, a[matrix], factor, weighting)
 
 
-def _runs(tensor: TensorPlan, n_rows: int) -> Iterator[tuple[int, int]]:
-    """Yield (first row, number of rows) of a tensor, matrix by matrix."""
-    n_out = (1, *tensor.source.shape)[-2]
-    for top in range(0, tensor.source.n_rows, n_out):
-        for row in range(0, n_out, n_rows):
-            yield top + row, min(n_rows, n_out - row)
+def _runs(part: Range, n_rows: int) -> Iterator[tuple[int, int]]:
+    """Yield (first row, number of rows) of a range, at most ``n_rows``, each run in one matrix."""
+    n_out, row = (1, *part.tensor.source.shape)[-2], part.first
+    while row < part.end:
+        n = min(n_rows, part.end - row, n_out - row % n_out)
+        yield row, n
+        row += n
 
 
-def _cut_copied(tensor: TensorPlan) -> Iterator[Chunk]:
-    n_rows = max(1, COPY_BYTES // max(1, tensor.source.row_bytes))
-    for first in range(0, tensor.source.n_rows, n_rows):
-        yield Chunk(tensor, first, min(n_rows, tensor.source.n_rows - first))
+def _cut_copied(part: Range) -> Iterator[Chunk]:
+    n_rows = max(1, COPY_BYTES // max(1, part.tensor.source.row_bytes))
+    for first in range(part.first, part.end, n_rows):
+        yield Chunk(part.tensor, first, min(n_rows, part.end - first))
 
 
-def _cut_new(tensor: TensorPlan, new_rows: np.ndarray, n_rows: int) -> Iterator[New]:
-    for first in range(0, len(new_rows), n_rows):
-        rows = np.ascontiguousarray(new_rows[first : first + n_rows], np.float32)
-        yield New(tensor, tensor.source.n_rows + first, len(rows), rows)
+def _cut_new(part: Range, new_rows: np.ndarray, n_rows: int) -> Iterator[New]:
+    n_old = part.tensor.source.n_rows
+    for first in range(max(part.first, n_old), part.end, n_rows):
+        rows = new_rows[first - n_old : min(first + n_rows, part.end) - n_old]
+        yield New(part.tensor, first, len(rows), np.ascontiguousarray(rows, np.float32))
 
 
 def stack(pairs: Sequence[LoraPair], n_matrices: int, n_out: int, n_in: int) -> tuple[np.ndarray, np.ndarray]:

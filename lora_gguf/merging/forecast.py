@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from lora_gguf.files.base import Base, evenly
-from lora_gguf.merging.chunks import CHUNK_WEIGHTS, COPY_BYTES, WORKING_BYTES, Changed, Weigh, chunks_of, cut, n_cores
+from lora_gguf.merging.chunks import (
+    CHUNK_WEIGHTS,
+    COPY_BYTES,
+    WORKING_BYTES,
+    Changed,
+    Weigh,
+    chunks_of,
+    cut,
+    n_cores,
+    whole,
+)
 from lora_gguf.merging.retention import Retention, kind_of
 from lora_gguf.merging.steps import has_steps, step_rms
 from lora_gguf.merging.tensor import TensorPlan
@@ -147,7 +157,7 @@ def seconds_a_byte(base: Base, tensor: TensorPlan, weigh: Weigh | None = None) -
         n_bytes = min(tensor.source.n_bytes, COPY_BYTES)
         buffer = np.empty(n_bytes, np.uint8)
         return timed(lambda: reader.read_into(tensor.source, 0, buffer)) / max(n_bytes, 1)
-    chunk = next(chunk for chunk in cut([tensor], weigh) if isinstance(chunk, Changed))
+    chunk = next(chunk for chunk in cut([whole(tensor)], weigh) if isinstance(chunk, Changed))
     return timed(lambda: merged(chunk, reader)) / max(chunk.n_bytes, 1)
 
 

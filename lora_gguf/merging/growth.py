@@ -42,13 +42,13 @@ def grown(tensors: Sequence[TensorPlan], base: Base, policy: Policy) -> list[Ten
     budget = policy.max_growth * base.n_bytes
     if not budget:
         return list(tensors)
-    weigh = weigher(base, policy.imatrix)
+    weigh = weigher(base)
     energies: dict[str, np.ndarray] = {}
     found = {tensor.target.name: tensor for tensor in tensors}
     steps: list[Step] = []
     for tensor in tensors:
         if tensor.changes and tensor.wanted.keeps_grid and tensor.wanted.source.grid:
-            importance = importance_of(base, tensor.source.name, policy.imatrix, energies)
+            importance = importance_of(base, tensor.source.name, tensor.wanted.importance, energies)
             steps += _steps(tensor, base, importance, weigh)
     for step in sorted(steps, key=lambda step: -step.worth):
         tensor = found[step.name]

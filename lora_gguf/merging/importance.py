@@ -18,7 +18,6 @@ import numpy as np
 
 from lora_gguf.files.base import Base, evenly
 from lora_gguf.files.gguf_reader import TensorInfo
-from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.merging.chunks import Weigh
 from lora_gguf.merging.refit import Weighting, weighting
 from lora_gguf.merging.retention import kind_of
@@ -42,12 +41,12 @@ HEAVIEST = 8  # columns of the residual stream
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
-def weigher(base: Base, imatrix: Imatrix | None) -> Weigh:
+def weigher(base: Base) -> Weigh:
     """Return what tells the weighting of each matrix of a tensor; it remembers what it sampled."""
     energies: dict[str, np.ndarray] = {}
 
     def weigh(tensor: TensorPlan) -> list[Weighting]:
-        importances = importance_of(base, tensor.source.name, imatrix, energies)
+        importances = importance_of(base, tensor.source.name, tensor.wanted.importance, energies)
         return [weighting_of(CODECS[tensor.source.type.name], importance) for importance in importances]
 
     return weigh
@@ -59,10 +58,11 @@ def weighting_of(codec: Codec, importance: np.ndarray) -> Weighting:
     return weighting(importance, codec.type.block_size, group, len(codec.scales_at))
 
 
-def importance_of(base: Base, name: str, imatrix: Imatrix | None, energies: dict[str, np.ndarray]) -> np.ndarray:
-    """Return the importance of a tensor's columns, f32 (matrices, cols), mean 1; ``energies`` keeps samples."""
+def importance_of(base: Base, name: str, measured: np.ndarray | None, energies: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the importance of a tensor's columns, f32 (matrices, cols), mean 1; ``measured`` is what an imatrix says
+    of it, ``energies`` keeps samples.
+    """
     info = base.tensors[name]
-    measured = imatrix.of(info) if imatrix else None
     guess = (
         guessed(base, name, energies) * super_columns(base, name, energies)
         if measured is None

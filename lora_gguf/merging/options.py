@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lora_gguf.arguments import (
     alike,
@@ -23,6 +24,9 @@ from lora_gguf.arguments import (
 )
 from lora_gguf.errors import UsageError, printable
 from lora_gguf.files.imatrix import Imatrix
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 ROUNDINGS = ("auto", "dither", "nearest", "fresh")
 MAX_GROWTH = 10  # times the base's size
@@ -112,12 +116,18 @@ class Writing:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the work may take: ``threads`` (None: all cores), ``memory`` in bytes of the rows in work (None: enough)."""
+    """What the work may take: ``threads`` (None: all cores), ``memory`` in bytes of the rows in work (None: enough).
+
+    With an ``executor`` (of ``concurrent.futures``) both are of one of its tasks, which has one thread by default.
+    """
 
     threads: int | None = None
     memory: int | None = None
+    executor: Executor | None = None
 
     def __post_init__(self) -> None:
+        if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
+            raise refuse("executor", "an Executor of concurrent.futures", self.executor)
         if self.threads is not None:
             check_whole("threads", self.threads, 1)
         if self.memory is not None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from lora_gguf.errors import NumericError, UsageError
+from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
-from lora_gguf.files.gguf_writer import GgufWriter
-from lora_gguf.merging.chunks import Changed, Chunk, New, n_cores
+from lora_gguf.files.gguf_writer import GgufPlaces
+from lora_gguf.merging.chunks import Changed, Chunk, New, Range, Weigh, cut, n_cores, weights_within
 from lora_gguf.merging.limits import check_address_space
+from lora_gguf.merging.options import Resources
 from lora_gguf.merging.rows import merge_rows
 from lora_gguf.merging.scratch import scratch
 from lora_gguf.merging.tensor import NO_IMPORTANCE
@@ -25,7 +27,33 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def merge_chunk(chunk: Chunk, reader: GgufReader, writer: GgufWriter) -> np.ndarray | None:
+class Done(NamedTuple):
+    """What a chunk of the tensor ``name`` was: the bytes of the base that it read, and how many weights were merged,
+    with their sums (4,), or none.
+    """
+
+    name: str
+    n_bytes: int
+    n_weights: int = 0
+    sums: np.ndarray | None = None
+
+
+def merge_ranges(
+    ranges: Iterable[Range], base: Base, writer: GgufPlaces, weigh: Weigh, resources: Resources
+) -> Iterator[Done]:
+    """Read, merge and write ``ranges``, and yield what was done, chunk by chunk in order."""
+
+    def work(chunk: Chunk) -> np.ndarray | None:
+        return merge_chunk(chunk, base.reader_of(chunk.tensor.source.name), writer)
+
+    chunks = cut(ranges, weigh, weights_within(resources.memory, resources.threads))
+    for chunk, sums in in_threads(work, chunks, resources.threads):
+        merges = sums is not None and chunk.tensor.changes
+        n_weights = chunk.n_rows * chunk.tensor.source.n_cols if merges else 0
+        yield Done(chunk.tensor.target.name, chunk.n_bytes, n_weights, sums if merges else None)
+
+
+def merge_chunk(chunk: Chunk, reader: GgufReader, writer: GgufPlaces) -> np.ndarray | None:
     """Read a chunk, merge it, write it; the sums of its rows (4,), None where it was copied or is new."""
     target, sums = writer.tensors[chunk.tensor.target.name], None
     if isinstance(chunk, Changed):

@@ -67,6 +67,10 @@ class Codec:
     grid: Grid | None = None
     half: Half | None = None
 
+    def __reduce__(self) -> tuple[Callable[[str], Codec], tuple[str]]:
+        """Travel to another process by name: its kernels are compiled there."""
+        return codec_called, (self.type.name,)
+
     @property
     def known_grid(self) -> Grid:
         """The grid of a type that has one."""
@@ -100,6 +104,13 @@ class Codec:
         for at in self.exponents_at:
             found |= blocks[:, at] == 0xFF
         return found
+
+
+def codec_called(name: str) -> Codec:
+    """Return the one codec of the ggml type called ``name``."""
+    from lora_gguf.quants.table import CODECS
+
+    return CODECS[name]
 
 
 def codec(name: str, decode: Callable[..., None], encode: Callable[..., None], **more: Any) -> Codec:
