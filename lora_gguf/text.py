@@ -92,9 +92,16 @@ def size_of(path: str | os.PathLike[str]) -> int | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this program and of what its results depend on."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    """Return the versions of this program and of what its results depend on; "unknown" where that can't be read."""
+    found = {name: _version(name) for name in PACKAGES}
     return {"lora-gguf": __version__, "Python": platform.python_version(), **found}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def json_text(data: object, indent: int | None = 1) -> str:

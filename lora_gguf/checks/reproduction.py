@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_gguf import __version__
 from lora_gguf.checks.findings import Finding
-from lora_gguf.errors import LoraGgufError, printable
+from lora_gguf.errors import FileError, LoraGgufError, printable
 from lora_gguf.files.base import SPLIT_KEYS, Base
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import header, layout, raw_key_values
@@ -134,12 +134,17 @@ def _listed(scales: object) -> str:
 
 
 def plan_again(model: Base, result: Base, origin: Origin) -> Plan | None:
-    """Return the plan of a merge into the types that the tensors of ``result`` have; None where it cannot have been."""
+    """Return the plan of a merge into the types that the tensors of ``result`` have; None where it cannot have been.
+
+    Raises ``FileError`` where a file cannot be read.
+    """
     if origin.policy is None:
         return None
     policy = origin.policy
     try:
         plan = make_plan(model, origin.placements, policy)
+    except FileError:
+        raise
     except LoraGgufError:
         return None
     found = [(tensor, result.tensors.get(tensor.target.name, tensor.target).type) for tensor in plan.tensors]
