@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -204,11 +205,72 @@ def test_a_missing_rank_is_said_once(tmp_path):
     assert not refusal.value.details
 
 
-def test_torchtunes_own_names_say_which_file_to_take(tmp_path):
-    names = [f"layers.0.attn.q_proj.lora_{x}.weight" for x in "ab"]
-    tensors = {names[0]: np.ones((4, 32), np.float32), names[1]: np.ones((32, 4), np.float32)}
-    with pytest.raises(MalformedError, match="torchtune.*adapter_model file"):
-        read_adapter(written(tmp_path / "a", tensors, r=4, lora_alpha=4))
+TORCHTUNE = FIXTURES / "torchtune"
+
+
+def torchtunes(folder, name, weights="adapter_model.pt"):
+    """A folder of torchtune's, with the weights that are asked for alone, and the model's base GGUF."""
+    (folder / "a").mkdir()
+    shutil.copy(TORCHTUNE / name / weights, folder / "a")
+    config = TORCHTUNE / name / "adapter_config.json"  # of Phi it saves none: its user writes r and lora_alpha
+    text = config.read_text() if config.exists() else json.dumps({"r": 4, "lora_alpha": 6})
+    (folder / "a" / "adapter_config.json").write_text(text)
+    return folder / "a", tiny.base_gguf(folder, name.partition("-")[0])
+
+
+def torchtunes_merge(name):
+    """What torchtune's own merge, saved for transformers, is in GGUF."""
+    return tiny.tensors_from(TORCHTUNE / name / "merged.safetensors", model_of(name.partition("-")[0]))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-dora", "qwen2", "gemma2", "phi3"])
+def test_torchtunes_own_files(tmp_path, name):
+    source, base = torchtunes(tmp_path, name)
+    assert_holds(base, source, tmp_path, torchtunes_merge(name))
+
+
+def test_torchtunes_checkpoints_of_several_epochs(tmp_path):
+    source, base = torchtunes(tmp_path, "llama")
+    (source / "adapter_model.pt").rename(source / "adapter_10.pt")
+    (source / "adapter_9.pt").write_bytes(b"an earlier one")
+    assert_holds(base, source, tmp_path, torchtunes_merge("llama"))
+
+
+def test_what_torchtune_saves_as_peft_is_doubted_where_it_is_wrong(tmp_path):
+    """It reorders q and k of Qwen, which are in transformers' order already."""
+    for name in ("llama", "qwen2"):
+        (tmp_path / name).mkdir()
+        source, base = torchtunes(tmp_path / name, name, "adapter_model.safetensors")
+        report = merge(base, [(source, 1.0)], tmp_path / name / "m.gguf")
+        doubted = [line for line in report.warnings if "torchtune" in line and "adapter_model.pt" in line]
+        assert len(doubted) == (name == "qwen2")
+        with GgufReader(tmp_path / name / "m.gguf") as reader:
+            far = {
+                key
+                for key, wanted in torchtunes_merge(name).items()
+                if not np.allclose(decode(reader, reader.tensors[key]), wanted, atol=3e-6)
+            }
+        assert {key.split(".")[2] for key in far} == ({"attn_q", "attn_k"} if doubted else set())
+
+
+def test_torchtunes_dora_as_peft_names_the_file_to_take(tmp_path):
+    """Its configuration says nothing of DoRA, and the magnitudes of q and k keep the order of the rows before."""
+    source, base = torchtunes(tmp_path, "llama-dora", "adapter_model.safetensors")
+    with pytest.raises(MalformedError, match=r"torchtune.*adapter_model\.pt"):
+        merge(base, [(source, 1.0)], tmp_path / "no.gguf")
+
+
+def test_torchtunes_rows_that_no_head_has(tmp_path):
+    source, _ = torchtunes(tmp_path, "llama")
+    with pytest.raises(MismatchError, match="q_proj: 32 rows do not divide by the 5 heads of .*: is it the base"):
+        api.convert(source, tmp_path / "a.gguf", base_config=config_with(tmp_path, num_attention_heads=5))
+
+
+def config_with(folder, **fields):
+    """A base's config.json, changed."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(tiny.config_of("llama") | fields))
+    return path
 
 
 @pytest.mark.parametrize("head", ["score", "v_head.summary"])

@@ -34,7 +34,8 @@ class Adapter:
     """An adapter in Hugging Face terms.
 
     ``updates`` are named by module path (``model.layers.0.self_attn.q_proj``), in the layout that the module's weight
-    has in Hugging Face: (out, in). ``ignored`` maps tensors that are no update to the reason.
+    has in Hugging Face: (out, in); but the rows of attention's q and k as torchtune has them where it is
+    ``torchtunes``. ``ignored`` maps tensors that are no update to the reason.
     """
 
     label: str
@@ -44,6 +45,7 @@ class Adapter:
     ignored: dict[str, str] = field(default_factory=dict)
     originals: dict[str, np.ndarray] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    torchtunes: bool = False
 
     @property
     def base_model(self) -> str:
@@ -78,12 +80,16 @@ def read_adapter(
     config = adapter_config.read_config(directory)
     adapter_config.check_supported(config)
     paths = weights_of(directory, named)
-    tensors = {peft_name(name): as_f32(name, array) for name, array in read_all(paths).items()}
+    stored = read_all(paths)
+    torchtunes = any(TORCHTUNE.fullmatch(name) for name in stored)
+    if torchtunes and any(name.endswith(".magnitude") for name in stored):
+        config["use_dora"] = True  # which torchtune's configuration does not say
+    tensors = {peft_name(name): as_f32(name, array) for name, array in stored.items()}
     check_all_finite(tensors, paths[0].name)
     found = updates_of(tensors, config, paths[0].name, expert_b_layout, allow_unused)
     label = adapter_name(directory.resolve())
     warnings = doubts(directory, found.updates, config, expert_b_layout)
-    return Adapter(label, directory, config, found.updates, found.ignored, found.originals, warnings)
+    return Adapter(label, directory, config, found.updates, found.ignored, found.originals, warnings, torchtunes)
 
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
@@ -243,11 +249,6 @@ def add_factor(module: Module, factor: str, name: str, array: np.ndarray, found:
 def add_whole(name: str, array: np.ndarray, found: Contents, config: dict) -> None:
     """Sort a tensor that is no factor: a copy of the base's, a tensor that was trained whole, or a strange one."""
     match = WHOLE.fullmatch(name)
-    if TORCHTUNE.search(name):
-        found.unknown[name] = (
-            "torchtune's own name: take the adapter_model file in PEFT's format that it saves beside it"
-        )
-        return
     if match and (".base_layer.weight" in name or ".original_module." in name):
         found.ignored[name] = "a copy of the base's own weight"
         found.originals[re.sub(r"\.(base_layer|original_module)$", "", module_path(match["path"]))] = array

@@ -71,6 +71,10 @@ class Module:
         return MalformedError(f"{self.path}: {what}: save the adapter again")
 
 
+UNSAID_DORA = (
+    "magnitudes, but adapter_config.json has no use_dora: torchtune saves it so, those of q_proj and k_proj in a wrong "
+    "order: name its adapter_model.pt; if another program saved it, add use_dora: true"
+)
 Found = list[LoraPair | Update]
 
 
@@ -113,6 +117,8 @@ def lora(module: Module) -> Found:
         a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
     pair = LoraPair(module.path, a, b, scale, module.sources)
     magnitude = module.factors.get("lora_magnitude_vector")
+    if magnitude is not None and "use_dora" not in module.config:
+        raise MalformedError(f"{module.path}: {UNSAID_DORA}")
     if bool(module.config.get("use_dora")) != (magnitude is not None):
         raise module.malformed("use_dora of adapter_config.json and the magnitude vectors do not agree")
     found: Found = [pair if magnitude is None else dora(module, pair, magnitude, embedding)]

@@ -21,15 +21,31 @@ FACTORS = (
     (re.compile(r"\.lora_b\.weight$"), ".lora_B.weight"),
 )
 MODULES = ((re.compile(r"(^|\.)(model\.)?unembed_tokens(?=\.|$)"), r"\1lm_head"),)
-# torchtune's own names: what it saves beside them in PEFT's is what can be read
-TORCHTUNE = re.compile(r"^layers\.\d+\.(attn|mlp)\.\w+\.lora_[ab]\.weight$|^(output|tok_embeddings)\.lora_")
+# torchtune's own names, with Meta's for the parts of a layer
+TORCHTUNE = re.compile(
+    r"(?:(?P<layer>layers\.\d+\.)(?P<part>attn|mlp)\.(?P<module>\w+)|output)\.(?P<factor>lora_[ab]\.weight|magnitude)"
+)
+_TORCHTUNE_PARTS = {"attn": "self_attn", "mlp": "mlp"}
+_TORCHTUNE_MODULES = {"output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_TORCHTUNE_FACTORS = {
+    "lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector",
+}  # fmt: skip
 
 
 def peft_name(name: str) -> str:
     """Return a tensor's name with its factor as PEFT calls it."""
-    for pattern, spelling in () if TORCHTUNE.search(name) else FACTORS:
+    if match := TORCHTUNE.fullmatch(name):
+        return f"{_torchtunes_module(match)}.{_TORCHTUNE_FACTORS[match['factor']]}"
+    for pattern, spelling in FACTORS:
         name = pattern.sub(spelling, name)
     return name
+
+
+def _torchtunes_module(match: re.Match) -> str:
+    if not match["layer"]:
+        return "lm_head"
+    module = _TORCHTUNE_MODULES.get(match["module"], match["module"])
+    return f"model.{match['layer']}{_TORCHTUNE_PARTS[match['part']]}.{module}"
 
 
 def module_path(path: str) -> str:

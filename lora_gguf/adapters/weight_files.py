@@ -19,7 +19,7 @@ WEIGHTS = (
 # then these, where one alone is there
 OTHERS = re.compile(
     r"adapters\.npz|adapter_model\.pt|adapter\.pt|pytorch_model\.bin|model\.safetensors|adapter\.safetensors|"
-    r"(?P<step>\d+)_adapters\.(safetensors|npz)"
+    r"(?P<step>\d+)_adapters\.(safetensors|npz)|adapter_(?P<epoch>\d+)\.pt"
 )
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(safetensors|bin)")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".npz")
@@ -32,13 +32,14 @@ def weights_among(names: Collection[str]) -> tuple[str, ...]:
     """
     if known := next((name for name in WEIGHTS if name in names), None):
         return (known,)
-    steps = {name: match["step"] for name in sorted(names) if (match := OTHERS.fullmatch(name))}
+    found = {name: match for name in sorted(names) if (match := OTHERS.fullmatch(name))}
+    steps = {name: match["step"] or match["epoch"] for name, match in found.items()}
     plain = [name for name, step in steps.items() if step is None]
     if len(plain) == 1:
         return (plain[0],)
     if len(plain) > 1:
         raise FileError(f"several files could be the adapter: name one of {', '.join(plain)}")
-    if steps:  # mlx's checkpoints: the last
+    if steps:  # mlx's and torchtune's checkpoints: the last
         return (max(steps, key=lambda name: int(steps[name])),)
     return shards_among(names)
 

@@ -188,7 +188,18 @@ def tensor_name(path: str, hparams: Hparams) -> str | None:
     if hparams.tied and path.rpartition(".")[2] == "lm_head":
         return HEAD
     present = [name for name in own + others if not hparams.lacks(name, default=True)]
-    return next(iter(present or own), None)
+    within_another = [name for name in others if fused_name(name, hparams)]
+    return next(iter(present or own or within_another), None)
+
+
+def fused_name(name: str, hparams: Hparams) -> str | None:
+    """Return the name of the base's tensor that holds the weight ``name`` beside others; None where it has none."""
+    block, _, stem = name.removesuffix(".weight").rpartition(".")
+    for fused, parts in FUSED.items():
+        whole = f"{block}.{fused}.weight"
+        if stem in parts and not hparams.lacks(whole, default=True) and hparams.lacks(f"{block}.{parts[0]}.weight"):
+            return whole
+    return None
 
 
 def split_expert(path: str) -> tuple[str, int | None]:
@@ -345,15 +356,15 @@ def shifted(parts: list[Piece], first: int, n: int, slot: int | None) -> list[Pi
 
 def in_base(piece: Piece, n_rows: int, hparams: Hparams) -> Piece:
     """Return ``piece``, or its place in the tensor that holds several weights where the base has only that."""
-    block, _, stem = piece.name.removesuffix(".weight").rpartition(".")
-    n = n_rows if piece.rows is None else len(piece.rows)
-    for fused, parts in FUSED.items():
-        name = f"{block}.{fused}.weight"
-        if stem in parts and not hparams.lacks(name, default=True) and hparams.lacks(f"{block}.{parts[0]}.weight"):
-            total = _n_out(name, hparams)
-            if total > n:
-                after = sum(part_rows(part, n, hparams) for part in parts[parts.index(stem) + 1 :])
-                return replace(piece, name=name, offset=0 if stem == parts[0] else total - n - after)
+    name = fused_name(piece.name, hparams)
+    if name is None:
+        return piece
+    stems = [full.removesuffix(".weight").rpartition(".")[2] for full in (name, piece.name)]
+    parts, stem = FUSED[stems[0]], stems[1]
+    n, total = n_rows if piece.rows is None else len(piece.rows), _n_out(name, hparams)
+    if total > n:
+        after = sum(part_rows(part, n, hparams) for part in parts[parts.index(stem) + 1 :])
+        return replace(piece, name=name, offset=0 if stem == parts[0] else total - n - after)
     return piece
 
 

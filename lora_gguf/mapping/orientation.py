@@ -15,6 +15,7 @@ from lora_gguf.adapters.updates import Update
 from lora_gguf.errors import UsageError, printable
 from lora_gguf.mapping.architectures import ARCHITECTURES, Stored
 from lora_gguf.mapping.hparams import Hparams
+from lora_gguf.mapping.torchtune_rows import doubts, in_halves
 
 FLAG = "--expert-a-axis"
 AXES = ("in", "out")
@@ -27,21 +28,24 @@ Version = tuple[int, ...]
 def oriented(
     adapter: Adapter, hparams: Hparams, a_axis: str | None = None
 ) -> tuple[list[LoraPair | Update], list[str]]:
-    """Return the updates of ``adapter`` with those of packed experts (E, …) turned to (out, in), and warnings.
+    """Return the updates of ``adapter`` with those of packed experts (E, …) turned to (out, in), the rows of attention
+    in Hugging Face's order, and warnings.
 
     The shape tells, or that of another parameter of the adapter; of square ones PEFT's version and the base's
     architecture. ``a_axis`` is the user's word for those: ``in`` or ``out``, what the columns of lora_A are. Raises
     ``UsageError`` where nothing tells.
     """
+    adapter = in_halves(adapter, hparams)
     packed = [update for update in adapter.updates if isinstance(update, LoraPair) and update.packed]
     turns = {id(pair): is_turned(pair, hparams.get("embedding_length")) for pair in packed}
     doubtful = [pair for pair in packed if turns[id(pair)] is None]
     known = {turn for turn in turns.values() if turn is not None}
-    warnings: list[str] = []
+    warnings = doubts(adapter, hparams)
     if doubtful:
         turn = AXES.index(a_axis) == 1 if a_axis else known.pop() if len(known) == 1 else None
         if turn is None:
-            turn, warnings = by_version(doubtful[0], adapter.config, hparams.architecture)
+            turn, doubt = by_version(doubtful[0], adapter.config, hparams.architecture)
+            warnings += doubt
         turns |= {id(pair): turn for pair in doubtful}
     return [turned(update) if turns.get(id(update)) else update for update in adapter.updates], warnings
 
