@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests.common import FIXTURES
 
 PREFIX = "base_model.model."
 NAMES = ("embed_tokens", "lm_head")
+TORCHTUNE, MLX = FIXTURES / "torchtune", FIXTURES / "mlx"
 
 
 def written(folder, tensors, **config):
@@ -36,9 +38,9 @@ def written(folder, tensors, **config):
     return folder
 
 
-def assert_holds(base, source, folder, wanted, atol=3e-6, **options):
+def assert_holds(base, source, folder, wanted, atol=3e-6, scale=1.0, **options):
     """A merge changes the tensors ``wanted`` to what they are there, and no others."""
-    merge(base, [(source, 1.0)], folder / "merged.gguf", force=True, **options)
+    merge(base, [(source, scale)], folder / "merged.gguf", force=True, **options)
     with GgufReader(base) as before, GgufReader(folder / "merged.gguf") as after:
         for name, info in after.tensors.items():
             found = decode(after, info)
@@ -177,12 +179,31 @@ def test_mlx_vlm(tmp_path):
     tensors, config, wanted = peft("llama")
     names = {".lora_A.weight": ".A", ".lora_B.weight": ".B"}
     turned = {
-        name.removeprefix(PREFIX).replace(name[-14:], names[name[-14:]]): np.ascontiguousarray(array.T)
+        f"language_model.{name.removeprefix(PREFIX).replace(name[-14:], names[name[-14:]])}": array.T
         for name, array in tensors.items()
     }
     source = written(tmp_path / "a", turned)
     said = {"rank": config["r"], "alpha": config["lora_alpha"] / config["r"], "dropout": 0.0}
     (source / "adapter_config.json").write_text(json.dumps(said))
+    base = tiny.base_gguf(tmp_path, "llama")
+    assert_holds(base, source, tmp_path, wanted)
+    # its 0.5.0 multiplied by alpha / rank: the line that says so gives what to do
+    (source / "adapter_config.json").write_text(json.dumps(said | {"alpha": config["lora_alpha"]}))
+    report = merge(base, [(source, 1.0)], tmp_path / "doubted.gguf")
+    (scale,) = re.findall(r"mlx-vlm 0\.5\.0.*--scale (\S+)$", "\n".join(report.warnings))
+    assert_holds(base, source, tmp_path, wanted, scale=float(scale))
+
+
+def test_mlx_vlm_of_today(tmp_path):
+    """As mlx-lm, within the text model of a larger one."""
+    tensors = load_file(MLX / "llama" / "adapters.safetensors")
+    source = tmp_path / "a"
+    source.mkdir()
+    save_file({f"language_model.{name}": array for name, array in tensors.items()}, source / "adapters.safetensors")
+    said = json.loads((MLX / "llama" / "adapter_config.json").read_text())
+    said["lora_parameters"]["keys"] = [f"language_model.{key}" for key in said["lora_parameters"]["keys"]]
+    (source / "adapter_config.json").write_text(json.dumps(said))
+    wanted = tiny.tensors_from(MLX / "llama" / "merged.safetensors", model_of("llama"))
     assert_holds(tiny.base_gguf(tmp_path, "llama"), source, tmp_path, wanted)
 
 
@@ -203,9 +224,6 @@ def test_a_missing_rank_is_said_once(tmp_path):
     with pytest.raises(MalformedError, match="adapter_config.json: r: expected a number") as refusal:
         read_adapter(written(tmp_path / "a", tensors, **{k: v for k, v in config.items() if k != "r"}))
     assert not refusal.value.details
-
-
-TORCHTUNE = FIXTURES / "torchtune"
 
 
 def torchtunes(folder, name, weights="adapter_model.pt"):
@@ -350,21 +368,21 @@ def test_mergekit(tmp_path, n_new):
     assert_holds(tiny.base_gguf(tmp_path, "qwen2"), source, tmp_path, wanted, atol=1e-5)
 
 
-def test_mlx(tmp_path):
-    """mlx-lm: factors transposed, a scale of its own, the file's own name."""
-    tensors, config, wanted = peft("llama")
-    scale = config["lora_alpha"] / config["r"]
-    names = {"A": "lora_a", "B": "lora_b"}
-    turned = {
-        f"{name.removeprefix(PREFIX).rpartition('.lora_')[0]}.{names[name[-8]]}": np.ascontiguousarray(array.T)
-        for name, array in tensors.items()
-    }
+@pytest.mark.parametrize("name", ["llama", "llama-dora", "qwen3moe", "gemma3"])
+def test_mlx(tmp_path, name):
+    """mlx-lm's own files against what it fuses: factors transposed, stacked experts, a scale of its own."""
+    model = name.partition("-")[0]
+    wanted = tiny.tensors_from(MLX / name / "merged.safetensors", model_of(model))
+    assert_holds(tiny.base_gguf(tmp_path, model), MLX / name, tmp_path, wanted)
+
+
+@pytest.mark.parametrize("form", ["adapters.npz", "0000100_adapters.safetensors", "0000100_adapters.npz"])
+def test_mlxs_older_files_and_checkpoints(tmp_path, form):
+    tensors = load_file(MLX / "llama" / "adapters.safetensors")
     (tmp_path / "a").mkdir()
-    save_file(turned, tmp_path / "a" / "adapters.safetensors")
-    parameters = {"rank": config["r"], "scale": scale, "dropout": 0.0}
-    (tmp_path / "a" / "adapter_config.json").write_text(
-        json.dumps({"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters, "model": "mlx/x"})
-    )
+    shutil.copy(MLX / "llama" / "adapter_config.json", tmp_path / "a")
+    np.savez(tmp_path / "a" / form, **tensors) if form.endswith("npz") else save_file(tensors, tmp_path / "a" / form)
+    wanted = tiny.tensors_from(MLX / "llama" / "merged.safetensors", model_of("llama"))
     assert_holds(tiny.base_gguf(tmp_path, "llama"), tmp_path / "a", tmp_path, wanted)
 
 

@@ -19,7 +19,7 @@ def doubts(
     directory: Path, updates: Iterable[LoraPair | Update], config: dict, expert_b_layout: str | None
 ) -> list[str]:
     """Return warnings on an adapter before it meets a base."""
-    return [*layout_doubt(directory, updates, config, expert_b_layout), *init_doubt(config)]
+    return [*layout_doubt(directory, updates, config, expert_b_layout), *init_doubt(config), *scale_doubt(config)]
 
 
 def layout_doubt(
@@ -53,4 +53,15 @@ def init_doubt(config: dict) -> list[str]:
         f"init_lora_weights={printable(init, 40)} is not known here: if it changes the base's weights, the adapter "
         "does not fit the unchanged base: save it again in PEFT with "
         "save_pretrained(path_initial_model_for_weight_conversion=...)"
+    ]
+
+
+def scale_doubt(config: dict) -> list[str]:
+    """Return a warning where two versions of mlx-vlm mean different scales by the same file."""
+    rank = config.get("rank")
+    if kind_of(config) != "MLX_VLM" or not rank or rank == 1:
+        return []
+    return [
+        "saved by mlx-vlm before 0.6: read with its alpha as the factor; mlx-vlm 0.5.0 alone divided that by the rank: "
+        f"if that trained it, give --scale {1 / rank:.6g}"
     ]

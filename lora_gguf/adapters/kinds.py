@@ -329,7 +329,7 @@ def token_indices(path: str, config: dict) -> list[int] | None:
 
 def mlx(module: Module) -> Found:
     """Return the updates of mlx-lm's LoRA and DoRA: factors transposed, embeddings the other way round, experts
-    stacked; a scale of its own."""
+    stacked; a scale of its own. Its magnitudes are one a row, of an embedding too."""
     a, b = (module.factors.get(name) for name in ("lora_a", "lora_b"))
     if a is None or b is None or a.ndim != b.ndim or a.ndim not in (2, 3):
         raise module.malformed(
@@ -343,7 +343,7 @@ def mlx(module: Module) -> Found:
     path = module.path.replace(".switch_mlp.", ".experts.")
     pair = LoraPair(path, np.ascontiguousarray(a), np.ascontiguousarray(b), scale, module.sources)
     magnitude = module.factors.get("m")
-    return [pair if magnitude is None else dora(module, pair, magnitude, path.endswith("embed_tokens"))]
+    return [pair if magnitude is None else dora(module, pair, magnitude, embedding=False)]
 
 
 def mlx_vlm(module: Module) -> Found:

@@ -41,8 +41,8 @@ def halved(update: LoraPair | Update, hparams: Hparams) -> LoraPair | Update:
     heads = dims(HEADS if match["part"] == "q" else KV_HEADS)
     if update.shape[0] % (2 * heads):
         raise MismatchError(
-            f"{update.name}: {update.shape[0]} rows do not divide by the {heads} heads of {hparams.label}: is it the base "
-            "it was trained on?"
+            f"{update.name}: {update.shape[0]} rows do not divide by the {heads} heads of {hparams.label}: is it the "
+            "base it was trained on?"
         )
     rows = np.arange(update.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
     return update.take(Piece(update.name, rows=rows))
@@ -58,6 +58,6 @@ def doubts(adapter: Adapter, hparams: Hparams) -> list[str]:
     if not any(TURNED.search(update.name) for update in adapter.updates):
         return []
     return [
-        "saved by torchtune, as it seems, which puts the rows of q_proj and k_proj of this family in a wrong order where "
-        "it writes PEFT's format: name its adapter_model.pt instead"
+        "saved by torchtune, as it seems, which puts the rows of q_proj and k_proj of this family in a wrong order "
+        "where it writes PEFT's format: name its adapter_model.pt instead"
     ]
