@@ -75,14 +75,17 @@ class Update:
         """Return the same update as a pair, exact; None where it is not low rank."""
         return None
 
-    def moved(self, piece: Piece, **fields: Any) -> Update:
-        """Return this update with ``fields`` changed, at the piece's place."""
-        if piece.transpose:
+    def moved(self, piece: Piece, *, turns: bool = False, **fields: Any) -> Update:
+        """Return this update with ``fields`` changed, at the piece's place; ``turns`` says that they are for a piece
+        that is turned."""
+        if piece.transpose and not turns:
             raise UnsupportedError(
                 f"{self.name}: {self.kind} on {piece.name}, which GGUF stores transposed: merge it with PEFT"
             )
         n_rows = self.shape[0] if piece.rows is None else len(piece.rows)
         n_cols = self.shape[1] if piece.cols is None else len(piece.cols)
+        if piece.transpose:
+            n_rows, n_cols = n_cols, n_rows
         offset = (piece.offset or 0) + (piece.slot or 0) * n_rows
         return replace(self, name=piece.name, shape=(n_rows, n_cols), offset=offset, **fields)
 
@@ -185,11 +188,10 @@ class Scaled(Update):
         return weights * (self.row_factors[i : i + len(weights), None] - np.float32(1))
 
     def take(self, piece: Piece) -> Update:
-        return self.moved(
-            piece,
-            row_factors=gathered(self.row_factors, piece.rows),
-            col_factors=gathered(self.col_factors, piece.cols),
-        )
+        rows, cols = gathered(self.row_factors, piece.rows), gathered(self.col_factors, piece.cols)
+        if piece.transpose:
+            rows, cols = cols, rows
+        return self.moved(piece, turns=True, row_factors=rows, col_factors=cols)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -245,6 +247,10 @@ class Computed(Update):
 
     def values(self, rows: np.ndarray) -> np.ndarray:
         """Return whole rows of the matrix in Hugging Face's layout, without the scale."""
+        raise NotImplementedError
+
+    def as_pair(self) -> LoraPair:
+        """Return the same update as a pair, exact, if of a high rank."""
         raise NotImplementedError
 
     def change_of(self, i: int, weights: np.ndarray) -> np.ndarray:
@@ -324,7 +330,7 @@ class Added(Update):
         return self.values[i : i + len(weights)]
 
     def take(self, piece: Piece) -> Update:
-        return self.moved(piece, values=placed(self.values, piece))
+        return self.moved(piece, turns=True, values=placed(self.values, piece))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -363,10 +369,11 @@ class Replaced(Update):
                     f"{self.name}: single rows of {piece.name}, whose layout differs: merge it with PEFT"
                 )
             return self.moved(piece)
-        return self.moved(piece, values=placed(self.values, piece))
+        return self.moved(piece, turns=True, values=placed(self.values, piece))
 
 
 def placed(values: np.ndarray, piece: Piece) -> np.ndarray:
-    """Return ``values`` with the gathers and factors of ``piece``."""
+    """Return ``values`` with the gathers and factors of ``piece``, turned where it is."""
     moved = np.asarray(gathered(gathered(values, piece.rows), piece.cols, 1))
-    return moved if piece.scale is None else moved * piece.scale[:, None].astype(np.float32)
+    moved = moved if piece.scale is None else moved * piece.scale[:, None].astype(np.float32)
+    return np.ascontiguousarray(moved.T) if piece.transpose else moved

@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_gguf.adapters.adapter import Adapter, allowed
 from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair, Piece, decode_rows, read_adapter_gguf
-from lora_gguf.adapters.updates import DoraOfColumns, Replaced, Update
+from lora_gguf.adapters.updates import Computed, DoraOfColumns, Replaced, Update
 from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
@@ -211,6 +211,8 @@ def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Par
         found = pieces(update.name, shape, hparams)
         if 0 in update.shape:
             update = replace(update, shape=shape)  # type: ignore[arg-type]  # a pair's shape is its factors'
+        if isinstance(update, Computed) and any(piece.transpose for piece in found):
+            update = update.as_pair()
         if isinstance(update, LoraPair) and found:
             errors = place_pair(update, found, hparams, parts)
         else:
@@ -290,9 +292,9 @@ def place_update(update: Update, found: list[Piece], hparams: Hparams, placement
         if update.part == "bias":
             if piece.name.endswith(".weight.1"):  # a convolution's second frame: the bias is that of the first
                 continue
-            piece = bias_piece(update, piece)
-            if update.optional and piece.name not in hparams.tensors:
+            if update.optional and part_name(piece, update) not in hparams.tensors:
                 continue
+            piece = bias_piece(update, piece)
         shape = base_shape(piece.name, hparams) or ()
         part = folded(shifted_norm(update, piece, hparams).take(piece), shape)
         n_rows = math.prod(shape[:-1]) if shape else 0

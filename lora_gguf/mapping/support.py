@@ -31,7 +31,8 @@ KINDS = {
     "DoRA on embeddings": (APPROXIMATE, EXACT),
     "other PEFT methods": ("refused: `convert_to_lora`",) * 2,
     **{f"`{field}`": (NO, NO) for field in REFUSED},
-    "mlx-lm: LoRA, DoRA, full": ("as above", EXACT),
+    "mlx-lm, mlx-vlm: LoRA, DoRA, full": ("as above", EXACT),
+    "torchtune's own files: LoRA, DoRA": ("as above", EXACT),
 }
 
 
@@ -71,7 +72,7 @@ def cells(name: str, row: Architecture) -> tuple[str, ...]:
     """
     outs = [(rule.pattern, out) for rule in row.rules for out in rule.outs]
     turned = dict.fromkeys(pattern.replace("\\", "").rpartition(".")[2] for pattern, out in outs if out.transpose)
-    by_row = f"exact; refused on {', '.join(f'`{path}`' for path in turned)}" if turned else EXACT
+    by_row = f"exact; OFT and BOFT refused on {', '.join(f'`{path}`' for path in turned)}" if turned else EXACT
     norms = NO if row.norm_shift is None else EXACT
     heads = "none" if row.headless else EXACT if has_head(name) else "`--tied shared`"
     return (EXACT, by_row, norms, heads, remarks(row, [out for _, out in outs]))
