@@ -198,7 +198,9 @@ def fused_name(name: str, hparams: Hparams) -> str | None:
     for fused, parts in FUSED.items():
         whole = f"{block}.{fused}.weight"
         if stem in parts and not hparams.lacks(whole, default=True) and hparams.lacks(f"{block}.{parts[0]}.weight"):
-            return whole
+            down = f"{block}.ffn_down.weight"  # whose columns are the rows of a gate, or of what has none
+            plain = fused == "ffn_up" and not hparams.lacks(down) and _n_out(whole, hparams) == hparams.shape(down)[-1]
+            return None if plain else whole
     return None
 
 
