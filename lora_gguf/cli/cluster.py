@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from lora_gguf.errors import ExecutorError, not_installed, printable
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-ANSWERS = 10  # seconds in which a scheduler answers
+ANSWERS = 5  # seconds in which a scheduler answers
 LEAVES = 2  # in which it lets a client go
 TALK = ("distributed", "tornado", "asyncio")  # that speak for themselves on stderr
 
@@ -32,8 +33,10 @@ def executor_at(address: str | None) -> Iterator[Executor | None]:
     except ImportError:
         raise not_installed("--dask", "distributed", "Dask's client and workers") from None
     shown = printable(address)
-    for name in TALK:
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", module="distributed")
+    for name in [*TALK, *logging.root.manager.loggerDict]:
+        if name.startswith(TALK):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
         client = Client(address, timeout=ANSWERS, set_as_default=False)
     except Exception as error:
