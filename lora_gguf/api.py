@@ -34,6 +34,7 @@ from lora_gguf.hub.downloads import fetch_adapter, fetch_adapters, fetch_imatrix
 from lora_gguf.hub.references import Adapters, Name, scaled_names
 from lora_gguf.mapping.reading import AsFound, Reading
 from lora_gguf.merging.options import Policy, Resources, Writing, parse_growth
+from lora_gguf.merging.provenance import imatrix_label
 from lora_gguf.progress import Progress, by_file
 
 if TYPE_CHECKING:
@@ -281,8 +282,8 @@ def verify(
     """Tell whether ``merged`` holds ``base`` plus ``adapters`` within rounding: ``report.verdict`` is right,
     wrong with the causes in ``report.findings``, or unproved, with what is ``report.missing``.
 
-    ``tied`` None is what the merged file shows.
-    Raises ``MismatchError`` where the adapters do not fit the base at all.
+    ``tied`` None is what the merged file shows; ``imatrix`` None the one in the base's repository on the Hub, where the
+    file says that it was made with it. Raises ``MismatchError`` where the adapters do not fit the base at all.
     """
     check_path("merged", merged, MODEL)
     check_path("base", base, MODEL)
@@ -294,6 +295,9 @@ def verify(
     files = by_file(downloads or progress)
     models = fetch_model(merged, files), fetch_model(base, files)
     local = fetch_adapters(named, files)
+    if imatrix is None and (label := imatrix_label(models[0])):
+        found = fetch_imatrix(base, files)
+        measured = read_imatrix(found) if found and found.name == label else None
     from lora_gguf.commands.verify import verify as work
 
     return work(*models, local, reading, measured, resources.threads, progress)

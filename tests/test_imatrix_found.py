@@ -62,6 +62,17 @@ def test_it_is_used_and_said(repo, tmp_path, name, pack):
     assert not recorded and not any(name in line for line in report.warnings)
 
 
+def test_verify_finds_it_as_the_merge_did(repo, tmp_path):
+    files, values = repo
+    files["imatrix.dat"] = legacy(values)
+    merged(tmp_path / "out.gguf", rounding="fresh", type="Q4_0")
+    assert api.verify(tmp_path / "out.gguf", f"{REPO}:Q8_0", ADAPTER).remade
+    assert not api.verify(tmp_path / "out.gguf", f"{REPO}:Q8_0", ADAPTER, imatrix="none").remade
+    files["im.imatrix"] = files.pop("imatrix.dat")
+    report = api.verify(tmp_path / "out.gguf", f"{REPO}:Q8_0", ADAPTER)
+    assert not report.remade and report.verdict != "wrong"
+
+
 def test_without_one_nothing_is_said(repo, tmp_path):
     report, recorded = merged(tmp_path / "out.gguf")
     assert not recorded and not any("imatrix" in line for line in report.warnings)

@@ -184,15 +184,16 @@ def test_json_says_what_was_read_and_written_and_by_what(files, tmp_path, capsys
     assert report["versions"]["lora-gguf"] == lora_gguf.__version__ and report["verdict"].endswith(": good")
 
 
-@pytest.mark.parametrize(
-    ("rounding", "size", "word"), [("auto", 2e-3, "good"), ("nearest", 2e-5, "poor; --type Q8_0 keeps more")]
-)
+@pytest.mark.parametrize(("rounding", "size", "word"), [("auto", 2e-3, "good"), ("nearest", 2e-5, "poor")])
 def test_the_sentence_says_whether_it_is_good(tmp_path, capsys, rounding, size, word):
     from tests.test_merge import base_and_adapter
 
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_0", size=size)
     _, _, err = run(capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--rounding", rounding)
-    assert word in next(line for line in err.splitlines() if "of the fine-tune is kept" in line)
+    told = next(line for line in err.splitlines() if "of the fine-tune is kept" in line)
+    assert word in told
+    advice = [line for line in err.splitlines() if re.search("--(type|rounding) ", line)]
+    assert len(advice) == (word == "poor") and told not in advice  # one, that of the warning
     assert ("check it: " in err) == (word == "good")  # of a file that nothing can prove no proof is promised
 
 

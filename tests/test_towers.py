@@ -159,6 +159,9 @@ def test_a_model_and_its_mmproj_are_merged_as_if_one_by_one(tmp_path, whole):
     assert report.written == [tmp_path / "both.gguf", tmp_path / "mmproj-both.gguf"]
     for apart, together in (("one.gguf", "both.gguf"), ("two.gguf", "mmproj-both.gguf")):
         assert (tmp_path / apart).read_bytes() == (tmp_path / together).read_bytes()
+    for model, merged in zip((base, mmproj), report.written, strict=True):  # each is proved beside what it was made of
+        assert verify(merged, model, [(source, 1.0)]).ok
+        assert not verify(merged, model, [(source, 0.5)]).ok
     saved = load_file(source / "adapter_model.safetensors")
     assert {account.tensor for account in report.accounts} == saved.keys() and len(report.accounts) == len(saved)
     assert {account.outcome for account in report.accounts} == {"applied"}

@@ -13,6 +13,7 @@ import pytest
 from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
 from lora_gguf.api import verify
 from lora_gguf.cli import execute
+from lora_gguf.cli.tables import verify_table
 from lora_gguf.errors import MismatchError
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
@@ -271,6 +272,26 @@ def test_several_adapters(case, factors, cause, says):
         assert report.ok
     else:
         assert re.fullmatch(says, only(report, cause).found)
+
+
+def test_an_adapter_that_the_file_records_and_nobody_named(case):
+    second = write_adapter(case.folder / "second.gguf", some_pairs(SIZE[case.type_name] * 1.5, seed=7)[:9])
+    out = case.folder / "both.gguf"
+    merge(case.base, [(case.adapter, 1.0), (second, 0.5)], out, force=True)
+    for named, other in ((case.adapter, "second at scale 0.5"), (second, "adapter at scale 1")):
+        finding = only(case.verify(out, [(named, 1.0)]), "more adapters")
+        assert finding.found == f"{other} too" and "--lora" in str(finding)
+    finding = only(case.verify(case.merged, [(case.adapter, 1.0), (second, 0.5)]), "fewer adapters")
+    assert finding.found == "only adapter"
+
+
+def test_the_table_proves_nothing_of_a_file_that_is_not_proved(case):
+    nearest = case.merge(case.adapter, out=case.folder / "nearest.gguf", rounding="nearest")
+    report = case.verify(nearest)
+    if report.verdict == "unproved":
+        rows = verify_table(report).splitlines()[1:-1]  # without the head, and the tensors that no adapter touches
+        assert all("unproved" in row for row in rows)
+        assert "merge with --rounding auto" in report.missing[0] and "--type" not in report.missing[0]
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, 0.06])

@@ -9,6 +9,8 @@ from ml_dtypes import bfloat16
 from lora_gguf.api import verify
 from lora_gguf.errors import MismatchError, UnprovedError
 from lora_gguf.files.gguf_reader import GgufReader
+from tests import tiny
+from tests.calls import merge
 from tests.test_cli import run
 from tests.test_merge import stored
 from tests.test_verify import SIZE, some_pairs, write_adapter, write_base
@@ -55,6 +57,57 @@ def test_the_right_file_is_right(case):
         assert found == ["unproved", "unproved"]
     else:
         assert found == ["right", "unproved"]
+
+
+def experts_of(tmp_path):
+    """A mixture of experts, an adapter of it, and their right merge."""
+    base = tiny.base_gguf(tmp_path, "qwen3moe")
+    adapter, merged = tiny.TINY / "qwen3moe" / "adapter", tmp_path / "merged.gguf"
+    merge(base, [(adapter, 1.0)], merged)
+    return base, adapter, merged
+
+
+def swapped(rows, other):
+    return np.concatenate([rows[len(rows) // 2 :], rows[: len(rows) // 2]])
+
+
+def left_out(rows, other):
+    half = len(rows) // 2
+    return np.concatenate([other[:half], rows[half:]])
+
+
+def twice(rows, other):
+    return np.concatenate([rows[: len(rows) // 2]] * 2)
+
+
+@pytest.mark.parametrize("change", [swapped, left_out, twice])
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "another tool's"])
+def test_experts_that_are_others(tmp_path, change, ours):
+    base, adapter, merged = experts_of(tmp_path)
+    pairs, tensors = unpacked(merged)
+    before, name = unpacked(base)[1], next(name for name in tensors if "_exps" in name)
+    assert (before[name][2] != tensors[name][2]).any()
+    path = tmp_path / "wrong.gguf"
+    path.write_bytes(packed(pairs, tensors, ours=ours))
+    assert verify(path, base, adapter).ok
+    tensors[name][2] = change(tensors[name][2], before[name][2])
+    path.write_bytes(packed(pairs, tensors, ours=ours))
+    report = verify(path, base, adapter)
+    assert report.verdict == "wrong" and report.findings[0].tensors == (name,)
+
+
+def test_split_files_are_made_again(tmp_path):
+    base, adapter, _ = experts_of(tmp_path)
+    first = merge(base, [(adapter, 1.0)], tmp_path / "parts.gguf", max_bytes=50_000).written
+    other = merge(first[0], [(adapter, 0.5)], tmp_path / "more.gguf", shards=True, again=True).written
+    assert len(first) == len(other) > 1
+    for path, parent, scale in ((first[-1], base, 1.0), (other[0], first[0], 0.5)):
+        report = verify(path, parent, [(adapter, scale)])
+        assert report.ok and report.remade
+    raw = bytearray(other[1].read_bytes())
+    raw[-40] ^= 4
+    other[1].write_bytes(raw)
+    assert verify(other[0], first[0], [(adapter, 0.5)]).verdict == "wrong"
 
 
 def test_every_flipped_bit_of_a_file_of_ours_is_found(tmp_path):

@@ -17,6 +17,8 @@ CAUSES = {
     "sign": "the update was subtracted: is the scale's sign right?",
     "scale": "it was merged with another scale",
     "other adapter": "it was merged with another adapter",
+    "more adapters": "name all that is in it, each with --lora",
+    "fewer adapters": "it was merged without one of the adapters that you name",
     "row order": "the rotary permutation of the rows was left out or done twice: merge again with another tool",
     "other tensor": "the update of one tensor was added to another: merge again",
     "transposed": "the update was added transposed: merge again",

@@ -17,7 +17,7 @@ from lora_gguf.merging.forecast import expected, rows_each
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.plan import Plan
 from lora_gguf.merging.retention import WARN_BELOW, Retention, kind_of, total
-from lora_gguf.merging.tensor import TensorPlan
+from lora_gguf.merging.tensor import SPREADS, TensorPlan
 from lora_gguf.merging.types import with_types
 
 ZERO = "its update is zero, or next to it: are its lora_B, its lora_alpha and the scale right?"
@@ -70,9 +70,9 @@ def judged(kinds: Kinds, plan: Plan, model: Base, policy: Policy) -> list[str]:
     return []
 
 
-def sentence(whole: Retention) -> str:
-    """Return what a person wants to know of what was kept: how much, and whether that is good; nothing where nothing
-    was measured.
+def sentence(whole: Retention, policy: Policy) -> str:
+    """Return what a person wants to know of what a merge kept: how much, and whether that is good; nothing where
+    nothing was measured. Where it is poor, the warning of ``judged`` says what keeps more.
     """
     if not whole.n_weights:
         return ""
@@ -83,7 +83,10 @@ def sentence(whole: Retention) -> str:
         return f"{share}: too strong: is the scale right?"
     if whole.kept >= GOOD:
         return f"{share}: good"
-    return f"{share}: {'fair' if whole.kept >= WARN_BELOW else 'poor'}; --type Q8_0 keeps more, in a larger file"
+    if whole.kept < WARN_BELOW:
+        return f"{share}: poor"
+    larger = policy.rounding in SPREADS and policy.rounding != "nearest"
+    return f"{share}: fair; {'--type Q8_0' if larger else '--rounding auto'} keeps more{', in a larger file' * larger}"
 
 
 def poorly_kept(kinds: Kinds) -> dict[str, float]:

@@ -87,15 +87,13 @@ def _recorded(found: dict, model: Base, placements: Placements, imatrix: Imatrix
         return Origin(why=f"its keys {PREFIX}* are incomplete")
     if (found.get("base.header_sha256"), found.get("base.size")) != (header_sha256(model), n_file_bytes(model)):
         return Origin(why="it says that it was made of another base, or of this one with another header")
-    hashes, scales = _strings(found.get("adapter.sha256")), found.get("adapter.scales")
+    hashes, scales = _strings(found.get("adapter.sha256")), _numbers(found.get("adapter.scales"))
     asked = [(adapter_sha256(placement), scale) for placement, scale in placements]
-    if (
-        not hashes
-        or not isinstance(scales, list)
-        or len(hashes) != len(scales)
-        or set(hashes) != {key for key, _ in asked}
-    ):
-        return Origin(why="it says that it holds other adapters, or these in another precision")
+    if not hashes or scales is None or not len(hashes) == len(scales) == len(names):
+        return Origin(why=f"its keys {PREFIX}* are incomplete")
+    if set(hashes) != {key for key, _ in asked}:
+        why = "it says that it holds other adapters, or these in another precision"
+        return Origin(why=why, finding=_other_adapters(list(zip(hashes, names, scales, strict=True)), asked))
     recorded = [(digest, as_given(scale, asked)) for digest, scale in zip(hashes, scales, strict=True)]
     if not same_sum(recorded, asked, all(not (one.updates or one.new_rows) for one, _ in placements)):
         given = _listed([scale for _, scale in asked])
@@ -107,6 +105,20 @@ def _recorded(found: dict, model: Base, placements: Placements, imatrix: Imatrix
     by_hash = dict(zip([key for key, _ in asked], [placement for placement, _ in placements], strict=True))
     policy = Policy(rounding, seed, imatrix=imatrix if label else None)
     return Origin(policy, Names(names, label, files), [(by_hash[digest], scale) for digest, scale in recorded])
+
+
+def _other_adapters(recorded: list[tuple[str, str, float]], asked: list[tuple[str, float]]) -> Finding | None:
+    """Return what is wrong where a file records (sha256, name, scale) of more adapters than those asked for, or of
+    fewer; None where some are others, which may be the same in another precision.
+    """
+    files, named = {digest for digest, *_ in recorded}, {digest for digest, _ in asked}
+    if named < files:
+        more = [f"{printable(name, 100)} at scale {scale:g}" for digest, name, scale in recorded if digest not in named]
+        return Finding("more adapters", (), "no other adapter", f"{' and '.join(more)} too")
+    if files < named:
+        held = ", ".join(printable(name, 100) for _, name, _ in recorded)
+        return Finding("fewer adapters", (), f"{len(named)} adapters", f"only {held}")
+    return None
 
 
 def as_given(scale: float, asked: list[tuple[str, float]]) -> float:
@@ -129,8 +141,12 @@ def _strings(value: object) -> list[str] | None:
     return value if isinstance(value, list) and all(type(item) is str for item in value) else None
 
 
-def _listed(scales: object) -> str:
-    return ", ".join(f"{scale:g}" for scale in scales) if isinstance(scales, list) else "none"
+def _numbers(value: object) -> list[float] | None:
+    return value if isinstance(value, list) and all(type(item) is float for item in value) else None
+
+
+def _listed(scales: list[float]) -> str:
+    return ", ".join(f"{scale:g}" for scale in scales)
 
 
 def plan_again(model: Base, result: Base, origin: Origin) -> Plan | None:

@@ -77,7 +77,8 @@ def _verify_row(kind: str, types: str, checks: Sequence[Check]) -> tuple:
 def _verdict(checks: Sequence[Check]) -> str:
     if not checks:
         return "-"
-    wrong, unproved = sum(not check.holds for check in checks), sum(not check.proved for check in checks)
+    wrong = sum(not check.holds for check in checks)
+    unproved = sum(check.is_faint or not check.proved for check in checks)
     return f"{wrong} wrong" if wrong else f"{unproved} unproved" if unproved else "proved"
 
 

@@ -62,7 +62,10 @@ def verify(
     expert_a_axis: ExpertA = None,
     layout_of: LayoutOf = None,
     imatrix: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="The importance matrix that the merge used, if it did.")
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="The importance matrix that the merge used; default: that in the base's repository."
+        ),
     ] = None,
     threads: Threads = None,
     report: ReportFile = None,

@@ -79,7 +79,7 @@ class MergeReport:
     @property
     def verdict(self) -> str:
         """How much was kept and whether that is good, in one sentence; empty where nothing was measured."""
-        return sentence(self.whole)
+        return sentence(self.whole, self.policy)
 
     def by_kind(self) -> dict[tuple[str, str, str], list[Retention]]:
         """Return the merged tensors' retention by (kind, type before, type after): kinds in the file's order of first

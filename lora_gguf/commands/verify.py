@@ -47,10 +47,12 @@ from lora_gguf.mapping.sources import placement_of
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.retention import WARN_BELOW, kind_of
-from lora_gguf.merging.steps import stored_step
+from lora_gguf.merging.steps import has_steps, stored_step
 from lora_gguf.progress import Progress
+from lora_gguf.quants.table import CODECS
 
 PLAIN = Policy("dither")  # only where the updates go matters here, not how they would be rounded
+MIXED = ("more adapters", "fewer adapters")
 RIGHT, WRONG, UNPROVED = "right", "wrong", "unproved"
 
 
@@ -213,7 +215,10 @@ def compare(report: VerifyReport, evidence: Evidence, origin: Origin, imatrix: I
     for check in report.checks:
         check.holds = adapted_holds(check, dithered) if check.touched else untouched_holds(check)
     settle(report, evidence, [*metadata_findings(*models, evidence.plan), *tail_findings(evidence.result)])
-    if origin.finding and not any(finding.cause in (origin.finding.cause, "sign") for finding in report.findings):
+    if origin.finding and origin.finding.cause in MIXED:
+        others = [finding for finding in report.findings if finding.cause in ("metadata", "shape")]
+        report.findings = [origin.finding, *others]  # the comparison with other adapters tells nothing more
+    elif origin.finding and not any(finding.cause in (origin.finding.cause, "sign") for finding in report.findings):
         report.findings.append(origin.finding)
     left = [
         check for check in report.checks if not check.proved and not (check.is_faint and check.comparison.is_erased)
@@ -237,9 +242,10 @@ def too_faint(faint: Sequence[Check], report: VerifyReport) -> str:
     """Return what to say of tensors whose types are too coarse for the update."""
     of_faint = sum((check.comparison for check in faint), Comparison())
     names = f"{len(faint)} of {len(report.adapted)} adapted tensors, such as {faint[0].name}"
+    on_grid = all(check.type == check.base_type and has_steps(CODECS[check.type]) for check in faint)
     return (
         f"{names} ({faint[0].type}): kept {of_faint.kept:.2f} of the update: it is not in the file, or smaller than "
-        "its type can show; merge with --rounding auto or dither, or with --type Q8_0 or BF16"
+        f"its type can show; merge with {'--rounding auto' if on_grid else '--type Q8_0'}"
     )
 
 

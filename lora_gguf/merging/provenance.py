@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,6 +123,12 @@ def repos_of(result: Base) -> list[str]:
 def _repo(url: object) -> str:
     found = re.fullmatch(rf"{re.escape(HUB)}([\w.-]+/[\w.-]+)", str(url or ""), re.ASCII)
     return found[1] if found else ""
+
+
+def imatrix_label(path: str | os.PathLike[str]) -> str:
+    """Return what the importance matrix was called by which a file says that it was merged; '' for none."""
+    with Base(path) as model:
+        return str(model.get(PREFIX + "imatrix") or "")
 
 
 def earlier_key_values(model: Base) -> list[bytes]:
