@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_gguf.adapters.adapter_file import AdapterFile
-from lora_gguf.arguments import check_choice, check_flag, check_number, check_path, check_text, check_whole
+from lora_gguf.arguments import check_choice, check_flag, check_number, check_path, check_text, check_whole, refuse
 from lora_gguf.errors import UsageError
 from lora_gguf.files.imatrix import Imatrix, read_imatrix
 from lora_gguf.files.output import check_target
@@ -378,6 +378,8 @@ def extract(
     """
     check_path("base", base, MODEL)
     check_path("tuned", tuned, MODEL)
+    if isinstance(rank, str) and rank != "auto":
+        raise refuse("rank", "a whole number from 1, or auto", rank)
     if rank != "auto":
         check_whole("rank", rank, 1)
     output = AdapterFile(out, outtype, None if rank == "auto" else int(rank), force)

@@ -23,7 +23,7 @@ FileProgress = Callable[[str, int, int], None]
 WIDTH = 32  # of the words
 WIDE = 110  # columns that a bar with all its figures takes
 NARROW = 24  # columns of what stands behind the words where there are fewer
-SILENT = 2.0, 30.0  # seconds until the first line where there is no terminal, and between the others
+SILENT = 3.0, 30.0  # seconds until the first line where there is no terminal, and between the others
 
 
 class _Bar:

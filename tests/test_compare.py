@@ -112,13 +112,15 @@ def test_divergence_is_kl_where_all_tokens_are_listed_and_no_larger_where_not():
         (1.0, 0.3, "partly: "),
         (1.0, 1.0, "no: "),
         (1.0, 7.0, "no: "),
-        (0.001, 0.0, "so does the base"),
+        (0.001, 0.0, ""),
     ],
 )
 def test_the_verdict(base, merged, word):
-    part = Spoken("?", {}, Closeness(10, 5, 10 * base), Closeness(10, 9, 10 * merged))
-    report = CompareReport("base.gguf", "merged.gguf", [part])
-    assert word in report.verdict and report.ok == (word != "no: ")
+    for n, sure in ((10, False), (200, True)):
+        part = Spoken("?", {}, Closeness(n, n // 2, n * base), Closeness(n, n * 9 // 10, n * merged))
+        report = CompareReport("base.gguf", "merged.gguf", [part])
+        assert word in report.verdict and report.ok == (word != "no: ") and report.judgement == word.partition(":")[0]
+        assert ("of 10 tokens only: give more prompts" in report.verdict) != sure
 
 
 def test_prompts_from_a_file(tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 LEAST = 1e-6  # of a probability that is told only by what it leaves
 GOOD, BAD = 0.25, 0.5  # share of the adapter's effect that is lost: up to here it is good, from here on it is not
+SURE = 100  # tokens, below which the figures are rough
 LITTLE = 0.005  # a divergence between base and adapter below which the prompts show nothing
 
 
@@ -114,31 +115,46 @@ class CompareReport:
         return self.lost < BAD
 
     @property
+    def judgement(self) -> str:
+        """Whether the merged file does as the adapter: ``yes``, ``partly`` or ``no``; empty where nothing shows it."""
+        if not self.ok:
+            return "no"
+        if not self.merged.n_tokens or self.base.kl < LITTLE:
+            return ""
+        return "partly" if self.lost > GOOD else "yes"
+
+    @property
     def verdict(self) -> str:
         """The judgement in one sentence."""
-        merged, base, lost = self.merged, self.base, self.lost
-        same = f"the same next token {merged.agreement:.0%} of the time (the base: {base.agreement:.0%})"
-        if not merged.n_tokens:
+        n_tokens = self.merged.n_tokens
+        if not n_tokens:
             return "the adapter answers these prompts with nothing, so nothing was compared: give others with --prompt"
-        if not self.ok:
+        found = f"{self.judgement}: {self._found()}" if self.judgement else self._found()
+        return f"{found} (of {n_tokens} tokens only: give more prompts to be sure)" if n_tokens < SURE else found
+
+    def _found(self) -> str:
+        name, lost = self.merged_name, self.lost
+        same = f"the same next token {self.merged.agreement:.0%} of the time (the base: {self.base.agreement:.0%})"
+        if self.judgement == "no":
             nearer = "as the base does, not" if lost < 1.05 else "neither as the base does nor"
-            return f"no: {self.merged_name} answers {nearer} as the adapter at run time: {same}"
-        if base.kl < LITTLE:
+            return f"{name} answers {nearer} as the adapter at run time: {same}"
+        if self.judgement == "partly":
             return (
-                f"{self.merged_name} answers as the adapter at run time, but so does the base: give prompts of the "
-                "kind that the adapter was trained on"
+                f"{name} has lost {lost:.0%} of the adapter's effect, with {same}: --type Q8_0 or --max-growth 5% keep "
+                "more"
             )
-        if lost > GOOD:
-            return (
-                f"partly: {self.merged_name} has lost {lost:.0%} of the adapter's effect, with {same}: "
-                "--type Q8_0 or --max-growth 5% keep more"
-            )
-        return f"yes: {self.merged_name} answers as the adapter at run time: {same}, {lost:.1%} of its effect lost"
+        if self.judgement == "yes":
+            return f"{name} answers as the adapter at run time: {same}, {lost:.1%} of its effect lost"
+        return (
+            f"{name} answers as the adapter at run time, but so does the base: give prompts of the kind that the "
+            "adapter was trained on"
+        )
 
     def as_dict(self) -> dict:
         """Return the report as plain data for JSON; divergences are in nats."""
         return {
             "ok": self.ok,
+            "judgement": self.judgement,
             "verdict": self.verdict,
             "n_tokens": self.merged.n_tokens,
             "lost": self.lost,

@@ -170,7 +170,8 @@ def _report(error: BaseException) -> int:
         return error.exit_code
     except _ClickUsageError as error:
         command = error.ctx.command_path if error.ctx else "lora-gguf"
-        _complain(way_out(error) or f"{_refusal(error)}. See '{command} --help'.")
+        refusal = _refusal(error)
+        _complain(way_out(error) or f"{refusal}{'' if refusal.endswith('?') else '.'} See '{command} --help'.")
         return 2
     except typer.Exit as error:
         return error.exit_code

@@ -84,6 +84,8 @@ def way_out(error: Any) -> str:
     given = "".join(str(found["input"]) for found in _found(error))
     if param is not None and param.name == "scale" and (share := _share(given)):
         return f"--scale {printable(given, 20)}: expected a number: write {share}"
+    if found := re.match(r"No such command '(.*)'\.$", error.format_message(), re.DOTALL):
+        return f"no such command: {printable(found[1], 80)}: name one first, as in: lora-gguf merge BASE.gguf ADAPTER"
     if found := re.search(r"'([^']*)' is not one of (.*)", error.format_message()):
         option = re.search(r"--[\w-]+", error.format_message())
         return none_of(option[0] if option else "value", found[1], re.findall(r"'([^']*)'", found[2]))
@@ -94,7 +96,12 @@ def _too_many(name: str, command: Any) -> str:
     """Return what a name is that is one too many: an output, or one more adapter."""
     options, shown = {word for param in command.params for word in param.opts}, printable(name, 80)
     is_gguf, exists = name.endswith(".gguf"), os.path.exists(name)
-    likely = {"--base": is_gguf and exists, "--lora": exists or not is_gguf, "-o": is_gguf and not exists}
+    by_place = any(param.name == "base" and param.param_type_name == "argument" for param in command.params)
+    likely = {
+        "--base": is_gguf and exists and not by_place,
+        "--lora": exists or not is_gguf,
+        "-o": is_gguf and not exists,
+    }
     words = {"--base": "the base", "--lora": "each further adapter", "-o": "the output"}
     found = next((option for option in words if option in options and likely[option]), "")
     way = f"name {words[found]} with {found} {shown}" if found else f"as in: {example(command)}"

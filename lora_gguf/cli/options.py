@@ -24,7 +24,12 @@ AdapterArgument = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        "-m", "--model", metavar="BASE.gguf", help="BASE, as llama.cpp's tools name it.", autocompletion=gguf_files
+        "-m",
+        "--model",
+        "--base",
+        metavar="BASE.gguf",
+        help="BASE, as llama.cpp's tools name it.",
+        autocompletion=gguf_files,
     ),
 ]
 Lora = Annotated[

@@ -66,7 +66,10 @@ def base_and_adapter(first: str | None, second: str | None, model: str | None) -
         raise UsageError(f"two base models: {printable(first)} and -m {printable(model)}: name one")
     base, adapter = (model, first) if model else (first, second)
     if not base:
-        raise UsageError("no base model: name its GGUF first, then the adapter: lora-gguf merge BASE.gguf ADAPTER")
+        command = COMMAND_LINE.get()[1:2] or ("merge",)
+        raise UsageError(
+            f"no base model: name its GGUF first, then the adapter: lora-gguf {command[0]} BASE.gguf ADAPTER"
+        )
     return base, adapter
 
 

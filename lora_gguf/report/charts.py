@@ -132,7 +132,7 @@ def _tooltip(measures: Sequence[str]) -> list[dict]:
 def histogram(measure: str) -> dict:
     """Return how many tensors have which value of ``measure``."""
     quantity = {"field": measure, "type": "quantitative", "bin": {"maxbins": HISTOGRAM_BINS}}
-    axis = {"format": measure_of(measure).format, "labelOverlap": "parity", "labelFlush": False}
+    axis = {"format": measure_of(measure).format, "labelOverlap": "parity", "labelSeparation": 10}
     count = {"aggregate": "count", "type": "quantitative", "title": "tensors"}
     return {
         "width": "container",

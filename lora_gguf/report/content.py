@@ -225,6 +225,7 @@ def of_compare(
         figure={
             "value": f"{report.merged.agreement:.0%}",
             "label": f"of {report.merged.n_tokens} next tokens are the adapter's",
+            "badge": report.judgement,
             "bad": not report.ok,
         },
         lines=[report.verdict],

@@ -24,7 +24,8 @@ from tests.common import DEMO_ADAPTER, complete, llama_server, smollm2_path
 
 HERE = Path(__file__).parent
 PROMPT = "<|im_start|>user\nHow do I make tea?<|im_end|>\n<|im_start|>assistant\n"
-NAMES = ("merged", "split", "promoted", "quantized")
+MIXES = {"merged": "Q4_1", "split": "Q4_1", "promoted": "Q4_1", "quantized": "Q4_K_M"}
+NAMES = tuple(MIXES)
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +63,7 @@ def test_huggingface_gguf_reads_them_and_tells_them_from_the_base(files):
     base = found["base"]["name"]
     for name in NAMES:
         assert found[name]["name"] == f"{base} + demo-adapter" and found[name]["parents"] == 2
-    mixes = {"merged": "Q4_1", "split": "Q4_1", "promoted": "Q4_1", "quantized": "Q4_K_M"}
-    assert {name: found[name]["fileType"] for name in mixes} == {name: FILE_TYPES[mix] for name, mix in mixes.items()}
+    assert {name: found[name]["fileType"] for name in MIXES} == {name: FILE_TYPES[mix] for name, mix in MIXES.items()}
     assert found["split"]["shards"] > 1 == found["merged"]["shards"]
     assert found["adapter"]["tensors"] == 420 and found["adapter"]["name"] == "demo-adapter"
 
@@ -74,7 +74,7 @@ def test_node_llama_cpp_answers_as_llama_cpp_does(files, name):
     [found] = node("node-llama.mjs", PROMPT, files[name])
     said = complete(llama_server(files[name]), PROMPT, 16)["text"]
     assert found["text"].split()[:2] == said.split()[:2] and "Arrr" in found["text"]
-    assert found["name"].endswith("+ demo-adapter")
+    assert found["name"].endswith("+ demo-adapter") and found["fileType"] == FILE_TYPES[MIXES[name]]
 
 
 def test_node_llama_cpp_applies_the_converted_adapter(files):
@@ -82,7 +82,7 @@ def test_node_llama_cpp_applies_the_converted_adapter(files):
         node("node-llama.mjs", PROMPT, files["base"]),
         node("node-llama.mjs", PROMPT, files["base"], files["adapter"]),
     )
-    assert "Arrr" in adapted["text"] and "Arrr" not in plain["text"]
+    assert "Arrr" in adapted["text"] and "Arrr" not in plain["text"] and "demo-adapter" not in plain["name"]
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +99,7 @@ def site(files, tmp_path_factory):
     server.shutdown()
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium")
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt install chromium")
 def test_wllama_in_a_browser_answers_alike_from_one_file_and_from_shards(files, site, tmp_path):
     shards = sorted(files["split"].parent.glob("split-*.gguf"))
     said = []
@@ -107,6 +107,9 @@ def test_wllama_in_a_browser_answers_alike_from_one_file_and_from_shards(files, 
         for names in (["merged.gguf"], [shard.name for shard in shards]):
             browser.open(f"{site}/wllama.html?prompt={quote(PROMPT)}&files={quote(','.join(names))}")
             said.append(browser.value("window.said"))
+            shown = browser.value("window.meta")
+            assert shown["general.name"].endswith("+ demo-adapter")
+            assert shown["general.file_type"] == str(FILE_TYPES["Q4_1"])
     assert said[0] == said[1] and "Arrr" in said[0]
 
 
