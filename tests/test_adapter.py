@@ -115,7 +115,7 @@ def test_reads_a_configuration_with_a_byte_order_mark(tmp_path):
     ("field", "value"),
     [
         ("peft_type", "PROMPT_TUNING"),
-        ("use_qalora", True),
+        ("kasa_config", {"beta": 1e-4}),
         ("layer_replication", [[0, 4]]),
         ("init_lora_weights", "pissa_niter_4"),
         ("invocation_string", "<|x|>"),

@@ -90,7 +90,7 @@ def test_a_refusal_is_the_merge_s_with_its_exit_code(capsys):
 
 
 def test_a_kind_that_cannot_be_merged(tmp_path):
-    config = json.loads((DEMO_ADAPTER / "adapter_config.json").read_text()) | {"use_bdlora": {"a": 1}}
+    config = json.loads((DEMO_ADAPTER / "adapter_config.json").read_text()) | {"kasa_config": {"beta": 1e-4}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "adapter_model.safetensors").symlink_to(DEMO_ADAPTER / "adapter_model.safetensors")
     report = doctor(smollm2_path(), [(tmp_path, 1.0)])

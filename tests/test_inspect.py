@@ -83,9 +83,9 @@ def test_every_kind_is_told(folder):
 
 def test_what_cannot_be_used_says_so(tmp_path):
     config = json.loads((DEMO_ADAPTER / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_qalora": True}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"kasa_config": {"beta": 1e-4}}))
     (tmp_path / "adapter_model.safetensors").symlink_to(DEMO_ADAPTER / "adapter_model.safetensors")
-    assert "QA-LoRA" in inspect(tmp_path).refusal
+    assert "KaSA" in inspect(tmp_path).refusal
 
 
 def test_an_adapter_gguf(tmp_path):

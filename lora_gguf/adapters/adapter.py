@@ -22,6 +22,8 @@ from lora_gguf.errors import FileError, MalformedError, NumericError, UsageError
 
 EMPTY = "an empty tensor: DeepSpeed ZeRO-3 saves these where the weights are not gathered: gather and save them again"
 WHOLE = re.compile(r"(?P<path>.+?)(\.(modules_to_save|ln_tuning_layers)(\.[^.]+)?)?[._](?P<part>weight|bias)")
+# what VeLoRA and MonteCLoRA keep beside the factors
+TRAINING = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
 # the order in which modules of packed experts register their parameters
 PARAMETERS = ("gate_up_proj", "gate_proj", "w1", "up_proj", "v1", "w3", "down_proj", "w2", "weight")
 # a repository in huggingface_hub's cache: its folder is called by the commit, which says nothing to a reader
@@ -223,6 +225,8 @@ def sort_tensors(tensors: dict[str, np.ndarray], config: dict) -> Contents:
             adapters.setdefault(match["adapter"] or "", name)
             module = found.modules.setdefault(path, Module(path, {}, {}, config, shared_factors))
             add_factor(module, match["factor"] + (match["bias"] or ""), name, array, found)
+        elif TRAINING.search(name):
+            found.ignored[name] = "used in training alone"
         elif name not in shared:
             add_whole(name, array, found, config)
     found.strange += several_adapters(adapters)

@@ -87,6 +87,7 @@ FIELDS = {
     "arrow_config": "object",
     "monteclora_config": "object",
     "megatron_config": "object",
+    "qalora_group_size": "count",
     "alpha": "number",
     "rank": "rank",
     "lora_parameters": "object",
@@ -111,14 +112,11 @@ FIELDS = {
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # field -> why its adapter is refused and what to do
 REFUSED = {
-    "use_qalora": "QA-LoRA changes the base's zero points: merge it with PEFT",
-    "use_bdlora": "block-diagonal LoRA is not supported: merge it with PEFT",
-    "velora_config": "VeLoRA is not supported: merge it with PEFT",
-    "kasa_config": "KaSA is not supported: merge it with PEFT",
-    "arrow_config": "Arrow routes between adapters at run time: convert one of them",
-    "monteclora_config": "MonteCLoRA is not supported: merge it with PEFT",
-    "megatron_config": "Megatron adapters are not supported: save the adapter in PEFT's own layout",
-    "layer_replication": "layer replication makes another model: merge it with PEFT",
+    "kasa_config": "KaSA takes small singular values out of the base: merge it with PEFT",
+    "arrow_config": "Arrow routes between adapters at run time: merge one of those that it routes between",
+    "megatron_config": "Megatron's parts are not joined here: if each tensor is whole, take megatron_config out of the file",
+    "layer_replication": "its copies of a layer share weights and differ in updates: give each layer a copy of its weights "
+    "in PEFT (module.base_layer.weight = Parameter(module.base_layer.weight.clone())), then merge",
 }
 UNSUPPORTED_KIND = "turn it into LoRA with PEFT's convert_to_lora, or merge it with PEFT"
 

@@ -110,6 +110,7 @@ def lora(module: Module) -> Found:
     B.
     """
     module.flatten()
+    unpack(module)
     embedding = "lora_embedding_A" in module.factors or "lora_embedding_B" in module.factors
     b, a = module.product(*(("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B", "lora_A")))
     scale = scale_of(module.path, len(a), module.config)
@@ -126,6 +127,34 @@ def lora(module: Module) -> Found:
     if bias is not None:
         found.append(added_bias(module, bias * np.float32(scale), len(b)))
     return found
+
+
+def unpack(module: Module) -> None:
+    """Make the factors of QA-LoRA and BD-LoRA those of LoRA. QA-LoRA's A has one column for a group of the module's
+    inputs, whose mean it takes, times the number of groups; BD-LoRA's A or B holds only the blocks on its diagonal.
+    """
+    config, factors = module.config, module.factors
+    if config.get("use_qalora") and "lora_A" in factors:
+        (a,) = module.matrices("lora_A")
+        size = config.get("qalora_group_size", 16)
+        factors["lora_A"] = np.repeat(a, size, axis=1) * np.float32(a.shape[1] / size)
+    blocks = config.get("use_bdlora") or {}
+    for factor, field in (("lora_A", "target_modules_bd_a"), ("lora_B", "target_modules_bd_b")):
+        patterns, n = blocks.get(field) or [], blocks.get("nblocks", 1)
+        if factor not in factors or not any(pattern in module.path.rpartition(".")[2] for pattern in patterns):
+            continue
+        (stored,) = module.matrices(factor)
+        if len(stored) % n:
+            raise module.malformed(f"expected {factor} in {n} blocks, found {stored.shape}")
+        factors[factor] = diagonal(stored.reshape(n, -1, stored.shape[1]))
+
+
+def diagonal(blocks: np.ndarray) -> np.ndarray:
+    """Return blocks (n, rows, cols) on the diagonal of a matrix (n * rows, n * cols)."""
+    n, rows, cols = blocks.shape
+    whole = np.zeros((n, rows, n, cols), np.float32)
+    whole[np.arange(n), :, np.arange(n)] = blocks
+    return whole.reshape(n * rows, n * cols)
 
 
 def dora(module: Module, pair: LoraPair, magnitude: np.ndarray, embedding: bool) -> Dora | DoraOfColumns:

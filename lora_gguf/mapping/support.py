@@ -16,6 +16,7 @@ KINDS = {
     "`target_parameters` (fused experts, routers), any PEFT layout": (EXACT, EXACT),
     "LoRA on embeddings and heads": (EXACT, EXACT),
     "AdaLoRA": (EXACT, EXACT),
+    "VeLoRA, MonteCLoRA, BD-LoRA, QA-LoRA": (EXACT, EXACT),
     "VeRA (with `save_projection`)": (EXACT, EXACT),
     "LoHa, LoKr": ("exact, at a higher rank", EXACT),
     "DoRA": (APPROXIMATE, EXACT),
