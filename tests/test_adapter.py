@@ -230,3 +230,19 @@ def test_inits_that_leave_the_base_alone(tmp_path, init):
 def test_an_unknown_init_is_doubted(tmp_path, init):
     (warning,) = read_adapter(directory(tmp_path, init_lora_weights=init)).warnings
     assert warning.startswith(f"init_lora_weights={init} is not known")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_qalora": True, "qalora_group_size": 1 << 16},
+        {"use_bdlora": {"target_modules_bd_b": ["proj"], "nblocks": 3}},
+        {"use_bdlora": {"target_modules_bd_b": ["proj"], "nblocks": 1 << 40}},
+        {"use_bdlora": {"target_modules_bd_b": ["proj"], "nblocks": "2"}},
+        {"use_bdlora": {"target_modules_bd_b": [7, "proj"], "nblocks": 2}},
+    ],
+)
+def test_packed_factors_that_cannot_be_unpacked(tmp_path, fields):
+    weights = {key: np.ones((1 << 10, 8) if "lora_B" in key else (8, 1 << 10), np.float32) for key in tensors()}
+    with pytest.raises(MalformedError, match=r"smaller qalora_group_size|blocks \(use_bdlora\)|do not multiply"):
+        read_adapter(directory(tmp_path, weights, r=8, **fields))

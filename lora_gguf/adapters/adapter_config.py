@@ -114,9 +114,9 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 REFUSED = {
     "kasa_config": "KaSA takes small singular values out of the base: merge it with PEFT",
     "arrow_config": "Arrow routes between adapters at run time: merge one of those that it routes between",
-    "megatron_config": "Megatron's parts are not joined here: if each tensor is whole, take megatron_config out of the file",
-    "layer_replication": "its copies of a layer share weights and differ in updates: give each layer a copy of its weights "
-    "in PEFT (module.base_layer.weight = Parameter(module.base_layer.weight.clone())), then merge",
+    "megatron_config": "Megatron's parts are not joined here: where each tensor is whole, take this field out",
+    "layer_replication": "copies of a layer share weights and differ in updates: in PEFT, give each weights of its own "
+    "(module.base_layer.weight = Parameter(module.base_layer.weight.clone())), then merge",
 }
 UNSUPPORTED_KIND = "turn it into LoRA with PEFT's convert_to_lora, or merge it with PEFT"
 

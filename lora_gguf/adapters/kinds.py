@@ -26,6 +26,7 @@ from lora_gguf.adapters.updates import (
     Scaled,
     Update,
 )
+from lora_gguf.adapters.variants import unpacked
 from lora_gguf.errors import MalformedError, UnsupportedError
 
 
@@ -59,6 +60,11 @@ class Module:
         a, b = (self.factors.get(name) for name in ("lora_A", "lora_B"))
         if a is not None and b is not None and a.ndim == b.ndim > 2 and b.size and b.size == len(b) * b.shape[1]:
             self.factors |= {"lora_A": a.reshape(len(a), -1), "lora_B": b.reshape(len(b), -1)}
+
+    def refuse_convolution(self, kind: str) -> None:
+        """Raise ``UnsupportedError`` where the module is a convolution, which the factors of ``kind`` show."""
+        if {"hada_t1", "hada_t2", "lokr_t2"} & self.factors.keys() or any(f.ndim == 4 for f in self.factors.values()):
+            raise UnsupportedError(f"{self.path}: {kind} of a convolution: merge it with PEFT")
 
     def product(self, left: str, right: str) -> tuple[np.ndarray, np.ndarray]:
         """Return two factors that multiply: ``left`` (m, r), ``right`` (r, n)."""
@@ -110,7 +116,10 @@ def lora(module: Module) -> Found:
     B.
     """
     module.flatten()
-    unpack(module)
+    try:
+        module.factors |= unpacked(module.path, module.factors, module.config)
+    except ValueError as error:
+        raise module.malformed(str(error)) from None
     embedding = "lora_embedding_A" in module.factors or "lora_embedding_B" in module.factors
     b, a = module.product(*(("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B", "lora_A")))
     scale = scale_of(module.path, len(a), module.config)
@@ -127,34 +136,6 @@ def lora(module: Module) -> Found:
     if bias is not None:
         found.append(added_bias(module, bias * np.float32(scale), len(b)))
     return found
-
-
-def unpack(module: Module) -> None:
-    """Make the factors of QA-LoRA and BD-LoRA those of LoRA. QA-LoRA's A has one column for a group of the module's
-    inputs, whose mean it takes, times the number of groups; BD-LoRA's A or B holds only the blocks on its diagonal.
-    """
-    config, factors = module.config, module.factors
-    if config.get("use_qalora") and "lora_A" in factors:
-        (a,) = module.matrices("lora_A")
-        size = config.get("qalora_group_size", 16)
-        factors["lora_A"] = np.repeat(a, size, axis=1) * np.float32(a.shape[1] / size)
-    blocks = config.get("use_bdlora") or {}
-    for factor, field in (("lora_A", "target_modules_bd_a"), ("lora_B", "target_modules_bd_b")):
-        patterns, n = blocks.get(field) or [], blocks.get("nblocks", 1)
-        if factor not in factors or not any(pattern in module.path.rpartition(".")[2] for pattern in patterns):
-            continue
-        (stored,) = module.matrices(factor)
-        if len(stored) % n:
-            raise module.malformed(f"expected {factor} in {n} blocks, found {stored.shape}")
-        factors[factor] = diagonal(stored.reshape(n, -1, stored.shape[1]))
-
-
-def diagonal(blocks: np.ndarray) -> np.ndarray:
-    """Return blocks (n, rows, cols) on the diagonal of a matrix (n * rows, n * cols)."""
-    n, rows, cols = blocks.shape
-    whole = np.zeros((n, rows, n, cols), np.float32)
-    whole[np.arange(n), :, np.arange(n)] = blocks
-    return whole.reshape(n * rows, n * cols)
 
 
 def dora(module: Module, pair: LoraPair, magnitude: np.ndarray, embedding: bool) -> Dora | DoraOfColumns:
@@ -220,8 +201,7 @@ def vera(module: Module) -> Found:
 
 def loha(module: Module) -> Found:
     """Return the update of LoHa: the entrywise product of two low-rank matrices."""
-    if any(name.startswith("hada_t") for name in module.factors):
-        raise UnsupportedError(f"{module.path}: LoHa of a convolution: merge it with PEFT")
+    module.refuse_convolution("LoHa")
     pairs = module.product("hada_w1_a", "hada_w1_b"), module.product("hada_w2_a", "hada_w2_b")
     shape = (len(pairs[0][0]), pairs[0][1].shape[1])
     if shape != (len(pairs[1][0]), pairs[1][1].shape[1]):
@@ -233,8 +213,7 @@ def loha(module: Module) -> Found:
 
 def lokr(module: Module) -> Found:
     """Return the update of LoKr: the Kronecker product of two matrices, each whole or a product."""
-    if "lokr_t2" in module.factors:
-        raise UnsupportedError(f"{module.path}: LoKr of a convolution: merge it with PEFT")
+    module.refuse_convolution("LoKr")
     left, right = (
         module.matrices(whole)[0] if whole in module.factors else np.matmul(*module.product(f"{whole}_a", f"{whole}_b"))
         for whole in ("lokr_w1", "lokr_w2")
