@@ -80,7 +80,7 @@ $(VENV)/bench: $(VENV)/test
 	touch $@
 
 $(VENV)/clients: $(VENV)/test tests/clients/package.json
-	$(PIP) modelvet==0.1.1 torch==2.13.0 transformers accelerate
+	$(PIP) modelvet==0.1.1 torch==2.13.0 transformers accelerate peft
 	npm install --prefix tests/clients --omit=optional --no-audit --no-fund
 	touch $@
 

@@ -78,10 +78,10 @@ def to_pairs(
     vectors = [update for update in others if update.part == "bias" or "norm" in update.name]
     refused = vectors if rank and base else others
     if refused:
-        hint = "vectors have no low-rank form" if vectors else "approximate it with --rank N and --base"
+        hint = "vectors have no such form:" if vectors else "approximate it with --rank N and --base, or"
         raise UnsupportedError(
-            f"{adapter.label}: {refused[0].name}: {refused[0].kind}: an adapter GGUF is low rank: {hint}, "
-            "or merge it into the base",
+            f"{adapter.label}: {refused[0].name}: {refused[0].kind}: an adapter GGUF is low rank: {hint} "
+            "merge it into the base",
             [f"{update.name}: {update.kind}" for update in refused],
         )
     placement.pairs += exact.values()

@@ -221,7 +221,7 @@ VARIANTS = {
     ("nomic-bert", "moe_every_n_layers"): "nomic-bert-moe",
 }
 DRAFT = "a draft model, which an adapter of the model that it drafts for is not made for: name that model's GGUF"
-CODEC = "an audio codec, which is not fine-tuned with adapters"
+CODEC = "an audio codec, which is not fine-tuned with adapters: name the GGUF of the language model that it speaks for"
 # what llama.cpp converts and no adapter is merged into: GGUF's general.architecture, or a class -> why
 REFUSED = {
     **dict.fromkeys(

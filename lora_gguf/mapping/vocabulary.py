@@ -206,7 +206,9 @@ def extended(base: Any, tokens: dict[int, Token], n_rows: int, merges: Sequence[
     """
     texts = base.get("tokenizer.ggml.tokens")
     if not isinstance(texts, list) or not texts:
-        raise MismatchError(f"{base.label}: expected a vocabulary, found none: new tokens have no place in it")
+        raise MismatchError(
+            f"{base.label}: expected a vocabulary, found none: new tokens have no place in it: take a GGUF that has one"
+        )
     types = list(base.get("tokenizer.ggml.token_type") or [NORMAL] * len(texts))
     types += [NORMAL] * (len(texts) - len(types))
     check_texts(base.label, texts, types, tokens)
@@ -243,7 +245,8 @@ def more_merges(base: Any, merges: Sequence[str]) -> dict[str, tuple[list[str], 
         return {}
     if list(merges[: len(known)]) != known:
         raise MismatchError(
-            f"tokenizer.json: expected the merges of {base.label} and more, found others: it is another tokenizer"
+            f"tokenizer.json: expected the merges of {base.label} and more, found others: another "
+            "tokenizer: is it the base that the adapter was trained on?"
         )
     return {"merges": (list(merges), "str")}
 
@@ -266,4 +269,6 @@ def check_texts(label: str, texts: list[str], types: list[int], tokens: dict[int
         and not (types[token_id] == UNUSED or FILLER.fullmatch(texts[token_id]))
     ]
     if strange:
-        raise MismatchError(f"{strange[0]}: the adapter's tokenizer is not that of the base", strange)
+        raise MismatchError(
+            f"{strange[0]}: the adapter's tokenizer is not that of the base: is it the one it was trained on?", strange
+        )

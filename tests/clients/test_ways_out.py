@@ -101,21 +101,35 @@ def test_rotations_of_what_a_gguf_holds_turned_are_merged_by_peft(tmp_path, kind
         torch.testing.assert_close(model.merge_and_unload().get_submodule(path)(inputs), wanted)
 
 
-@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
-def test_convolutions_of_loha_and_lokr_are_merged_by_peft(tmp_path, kind):
-    model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3))
-    fields = dict(r=2, alpha=3, target_modules=["0"], use_effective_conv2d=True)
-    model = peft.get_peft_model(model, getattr(peft, kind)(**fields)).eval()
+def convolution(config):
+    """A convolution, adapted, and whether PEFT's merge of it is what it is at run time."""
+    torch.manual_seed(4)
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3)), config).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match="of a convolution: merge it with PEFT"):
-        read_adapter(tmp_path)
+    return model
+
+
+def assert_pefts_convolution_holds(model):
     images = torch.randn(1, 4, 8, 8)
     with torch.no_grad():
         wanted = model(images)
         torch.testing.assert_close(model.merge_and_unload()(images), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
+def test_convolutions_of_loha_and_lokr_are_merged_by_peft(tmp_path, kind):
+    fields = dict(r=2, alpha=3, target_modules=["0"], use_effective_conv2d=True)
+    model = convolution(getattr(peft, kind)(**fields))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="of a convolution: merge it with PEFT"):
+        read_adapter(tmp_path)
+    assert_pefts_convolution_holds(model)
+
+
+def test_dora_of_a_convolution_is_merged_by_peft():
+    assert_pefts_convolution_holds(convolution(peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)))
 
 
 def test_an_initialised_base_comes_back_by_pefts_conversion(tmp_path):
@@ -125,3 +139,27 @@ def test_an_initialised_base_comes_back_by_pefts_conversion(tmp_path):
     assert "path_initial_model_for_weight_conversion" in refused(model, tmp_path)
     said: dict = json.loads((Path(tmp_path) / "adapter_config.json").read_text())
     assert said["init_lora_weights"] == "pissa"
+
+
+WHOLE = {
+    "biases": ("qwen2", dict(bias="all")),
+    "norms": ("llama", dict(modules_to_save=["norm", "input_layernorm"])),
+    "tokens": ("llama", dict(trainable_token_indices={"embed_tokens": [5, 17]})),
+}
+
+
+def assert_peft_merges(what):
+    name, fields = WHOLE[what]
+    assert_pefts_merge_holds(adapted(name, peft.LoraConfig(**LORA | fields)))
+
+
+def test_biases_are_merged_by_peft():
+    assert_peft_merges("biases")
+
+
+def test_norms_are_merged_by_peft():
+    assert_peft_merges("norms")
+
+
+def test_tokens_are_merged_by_peft():
+    assert_peft_merges("tokens")
