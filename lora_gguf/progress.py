@@ -42,6 +42,8 @@ class _Bar:
     def __call__(self, n: int, n_all: int, what: str) -> None:
         self.show()
         words = f"{self.verb} {shortened(what, self.width - len(self.verb) - 1)}"
+        if self.width < WIDTH and "…" in words:  # there is no room for both
+            words = shortened(what, self.width)
         self._display.update(self._task, advance=n, total=n_all or None, description=words)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from lora_gguf import api, errors
 from lora_gguf.checks.closeness import Closeness, CompareReport, Spoken, divergence
-from lora_gguf.checks.prompts import Prompts, read_prompts
+from lora_gguf.checks.prompts import BEGINNINGS, Prompts, read_prompts
 from tests import tiny
 from tests.common import DEMO_ADAPTER, FIXTURES, complete, gemma3_path, llama_server, smollm2_path
 from tests.test_cli import run
@@ -48,6 +48,8 @@ def test_a_k_quant_base_on_prompts_of_the_adapters_kind(tmp_path):
     prompts = [text[start : start + 300] for start in range(0, 40_000, 10_000)]
     report = api.compare(gemma3_path(), adapter, tmp_path / "merged.gguf", prompts, threads=1)
     assert report.ok and report.merged.agreement >= 0.9 and report.merged.kl < 0.25 * report.base.kl
+    none = api.compare(gemma3_path(), adapter, gemma3_path(), BEGINNINGS[:1], n_predict=16, threads=1)
+    assert none.judgement == "no" and none.lost > 0.9 and "answers as the base does, not as the adapter" in none.verdict
 
 
 def test_a_base_given_as_merged_is_a_clear_no(tmp_path, capsys):
@@ -90,6 +92,15 @@ def test_without_the_package_it_says_how_to_get_it(capsys, monkeypatch, tmp_path
         (tmp_path / name).write_text(content)
         code, _, err = run(capsys, "compare", "a.gguf", tmp_path, "c.gguf")
         assert code == errors.UnsupportedError.exit_code and err.rstrip().endswith(f": {way}")
+
+
+def test_tokens_that_the_adapter_holds_as_likely_are_told_from_others():
+    adapter = {1: math.log(0.40), 2: math.log(0.35), 3: math.log(0.20)}
+    found = Closeness()
+    for chosen in (1, 2, 3, 4):
+        found.add(adapter, {chosen: math.log(0.9), 1: math.log(0.09)} if chosen > 1 else adapter)
+    assert (found.n_tokens, found.n_same, found.n_tied) == (4, 1, 1)
+    assert found.same == 0.25 and found.agreement == 0.5
 
 
 def test_divergence_is_kl_where_all_tokens_are_listed_and_no_larger_where_not():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 LEAST = 1e-6  # of a probability that is told only by what it leaves
 GOOD, BAD = 0.25, 0.5  # share of the adapter's effect that is lost: up to here it is good, from here on it is not
+TIE = 0.2  # nats between two tokens that are as likely: a fifth
 SURE = 100  # tokens, below which the figures are rough
 LITTLE = 0.005  # a divergence between base and adapter below which the prompts show nothing
 
@@ -40,33 +41,44 @@ def likeliest(logprobs: Mapping[int, float]) -> int:
 
 @dataclass
 class Closeness:
-    """Sums over tokens: how many there are, at how many the likeliest one is the same, and the divergence."""
+    """Sums over tokens: how many there are, at how many the likeliest one is the same, the divergence, and at how many
+    it is another one that the reference holds as likely.
+    """
 
     n_tokens: int = 0
     n_same: int = 0
     total: float = 0.0
+    n_tied: int = 0
 
     def add(self, reference: Mapping[int, float], other: Mapping[int, float]) -> None:
+        best, chosen = likeliest(reference), likeliest(other)
         self.n_tokens += 1
-        self.n_same += likeliest(reference) == likeliest(other)
+        self.n_same += best == chosen
+        self.n_tied += best != chosen and reference.get(chosen, -math.inf) > reference[best] - TIE
         self.total += divergence(reference, other)
 
     @property
-    def agreement(self) -> float:
+    def same(self) -> float:
+        """The share of the tokens at which both hold the same one likeliest."""
         return self.n_same / self.n_tokens if self.n_tokens else math.nan
+
+    @property
+    def agreement(self) -> float:
+        """The share of the tokens at which they agree: on the likeliest one, or on one that is as likely."""
+        return (self.n_same + self.n_tied) / self.n_tokens if self.n_tokens else math.nan
 
     @property
     def kl(self) -> float:
         return self.total / self.n_tokens if self.n_tokens else math.nan
 
     def as_dict(self) -> dict:
-        return {"agreement": self.agreement, "kl": self.kl}
+        return {"agreement": self.agreement, "same": self.same, "kl": self.kl}
 
 
 def summed(parts: Iterable[Closeness]) -> Closeness:
     whole = Closeness()
     for part in parts:
-        whole = Closeness(whole.n_tokens + part.n_tokens, whole.n_same + part.n_same, whole.total + part.total)
+        whole = Closeness(*map(sum, zip(astuple(whole), astuple(part), strict=True)))
     return whole
 
 
@@ -134,7 +146,8 @@ class CompareReport:
 
     def _found(self) -> str:
         name, lost = self.merged_name, self.lost
-        same = f"the same next token {self.merged.agreement:.0%} of the time (the base: {self.base.agreement:.0%})"
+        share, others = self.merged.agreement, self.base.agreement
+        same = f"the same next token, or one as likely, {share:.0%} of the time (the base: {others:.0%})"
         if self.judgement == "no":
             nearer = "as the base does, not" if lost < 1.05 else "neither as the base does nor"
             return f"{name} answers {nearer} as the adapter at run time: {same}"

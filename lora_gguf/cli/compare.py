@@ -111,8 +111,9 @@ def as_text(report: CompareReport) -> str:
         answers = [f"{label}:\n  " + said.answers[name].replace("\n", "\n  ") for name, label in LABELS.items()]
         parts.append("\n".join([f"> {said.prompt}", *answers]))
     rows = [
-        (label, f"{part.agreement:.1%}", f"{part.kl:.4f}")
+        (label, f"{part.same:.1%}", f"{part.agreement:.1%}", f"{part.kl:.4f}")
         for label, part in ((LABELS["base"], report.base), (LABELS["merged"], report.merged))
     ]
-    parts.append(text_table((f"of {report.merged.n_tokens} tokens", "same next token", "KL from the adapter"), rows))
+    head = (f"of {report.merged.n_tokens} tokens", "same next token", "or one as likely", "KL from the adapter")
+    parts.append(text_table(head, rows))
     return "\n\n".join(parts)

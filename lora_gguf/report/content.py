@@ -67,7 +67,12 @@ ANSWERS = [
     Column("prompt", "prompt"), Column("base", "the base"), Column("adapter", "with the adapter at run time"),
     Column("merged", "the merged file"),
 ]  # fmt: skip
-NEAR = [Column("model", ""), Column("agreement", "same next token", ".1%"), Column("kl", "KL from the adapter", ".4f")]
+NEAR = [
+    Column("model", ""),
+    Column("same", "same next token", ".1%"),
+    Column("agreement", "or one as likely", ".1%"),
+    Column("kl", "KL from the adapter", ".4f"),
+]
 REMARKS = [Column("topic", "about"), Column("level", "level"), Column("text", "found")]
 
 
@@ -224,7 +229,7 @@ def of_compare(
         title=f"{report.merged_name} beside {_names(adapters)} at run time",
         figure={
             "value": f"{report.merged.agreement:.0%}",
-            "label": f"of {report.merged.n_tokens} next tokens are the adapter's",
+            "label": f"of {report.merged.n_tokens} next tokens are the adapter's, or as likely",
             "badge": report.judgement,
             "bad": not report.ok,
         },
