@@ -6,13 +6,15 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
 
 import lora_gguf
 from lora_gguf import errors
-from lora_gguf.cli import app
+from lora_gguf.cli import COMMANDS, app
 from tests import tiny
 from tests.common import smollm2_path
 from tests.test_cli import run
@@ -115,6 +117,14 @@ def test_a_quantization_that_is_not_there_and_which_is_the_default(gguf_hub, fil
 def test_help_is_where_people_look(capsys, words):
     code, out, _ = run(capsys, *words)
     assert code == 0 and out.startswith("Usage: lora-gguf" + (" merge" if "merge" in words else ""))
+
+
+def test_help_fits_a_narrow_terminal():
+    for command in COMMANDS:
+        words = [sys.executable, "-m", "lora_gguf", "help", command.__name__.replace("_", "-")]
+        said = subprocess.run(words, env={**os.environ, "COLUMNS": "40"}, capture_output=True, text=True, check=True)
+        lines = [line for line in said.stdout.splitlines() if not line.startswith("  -")]  # a name is not broken
+        assert max(map(len, lines)) <= 40
 
 
 def test_the_version_by_a_letter(capsys):

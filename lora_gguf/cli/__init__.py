@@ -18,7 +18,7 @@ from lora_gguf.cli.convert import convert
 from lora_gguf.cli.doctor import doctor
 from lora_gguf.cli.extract import extract
 from lora_gguf.cli.fetch import fetch
-from lora_gguf.cli.helping import Grouped, as_typed, asked_for_help, way_out
+from lora_gguf.cli.helping import Grouped, as_typed, asked_for_help, help_width, way_out
 from lora_gguf.cli.init_pipeline import init_pipeline
 from lora_gguf.cli.inspect import inspect
 from lora_gguf.cli.merge import merge
@@ -42,7 +42,7 @@ app = typer.Typer(
     name="lora-gguf",
     help="Convert LoRA adapters to GGUF, and merge them into quantized GGUF models without losing the fine-tune.",
     epilog="lora-gguf help COMMAND tells more of each.",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "terminal_width": help_width()},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     add_completion=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -36,6 +37,13 @@ GROUPS = {
     "Report": ("report", "plot", "as_json", "verbose", "quiet", "progress"),
 }
 RARE = "Rare"
+LEAST = 52  # columns that click writes help in where there are fewer
+
+
+def help_width() -> int | None:
+    """Return the columns of help where the terminal has fewer than click expects; else None, for click's choice."""
+    columns = shutil.get_terminal_size().columns
+    return columns - 1 if columns < LEAST else None
 
 
 def group_of(name: str) -> str:
@@ -52,11 +60,11 @@ class Grouped(TyperCommand):
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
-                sections[_section(param)].append(record)
+                sections[_section(param)].append((re.sub(r" <\w+>$", "", record[0]), record[1]))
         for name, records in sections.items():
             if records:
                 with formatter.section(name):
-                    formatter.write_dl(records)
+                    formatter.write_dl(records, col_max=30 if formatter.width > LEAST else 8)
 
 
 def _section(param: Any) -> str:
