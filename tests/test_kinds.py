@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_gguf.adapters.adapter import read_adapter
-from lora_gguf.adapters.kinds import butterfly, cayley, neumann
+from lora_gguf.adapters.rotations import butterfly, cayley, neumann
 from lora_gguf.errors import MalformedError, NumericError, UnsupportedError
 from tests import tiny
 from tests.common import FIXTURES

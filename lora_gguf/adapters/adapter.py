@@ -19,6 +19,7 @@ from lora_gguf.adapters.spellings import TORCHTUNE, module_path, peft_name
 from lora_gguf.adapters.updates import Added, Replaced, Update
 from lora_gguf.adapters.weight_files import SUFFIXES, read_all, weights_of
 from lora_gguf.errors import FileError, MalformedError, NumericError, UsageError, printable
+from lora_gguf.files.lazy_array import LazyArray, contiguous
 
 EMPTY = "an empty tensor: DeepSpeed ZeRO-3 saves these where the weights are not gathered: gather and save them again"
 WHOLE = re.compile(r"(?P<path>.+?)(\.(modules_to_save|ln_tuning_layers)(\.[^.]+)?)?[._](?P<part>weight|bias)")
@@ -132,6 +133,8 @@ def as_f32(name: str, array: np.ndarray) -> np.ndarray:
         raise MalformedError(
             f"{printable(name)}: expected floating-point numbers, found {array.dtype}: download it again"
         )
+    if isinstance(array, LazyArray):
+        return array.astype(np.float32)
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, np.float32)
 
@@ -325,7 +328,7 @@ def packed_pair(module: Module, target: str, expert_b_layout: str | None) -> Lor
         if is_expert_major(target, config, expert_b_layout)
         else b.reshape(len(b), rank, n).swapaxes(1, 2)
     )
-    b = np.ascontiguousarray(by_expert.swapaxes(0, 1))
+    b = contiguous(by_expert.swapaxes(0, 1))
     return LoraPair(path, a.reshape(n, rank, -1), b, scale, module.sources, packed=True)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.adapters.patterns import first_match
+from lora_gguf.adapters.rotations import boft_blocks, butterfly, oft_blocks
 from lora_gguf.adapters.updates import (
     Added,
     Dora,
@@ -28,6 +29,7 @@ from lora_gguf.adapters.updates import (
 )
 from lora_gguf.adapters.variants import unpacked
 from lora_gguf.errors import MalformedError, UnsupportedError
+from lora_gguf.files.lazy_array import contiguous, made
 
 
 @dataclass
@@ -124,7 +126,7 @@ def lora(module: Module) -> Found:
     b, a = module.product(*(("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B", "lora_A")))
     scale = scale_of(module.path, len(a), module.config)
     if embedding:
-        a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
+        a, b = contiguous(b.T), contiguous(a.T)
     pair = LoraPair(module.path, a, b, scale, module.sources)
     magnitude = module.factors.get("lora_magnitude_vector")
     if magnitude is not None and "use_dora" not in module.config:
@@ -243,25 +245,6 @@ def ia3(module: Module) -> Found:
     return [Scaled(shape=(n, 0), row_factors=values, **place), bias]
 
 
-def cayley(skew: np.ndarray) -> np.ndarray:
-    """Return the rotations (I - S)(I + S)^-1 of skew-symmetric matrices (n, size, size), in f64."""
-    skew = skew.astype(np.float64)
-    eye = np.eye(skew.shape[-1])
-    return np.linalg.solve((eye + skew).swapaxes(-1, -2), (eye - skew).swapaxes(-1, -2)).swapaxes(-1, -2)
-
-
-def neumann(skew: np.ndarray, n_terms: int) -> np.ndarray:
-    """Return OFT's approximation of ``cayley``: I + 2S + 2S² + …, the last power once; PEFT's counts 3 and 4 both end
-    with S³."""
-    skew = skew.astype(np.float64)
-    total, power = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape).copy(), skew
-    last = n_terms - 1 if n_terms < 3 else max(3, n_terms - 1)
-    for i in range(1, last + 1):
-        total += power if i == last and n_terms > 2 else 2 * power
-        power = power @ skew
-    return total
-
-
 def oft(module: Module) -> Found:
     """Return what OFT makes: block-diagonal rotations of the input, from the upper triangles of skew-symmetric
     matrices.
@@ -271,21 +254,11 @@ def oft(module: Module) -> Found:
     size = round((1 + math.sqrt(1 + 8 * triangles.shape[1])) / 2)
     if size * (size - 1) // 2 != triangles.shape[1]:
         raise module.malformed(f"expected rows of size * (size - 1) / 2, found {triangles.shape[1]}")
-    rows, cols = np.triu_indices(size, 1)
-    skew = np.zeros((len(triangles), size, size))
-    skew[:, rows, cols] = triangles
-    skew -= skew.swapaxes(1, 2)
     config = module.config
-    if config.get("coft"):
-        limit = config.get("eps", 6e-5) / math.sqrt(len(skew))
-        length = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
-        skew = np.where(length <= limit, skew, skew * limit / np.maximum(length, 1e-300))
-    turns = (
-        neumann(skew, config.get("num_cayley_neumann_terms", 5))
-        if config.get("use_cayley_neumann", True)
-        else cayley(skew)
-    )
-    blocks = (turns if name == "oft_embedding_R" else turns.swapaxes(1, 2)).astype(np.float32)
+    eps = config.get("eps", 6e-5) if config.get("coft") else None
+    n_terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann", True) else None
+    parts = triangles, size, eps, n_terms, name == "oft_embedding_R"
+    blocks = made(oft_blocks, parts, (len(triangles), size, size))
     n_cols = 0 if config.get("block_share") else len(blocks) * size
     return [Rotated(name=module.path, shape=(0, n_cols), sources=module.sources, stages=[(None, blocks)])]
 
@@ -298,20 +271,10 @@ def boft(module: Module) -> Found:
     if r is None or s is None or r.ndim != 4 or r.shape[2] != r.shape[3] or 0 in r.shape:
         raise module.malformed("expected boft_R with four axes and boft_s")
     n_stages, n_blocks, size, _ = r.shape
-    turns = cayley((r - r.swapaxes(2, 3)) / 2).swapaxes(2, 3).astype(np.float32)
+    turns = made(boft_blocks, (r,), r.shape, row_wise=True)
     stages = [(butterfly(n_blocks * size, n_blocks >> i, size // 2, n_stages - 1), turns[i]) for i in range(n_stages)]
     shape = (s.size, n_blocks * size)
     return [Rotated(name=module.path, shape=shape, sources=module.sources, stages=stages, row_factors=s.ravel())]
-
-
-def butterfly(n: int, n_blocks: int, half: int, n_stages: int) -> np.ndarray | None:
-    """Return the order of ``n`` columns in one stage of BOFT: in each of ``n_blocks``, pieces of ``half``, even ones
-    first.
-    """
-    if n_stages == 0:
-        return None
-    pieces = np.arange(n).reshape(n_blocks, -1, half)
-    return np.argsort(np.concatenate([pieces[:, ::2], pieces[:, 1::2]], axis=1).ravel())
 
 
 def ln_tuning(module: Module) -> Found:
@@ -349,7 +312,7 @@ def mlx(module: Module) -> Found:
         raise module.malformed(f"lora_a {a.shape} and lora_b {b.shape} do not multiply")
     scale = mlx_scale(module.config, a.shape[-2])
     path = module.path.replace(".switch_mlp.", ".experts.")
-    pair = LoraPair(path, np.ascontiguousarray(a), np.ascontiguousarray(b), scale, module.sources)
+    pair = LoraPair(path, contiguous(a), contiguous(b), scale, module.sources)
     magnitude = module.factors.get("m")
     return [pair if magnitude is None else dora(module, pair, magnitude, embedding=False)]
 
@@ -359,7 +322,7 @@ def mlx_vlm(module: Module) -> Found:
     a, b = module.matrices("A", "B")
     if a.shape[1] != len(b):
         raise module.malformed(f"A {a.shape} and B {b.shape} do not multiply")
-    a, b = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
+    a, b = contiguous(a.T), contiguous(b.T)
     return [LoraPair(module.path, a, b, float(number(module.config, "alpha")), module.sources)]
 
 

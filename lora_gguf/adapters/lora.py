@@ -12,6 +12,8 @@ import numpy as np
 
 from lora_gguf.errors import MalformedError, NumericError, UnsupportedError, printable
 from lora_gguf.files.gguf_reader import GgufReader, TensorInfo
+from lora_gguf.files.input_file import InputFile
+from lora_gguf.files.lazy_array import LazyArray, Made, Stored, blocks_of, contiguous
 from lora_gguf.quants.ggml import BY_NAME, GgmlType
 
 OUT_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -80,7 +82,7 @@ class LoraPair:
             b = (b * piece.scale[:, None]).astype(np.float32)
         if piece.transpose:
             a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
-        return replace(self, name=piece.name, a=np.ascontiguousarray(a), b=np.ascontiguousarray(b), packed=False)
+        return replace(self, name=piece.name, a=contiguous(a), b=contiguous(b), packed=False)
 
     def delta(self) -> np.ndarray:
         """Return ``scale * b @ a`` in f32, whole: for tests and small tensors."""
@@ -89,11 +91,13 @@ class LoraPair:
 
 def check_finite(name: str, array: np.ndarray, label: str) -> str | None:
     """Return None, or where the first NaN or infinity of ``array`` stands."""
-    finite = np.isfinite(array)
-    if finite.all():
-        return None
-    place = tuple(int(i) for i in np.argwhere(~finite)[0])
-    return f"{label}: {name}{list(place)} is {array[place]}"
+    for first, block in blocks_of(array):
+        finite = np.isfinite(block)
+        if not finite.all():
+            place = [int(i) for i in np.argwhere(~finite)[0]]
+            value = block[tuple(place)]
+            return f"{label}: {name}{[place[0] + first, *place[1:]] if place else []} is {value}"
+    return None
 
 
 def common_alpha(pairs: Sequence[LoraPair]) -> float:
@@ -117,7 +121,7 @@ def under_alpha(pair: LoraPair, alpha: float) -> LoraPair:
 def stored_factors(pair: LoraPair) -> list[tuple[str, np.ndarray]]:
     """Return the two tensors of ``pair`` as they stand in an adapter GGUF; the embedding's are the other way round."""
     a, b = (pair.b, pair.a.T) if pair.name.endswith(EMBEDDING) else (pair.a, pair.b)
-    return [(f"{pair.name}.lora_a", np.ascontiguousarray(a)), (f"{pair.name}.lora_b", np.ascontiguousarray(b))]
+    return [(f"{pair.name}.lora_a", contiguous(a)), (f"{pair.name}.lora_b", contiguous(b))]
 
 
 def stored_type(shape: tuple[int, ...], outtype: str) -> GgmlType:
@@ -129,7 +133,7 @@ def stored_type(shape: tuple[int, ...], outtype: str) -> GgmlType:
 def smallest_exact(arrays: Sequence[np.ndarray]) -> str:
     """Return the smallest of f16, bf16 and f32 that holds all numbers of ``arrays`` as they are."""
     with np.errstate(over="ignore"):
-        if all(array.dtype == np.float16 or (array.astype(np.float16) == array).all() for array in arrays):
+        if all((np.asarray(array).astype(np.float16) == array).all() for array in arrays):
             return "f16"
     bits = (np.ascontiguousarray(array, np.float32).view(np.uint32) for array in arrays)
     return "bf16" if all(not (found & 0xFFFF).any() for found in bits) else "f32"
@@ -164,13 +168,8 @@ def decode(reader: GgufReader, info: TensorInfo, raw: np.ndarray | None = None) 
     raw = reader.read(info) if raw is None else raw
     if info.type.name in ("F32", "F16"):
         return raw.view("<f4" if info.type.name == "F32" else "<f2").astype(np.float32).reshape(info.shape)
-    from lora_gguf.quants.table import CODECS
-
-    if info.type.name not in CODECS:
-        raise UnsupportedError(f"{reader.label}: {info.name}: cannot read type {info.type}: write the adapter as F16")
-    out = np.empty((info.n_rows, info.n_cols), np.float32)
-    CODECS[info.type.name].decode(raw, out)
-    return out.reshape(info.shape)
+    check_readable(info, reader.label)
+    return _decoded(raw, info.type.name, info.shape)
 
 
 def write_adapter_gguf(
@@ -195,7 +194,6 @@ def write_adapter_gguf(
     if outtype == "auto":
         outtype = smallest_exact([array for _, array in factors])
     specs = [TensorSpec(name, stored_type(array.shape, outtype), array.shape) for name, array in factors]
-    encoded = [encode(name, array, spec.type) for (name, array), spec in zip(factors, specs, strict=True)]
     header = [
         key_value("general.architecture", architecture, "str"),
         key_value("general.type", "adapter", "str"),
@@ -205,8 +203,8 @@ def write_adapter_gguf(
         *(key_value(*entry) for entry in metadata),
     ]
     with GgufWriter(path, header, specs, force=force, inputs=inputs) as writer:
-        for spec, blocks in zip(specs, encoded, strict=True):
-            writer.write(writer.tensors[spec.name], 0, blocks)
+        for spec, (name, array) in zip(specs, factors, strict=True):
+            writer.write(writer.tensors[spec.name], 0, encode(name, array, spec.type))
         writer.commit()
 
 
@@ -238,8 +236,32 @@ def read_adapter_gguf(path: str | os.PathLike) -> tuple[list[LoraPair], str]:
 
 
 def _factor(reader: GgufReader, info: TensorInfo) -> np.ndarray:
-    """F16 as it is, which halves what an adapter takes; other types as f32."""
-    return reader.read(info).view("<f2").reshape(info.shape) if info.type.name == "F16" else decode(reader, info)
+    """The factor as f32, read when it is asked for."""
+    file = reader.source
+    if not isinstance(file, InputFile):
+        return decode(reader, info)
+    position = reader.data_position + info.offset
+    if info.type.name in ("F32", "F16", "BF16"):
+        return Stored.at(file, position, info.type.name, info.shape).astype(np.float32)
+    check_readable(info, reader.label)
+    blocks = Stored.at(file, position, "U8", (info.n_rows, info.row_bytes))
+    if not isinstance(blocks, LazyArray):
+        return _decoded(blocks, info.type.name, info.shape)
+    return Made.of(_decoded, (blocks, info.type.name, info.shape), info.shape, np.float32)
+
+
+def _decoded(blocks: np.ndarray, type_name: str, shape: tuple[int, ...]) -> np.ndarray:
+    from lora_gguf.quants.table import CODECS
+
+    return CODECS[type_name].decoded(blocks).reshape(shape)
+
+
+def check_readable(info: TensorInfo, label: str) -> None:
+    """Raise ``UnsupportedError`` where no codec knows the tensor's type."""
+    from lora_gguf.quants.table import CODECS
+
+    if info.type.name not in CODECS:
+        raise UnsupportedError(f"{label}: {info.name}: cannot read type {info.type}: write the adapter as F16")
 
 
 def _adapter_alpha(reader: GgufReader) -> float:
@@ -277,7 +299,7 @@ def _pair(reader: GgufReader, name: str, a: np.ndarray, b: np.ndarray, alpha: fl
     sources = (f"{name}.lora_a", f"{name}.lora_b")
     fits = a.ndim == b.ndim and a.ndim in (2, 3) and a.shape[:-2] == b.shape[:-2]
     if name.endswith(EMBEDDING) and fits:
-        a, b = np.ascontiguousarray(b.T), a
+        a, b = contiguous(b.T), a
     if not fits or a.shape[-2] != b.shape[-1] or 0 in a.shape or 0 in b.shape:
         raise MalformedError(
             f"{reader.label}: {name}: lora_a {a.shape} and lora_b {b.shape} do not multiply: convert the adapter again"

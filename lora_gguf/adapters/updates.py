@@ -9,13 +9,15 @@ A vector of the base (a bias, a norm) is a matrix of one row here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
+from lora_gguf.adapters.held import in_memory, n_held
 from lora_gguf.adapters.lora import LoraPair, Piece
 from lora_gguf.errors import UnsupportedError
+from lora_gguf.files.lazy_array import at_hand, contiguous, gathered
 
 MEASURED_ROWS = 4096  # at a time
 
@@ -71,6 +73,16 @@ class Update:
         """Return the update of ``piece`` alone, under its name and in its layout."""
         raise NotImplementedError
 
+    def loaded(self) -> Update:
+        """Return the update with its arrays in memory, but for whole tensors of which some rows can be read."""
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: in_memory(value, name == "values") for name, value in arrays.items()})
+
+    @property
+    def held_bytes(self) -> int:
+        """The bytes in memory of what ``loaded`` returns."""
+        return sum(n_held(getattr(self, field.name), field.name == "values") for field in fields(self))
+
     def as_pair(self) -> LoraPair | None:
         """Return the same update as a pair, exact; None where it is not low rank."""
         return None
@@ -88,10 +100,6 @@ class Update:
             n_rows, n_cols = n_cols, n_rows
         offset = (piece.offset or 0) + (piece.slot or 0) * n_rows
         return replace(self, name=piece.name, shape=(n_rows, n_cols), offset=offset, **fields)
-
-
-def gathered(values: np.ndarray | None, index: np.ndarray | None, axis: int = 0) -> np.ndarray | None:
-    return values if values is None or index is None else np.take(values, index, axis)
 
 
 def multiply(b: np.ndarray, a: np.ndarray) -> np.ndarray:
@@ -153,11 +161,12 @@ class DoraOfColumns(Update):
 
     def measure(self, rows: Callable[[int, int], np.ndarray]) -> None:
         """Set ``lengths``; ``rows(first, n)`` are the base's, dequantized, counted as the tensor's are."""
-        total = np.zeros(self.shape[1])
+        total, pair = np.zeros(self.shape[1]), self.pair
+        self.pair = replace(pair, a=np.asarray(pair.a), b=at_hand(pair.b))
         for i in range(0, self.shape[0], MEASURED_ROWS):
             n = min(MEASURED_ROWS, self.shape[0] - i)
             total += np.square(self.moved_weights(i, rows(self.offset + i, n)), dtype=np.float64).sum(axis=0)
-        self.lengths = np.sqrt(total)
+        self.lengths, self.pair = np.sqrt(total), pair
 
     def change_of(self, i: int, weights: np.ndarray) -> np.ndarray:
         assert self.lengths is not None, "measure comes first"  # noqa: S101
@@ -374,6 +383,6 @@ class Replaced(Update):
 
 def placed(values: np.ndarray, piece: Piece) -> np.ndarray:
     """Return ``values`` with the gathers and factors of ``piece``, turned where it is."""
-    moved = np.asarray(gathered(gathered(values, piece.rows), piece.cols, 1))
+    moved = gathered(gathered(values, piece.rows), piece.cols, 1)
     moved = moved if piece.scale is None else moved * piece.scale[:, None].astype(np.float32)
-    return np.ascontiguousarray(moved.T) if piece.transpose else moved
+    return contiguous(moved.T) if piece.transpose else moved

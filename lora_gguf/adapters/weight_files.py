@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_gguf.errors import FileError, MalformedError, printable
-from lora_gguf.files.weights import read_weights
+from lora_gguf.files.weights import find_weights
 
 # the first of these that is there is taken
 WEIGHTS = (
@@ -84,7 +84,7 @@ def read_all(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     """Return the tensors of all ``paths`` by name. Raises ``MalformedError`` where one is in two."""
     found: dict[str, np.ndarray] = {}
     for path in paths:
-        tensors = read_weights(path)
+        tensors = find_weights(path)
         if twice := found.keys() & tensors.keys():
             raise MalformedError(f"{printable(path.name)}: {min(twice)} is in two shards: download the adapter again")
         found |= tensors

@@ -129,7 +129,9 @@ def merge(
     threads: Threads = None,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="N(M|G)", help="What the rows in work may take; default: about 10M a thread."),
+        typer.Option(
+            metavar="N(M|G)", help="What rows in work, and the adapter's part of them, may take; default: 40M a thread."
+        ),
     ] = None,
     dask: Annotated[
         str | None,

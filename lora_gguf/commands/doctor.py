@@ -27,6 +27,7 @@ from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.sources import placement_of
 from lora_gguf.mapping.tower_names import WAITING
 from lora_gguf.mapping.towers import CLIP
+from lora_gguf.merging.chunks import TENSORS_HELD, held_bytes
 from lora_gguf.merging.forecast import STEADY_BYTES, expected, expected_seconds, scratch_bytes, step_of, thinned
 from lora_gguf.merging.importance import weigher
 from lora_gguf.merging.options import Policy
@@ -161,8 +162,7 @@ def foresee(report: DoctorReport, model: Base, plan: Plan, threads: int | None, 
     report.tensors = [outlook_of(tensor, model, weights, found) for tensor in sampled]
     report.output_bytes = report.outlooks[0].n_bytes
     report.free_bytes = shutil.disk_usage(".").free
-    factors = sum(pair.a.nbytes + pair.b.nbytes for tensor in merged for pair in tensor.pairs)
-    report.memory_bytes = STEADY_BYTES + 3 * factors + scratch_bytes(threads)
+    report.memory_bytes = STEADY_BYTES + TENSORS_HELD * max(map(held_bytes, merged)) + scratch_bytes(threads)
     report.seconds = expected_seconds(model, plan.tensors, weigh, threads) if local else None
     whole = total(found["auto"].values())
     whole.steps2 = sum((tensor.step or 0.0) ** 2 * weights[tensor.name] for tensor in report.tensors)

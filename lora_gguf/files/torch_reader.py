@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_gguf.errors import MalformedError, UnsupportedError, printable
 from lora_gguf.files.input_file import InputFile, impostor
+from lora_gguf.files.lazy_array import BLOCK_BYTES, Stored
 from lora_gguf.files.pickle_reader import Builder, Refusal, load, set_item
 from lora_gguf.files.tensor_file import DTYPES, MAX_DIMS, check_name, damaged
 
@@ -156,8 +157,13 @@ NAMES = {
 
 
 def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Return what ``find_torch`` does, all of it read."""
+    return {name: np.asarray(array) for name, array in find_torch(path).items()}
+
+
+def find_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Return all tensors of a ``.bin`` by name, in the pickle's order; BF16 and F8 widened to f32, other types as
-    stored.
+    stored. Those that lie in one piece are read when they are asked for.
 
     Raises ``MalformedError`` for whatever is not a plain dict of tensors, ``UnsupportedError`` for older formats.
     """
@@ -171,15 +177,13 @@ def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
             raise damaged(file.label, f"a pickle of {entries['data.pkl'].n_bytes} bytes: expected at most {MAX_PICKLE}")
         views = load(read_entry(file, entries["data.pkl"]), NAMES, _storage, file.label)
         _check_views(file, views)
-        return _read_views(file, entries, views)
+        return _find_views(file, entries, views)
 
 
 def read_entry(file: InputFile, entry: Entry) -> bytes:
     """Return the bytes of an entry, their CRC checked (0 stands for none: ``torch.save`` can leave it out)."""
-    raw = file.read(entry.position, entry.n_bytes)
-    if entry.crc and zlib.crc32(raw) != entry.crc:
-        raise damaged(file.label, f"{entry.name}: expected CRC {entry.crc:08x}, found {zlib.crc32(raw):08x}")
-    return raw
+    _check_crc(file, entry)
+    return file.read(entry.position, entry.n_bytes)
 
 
 def _archive(file: InputFile) -> dict[str, Entry]:
@@ -289,8 +293,8 @@ def _check_view(file: InputFile, name: str, view: TensorView) -> None:
         )
 
 
-def _read_views(file: InputFile, entries: dict[str, Entry], views: dict[str, TensorView]) -> dict[str, np.ndarray]:
-    """Each storage is read once, for all of its tensors; the result has the order of ``views``."""
+def _find_views(file: InputFile, entries: dict[str, Entry], views: dict[str, TensorView]) -> dict[str, np.ndarray]:
+    """Each storage is checked once, for all of its tensors; the result has the order of ``views``."""
     by_key: dict[str, list[str]] = {}
     for name, view in views.items():
         by_key.setdefault(view.storage.key, []).append(name)
@@ -304,9 +308,33 @@ def _read_views(file: InputFile, entries: dict[str, Entry], views: dict[str, Ten
             n_bytes = storage.numel * (1 if storage.dtype == "untyped" else DTYPES[storage.dtype].stored.itemsize)
             if n_bytes != entry.n_bytes:
                 raise damaged(file.label, f"{name}: expected a storage of {n_bytes} bytes, found {entry.n_bytes}")
-        raw = read_entry(file, entry)
-        weights.update((name, _array(raw, views[name])) for name in names)
+        _check_crc(file, entry)
+        for name in names:
+            view = views[name]
+            position = entry.position + view.offset * DTYPES[view.dtype].stored.itemsize
+            lies = all(view.shape) and _in_one_piece(view)
+            weights[name] = (
+                Stored.at(file, position, view.dtype, view.shape) if lies else _array(read_entry(file, entry), view)
+            )
     return weights
+
+
+def _check_crc(file: InputFile, entry: Entry) -> None:
+    crc = 0
+    for start in range(0, entry.n_bytes, BLOCK_BYTES) if entry.crc else ():
+        crc = zlib.crc32(file.read(entry.position + start, min(BLOCK_BYTES, entry.n_bytes - start)), crc)
+    if crc != entry.crc:
+        raise damaged(file.label, f"{entry.name}: expected CRC {entry.crc:08x}, found {crc:08x}")
+
+
+def _in_one_piece(view: TensorView) -> bool:
+    """Return whether the items lie one after the other, as C has them."""
+    expected = 1
+    for size, stride in zip(reversed(view.shape), reversed(view.stride), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _array(raw: bytes, view: TensorView) -> np.ndarray:

@@ -19,9 +19,10 @@ import numpy as np
 
 from lora_gguf.errors import MalformedError, UnsupportedError, printable
 from lora_gguf.files.input_file import InputFile, Source, impostor
+from lora_gguf.files.lazy_array import Stored
 from lora_gguf.files.npz_reader import read_npz
 from lora_gguf.files.tensor_file import DTYPES, MAX_DIMS, UNSUPPORTED_DTYPES, check_name, damaged
-from lora_gguf.files.torch_reader import read_torch
+from lora_gguf.files.torch_reader import find_torch
 
 MAX_HEADER = 100_000_000
 
@@ -38,8 +39,14 @@ class Entry:
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Return what ``find_weights`` does, all of it read."""
+    return {name: np.asarray(array) for name, array in find_weights(path).items()}
+
+
+def find_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Return all tensors of ``path`` by name, in file order; BF16 and F8 widened to f32, other types as they are
-    stored.
+    stored. They are read when they are asked for (``LazyArray``), but for those of an ``.npz`` and what is no plain
+    part of a PyTorch file.
 
     ``path`` is a ``.safetensors`` file, a ``*.index.json`` beside its shards, numpy's ``.npz``, or a PyTorch zip
     (``.bin``, ``.pt``).
@@ -47,24 +54,18 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     if path.name.endswith(".index.json"):
-        return _read_sharded(path)
+        return _find_sharded(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _find_safetensors(path)
     if path.suffix == ".npz":
         return read_npz(path)
-    return read_torch(path)
+    return find_torch(path)
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def _find_safetensors(path: Path) -> dict[str, np.ndarray]:
     with InputFile(path) as file:
         entries, data_position = read_header(file)
-        return {entry.name: _read_tensor(file, data_position, entry) for entry in entries}
-
-
-def _read_tensor(file: InputFile, data_position: int, entry: Entry) -> np.ndarray:
-    dtype = DTYPES[entry.dtype]
-    array = file.read_array(data_position + entry.start, dtype.stored, entry.shape)
-    return dtype.widen(array) if dtype.widen else array
+        return {entry.name: Stored.at(file, data_position + entry.start, entry.dtype, entry.shape) for entry in entries}
 
 
 def read_header(file: Source) -> tuple[list[Entry], int]:
@@ -149,11 +150,11 @@ def _are_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
-def _read_sharded(path: Path) -> dict[str, np.ndarray]:
+def _find_sharded(path: Path) -> dict[str, np.ndarray]:
     """The tensors of all shards that the index names; a shard lies beside the index."""
     weights: dict[str, np.ndarray] = {}
     for name in shard_names(path):
-        shard = read_weights(path.parent / name)
+        shard = find_weights(path.parent / name)
         twice = weights.keys() & shard.keys()
         if twice:
             raise MalformedError(f"{printable(path.name)}: {min(twice)} is in two shards: download the adapter again")

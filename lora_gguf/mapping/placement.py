@@ -23,6 +23,7 @@ from lora_gguf.adapters.updates import Computed, DoraOfColumns, Replaced, Update
 from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.lazy_array import stack
 from lora_gguf.mapping.accounts import Account, ElsewhereError, Placement, base_shape, misfit
 from lora_gguf.mapping.architectures import ARCHITECTURES
 from lora_gguf.mapping.completeness import missing, missing_blocks
@@ -252,9 +253,7 @@ def trimmed(pair: LoraPair, piece: Piece, hparams: Hparams) -> LoraPair:
         pair = replace(pair, a=pair.a[:, : shape_of(pair, hparams)[1]], wide=False)
     shape = base_shape(piece.name, hparams)
     if piece.name in (HEAD, EMBEDDING) and shape and ARCHITECTURES[hparams.architecture].other_vocabulary:
-        b = np.zeros((shape[0], pair.rank), np.float32)
-        b[: len(pair.b)] = pair.b[: shape[0]]
-        pair = replace(pair, b=b)
+        pair = replace(pair, b=stack([pair.b[: shape[0]]], (1, shape[0], pair.rank))[0])
     return pair
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from lora_gguf.adapters.lora import LoraPair, Piece
 from lora_gguf.errors import MismatchError
+from lora_gguf.files.lazy_array import made, stack
 
 Part = tuple[Piece, LoraPair]
 
@@ -38,26 +41,38 @@ def stacked(name: str, parts: list[Part], sources: tuple[str, ...], n: int | Non
         raise MismatchError(f"its experts differ in shape: {sorted(shapes)}")
     rank, (n_out, n_in) = max(pair.rank for _, pair in parts), parts[0][1].shape
     scale = common_scale(parts)
-    a, b = np.zeros((n, rank, n_in), np.float32), np.zeros((n, n_out, rank), np.float32)
-    for piece, pair in parts:
-        a[piece.slot, : pair.rank] = pair.a
-        b[piece.slot, :, : pair.rank] = under_scale(pair, scale)
+    by_slot = {piece.slot: pair for piece, pair in parts}
+    found = [by_slot.get(slot) for slot in range(n)]
+    a = stack([pair and pair.a for pair in found], (n, rank, n_in))
+    b = stack([pair and under_scale(pair, scale) for pair in found], (n, n_out, rank))
     return LoraPair(name, a, b, scale, sources)
 
 
 def fused(name: str, parts: list[Part], sources: tuple[str, ...], shape: tuple[int, ...]) -> LoraPair:
     """Return pairs of some rows each as one of all rows: A one below the other, B block by block."""
     scale, rank = common_scale(parts), sum(pair.rank for _, pair in parts)
-    a = np.concatenate([pair.a for _, pair in parts], axis=-2)
-    b, column = np.zeros((*shape[:-1], rank), np.float32), 0
-    for piece, pair in parts:
-        first = piece.offset or 0
-        rows = slice(first, first + pair.b.shape[-2])
-        if rows.stop > shape[-2] or pair.b.shape[:-2] != shape[:-2]:
+    firsts = [piece.offset or 0 for piece, _ in parts]
+    for first, (_, pair) in zip(firsts, parts, strict=True):
+        if first + pair.b.shape[-2] > shape[-2] or pair.b.shape[:-2] != shape[:-2]:
             raise MismatchError(f"expected parts of {shape}, found {pair.shape} at row {first}")
-        b[..., rows, column : column + pair.rank] = under_scale(pair, scale)
-        column += pair.rank
+    a = made(beside, tuple(pair.a for _, pair in parts), (*shape[:-2], rank, parts[0][1].shape[-1]))
+    b_shape = (*shape[:-1], rank)
+    b = made(partial(diagonal, b_shape, firsts), tuple(under_scale(pair, scale) for _, pair in parts), b_shape)
     return LoraPair(name, a, b, scale, sources)
+
+
+def beside(*factors: np.ndarray) -> np.ndarray:
+    """Return A's one below the other."""
+    return np.concatenate(factors, axis=-2)
+
+
+def diagonal(shape: tuple[int, ...], firsts: list[int], *factors: np.ndarray) -> np.ndarray:
+    """Return B's as one of ``shape``: each from its first row on, in columns of its own, zeros elsewhere."""
+    out, column = np.zeros(shape, np.float32), 0
+    for first, b in zip(firsts, factors, strict=True):
+        out[..., first : first + b.shape[-2], column : column + b.shape[-1]] = b
+        column += b.shape[-1]
+    return out
 
 
 def common_scale(parts: list[Part]) -> float:

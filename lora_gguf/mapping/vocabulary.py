@@ -17,6 +17,7 @@ from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.adapters.updates import Replaced, Update
 from lora_gguf.errors import MalformedError, MismatchError, printable
 from lora_gguf.files.gguf_writer import key_value
+from lora_gguf.files.lazy_array import contiguous
 
 MAX_TOKENS = 1 << 24
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -133,7 +134,7 @@ def last_token(directory: Path) -> int:
 def first_rows(update: LoraPair | Update, n_rows: int) -> LoraPair | Update:
     """Return an embedding's or head's update without what it has beyond ``n_rows`` rows."""
     if isinstance(update, LoraPair):
-        return replace(update, b=np.ascontiguousarray(update.b[:n_rows]))
+        return replace(update, b=contiguous(update.b[:n_rows]))
     if not isinstance(update, Replaced):
         return update
     if update.only is None:
@@ -181,7 +182,7 @@ def _grown_pair(pair: LoraPair, n_rows: int, original: np.ndarray | None) -> tup
             "save_embedding_layers=True"
         )
     rows = original[n_rows : len(pair.b)] + replace(pair, b=pair.b[n_rows:]).delta()
-    return LoraPair(pair.name, pair.a, np.ascontiguousarray(pair.b[:n_rows]), pair.scale, pair.sources), rows
+    return LoraPair(pair.name, pair.a, contiguous(pair.b[:n_rows]), pair.scale, pair.sources), rows
 
 
 def _replaced(update: Replaced, values: np.ndarray, only: np.ndarray | None, n_rows: int) -> Replaced:

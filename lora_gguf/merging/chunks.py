@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_gguf.adapters.lora import LoraPair
+from lora_gguf.files.lazy_array import at_hand
 from lora_gguf.kernels.low_rank import low_rank
 from lora_gguf.merging.refit import Weighting
 from lora_gguf.merging.scratch import scratch
@@ -17,6 +18,7 @@ from lora_gguf.merging.tensor import Recipe, TensorPlan
 CHUNK_WEIGHTS = 1 << 20  # of a chunk: enough that Python's part in it, 0.2 ms, does not count
 WORKING_BYTES = 40  # of memory for each weight of a chunk in work: update, weights, codes, a quantizer's search
 COPY_BYTES = 16 << 20
+TENSORS_HELD = 2  # the one whose chunks are in work, and the next
 
 # the weighting of each matrix of a tensor
 Weigh = Callable[[TensorPlan], Sequence[Weighting]]
@@ -101,13 +103,18 @@ def cut(ranges: Iterable[Range], weigh: Weigh | None = None, n_weights: int | No
 def chunks_of(tensor: TensorPlan, runs: Iterable[tuple[int, int]], weigh: Weigh | None = None) -> Iterator[Changed]:
     """Yield the ``runs`` (first row, number of rows, all in one matrix) of a tensor that has a recipe, as chunks."""
     n_out, n_cols = (1, *tensor.source.shape)[-2:]
-    a, b = stack(tensor.pairs, tensor.source.n_rows // n_out, n_out, n_cols)
-    recipe = tensor.wanted
+    pairs = [held(pair, tensor.source.n_rows // n_out) for pair in tensor.pairs]
+    if tensor.updates:
+        tensor = replace(tensor, updates=[(update.loaded(), scale) for update, scale in tensor.updates])
+    recipe, held_matrix = tensor.wanted, -1
     weightings = weigh(tensor) if weigh and tensor.changes and recipe.moves_grid else None
     for first, n_rows in runs:
         matrix, row = divmod(first, n_out)
-        factor, weighting = b[matrix, row : row + n_rows], weightings[matrix] if weightings else None
-        yield Changed(tensor, first, len(factor), recipe, matrix, a[matrix], factor, weighting)
+        if matrix != held_matrix:
+            a, held_matrix = a_of(pairs, matrix, n_cols), matrix
+            b = [(at_hand(pair.b[matrix]), np.float32(pair.scale)) for pair in pairs]
+        factor, weighting = b_of(b, row, min(n_rows, n_out - row)), weightings[matrix] if weightings else None
+        yield Changed(tensor, first, len(factor), recipe, matrix, a, factor, weighting)
 
 
 def _runs(part: Range, n_rows: int) -> Iterator[tuple[int, int]]:
@@ -132,12 +139,23 @@ def _cut_new(part: Range, new_rows: np.ndarray, n_rows: int) -> Iterator[New]:
         yield New(part.tensor, first, len(rows), np.ascontiguousarray(rows, np.float32))
 
 
-def stack(pairs: Sequence[LoraPair], n_matrices: int, n_out: int, n_in: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return all updates of one tensor as one pair of factors, f32: a (E, R, in), and b (E, out, R) with the scales."""
-    a = [np.asarray(pair.a, np.float32).reshape(n_matrices, -1, n_in) for pair in pairs]
-    b = [np.asarray(pair.b, np.float32).reshape(n_matrices, n_out, -1) * np.float32(pair.scale) for pair in pairs]
-    none_a, none_b = np.empty((n_matrices, 0, n_in), np.float32), np.empty((n_matrices, n_out, 0), np.float32)
-    return np.concatenate([none_a, *a], axis=1), np.concatenate([none_b, *b], axis=2)
+def held(pair: LoraPair, n_matrices: int) -> LoraPair:
+    """Return a pair with its matrices along one axis; in memory, unless each can be read when its turn comes."""
+    a, b = (at_hand(array.reshape(n_matrices, *array.shape[-2:])) for array in (pair.a, pair.b))
+    return replace(pair, a=a, b=b)
+
+
+def a_of(pairs: Sequence[LoraPair], matrix: int, n_in: int) -> np.ndarray:
+    """Return the A's of one matrix one below the other, f32 (R, in)."""
+    if len(pairs) == 1:
+        return np.ascontiguousarray(pairs[0].a[matrix], np.float32)
+    return np.concatenate([np.empty((0, n_in), np.float32), *(pair.a[matrix] for pair in pairs)], dtype=np.float32)
+
+
+def b_of(scaled: Sequence[tuple[np.ndarray, np.float32]], row: int, n_rows: int) -> np.ndarray:
+    """Return rows of the B's of one matrix side by side, each times its scale, f32 (n_rows, R)."""
+    found = [np.asarray(b[row : row + n_rows], np.float32) * scale for b, scale in scaled]
+    return found[0] if len(found) == 1 else np.concatenate([np.empty((n_rows, 0), np.float32), *found], axis=1)
 
 
 def update_of(chunk: Changed, blocks: np.ndarray) -> np.ndarray:
@@ -152,11 +170,22 @@ def update_of(chunk: Changed, blocks: np.ndarray) -> np.ndarray:
     return delta
 
 
-def weights_within(memory: int | None, n_threads: int | None) -> int:
-    """Return how many weights a chunk may have so that the chunks in work take at most ``memory`` bytes in all."""
+def weights_within(memory: int | None, n_threads: int | None, tensors: Iterable[TensorPlan] = ()) -> int:
+    """Return how many weights a chunk may have so that the chunks in work, and what is held for their ``tensors``, take
+    at most ``memory`` bytes in all, or as little as can be.
+    """
     if memory is None:
         return CHUNK_WEIGHTS
-    return min(CHUNK_WEIGHTS, max(1, memory // (WORKING_BYTES * (n_threads or n_cores()))))
+    left = memory - TENSORS_HELD * max(map(held_bytes, tensors), default=0)
+    return min(CHUNK_WEIGHTS, max(1, left // (WORKING_BYTES * (n_threads or n_cores()))))
+
+
+def held_bytes(tensor: TensorPlan) -> int:
+    """Return the bytes in memory of what is added to a tensor, while its rows are in work: A, and what has no rows that
+    could be read alone.
+    """
+    pairs = sum(4 * pair.rank * (pair.shape[-1] + pair.shape[-2]) for pair in tensor.pairs)
+    return pairs + sum(update.held_bytes for update, _ in tensor.updates)
 
 
 def n_cores() -> int:

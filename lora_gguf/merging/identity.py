@@ -19,10 +19,12 @@ import numpy as np
 
 from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.adapters.updates import Update
+from lora_gguf.errors import NumericError
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.files.gguf_writer import raw_key_values
 from lora_gguf.files.input_file import InputFile
+from lora_gguf.files.lazy_array import LazyArray, blocks_of
 from lora_gguf.mapping.accounts import Placement
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -54,8 +56,17 @@ def adapter_sha256(placement: Placement) -> str:
 
 def _sha256_of(placement: Placement) -> str:
     digest = hashlib.sha256()
-    updates: list[LoraPair | Update] = [*placement.pairs, *placement.updates]
-    _feed(digest, sorted(updates, key=lambda update: update.name))
+    both: list[LoraPair | Update] = [*placement.pairs, *placement.updates]
+    updates = sorted(both, key=lambda update: update.name)
+    digest.update(b"(%d" % len(updates))
+    for update in updates:
+        try:
+            _feed(digest, update)
+        except OverflowError:
+            raise NumericError(
+                f"{update.name}: NaN, infinity or overflow in the adapter: it is damaged: download it again, or train "
+                "it again"
+            ) from None
     _feed(digest, sorted(placement.new_rows.items()))
     _feed(digest, sorted(placement.key_values.items()))
     return digest.hexdigest()
@@ -64,14 +75,19 @@ def _sha256_of(placement: Placement) -> str:
 def _feed(digest: hashlib._Hash, value: Any) -> None:
     """Hash a value and its kind: arrays by shape and content, floats as f32, objects by their fields."""
     if isinstance(value, LoraPair):
-        _feed(digest, ("LoRA", value.name, value.a, np.asarray(value.b, np.float32) * np.float32(value.scale)))
+        b = value.b if isinstance(value.b, LazyArray) else np.asarray(value.b, np.float32)
+        _feed(digest, ("LoRA", value.name, value.a, b * np.float32(value.scale)))
+    elif isinstance(value, np.ndarray | LazyArray):
+        dtype = np.dtype(np.float32 if value.dtype.kind == "f" else np.int64)
+        digest.update(repr((dtype.str, value.shape or (1,))).encode())
+        for _, block in blocks_of(value):
+            array = np.ascontiguousarray(block, dtype)
+            if not np.isfinite(array).all():
+                raise OverflowError
+            digest.update(array.reshape(-1).view(np.uint8).data)
     elif is_dataclass(value):
         named = [(field.name, getattr(value, field.name)) for field in fields(value) if field.name != "sources"]
         _feed(digest, (type(value).__name__, named))
-    elif isinstance(value, np.ndarray):
-        array = np.ascontiguousarray(value, np.float32 if value.dtype.kind == "f" else np.int64)
-        digest.update(repr((array.dtype.str, array.shape)).encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
     elif isinstance(value, (list, tuple)):
         digest.update(b"(%d" % len(value))
         for item in value:

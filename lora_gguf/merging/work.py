@@ -46,7 +46,9 @@ def merge_ranges(
     def work(chunk: Chunk) -> np.ndarray | None:
         return merge_chunk(chunk, base.reader_of(chunk.tensor.source.name), writer)
 
-    chunks = cut(ranges, weigh, weights_within(resources.memory, resources.threads))
+    ranges = list(ranges)
+    n_weights = weights_within(resources.memory, resources.threads, [part.tensor for part in ranges])
+    chunks = cut(ranges, weigh, n_weights)
     for chunk, sums in in_threads(work, chunks, resources.threads):
         merges = sums is not None and chunk.tensor.changes
         n_weights = chunk.n_rows * chunk.tensor.source.n_cols if merges else 0
