@@ -43,6 +43,7 @@ def folder(local_hub, tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     (folder / "model-F16.gguf").write_bytes(base.read_bytes())
+    merge(base, [(ADAPTER, 1.0)], folder / "tuned-F16.gguf")
     merge(base, [(ADAPTER, 1.0)], folder / "big.gguf", Policy("nearest"), max_bytes=int(base.stat().st_size * 0.6))
     assert (folder / "big-00001-of-00002.gguf").exists()
     return folder
