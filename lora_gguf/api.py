@@ -221,6 +221,7 @@ def merge(
     threads: int | None = None,
     executor: Executor | None = None,
     force: bool = False,
+    skip_existing: bool = False,
     progress: Progress | None = None,
     downloads: Progress | None = None,
 ) -> MergeReport:
@@ -235,6 +236,7 @@ def merge(
     word none takes none. ``mmproj`` is the model's, into which the adapters' vision and audio part goes: it is written
     too, as mmproj-NAME.gguf, in its own types. ``executor``, one of ``concurrent.futures``, does the work: its workers
     see the files under the same paths, and ``threads`` (default: 1) and ``memory`` are those of each of its tasks.
+    ``skip_existing`` leaves an output that the same merge made before: ``report.skipped``.
 
     Raises ``MismatchError`` (the adapter does not fit), ``UnsupportedError``, ``NumericError`` (NaN, or less than
     ``min_retention`` is kept), ``FileError`` (no space, ``out`` exists and ``force`` is not given), ``HubError``,
@@ -244,7 +246,7 @@ def merge(
     named = scaled_names(adapters)
     reading = Reading(tied, allow_unused, expert_b_layout, base_config, expert_a_axis, layout_of, again, mmproj)
     resources = Resources(threads, memory, executor)
-    writing = None if out is None else Writing(out, max_bytes, keep_split, shard, modelfile, force)
+    writing = None if out is None else Writing(out, max_bytes, keep_split, shard, modelfile, force, skip_existing)
     growth, measured = parse_growth(str(max_growth)), _importance(imatrix)
     policy = Policy(rounding, seed, _upper(type), _upper(quantize), measured, growth, min_retention)
     if writing and writing.one_file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from lora_gguf.errors import ExecutorError, NumericError
 from lora_gguf.files.output import SUFFIX
 from lora_gguf.merging import tasks
 from tests.cluster import ENVIRONMENT, Cluster, cluster
-from tests.common import FIXTURES, smollm2_path
+from tests.common import FIXTURES, ROOT, smollm2_path
 from tests.test_executor import broken_scale
 from tests.test_merge import base_and_adapter
 
@@ -207,3 +208,36 @@ def test_two_networks_with_one_folder(tmp_path, plain, networks):
         found.stop()
     assert out.read_bytes() == plain
     assert "10.77.0.2" in (folder / "worker0.log").read_text()
+
+
+def test_many_adapters_and_many_bases(tmp_path, monkeypatch, capsys):
+    """The script of docs/cluster.md: nothing is made twice, a merge that fails stops no other, nor does a lost worker."""
+    script = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)[1]
+    assert sum(bool(line.strip()) for line in script.splitlines()) <= 11
+    bases, adapters = [], []
+    for i, type_name in enumerate(("Q4_K", "Q8_0")):
+        folder = tmp_path / f"{i}"
+        folder.mkdir()
+        base, adapter, _ = base_and_adapter(folder, type_name)
+        bases.append(str(base.rename(tmp_path / f"base{i}.gguf")))
+        adapters.append(str(adapter.rename(tmp_path / f"adapter{i}.gguf")))
+    raw = bytearray((tmp_path / "adapter1.gguf").read_bytes())
+    raw[-40:] = b"\x01" * 40
+    (tmp_path / "adapter1.gguf").write_bytes(raw)
+    adapters.append(str(tmp_path / "nowhere.gguf"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merged").mkdir()
+    with cluster(tmp_path / "cluster", 2) as found:
+        lists = f"bases, adapters = {bases}, {adapters}"
+        code = re.sub(r"bases, adapters = .*", lists, script).replace("tcp://host:8786", found.address)
+        exec(compile(code, "cluster.md", "exec"), {})
+        first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()}
+        said = capsys.readouterr().out.splitlines()
+        assert len(first) == 4 and len(said) == 6 and sum("nowhere.gguf: no such file" in line for line in said) == 2
+        removed = next((tmp_path / "merged").glob("*adapter0*"))
+        content = removed.read_bytes()
+        removed.unlink()
+        found.workers[0].send_signal(signal.SIGKILL)
+        exec(compile(code, "cluster.md", "exec"), {})
+        second = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()}
+    assert {name for name in first if first[name] != second[name]} == {removed.name} and removed.read_bytes() == content

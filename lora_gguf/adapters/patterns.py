@@ -31,9 +31,10 @@ def first_match(keys: Iterable[str], module: str) -> str | None:
     The keys of one map are sorted once, so pass the same object for every module.
     """
     global _latest  # noqa: PLW0603
-    if keys is not _latest.keys:
-        _latest = _Index(keys)
-    return _latest.first(module)
+    index = _latest  # which another thread's merge may change
+    if keys is not index.keys:
+        index = _latest = _Index(keys)
+    return index.first(module)
 
 
 class _Index:

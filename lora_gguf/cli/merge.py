@@ -144,6 +144,9 @@ def merge(
         bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
     ] = False,
     force: Force = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave an output that the same merge made before.")
+    ] = False,
     report: ReportFile = None,
     plot: PlotFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -200,6 +203,7 @@ def merge(
             memory=n_bytes("--memory", memory),
             executor=executor,
             force=force,
+            skip_existing=skip_existing,
             progress=work,
             downloads=downloads,
         )
@@ -226,7 +230,12 @@ def merge(
     elif not quiet:
         tell(merged, source, named, whole=shard is None)
     if push:
-        pushed = api.push(merged.written[0], push, kept=merged.whole.kept, bars=is_shown(progress and not quiet))
+        pushed = api.push(
+            merged.written[0],
+            push,
+            kept=None if merged.skipped else merged.whole.kept,
+            bars=is_shown(progress and not quiet),
+        )
         say(f"pushed to {pushed.url}")
         if not quiet:
             say_pushed(push, pushed.own_card)

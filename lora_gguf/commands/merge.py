@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,8 @@ from lora_gguf.checks.keeping import idle, judged, sentence
 from lora_gguf.checks.kinship import kin_warnings
 from lora_gguf.errors import UsageError, printable
 from lora_gguf.files.base import Base
-from lora_gguf.files.gguf_writer import GgufWriter
+from lora_gguf.files.gguf_reader import TensorInfo
+from lora_gguf.files.gguf_writer import GgufWriter, is_written
 from lora_gguf.files.output import check_space, check_target, write_bytes
 from lora_gguf.mapping.accounts import Account, ElsewhereError, Placement
 from lora_gguf.mapping.reading import Reading
@@ -43,9 +44,9 @@ Adapters = Sequence[tuple[str | os.PathLike, float]]
 class MergeReport:
     """What a merge did: its plan, the account of each adapter's tensors, and per merged tensor what was kept.
 
-    ``inputs`` are the role (base, adapter) and path of what was read, ``written`` the files that it made,
-    ``architecture`` is the base's. ``mmproj`` is the same of the mmproj that was merged beside the model; the accounts
-    are of both.
+    ``inputs`` are the role (base, adapter) and path of what was read, ``written`` the files that it made, or, where it
+    was ``skipped``, those that an earlier run had made; ``architecture`` is the base's. ``mmproj`` is the same of the
+    mmproj that was merged beside the model; the accounts are of both.
     """
 
     plan: Plan
@@ -56,6 +57,7 @@ class MergeReport:
     retention: dict[str, Retention] = field(default_factory=dict)
     written: list[Path] = field(default_factory=list)
     mmproj: MergeReport | None = None
+    skipped: bool = False
 
     @property
     def warnings(self) -> list[str]:
@@ -129,7 +131,8 @@ class MergeReport:
 class Job:
     """One file of a merge: a base that is open, the adapters that have a part in it, and what comes of them.
 
-    ``accounts`` are those of all adapters, one after the other. ``prepare`` adds the ``parts`` and their ``writers``.
+    ``accounts`` are those of all adapters, one after the other. ``prepare`` adds the ``parts`` and what each says of
+    itself.
     """
 
     model: Base
@@ -139,6 +142,7 @@ class Job:
     accounts: list[list[Account]]
     report: MergeReport
     parts: list[OutputPart] = field(default_factory=list)
+    key_values: list[list[bytes]] = field(default_factory=list)
     writers: list[GgufWriter] = field(default_factory=list)
 
     @property
@@ -171,9 +175,13 @@ def merge(
         if writing is None:
             return report
         inputs = [path for model in models for path in files_read(model, adapters, policy, reading)]
-        prepare(jobs[0], writing, adapters, inputs)
-        for job in jobs[1:]:
-            prepare(job, beside(writing), adapters, inputs)
+        for job in jobs:
+            prepare(job, writing if job is jobs[0] else beside(writing), adapters)
+        if writing.skip_existing and all(is_made(job) for job in jobs):
+            report.written, report.skipped = [part.path for job in jobs for part in job.parts], True
+            return report
+        for job in jobs:
+            job.writers = [GgufWriter(*made, force=writing.force, inputs=inputs) for made in outputs(job)]
         writers = [writer for job in jobs for writer in job.writers]
         check_space(writers[0].output.target, sum(writer.size for writer in writers))
         recipe = ollama_recipe(jobs, writing.force) if writing.modelfile else None
@@ -245,14 +253,13 @@ def joined_accounts(first: list[Account], second: Iterable[Account] = ()) -> lis
     ]
 
 
-def prepare(job: Job, writing: Writing, adapters: Adapters, inputs: list[str | os.PathLike]) -> None:
-    """Open the writers of a job's files, whose paths are checked; nothing is written before they are entered."""
+def prepare(job: Job, writing: Writing, adapters: Adapters) -> None:
+    """Settle which files a job writes, and what they say of themselves."""
     job.parts = output_parts(writing, job.model, job.plan, [adapter_name(path) for path, _ in adapters])
     repos = [hub_id(path) for path in (job.model.path, *(path for path, _ in adapters))]
     names = names_of(job.model, job.names, job.policy, repos if len(job.names) == len(adapters) else repos[:1])
     metadata = merged_key_values(job.model, job.plan, job.placements, job.policy, names)
-    alignment = job.model.alignment
-    job.writers = [writer_of(part, job.plan, metadata, alignment, writing.force, inputs) for part in job.parts]
+    job.key_values = [part.key_values(metadata, len(job.plan.tensors)) for part in job.parts]
     job.report.plan = replace(job.plan, tensors=[tensor for part in job.parts for tensor in part.tensors])
 
 
@@ -318,12 +325,15 @@ def ollama_recipe(jobs: Sequence[Job], force: bool) -> tuple[Path, bytes]:
     return path, modelfile_text(jobs[0].model, *(found.name for found in (merged, *others))).encode()
 
 
-def writer_of(
-    part: OutputPart, plan: Plan, metadata: list[bytes], alignment: int, force: bool, inputs: list
-) -> GgufWriter:
-    """Return the writer of one output file, its path checked; nothing is written before it is entered."""
-    targets, key_values = [tensor.target for tensor in part.tensors], part.key_values(metadata, len(plan.tensors))
-    return GgufWriter(part.path, key_values, targets, alignment=alignment, force=force, inputs=inputs)
+def is_made(job: Job) -> bool:
+    """Return whether all files of a job are there, made by the same merge: what they say of themselves tells."""
+    return all(is_written(*made) for made in outputs(job))
+
+
+def outputs(job: Job) -> Iterator[tuple[Path, list[bytes], list[TensorInfo], int]]:
+    """Yield each output file of a job: its path, metadata, tensors and alignment."""
+    for part, key_values in zip(job.parts, job.key_values, strict=True):
+        yield part.path, key_values, [tensor.target for tensor in part.tensors], job.model.alignment
 
 
 def write_part(

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_gguf.errors import UsageError
 from lora_gguf.files.gguf_reader import ARRAY, DEFAULT_ALIGNMENT, SCALARS, STRING, GgufReader, TensorInfo, padded
+from lora_gguf.files.input_file import InputFile
 from lora_gguf.files.output import OpenOutput, OutputFile, check_space
 from lora_gguf.quants.ggml import GgmlType
 
@@ -89,6 +90,26 @@ def header(key_values: Sequence[bytes], tensors: Sequence[TensorInfo], alignment
     return raw.ljust(padded(len(raw), alignment), b"\0")
 
 
+def planned(
+    key_values: Sequence[bytes], tensors: Iterable[TensorSpec | TensorInfo], alignment: int
+) -> tuple[list[TensorInfo], bytes, int]:
+    """Return the tensors of a file in their places, its bytes up to its data, and its size."""
+    placed = layout(tensors, alignment)
+    head = header(key_values, placed, alignment)
+    return placed, head, len(head) + (placed[-1].offset + padded(placed[-1].n_bytes, alignment) if placed else 0)
+
+
+def is_written(
+    path: str | os.PathLike, key_values: Sequence[bytes], tensors: Iterable[TensorInfo], alignment: int
+) -> bool:
+    """Return whether a file is there with this metadata, these tensors and so all of their bytes: files come whole."""
+    _, head, size = planned(key_values, tensors, alignment)
+    if not os.path.isfile(path):
+        return False
+    with InputFile(path) as file:
+        return file.size == size and file.read(0, len(head)) == head
+
+
 class GgufPlaces:
     """Where the tensors of a GGUF file under way lie in its ``output``: ``tensors`` maps each name to its place after
     ``data_position``.
@@ -127,18 +148,15 @@ class GgufWriter(GgufPlaces):
         path: str | os.PathLike,
         key_values: Sequence[bytes],
         tensors: Iterable[TensorSpec | TensorInfo],
-        *,
         alignment: int = DEFAULT_ALIGNMENT,
+        *,
         force: bool = False,
         inputs: Iterable[os.PathLike | str] = (),
     ) -> None:
-        placed = layout(tensors, alignment)
+        placed, self._header, self.size = planned(key_values, tensors, alignment)
         by_name = {tensor.name: tensor for tensor in placed}
         if len(by_name) != len(placed):
             raise UsageError(f"{path}: two tensors have one name")
-        self._header = header(key_values, placed, alignment)
-        end = placed[-1].offset + padded(placed[-1].n_bytes, alignment) if placed else 0
-        self.size = len(self._header) + end
         self.output: OutputFile = OutputFile(path, force=force, inputs=inputs)
         super().__init__(self.output, len(self._header), by_name)
         check_space(self.output.target, self.size)

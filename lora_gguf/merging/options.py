@@ -73,7 +73,8 @@ class Writing:
     """What a merge writes: a file at ``path``, or where that is a folder one with its conventional name in it.
 
     ``max_bytes`` is the most that a shard's tensors take; ``keep_split`` writes the base's shards; ``shard``, such as
-    3/5, writes only that one. ``modelfile`` writes one for Ollama beside the file; ``force`` replaces what is there.
+    3/5, writes only that one. ``modelfile`` writes one for Ollama beside the file; ``force`` replaces what is there,
+    ``skip_existing`` leaves it where the same merge made it.
     """
 
     path: str | os.PathLike[str]
@@ -82,13 +83,14 @@ class Writing:
     shard: str | None = None
     modelfile: bool = False
     force: bool = False
+    skip_existing: bool = False
 
     def __post_init__(self) -> None:
         check_path("out", self.path)
         check_gguf_name(self.path)
         if self.max_bytes is not None:
             check_whole("max_bytes", self.max_bytes, 1)
-        for name in ("keep_split", "modelfile", "force"):
+        for name in ("keep_split", "modelfile", "force", "skip_existing"):
             check_flag(name, getattr(self, name))
         if self.shard is not None:
             check_text("shard", self.shard)
@@ -111,7 +113,7 @@ class Writing:
     def one_file(self) -> str | os.PathLike[str] | None:
         """The one file that is written, where its name is known before the merge."""
         several = self.max_bytes or self.keep_split or self.shard
-        return None if several or os.path.isdir(self.path) else self.path
+        return None if several or self.skip_existing or os.path.isdir(self.path) else self.path
 
 
 @dataclass(frozen=True)
