@@ -280,6 +280,8 @@ def place_update(update: Update, found: list[Piece], hparams: Hparams, placement
     """Add the parts of an update that isn't low rank to the placement; return what is wrong with it."""
     if hparams.tensors is None:
         return [f"{update.name}: {update.kind} needs the base's tensors: give --base BASE.gguf"]
+    if len({(piece.name, piece.slot, piece.offset) for piece in found}) < len(found) and update.part == "weight":
+        return [f"{update.name}: {update.kind} on {found[0].name}, which adds parts of it up: merge it with PEFT"]
     taken, errors = [], []
     for piece in found:
         if update.part == "bias":

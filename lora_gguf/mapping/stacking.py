@@ -25,9 +25,17 @@ def joined(name: str, parts: list[Part], shape: tuple[int, ...] | None, n_expert
         return stacked(name, parts, sources, shape[0] if shape and len(shape) == 3 else n_experts)
     if piece.offset is None and len(parts) == 1:
         return pair
+    if all(part.sources == pair.sources for _, part in parts) and piece.offset is None:
+        return added(name, [part for _, part in parts])
     if shape is None or any(other.offset is None for other, _ in parts):
         raise MismatchError("two modules claim it")
     return fused(name, parts, sources, shape)
+
+
+def added(name: str, pairs: list[LoraPair]) -> LoraPair:
+    """Return the sum of parts of one module, which the tensor holds added up: ranks added."""
+    a = np.concatenate([pair.a for pair in pairs], axis=-2)
+    return LoraPair(name, a, np.concatenate([pair.b for pair in pairs], axis=-1), pairs[0].scale, pairs[0].sources)
 
 
 def stacked(name: str, parts: list[Part], sources: tuple[str, ...], n: int | None) -> LoraPair:

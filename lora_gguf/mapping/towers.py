@@ -350,12 +350,20 @@ NEMOTRON = layers(r"radio_model\.model\.blocks\.", "v.blk", MLP | BLOCK | {"attn
 )
 MINIMAX_M3 = layers(rf"{VIT_ROOT}encoder\.layers\.", "v.blk", {
     "self_attn.q_proj": Out("attn_q", (t.minimax_qk,)), "self_attn.k_proj": Out("attn_k", (t.minimax_qk,)),
-}) + under(VIT_ROOT, {"embeddings.patch_embedding": PATCHES}) + VIT + under(PROJECTOR, {"linear_#": "mm.#"}) + under(
-    r"patch_merge_mlp\.", {"linear_#": "mm.merger.fc#"}
-)  # fmt: skip
+}) + under(VIT_ROOT, {"embeddings.patch_embedding": PATCHES}) + VIT + under(
+    PROJECTOR, {"linear_#": "mm.#", "merge_linear_#": "mm.merger.fc#"}
+) + under(r"patch_merge_mlp\.", {"linear_#": "mm.merger.fc#"})  # fmt: skip
+# as transformers calls them
+MINIMAX_M3 += layers(r"vision_tower\.layers\.", "v.blk", ATTENTION | MLP | NORMS | {
+    "self_attn.q_proj": Out("attn_q", (t.minimax_qk,)), "self_attn.k_proj": Out("attn_k", (t.minimax_qk,)),
+}) + under(r"vision_tower\.", {"embeddings.proj": PATCHES, "pre_layrnorm": "v.pre_ln"})  # fmt: skip
+FRAMES_ADDED = tuple(Out("v.patch_embd", cols=(t.part(i, 2),)) for i in range(2))  # two frames that hold one image
 MUSE = layers(r"vision_tower\.layers\.", "v.blk", MLP | BLOCK | {
     "attn.q_proj": Out("attn_q", (ROTARY_Q,)), "attn.k_proj": Out("attn_k", (ROTARY_Q,)), "attn.v_proj": "attn_v",
-}) + under(r"", {"vision_adapter.fc1": "mm.0", "vision_adapter.fc2": "mm.1", "vision_projection": "mm.2"})  # fmt: skip
+}) + under(r"", {
+    "vision_adapter.fc1": "mm.0", "vision_adapter.fc2": "mm.1", "vision_projection": "mm.2",
+    "patch_embedder.patch_embedding": FRAMES_ADDED,
+}) + under(r"vision_tower\.", {"ln_pre": "v.pre_ln", "ln_post": "v.post_ln"})  # fmt: skip
 PHI4 = FLAT_VIT + under(r"mm_projector\.", {"#": "mm.#"})
 DEEPSEEK_OCR = layers(r"sam_model\.blocks\.", "v.sam.blk", {
     "attn.qkv": "attn.qkv", "attn.proj": "attn.out", "mlp.lin1": "mlp.lin1", "mlp.lin2": "mlp.lin2", "norm1": "pre_ln",
