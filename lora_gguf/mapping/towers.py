@@ -371,7 +371,11 @@ DEEPSEEK_OCR = layers(r"sam_model\.blocks\.", "v.sam.blk", {
 }) + layers(r"vision_model\.transformer\.layers\.", "v.blk", MLP | NORMS | {
     "self_attn.qkv_proj": "attn_qkv", "self_attn.out_proj": "attn_out",
 }) + layers(r"qwen2_model\.model\.model\.layers\.", "v.blk", ATTENTION | GATED_MLP | {"self_attn.o_proj": "attn_out"}) + under(
-    r"", {"sam_model.patch_embed.proj": "v.sam.patch_embd", "projector.layers": "mm.model.fc"}
+    r"", {
+        "sam_model.patch_embed.proj": "v.sam.patch_embd", "sam_model.neck.#": "v.sam.neck.#",
+        "sam_model.net_2": "v.sam.net_2", "sam_model.net_3": "v.sam.net_3", "projector.layers": "mm.model.fc",
+        "vision_model.embeddings.patch_embedding": "v.patch_embd",
+    }
 )  # fmt: skip
 
 # clip.projector_type -> its row
