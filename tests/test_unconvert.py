@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from lora_gguf import api
 from lora_gguf.adapters.adapter import read_adapter
@@ -49,6 +51,21 @@ def test_there_and_back(name, tmp_path):
         np.testing.assert_allclose(after[path], update, rtol=0, atol=3e-6, err_msg=path)
     written = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
     assert written["peft_type"] == "LORA" and set(written["target_modules"]) <= before.keys()
+    assert_as_vllm_wants_it(tmp_path / "back", written)
+
+
+def assert_as_vllm_wants_it(folder, config):
+    """What vLLM's reader asks of a folder: fields, features that it lacks, names of tensors, and ranks."""
+    assert config["r"] > 0 and config["lora_alpha"] and config["target_modules"] and config["bias"] == "none"
+    assert not any(config.get(field) for field in ("modules_to_save", "use_dora", "use_rslora", "lora_bias"))
+    assert config["init_lora_weights"] is True
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, array in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(?P<path>.+)\.lora_(embedding_)?(?P<half>[AB])(\.weight)?", name)
+        assert match and name.endswith(".weight") != ("lora_embedding_" in name), name
+        if ".experts" not in match["path"]:
+            ranks = [r for key, r in config["rank_pattern"].items() if re.match(rf"(.*\.)?({key})$", match["path"])]
+            assert array.shape["AB".index(match["half"])] == (ranks or [config["r"]])[0], name
 
 
 def test_a_tied_head_comes_back_tied(tmp_path):
