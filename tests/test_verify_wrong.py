@@ -9,8 +9,11 @@ from ml_dtypes import bfloat16
 from lora_gguf.api import verify
 from lora_gguf.errors import MismatchError, UnprovedError
 from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.merging.options import Policy
+from lora_gguf.quants.ggml import BY_NAME
 from tests import tiny
 from tests.calls import merge
+from tests.common import text_kv
 from tests.test_cli import run
 from tests.test_merge import stored
 from tests.test_verify import SIZE, some_pairs, write_adapter, write_base
@@ -191,3 +194,47 @@ def test_the_exit_codes_of_the_three_verdicts(tmp_path, capsys):
     assert code == UnprovedError.exit_code == 10 and "cannot be proved" in err and "how it was made" in err
     path.write_bytes(spoiled(case, "a tensor zeroed", ours=False))
     assert run(capsys, "verify", path, *words)[0] == MismatchError.exit_code
+
+
+@pytest.mark.parametrize("asked", [1e-6, -4e-7, 0.0])
+def test_a_small_scale_is_as_exact_as_a_large_one(tmp_path, asked):
+    write_base(tmp_path / "base.gguf", "Q4_0")
+    strong = write_adapter(tmp_path / "strong.gguf", some_pairs(1e6 * SIZE["Q4_0"]))
+    merge(tmp_path / "base.gguf", [(strong, 5e-7)], tmp_path / "merged.gguf")
+    assert verify(tmp_path / "merged.gguf", tmp_path / "base.gguf", [(strong, 5e-7)]).ok
+    report = verify(tmp_path / "merged.gguf", tmp_path / "base.gguf", [(strong, asked)])
+    assert report.verdict == "wrong"
+
+
+@pytest.mark.parametrize("type_name", ["I8", "I32", "F64"])
+def test_a_tensor_that_nobody_decodes_is_the_base_s(tmp_path, type_name):
+    write_base(tmp_path / "base.gguf", "F16")
+    keys, tensors = unpacked(tmp_path / "base.gguf")
+    rows = np.arange(64 * BY_NAME[type_name].block_bytes, dtype=np.uint8).reshape(1, -1)
+    (tmp_path / "base.gguf").write_bytes(packed(keys, {**tensors, "table": [type_name, (64,), rows]}, ours=True))
+    adapter = write_adapter(tmp_path / "adapter.gguf", some_pairs(1e-4))
+    merge(tmp_path / "base.gguf", [(adapter, 1.0)], tmp_path / "merged.gguf", Policy("fresh"))
+    keys, tensors = unpacked(tmp_path / "merged.gguf")
+    path = tmp_path / "another.gguf"
+    path.write_bytes(packed(keys, tensors, ours=False))
+    assert verify(path, tmp_path / "base.gguf", [(adapter, 1.0)]).ok
+    tensors["table"][2] = rows ^ np.uint8(1)
+    path.write_bytes(packed(keys, tensors, ours=False))
+    report = verify(path, tmp_path / "base.gguf", [(adapter, 1.0)])
+    assert [finding.tensors for finding in report.findings] == [("table",)]
+
+
+def test_the_padding_before_the_data_is_zero(tmp_path):
+    case = Merge(tmp_path, "F16", 1e-4, "fresh")
+    keys, tensors = unpacked(case.merged)
+    named = {**keys, "general.description": text_kv("general.description", "x" * 11)}
+    raw = bytearray(packed(named, tensors, ours=False))
+    path = tmp_path / "padded.gguf"
+    path.write_bytes(raw)
+    with GgufReader(path) as reader:
+        assert reader.table_end < reader.data_position
+        last = reader.data_position - 1
+    assert verify(path, case.base, [(case.adapter, 1.0)]).ok
+    raw[last] = 7
+    path.write_bytes(raw)
+    assert verify(path, case.base, [(case.adapter, 1.0)]).verdict == "wrong"

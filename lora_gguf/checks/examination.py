@@ -107,7 +107,7 @@ def inspect(chunk: Chunk, models: tuple[Base, Base], imatrix: Imatrix | None) ->
     n_different = int(np.count_nonzero(before != after)) if same_type else after.size
     changes = isinstance(chunk, Changed) and chunk.tensor.changes
     if not changes and (not n_different or source.type.name not in CODECS):
-        return Inspected(n_different)
+        return Inspected(n_different, n_different)
     importance = _importance(chunk, imatrix)
     seen = Inspected(n_different)
     update = update_of(chunk, before).copy() if isinstance(chunk, Changed) and changes else None

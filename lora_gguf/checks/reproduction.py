@@ -29,6 +29,7 @@ from lora_gguf.merging.types import with_recipe
 from lora_gguf.quants.table import CODECS
 
 Placements = Sequence[tuple[Placement, float]]
+SAME_SCALE = 1e-6  # of the scales themselves, which the file has in f32: however small, others are others
 
 
 @dataclass
@@ -131,10 +132,12 @@ def same_sum(recorded: list[tuple[str, float]], asked: list[tuple[str, float]], 
     if not linear:
         return sorted(recorded) == sorted(asked)
     totals: dict[str, float] = {}
+    sizes: dict[str, float] = {}
     for sign, named in ((1, recorded), (-1, asked)):
         for digest, scale in named:
             totals[digest] = totals.get(digest, 0.0) + sign * scale
-    return all(abs(total) <= 1e-6 for total in totals.values())
+            sizes[digest] = sizes.get(digest, 0.0) + abs(scale)
+    return all(abs(total) <= SAME_SCALE * sizes[digest] for digest, total in totals.items())
 
 
 def _strings(value: object) -> list[str] | None:
@@ -210,10 +213,9 @@ def tail_findings(result: Base) -> Iterator[Finding]:
     """Tell what lies between and after the tensors' data that should not."""
     for reader in result.readers:
         infos = list(reader.tensors.values())
-        ends = [reader.data_position + info.offset + info.n_bytes for info in infos]
-        starts = [reader.data_position + info.offset for info in infos[1:]]
-        end = ends[-1] if ends else reader.data_position
-        last = min(-(-end // reader.alignment) * reader.alignment, reader.size)
+        ends = [reader.table_end, *(reader.data_position + info.offset + info.n_bytes for info in infos)]
+        starts = [reader.data_position + info.offset for info in infos]
+        last = min(max(reader.data_position, -(-ends[-1] // reader.alignment) * reader.alignment), reader.size)
         gaps = zip(ends, [*starts, last], strict=True)
         if any(any(reader.source.read(start, stop - start)) for start, stop in gaps if stop > start):
             yield Finding("damaged", (), "zeros between the tensors", f"other bytes in {reader.label}")

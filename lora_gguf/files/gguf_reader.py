@@ -250,7 +250,8 @@ class GgufReader:
             if expected >= 1 << 63:
                 raise cursor.error(f"{info.name}: the tensors are larger than any file")
             self.tensors[info.name] = info
-        self.data_position = padded(cursor.position, self.alignment)
+        self.table_end = cursor.position
+        self.data_position = padded(self.table_end, self.alignment)
         for info in self.tensors.values():
             end = self.data_position + info.offset + info.n_bytes
             if end > self.size:
