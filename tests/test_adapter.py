@@ -246,3 +246,16 @@ def test_packed_factors_that_cannot_be_unpacked(tmp_path, fields):
     weights = {key: np.ones((1 << 10, 8) if "lora_B" in key else (8, 1 << 10), np.float32) for key in tensors()}
     with pytest.raises(MalformedError, match=r"smaller qalora_group_size|blocks \(use_bdlora\)|do not multiply"):
         read_adapter(directory(tmp_path, weights, r=8, **fields))
+
+
+@pytest.mark.parametrize("option", [{"use_foo": True}, {"foo_config": {"beta": 2}}, {"enable_lora": [True, False]}])
+def test_an_option_of_a_newer_peft_is_asked_about(tmp_path, option):
+    (warning,) = read_adapter(directory(tmp_path, **option)).warnings
+    assert f"{next(iter(option))} is not known here" in warning
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_foo": False, "foo_config": {}}, {"eva_config": {"rho": 2.0}, "runtime_config": {"offload": True}}]
+)
+def test_options_that_are_off_or_of_the_training_are_none_to_ask_about(tmp_path, options):
+    assert not read_adapter(directory(tmp_path, **options)).warnings

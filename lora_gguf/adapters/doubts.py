@@ -6,20 +6,24 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_gguf.adapters.adapter_config import kind_of
+from lora_gguf.adapters.adapter_config import FIELDS, kind_of
 from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.adapters.updates import Update
 from lora_gguf.errors import printable
 
 # PEFT's initialisations that leave the base's weights as they are; those that do not are refused
 INITS = re.compile(r"true|false|gaussian|eva|orthogonal|mica")
+# how PEFT calls an option that makes another kind of LoRA, and those of that form that only train it
+OPTIONS = re.compile(r"(use|enable)_\w+|\w+_config")
+OF_TRAINING = {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}
 
 
 def doubts(
     directory: Path, updates: Iterable[LoraPair | Update], config: dict, expert_b_layout: str | None
 ) -> list[str]:
     """Return warnings on an adapter before it meets a base."""
-    return [*layout_doubt(directory, updates, config, expert_b_layout), *init_doubt(config), *scale_doubt(config)]
+    layout = layout_doubt(directory, updates, config, expert_b_layout)
+    return [*layout, *init_doubt(config), *option_doubt(config), *scale_doubt(config)]
 
 
 def layout_doubt(
@@ -53,6 +57,22 @@ def init_doubt(config: dict) -> list[str]:
         f"init_lora_weights={printable(init, 40)} is not known here: if it changes the base's weights, the adapter "
         "does not fit the unchanged base: save it again in PEFT with "
         "save_pretrained(path_initial_model_for_weight_conversion=...)"
+    ]
+
+
+def option_doubt(config: dict) -> list[str]:
+    """Return a warning where a LoRA has options on that are not known here: a newer PEFT may do with it what they
+    say.
+    """
+    if kind_of(config) != "LORA":
+        return []
+    on = [key for key, value in config.items() if value and OPTIONS.fullmatch(key)]
+    unknown = sorted(key for key in on if key not in FIELDS and key not in OF_TRAINING)
+    if not unknown:
+        return []
+    return [
+        f"adapter_config.json: {printable(', '.join(unknown), 100)} is not known here: the adapter is read without it; "
+        "if it changes what the adapter does, merge it with the PEFT that saved it"
     ]
 
 
