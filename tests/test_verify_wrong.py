@@ -238,3 +238,35 @@ def test_the_padding_before_the_data_is_zero(tmp_path):
     raw[last] = 7
     path.write_bytes(raw)
     assert verify(path, case.base, [(case.adapter, 1.0)]).verdict == "wrong"
+
+
+def test_weights_too_small_for_f16_are_no_damage_of_a_merge_in_f16(tmp_path):
+    write_base(tmp_path / "base.gguf", "BF16")
+    keys, tensors = unpacked(tmp_path / "base.gguf")
+    tensors["token_embd.weight"][2][1:3, 5] = 0x33  # the high byte of a bf16 of 4e-8
+    (tmp_path / "base.gguf").write_bytes(packed(keys, tensors, ours=True))
+    pairs = some_pairs(1e-3)
+    adapter, by_name = write_adapter(tmp_path / "adapter.gguf", pairs), {pair.name: pair for pair in pairs}
+    for name, (kind, shape, rows) in tensors.items():
+        if len(shape) == 2:
+            held = CODECS[kind].decoded(rows)
+            if name in by_name:
+                held = held + by_name[name].b @ by_name[name].a
+            halves = held_as(held_as(held, np.float16), bfloat16)
+            tensors[name][2] = np.frombuffer(stored(halves, kind).tobytes(), np.uint8).reshape(len(rows), -1)
+    (tmp_path / "merged.gguf").write_bytes(packed(keys, tensors, ours=False))
+    report = verify(tmp_path / "merged.gguf", tmp_path / "base.gguf", [(adapter, 1.0)])
+    assert report.verdict == "right"
+
+
+@pytest.mark.parametrize("scale", [0.998, 1.003])
+@pytest.mark.parametrize("type_name", ["F16", "BF16", "F32"])
+def test_halves_do_not_hide_another_scale(tmp_path, type_name, scale):
+    write_base(tmp_path / "base.gguf", "F16")
+    adapter = write_adapter(tmp_path / "adapter.gguf", some_pairs(1e-3))
+    for factor, verdict in ((1.0, "right"), (scale, "unproved")):
+        policy = Policy("fresh", type=type_name)
+        merge(tmp_path / "base.gguf", [(adapter, factor)], tmp_path / "merged.gguf", policy, force=True)
+        bare = tmp_path / "bare.gguf"
+        bare.write_bytes(packed(*unpacked(tmp_path / "merged.gguf"), ours=False))
+        assert verify(bare, tmp_path / "base.gguf", [(adapter, 1.0)]).verdict == verdict

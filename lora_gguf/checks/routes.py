@@ -36,6 +36,9 @@ MOST_DIFFER = 0.1  # of the blocks, on the right way
 N_TRIES = 16
 SUMMED, HALVED = np.float32(2.0**-21), np.float32(2.0**-8)  # how far sums in another order, or in halves, are off
 
+TOO_MANY = 6.5  # standard deviations
+LEAN = 2.0**-11  # of the update, by which factors in halves may change its scale
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -77,12 +80,23 @@ def n_unexplained(codec: Codec, rows: Rows, importance: np.ndarray, fresh: np.nd
     differs = differing(codec, rows.stored, fresh)
     if not differs.any():
         return 0
-    sample = rows.some(evenly(len(rows.before), N_SAMPLE))
-    counts = [_count(codec, route, sample, importance) for route in ROUTES]
-    route = ROUTES[int(np.argmin(counts))]
-    if min(counts) > 2 + MOST_DIFFER * sample.stored.size // codec.type.block_bytes:
-        return int(differs.sum())
-    return _count(codec, route, rows, importance, tries=N_TRIES)
+    route = _route(codec, rows, importance, differs)
+    return int(differs.sum()) if route is None else _count(codec, route, rows, importance, tries=N_TRIES)
+
+
+def _route(codec: Codec, rows: Rows, importance: np.ndarray, differs: np.ndarray) -> tuple[str, str, str] | None:
+    """Return the way that gives the most of some rows; among equals one with an exact update, in halves it hides more,
+    that gives the most of the rows that the plainest way does not. None where none gives nearly all.
+    """
+    at_odds = np.flatnonzero(differs.reshape(len(rows.before), -1).any(1))
+    sample, odd = (rows.some(some) for some in (evenly(len(rows.before), N_SAMPLE), at_odds[:N_SAMPLE]))
+    counts = {route: _count(codec, route, sample, importance) for route in ROUTES}
+    least = min(counts.values())
+    if least > 2 + MOST_DIFFER * sample.stored.size // codec.type.block_bytes:
+        return None
+    equals = [route for route, count in counts.items() if count == least]
+    exact = [route for route in equals if route[1] == "F32"] or equals
+    return min(exact, key=lambda route: _count(codec, route, odd, importance)) if len(exact) > 1 else exact[0]
 
 
 def differing(codec: Codec, stored: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -121,5 +135,16 @@ def _count_floats(codec: Codec, route: tuple[str, str, str], rows: Rows) -> int:
     if update_type != "F32":
         off = off + HALVED * np.abs(rows.delta)
     off[np.broadcast_to(rows.delta == 0, off.shape)] = 0
-    least, most = (rounded(rounded(wanted + side * off, sum_type), codec.type.name) for side in (-1, 1))
+    least, middle, most = (rounded(rounded(wanted + side * off, sum_type), codec.type.name) for side in (-1, 0, 1))
+    if update_type != "F32" and leans(rows.delta, after - middle):
+        return after.size
     return int((~((after >= least) & (after <= most))).sum())
+
+
+def leans(delta: np.ndarray, error: np.ndarray) -> bool:
+    """Tell whether errors, as rounding in halves makes them, go with the update or against it by more than chance: then
+    it is one of another scale.
+    """
+    moves = delta.astype(np.float64) * error
+    chance = TOO_MANY * np.sqrt(np.square(moves).sum()) + LEAN * np.square(delta, dtype=np.float64).sum()
+    return bool(abs(moves.sum()) > chance)
