@@ -3,7 +3,7 @@
 # make lint     ruff and mypy
 # make docs     what docs/ says of commands and tables, from the code
 # make chaos    faults, kills and hostile files: a quarter of an hour
-# make bench-speed, make bench-fidelity    the figures of docs/benchmarks.md
+# make bench-speed, make bench-fidelity, make bench-scale    the figures of docs/benchmarks.md
 # make clients  other people's programs over our files: Node, a browser, transformers, parsers
 # make clean    remove what the others made
 
@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 SMOLLM2 := models/smollm2-135m-instruct-q4_1.gguf
 
-.PHONY: help demo test lint docs chaos clients bench-speed bench-fidelity clean
+.PHONY: help demo test lint docs chaos clients bench-speed bench-fidelity bench-scale clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -44,6 +44,9 @@ clients: $(VENV)/clients
 
 bench-speed: $(VENV)/test
 	$(BIN)/python -m tests.bench.speed
+
+bench-scale: $(VENV)/test
+	$(BIN)/python -m tests.bench.scale
 
 bench-fidelity: $(VENV)/bench
 	$(BIN)/python -m tests.bench.fidelity
