@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from lora_gguf import api, errors
 from lora_gguf.errors import ExecutorError, FileError, IntegrityError, LoraGgufError, NumericError, UsageError
+from lora_gguf.files import lazy_array
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.files.output import SUFFIX
@@ -282,6 +284,26 @@ def test_a_stale_file_of_a_dead_caller_is_removed(tmp_path, processes):
         (tmp_path / f".out.gguf.{number}{SUFFIX}").write_bytes(b"x")
     api.merge(base, adapter, tmp_path / "out.gguf", executor=processes)
     assert sorted(os.listdir(tmp_path)) == ["adapter.gguf", "base.gguf", "out.gguf"]
+
+
+def open_files():
+    return {os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="nothing tells what is open")
+def test_files_are_closed_when_no_task_comes(tmp_path, monkeypatch):
+    base, adapter, _ = base_and_adapter(tmp_path, "Q4_K")
+    monkeypatch.setattr(lazy_array, "AT_ONCE", -1)
+    api.merge(base, adapter, tmp_path / "out.gguf")
+    assert not {str(base), str(adapter)} & open_files()
+    monkeypatch.setattr(tasks, "IDLE_SECONDS", 0.2)
+    with ThreadPoolExecutor(2) as pool:
+        api.merge(base, adapter, tmp_path / "out.gguf", executor=pool, force=True)
+        assert str(base) in open_files()
+        until = time.monotonic() + 20
+        while {str(base), str(adapter)} & open_files():
+            assert time.monotonic() < until
+            time.sleep(0.05)
 
 
 def _subclasses(kind):

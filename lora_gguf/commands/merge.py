@@ -16,6 +16,7 @@ from lora_gguf.errors import UsageError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.files.gguf_writer import GgufWriter, is_written
+from lora_gguf.files.lazy_array import close_files
 from lora_gguf.files.output import check_space, check_target, write_bytes
 from lora_gguf.mapping.accounts import Account, ElsewhereError, Placement
 from lora_gguf.mapping.reading import Reading
@@ -168,6 +169,7 @@ def merge(
     of ``LoraGgufError``, before the first byte is written wherever that is possible; then the output stays what it was.
     """
     with ExitStack() as opened:
+        opened.callback(close_files)
         models = [opened.enter_context(Base(path)) for path in (base, reading.mmproj) if path is not None]
         check_pair(*models)
         jobs = [planned(model, adapters, policy, reading) for model in models]

@@ -209,6 +209,11 @@ def _opened(state: FileState) -> InputFile:
     return file
 
 
+def close_files() -> None:
+    """Close the files that arrays were read from and that nobody is reading."""
+    _opened.cache_clear()
+
+
 @dataclass(frozen=True, eq=False)
 class Rows(LazyArray):
     """Some of the first axis of another array."""

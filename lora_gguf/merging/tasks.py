@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import platform
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, as_completed
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.files.gguf_writer import GgufPlaces, GgufWriter
 from lora_gguf.files.input_file import FileState
+from lora_gguf.files.lazy_array import close_files
 from lora_gguf.files.output import SharedOutput
 from lora_gguf.merging.chunks import Range
 from lora_gguf.merging.importance import weigher
@@ -31,7 +33,8 @@ from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.merging.work import Done, merge_ranges
 
 TASK_BYTES = 64 << 20  # of the base or of the output, whichever is more: half a second's work or more
-BASES = 4  # that a process holds open, one merge after the other
+BASES = 4  # that a process holds open, for tasks of several merges
+IDLE_SECONDS = 30.0  # after which it closes them
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def _run(task: Task, *, sync: bool) -> list[Done]:
             f"a worker has lora-gguf {__version__}, the caller {printable(task.version, 40)}: install the same on both"
         )
     base = _opened(task.base)
+    _close_later()
     with SharedOutput(task.temporary, task.label, sync=sync) as output:
         places = GgufPlaces(output, task.data_position, task.targets)
         done = list(merge_ranges(task.ranges, base, places, weigher(base), task.resources))
@@ -116,6 +120,25 @@ def _opened(states: tuple[FileState, ...]) -> Base:
     if base.states != states:
         raise IntegrityError(f"{base.label}: changed after the merge was planned: run again when nothing writes to it")
     return base
+
+
+def _close_later() -> None:
+    """Close base and adapter where no task comes for a while: a deleted file takes room as long as it is open."""
+    global _timer  # noqa: PLW0603
+    if _timer:
+        _timer.cancel()
+    _timer = threading.Timer(IDLE_SECONDS, close_all)
+    _timer.daemon = True
+    _timer.start()
+
+
+def close_all() -> None:
+    """Close what tasks have opened and none has in hand."""
+    _opened.cache_clear()
+    close_files()
+
+
+_timer: threading.Timer | None = None
 
 
 def in_executor(executor: Executor, tasks: Iterable[Task], told: Callable[[Done], None]) -> list[Done]:

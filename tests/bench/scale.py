@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import re
 import tempfile
@@ -75,6 +76,12 @@ def io_of(pid: int) -> tuple[int, int]:
     return tuple(int(re.search(rf"{name}: (\d+)", text)[1]) for name in ("rchar", "wchar"))
 
 
+def cpu_of(pid: int) -> float:
+    """The CPU time that a process has taken so far, in s."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def peak_of(pid: int) -> float:
     """The most memory that a process had, in MB."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
@@ -104,9 +111,10 @@ def one(folder: Path, found: Cluster, base: Path, adapter: Path, label: str) -> 
     with Client(found.address, set_as_default=False) as client:
         warm_up(folder, client, len(pids))
         executor, before = Measured(client.get_executor(pure=False)), [io_of(pid) for pid in pids]
-        start = time.perf_counter()
+        used, start, own = [cpu_of(pid) for pid in pids], time.perf_counter(), time.process_time()
         report = api.merge(base, adapter, folder / "out.gguf", executor=executor, force=True, **out)
-        seconds = time.perf_counter() - start
+        seconds, own = time.perf_counter() - start, time.process_time() - own
+        used = [cpu_of(pid) - before for before, pid in zip(used, pids)]
         moved = [[b - a for a, b in zip(first, io_of(pid))] for first, pid in zip(before, pids)]
         sent, returned = executor.sent / executor.n, executor.returned / executor.n
     n_bytes = sum(tensor.target.n_bytes for tensor in report.tensors)
@@ -115,7 +123,7 @@ def one(folder: Path, found: Cluster, base: Path, adapter: Path, label: str) -> 
     for path in report.written:
         path.unlink()
     return {
-        "base": label, "workers": len(pids), "tasks": executor.n, "seconds": seconds, "gb": n_bytes / 1e9,
+        "base": label, "workers": len(pids), "tasks": executor.n, "seconds": seconds, "worker_cpu_s": max(used), "caller_cpu_s": own, "gb": n_bytes / 1e9,
         "read_gb": max(read for read, _ in moved) / 1e9, "read_mean_gb": sum(read for read, _ in moved) / len(moved) / 1e9,
         "model_read_gb": model.read / 1e9, "written_mean_gb": sum(wrote for _, wrote in moved) / len(moved) / 1e9,
         "model_written_gb": model.written / 1e9, "task_kb": sent / 1e3, "result_kb": returned / 1e3,
