@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 from lora_gguf.arguments import none_of
+from lora_gguf.cli.terms import as_number
 from lora_gguf.errors import UsageError, printable
 
 # the groups of a command's help, in their order, and the names of the options in them
@@ -90,8 +91,8 @@ def way_out(error: Any) -> str:
         name = f"{param.opts[0]} {param.metavar}" if param.param_type_name == "option" else param.metavar
         return f"{name} is missing, as in: {example(context.command)}"
     given = "".join(str(found["input"]) for found in _found(error))
-    if param is not None and param.name == "scale" and (share := _share(given)):
-        return f"--scale {printable(given, 20)}: expected a number: write {share}"
+    if param is not None and (number := as_number(given)):
+        return f"{max(param.opts, key=len)} {printable(given, 20)}: expected a number: write {number}"
     if found := re.match(r"No such command '(.*)'\.$", error.format_message(), re.DOTALL):
         return f"no such command: {printable(found[1], 80)}: name one first, as in: lora-gguf merge BASE.gguf ADAPTER"
     if found := re.search(r"'([^']*)' is not one of (.*)", error.format_message()):
@@ -133,12 +134,6 @@ def as_typed(error: UsageError, app: Any, line: Sequence[str]) -> str:
 def _found(error: Any) -> list[dict]:
     """Return what typer's validator tells of a value that it refused."""
     return error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
-
-
-def _share(text: str) -> str:
-    """Return the first percentage in ``text`` as a number, such as 0.75 for 75%."""
-    found = re.search(r"([-+]?\d+(?:\.\d+)?)\s*%", text)
-    return f"{float(found[1]) / 100:g}" if found else ""
 
 
 def words(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:

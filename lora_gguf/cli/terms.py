@@ -110,6 +110,14 @@ def joined_scales(arguments: Iterable[str]) -> list[str]:
     return words
 
 
+def as_number(text: str) -> str:
+    """Return a percentage, or a number with a decimal comma, as a number: 0.75 for 75% and for 0,75; else nothing."""
+    found = re.fullmatch(r"\s*([-+]?\d+(?:[.,]\d+)?)\s*(%?)\s*", text)
+    if not found or not (found[2] or "," in found[1]):
+        return ""
+    return f"{float(found[1].replace(',', '.')) / (100 if found[2] else 1):g}"
+
+
 def with_scale(text: str) -> tuple[str, float]:
     """Return ADAPTER[:SCALE], as llama.cpp's --lora-scaled takes it."""
     if os.path.exists(text):
@@ -121,6 +129,7 @@ def with_scale(text: str) -> tuple[str, float]:
         if os.path.exists(name):
             raise UsageError(
                 f"--lora {printable(text)}: expected a number as its scale, found {printable(number)!r}"
+                + (f": write {meant}" if (meant := as_number(number)) else "")
             ) from None
         return text, 1.0
 
@@ -137,10 +146,10 @@ def n_bytes(option: str, size: str | None) -> int | None:
     """Return 500M or 2G in bytes; None where ``option`` was not given."""
     if size is None:
         return None
-    number, unit = size[:-1], {"M": 10**6, "G": 10**9}.get(size[-1:].upper())
-    if not unit or not number.isdigit() or int(number) == 0:
+    found = re.fullmatch(r"([0-9]{1,12}) ?([MG])B?", size, re.IGNORECASE)
+    if not found or int(found[1]) == 0:
         raise UsageError(f"{option} {printable(size)}: expected a number of megabytes or gigabytes, such as 500M or 2G")
-    return int(number) * unit
+    return int(found[1]) * {"M": 10**6, "G": 10**9}[found[2].upper()]
 
 
 def pictures(page: Path | None, plot: Path | None, force: bool, inputs: Iterable[str | os.PathLike[str]]) -> Pictures:

@@ -85,7 +85,10 @@ def extract(
         label = after.label
         found.warnings += noise_warnings(found, before, after)
     if not pairs:
-        raise MismatchError(f"{label}: nothing differs from {printable(Path(base).name)} that an adapter could hold")
+        raise MismatchError(
+            f"{label}: nothing differs from {printable(Path(base).name)} that an adapter could hold: give the model "
+            "before, then the one after"
+        )
     metadata: list[tuple[str, object, str]] = [
         ("general.name", Path(output.path).stem, "str"),
         ("general.base_model.count", 1, "u32"),

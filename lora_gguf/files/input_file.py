@@ -59,11 +59,16 @@ def path_hint(path: str | os.PathLike[str]) -> str:
     if os.fspath(path).startswith("~"):
         return f"the shell leaves ~ as it is within quotation marks: write {printable(os.path.expanduser(path))}"
     folder, name = os.path.split(os.fspath(path))
+    stem, suffix = os.path.splitext(name)
     try:
-        meant = difflib.get_close_matches(name, [] if os.path.exists(path) else os.listdir(folder or "."), 1, 0.75)
+        names = (
+            [] if os.path.exists(path) else sorted(os.listdir(folder or "."), key=lambda found: found.endswith(suffix))
+        )
     except (OSError, ValueError):
-        meant = []
-    return f"did you mean {printable(os.path.join(folder, meant[0]))}?" if meant else NO_HINT
+        names = []
+    by_stem = {os.path.splitext(found)[0]: found for found in names}  # of two the one with the same suffix
+    meant = difflib.get_close_matches(stem, by_stem, 1, 0.7)
+    return f"did you mean {printable(os.path.join(folder, by_stem[meant[0]]))}?" if meant else NO_HINT
 
 
 class Source:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 EXTRA = "vl_convert"
 PLOT_TYPES = (".png", ".svg")
+NO_PAGE = (*PLOT_TYPES, ".pdf", ".jpg", ".json", ".md", ".txt", ".csv")
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,12 @@ class Pictures:
         for path, option in ((self.page, "--report"), (self.plot, "--plot")):
             if path is None:
                 continue
-            if importlib.util.find_spec(EXTRA) is None:
-                raise not_installed(option, "vl-convert-python", "Vega-Lite, which draws the charts")
             if option == "--plot" and path.suffix.lower() not in PLOT_TYPES:
                 raise UsageError(f"--plot {printable(path)}: expected a name that ends in {' or '.join(PLOT_TYPES)}")
+            if option == "--report" and path.suffix.lower() in NO_PAGE:
+                raise UsageError(f"--report {printable(path)}: a page is written: expected a name that ends in .html")
+            if importlib.util.find_spec(EXTRA) is None:
+                raise not_installed(option, "vl-convert-python", "Vega-Lite, which draws the charts")
             if os.path.realpath(path) in taken:
                 raise UsageError(f"{option} {printable(path)}: another output of this command: name another file")
             taken.append(str(check_target(path, force=self.force, inputs=self.inputs)))
