@@ -340,25 +340,36 @@ def compare(
     return work(models[0], local, models[1], asked, threads=resources.threads, progress=progress)
 
 
-def push(merged: Name, repo: str, *, public: bool = False, kept: float | None = None, bars: bool = False) -> PushReport:
+def push(
+    merged: Name,
+    repo: str,
+    *,
+    public: bool = False,
+    kept: float | None = None,
+    expected_loss: float | None = None,
+    bars: bool = False,
+) -> PushReport:
     """Upload the GGUF ``merged`` (of a split one all shards) to the repository ``repo`` on the Hub, which is made where
     there is none, with a Modelfile and a model card.
 
-    A new repository is private unless ``public``. ``kept``, of a ``MergeReport``, stands in the card. ``bars`` lets
-    huggingface_hub show its own. Raises ``HubError``, ``FileError``, ``MalformedError``; nothing is committed then.
+    A new repository is private unless ``public``. ``kept`` and ``expected_loss``, of a ``MergeReport``, stand in the
+    card. ``bars`` lets huggingface_hub show its own. Raises ``HubError``, ``FileError``, ``MalformedError``; nothing is
+    committed then.
     """
     check_path("merged", merged)
     check_text("repo", repo, "OWNER/NAME")
     check_flag("public", public)
-    if kept is not None:
-        check_number("kept", kept)
+    for name, value in (("kept", kept), ("expected_loss", expected_loss)):
+        if value is not None:
+            check_number(name, value)
+    from lora_gguf.commands.card import Told
     from lora_gguf.commands.push import push as work
     from lora_gguf.files.base import Base
     from lora_gguf.hub.uploads import make_repo
 
     with Base(merged):  # refused here, before a repository is made
         pass
-    return work(merged, make_repo(repo, public=public), kept, bars=bars)
+    return work(merged, make_repo(repo, public=public), Told(kept, expected_loss), bars=bars)
 
 
 def extract(

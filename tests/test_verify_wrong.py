@@ -13,7 +13,7 @@ from lora_gguf.merging.options import Policy
 from lora_gguf.quants.ggml import BY_NAME
 from tests import tiny
 from tests.calls import merge
-from tests.common import text_kv
+from tests.common import ROOT, text_kv
 from tests.test_cli import run
 from tests.test_merge import stored
 from tests.test_verify import SIZE, some_pairs, write_adapter, write_base
@@ -125,6 +125,7 @@ def test_every_flipped_bit_of_a_file_of_ours_is_found(tmp_path):
     keys = [raw.index(key) + len(key) + 16 for key in (b"lora_gguf.version", b"lora_gguf.seed", b"lora_gguf.rounding")]
     keys += [raw.index(b"lora_gguf.adapter.names") + 45, raw.index(b"lora_gguf.metadata_sha256") + 3]
     path = tmp_path / "flipped.gguf"
+    assert len(set(places) | set(keys)) >= 15
     for place in [*places, *keys]:
         for bit in range(8):
             flipped = bytearray(raw)
@@ -143,6 +144,8 @@ UPDATES = {
     "half factors": lambda a, b: held_as(b, np.float16) @ held_as(a, np.float16),
     "bf16": lambda a, b: held_as(held_as(b, bfloat16) @ held_as(a, bfloat16), bfloat16),
 }
+BASE_TYPES, FACTORS = ("F16", "BF16", "Q4_0", "Q8_0"), (1, 30)
+HELD = (("F32", "F16"), ("BF16", "BF16"), ("BF16", "Q8_0"), ("F16", "Q4_K"))  # the sum in, the file in
 THROUGH = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16}
 
 
@@ -167,21 +170,28 @@ def merged_by_others(base, pairs, update, through, type_name):
     return packed(keys, tensors, ours=False)
 
 
-@pytest.mark.parametrize("base_type", ["F16", "BF16", "Q4_0", "Q8_0"])
+@pytest.mark.parametrize("base_type", BASE_TYPES)
 def test_right_files_of_other_tools_are_never_wrong(tmp_path, base_type):
     base, found = tmp_path / "base.gguf", {}
     write_base(base, base_type)
-    for factor in (1, 30):
+    for factor in FACTORS:
         pairs = some_pairs(SIZES[base_type] * factor)
         adapter = write_adapter(tmp_path / "adapter.gguf", pairs)
         for update in UPDATES:
-            for through, type_name in (("F32", "F16"), ("BF16", "BF16"), ("BF16", "Q8_0"), ("F16", "Q4_K")):
+            for through, type_name in HELD:
                 out = tmp_path / "merged.gguf"
                 out.write_bytes(merged_by_others(base, pairs, update, through, type_name))
                 report = verify(out, base, [(adapter, 1.0)])
                 found[factor, update, through, type_name] = report.verdict
                 assert report.verdict != "wrong", (factor, update, through, type_name, report.findings)
     assert found[30, "f32", "F32", "F16"] == found[30, "another order", "F32", "F16"] == "right"
+
+
+def test_the_promises_count_what_is_tried():
+    said = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    n_files = sum(len(chosen(name, rounding)) for name in TYPES for rounding in ("auto", "fresh"))
+    assert f"{len(LABELS)} kinds of damage over {len(TYPES)} types, {n_files} wrong files" in said
+    assert f"{len(BASE_TYPES) * len(FACTORS) * len(UPDATES) * len(HELD)} merges of other tools' kinds" in said
 
 
 def test_the_exit_codes_of_the_three_verdicts(tmp_path, capsys):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field
 
-from lora_gguf.checks.keeping import GOOD
+from lora_gguf.checks.keeping import GOOD, judgement
 from lora_gguf.errors import LoraGgufError, printable
+from lora_gguf.merging.loss import loss_text
 
 OK, NOTE, WARNING, REFUSAL = "ok", "note", "warning", "refusal"
 
@@ -24,13 +25,15 @@ class Remark:
 class Outlook:
     """One way to merge, under the ``name`` by which tensors list what they keep of it, and what is expected of it.
 
-    ``kept`` is the share of the update that acts (1: all of it), ``noise`` what rounding adds relative to the update
-    (rms), ``n_bytes`` the size of the file.
+    ``kept`` is the share of the update that acts (1: all of it), ``expected_loss`` the share of its effect that is
+    lost, within a factor of two (None: not known), ``noise`` what rounding adds relative to the update (rms),
+    ``n_bytes`` the size of the file.
     """
 
     name: str
     options: str
     kept: float
+    expected_loss: float | None
     noise: float
     n_bytes: int
 
@@ -116,16 +119,21 @@ def recommend(outlooks: list[Outlook]) -> str:
     """Return what to do, in one line."""
     by_name = {found.name: found for found in outlooks}
     default = by_name["auto"]
-    if default.kept < GOOD:
-        better = min((found for found in outlooks if found.kept >= GOOD), key=lambda found: found.n_bytes, default=None)
+    if judgement(default.kept, default.expected_loss) != "good":
+        good = [found for found in outlooks if judgement(found.kept, found.expected_loss) == "good"]
+        better = min(good, key=lambda found: found.n_bytes, default=None)
         if better is None:
-            return f"little is kept whatever the type: the defaults keep {default.kept:.2f}"
-        return (
-            f"merge with {better.options}: it keeps {better.kept:.2f} of the adapter, the defaults only "
-            f"{default.kept:.2f}"
-        )
+            return f"little is kept whatever the type: the defaults keep {kept_text(default)}"
+        return f"merge with {better.options}: it keeps {kept_text(better)}; the defaults keep only {kept_text(default)}"
     lost = [name for name in ("nearest", "fresh") if name in by_name and by_name[name].kept < GOOD - 0.1]
     others = (
         "; " + " and ".join(f"{name} rounding would keep {by_name[name].kept:.2f}" for name in lost) if lost else ""
     )
-    return f"merge with the defaults: they keep {default.kept:.2f} of the adapter{others}"
+    return f"merge with the defaults: they keep {kept_text(default)}{others}"
+
+
+def kept_text(way: Outlook) -> str:
+    """Return what a way to merge keeps and loses, as a part of a sentence."""
+    loss = way.expected_loss
+    lost = "" if loss is None else f", {loss_text(loss)} of its effect lost"
+    return f"{way.kept:.2f} of the adapter{lost}"

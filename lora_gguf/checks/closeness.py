@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 
+from lora_gguf.merging.loss import BAD_LOSS, GOOD_LOSS
+
 LEAST = 1e-6  # of a probability that is told only by what it leaves
-GOOD, BAD = 0.25, 0.5  # share of the adapter's effect that is lost: up to here it is good, from here on it is not
 TIE = 0.2  # nats between two tokens that are as likely: a fifth
 SURE = 100  # tokens, below which the figures are rough
 LITTLE = 0.005  # a divergence between base and adapter below which the prompts show nothing
@@ -124,7 +125,7 @@ class CompareReport:
 
     @property
     def ok(self) -> bool:
-        return self.lost < BAD
+        return self.lost < BAD_LOSS
 
     @property
     def judgement(self) -> str:
@@ -133,7 +134,7 @@ class CompareReport:
             return "no"
         if not self.merged.n_tokens or self.base.kl < LITTLE:
             return ""
-        return "partly" if self.lost > GOOD else "yes"
+        return "partly" if self.lost > GOOD_LOSS else "yes"
 
     @property
     def verdict(self) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from lora_gguf.checks.neighbours import brackets, farthest, own_steps
 from lora_gguf.checks.routes import rounded
 from lora_gguf.kernels.decorators import kernel
-from lora_gguf.merging.retention import FAINT, LOG_ODDS
+from lora_gguf.merging.retention import FAINT, LOG_ODDS, Retention
 from lora_gguf.merging.scratch import scratch
 from lora_gguf.quants.codec import Codec
 
@@ -189,6 +189,11 @@ class Comparison:
         sums = np.full(N_SUMS, np.nan)
         sums[[PROJECTION, UPDATE2, ACHIEVED2]] = merge_sums[:3]
         return cls(n_weights, sums)
+
+    def as_kept(self) -> Retention:
+        """Return the sums that a merge counts."""
+        found = self.sums[[PROJECTION, UPDATE2, ACHIEVED2]]
+        return Retention(self.n_weights, np.append(found, 0.0))
 
     def _share(self, which: int) -> float:
         return float(self.sums[which] / self.sums[UPDATE2]) if self.sums[UPDATE2] > 0 else 1.0

@@ -14,6 +14,7 @@ from lora_gguf.errors import NumericError
 from lora_gguf.files.base import Base
 from lora_gguf.mapping.accounts import Placement
 from lora_gguf.merging.forecast import expected, rows_each
+from lora_gguf.merging.loss import BAD_LOSS, GOOD_LOSS, loss_text
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.plan import Plan
 from lora_gguf.merging.retention import WARN_BELOW, Retention, kind_of, total
@@ -78,15 +79,24 @@ def sentence(whole: Retention, policy: Policy) -> str:
         return ""
     if whole.is_nothing:
         return "the adapter changes nothing, so there is nothing to keep"
-    share = f"{whole.kept:.0%} of the fine-tune is kept"
+    loss = whole.expected_loss
+    lost = "" if loss is None else f", {loss_text(loss)} of its effect lost"
+    share = f"{whole.kept:.0%} of the fine-tune is kept{lost}"
     if whole.kept > TOO_MUCH:
         return f"{share}: too strong: is the scale right?"
-    if whole.kept >= GOOD:
-        return f"{share}: good"
-    if whole.kept < WARN_BELOW:
-        return f"{share}: poor"
+    word = judgement(whole.kept, loss)
+    if word == "good" or whole.kept < WARN_BELOW:
+        return f"{share}: {word}"
     larger = policy.rounding in SPREADS and policy.rounding != "nearest"
-    return f"{share}: fair; {'--type Q8_0' if larger else '--rounding auto'} keeps more{', in a larger file' * larger}"
+    option = "--type Q8_0 loses less, in a larger file" if larger else "--rounding auto loses less"
+    return f"{share}: {word}; {option}"
+
+
+def judgement(kept: float, loss: float | None) -> str:
+    """Return whether a merge that keeps and loses so much is good, fair or poor."""
+    if kept < WARN_BELOW or (loss or 0.0) > BAD_LOSS:
+        return "poor"
+    return "good" if kept >= GOOD and (loss or 0.0) <= GOOD_LOSS else "fair"
 
 
 def poorly_kept(kinds: Kinds) -> dict[str, float]:

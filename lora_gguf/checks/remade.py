@@ -43,4 +43,10 @@ def make_again(chunk: Chunk, model: Base, result: Base) -> Remade:
 
 
 def _n_unequal(one: np.ndarray, other: np.ndarray) -> int:
-    return int(np.count_nonzero(one != other)) if one.shape == other.shape else other.size
+    if one.shape != other.shape:
+        return other.size
+    of_eight = one.size // 8 * 8  # most are equal, which is seen eight at a time
+    pairs = [(array.reshape(-1)[:of_eight].view(np.uint64), array.reshape(-1)[of_eight:]) for array in (one, other)]
+    if all(np.array_equal(first, second) for first, second in zip(*pairs, strict=True)):
+        return 0
+    return int(np.count_nonzero(one != other))

@@ -26,14 +26,16 @@ from lora_gguf.cli.options import (
     Scale,
     Threads,
     TiedHead,
+    Verbose,
 )
 from lora_gguf.cli.terms import Tied, announce_first_run, base_and_adapter, draw, named_adapters, pictures
 from lora_gguf.progress import bars
 from lora_gguf.text import json_text
 
 if TYPE_CHECKING:
-    from lora_gguf.checks.checkup import DoctorReport, TensorOutlook
+    from lora_gguf.checks.checkup import DoctorReport, Outlook, TensorOutlook
 
+WAYS, SHORT = ("merge with", "kept", "effect lost", "file", "noise/delta"), 4  # columns
 MARKS = {"ok": "ok", "note": "note", "warning": "WARNING"}  # a refusal is the error with which the command ends
 
 
@@ -55,6 +57,7 @@ def doctor(
     plot: PlotFile = None,
     force: ForcePictures = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
     progress: Progress = True,
 ) -> None:
@@ -89,7 +92,7 @@ def doctor(
         )
     from lora_gguf.report.content import of_doctor
 
-    text = json_text(found.as_dict()) if as_json else as_text(found)
+    text = json_text(found.as_dict()) if as_json else as_text(found, verbose)
     if text:
         print(text)
     draw(wanted, lambda: of_doctor(found, source, named), quiet)
@@ -97,21 +100,19 @@ def doctor(
         raise found.refusal
 
 
-def as_text(report: DoctorReport) -> str:
+def as_text(report: DoctorReport, verbose: bool = False) -> str:
     """Return the report for a reader: what was looked at, what each way to merge keeps, which tensors change by how
-    much.
+    much; ``verbose`` with all that was measured.
     """
-    from lora_gguf.text import aligned, share_text, size_text, text_table
+    from lora_gguf.text import aligned, text_table
 
     remarks = [remark for remark in report.remarks if remark.level in MARKS]
     parts = (
         [aligned([(MARKS[remark.level], remark.topic, remark.text) for remark in remarks], left=3)] if remarks else []
     )
     if report.outlooks:
-        ways = [
-            (way.options, share_text(way.kept), f"{way.noise:.1f}", size_text(way.n_bytes)) for way in report.outlooks
-        ]
-        parts.append(text_table(("merge with", "kept", "noise/delta", "file"), ways))
+        n_columns = len(WAYS) if verbose else SHORT
+        parts.append(text_table(WAYS[:n_columns], [row(way)[:n_columns] for way in report.outlooks]))
         parts.append(
             text_table(
                 ("tensors", "type", "count", "rms(delta)", "delta/step", "kept", "nearest"), by_kind(report), left=2
@@ -120,6 +121,14 @@ def as_text(report: DoctorReport) -> str:
         parts.append(costs(report))
         parts.append(report.recommendation)
     return "\n\n".join(parts)
+
+
+def row(way: Outlook) -> tuple[str, ...]:
+    """Return one way to merge in the columns ``WAYS``."""
+    from lora_gguf.merging.loss import loss_text
+    from lora_gguf.text import share_text, size_text
+
+    return way.options, share_text(way.kept), loss_text(way.expected_loss), size_text(way.n_bytes), f"{way.noise:.1f}"
 
 
 def costs(report: DoctorReport) -> str:

@@ -28,6 +28,7 @@ from lora_gguf.cli.options import (
     Scale,
     Threads,
     TiedHead,
+    Verbose,
 )
 from lora_gguf.cli.push import say_pushed
 from lora_gguf.cli.terms import (
@@ -150,7 +151,7 @@ def merge(
     report: ReportFile = None,
     plot: PlotFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print all that was measured.")] = False,
+    verbose: Verbose = False,
     quiet: QuietPath = False,
     progress: Progress = True,
 ) -> None:
@@ -230,12 +231,9 @@ def merge(
     elif not quiet:
         tell(merged, source, named, whole=shard is None)
     if push:
-        pushed = api.push(
-            merged.written[0],
-            push,
-            kept=None if merged.skipped else merged.whole.kept,
-            bars=is_shown(progress and not quiet),
-        )
+        told = (None, None) if merged.skipped else (merged.whole.kept, merged.expected_loss)
+        shown = is_shown(progress and not quiet)
+        pushed = api.push(merged.written[0], push, kept=told[0], expected_loss=told[1], bars=shown)
         say(f"pushed to {pushed.url}")
         if not quiet:
             say_pushed(push, pushed.own_card)

@@ -74,6 +74,7 @@ LayoutOf = Annotated[
 Threads = Annotated[int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Default: all cores.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show bars, where stderr is a terminal.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print all that was measured.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the result, warnings and errors only.")]
 QuietPath = Annotated[bool, typer.Option("-q", "--quiet", help="Print the output's path, warnings and errors only.")]
 ReportFile = Annotated[

@@ -16,6 +16,8 @@ from lora_gguf.text import share_text, text_table
 
 HEAD = ("tensors", "type", "count", "kept", "codes changed", "rms(delta)", "noise/delta")
 SHORT = 4  # columns
+VERIFIED = ("tensors", "type", "count", "verdict", "kept", "noise/delta", "expected")
+VERIFIED_SHORT = 5
 
 
 def retention_table(report: MergeReport, verbose: bool = False) -> str:
@@ -53,8 +55,10 @@ def _row(kind: str, types: str, count: int, part: Retention) -> tuple:
     )
 
 
-def verify_table(report: VerifyReport) -> str:
-    """Return one line per kind of adapted tensor, one for all of them, one for the rest of the file."""
+def verify_table(report: VerifyReport, verbose: bool = False) -> str:
+    """Return one line per kind of adapted tensor, one for all of them, one for the rest of the file; ``verbose`` with
+    all that was measured.
+    """
     rows = [
         _verify_row(kind, f"{before} > {after}" if before != after else before, checks)
         for (kind, before, after), checks in report.by_kind().items()
@@ -62,7 +66,8 @@ def verify_table(report: VerifyReport) -> str:
     rows.append(_verify_row("all adapted", "", report.adapted))
     rest = [check for check in report.checks if not check.touched]
     rows.append(("untouched", "", len(rest), _verdict(rest), "-", "-", "-"))
-    return text_table(("tensors", "type", "count", "verdict", "kept", "noise/delta", "expected"), rows, left=2)
+    measured = len(VERIFIED) if verbose else VERIFIED_SHORT
+    return text_table(VERIFIED[:measured], [row[:measured] for row in rows], left=2)
 
 
 def _verify_row(kind: str, types: str, checks: Sequence[Check]) -> tuple:

@@ -21,6 +21,7 @@ from lora_gguf.cli.options import (
     Quiet,
     ReportFile,
     Threads,
+    Verbose,
 )
 from lora_gguf.cli.terms import Tied, announce_first_run, draw, named_adapters, pictures, say
 from lora_gguf.errors import printable
@@ -72,6 +73,7 @@ def verify(
     plot: PlotFile = None,
     force: ForcePictures = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
     progress: Progress = True,
 ) -> None:
@@ -104,14 +106,17 @@ def verify(
             downloads=downloads,
         )
     from lora_gguf.cli import tables
+    from lora_gguf.merging.loss import loss_text
     from lora_gguf.report.content import of_verify
 
-    print(json_text(found.as_dict()) if as_json else tables.verify_table(found))
+    print(json_text(found.as_dict()) if as_json else tables.verify_table(found, verbose))
     for note in [] if quiet else found.notes:
         say(f"lora-gguf: note: {printable(note, 600)}")
     draw(wanted, lambda: of_verify(found, merged, base, named), quiet)
     if found.ok and not quiet:
         how = "the same merge gives the same bytes" if found.remade else "it is what rounding base + update gives"
-        say(f"{found.label} is right: {how}")
+        loss = found.expected_loss
+        lost = "" if loss is None else f"; {loss_text(loss)} of the fine-tune's effect is lost"
+        say(f"{found.label} is right: {how}{lost}")
     if found.error:
         raise found.error

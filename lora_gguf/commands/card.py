@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lora_gguf.errors import printable
 from lora_gguf.files.base import Base
+from lora_gguf.merging.loss import loss_text
 from lora_gguf.merging.provenance import PREFIX, repos_of
 from lora_gguf.text import share_text, size_text
 
 MARK = "<!-- This card was made by lora-gguf; a later push makes it anew unless this line is taken out. -->"
 
 
-def card(model: Base, repo_id: str, kept: float | None = None) -> str:
-    """Return the card of the merged file ``model`` for the repository ``repo_id``, in Markdown.
-
-    ``kept`` is the share of the adapters that the file keeps, where the merge has just told it.
+@dataclass(frozen=True)
+class Told:
+    """What a merge has told of its file: the share of the adapters that it keeps, and the share of their effect that is
+    expected to be lost; None where it has not.
     """
+
+    kept: float | None = None
+    expected_loss: float | None = None
+
+
+def card(model: Base, repo_id: str, told: Told = Told()) -> str:
+    """Return the card of the merged file ``model`` for the repository ``repo_id``, in Markdown."""
     name = repo_id.rpartition("/")[2]
     made = f"{name} is one GGUF with {_adapters(model) or 'all that it needs'} merged in." if _adapters(model) else ""
     parts = [
@@ -29,7 +38,7 @@ def card(model: Base, repo_id: str, kept: float | None = None) -> str:
         made,
         _run(model, repo_id),
         _files(model),
-        _made(model, kept),
+        _made(model, told),
         _check(model),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -87,15 +96,18 @@ def _list(value: object) -> Sequence:
     return value if isinstance(value, list) else []
 
 
-def _made(model: Base, kept: float | None) -> str:
+def _made(model: Base, told: Told) -> str:
     """Return how the file was made, as a table; nothing for a file that does not say."""
     if not _own(model, "version"):
         return ""
+    loss = told.expected_loss
+    lost = "" if loss is None else f"{loss_text(loss)} (expected, within a factor of 2)"
     facts = {
         "base": ", ".join(parents(model)[:1]) or model.get("general.basename") or model.get("general.name"),
         "sha256 of the base": ", ".join(map(str, _list(_own(model, "base.sha256")))),
         "adapters": _adapters(model),
-        "kept of the adapters": "" if kept is None else f"{share_text(kept)} (1 is all)",
+        "kept of the adapters": "" if told.kept is None else f"{share_text(told.kept)} (1 is all)",
+        "lost of their effect": lost,
         "rounding": f"{_own(model, 'rounding')}, seed {_own(model, 'seed')}",
         "importance matrix": _own(model, "imatrix"),
         "licence of the base": model.get("general.license"),

@@ -28,8 +28,9 @@ from lora_gguf.mapping.sources import placement_of
 from lora_gguf.mapping.tower_names import WAITING
 from lora_gguf.mapping.towers import CLIP
 from lora_gguf.merging.chunks import TENSORS_HELD, held_bytes
-from lora_gguf.merging.forecast import STEADY_BYTES, expected, expected_seconds, scratch_bytes, step_of, thinned
+from lora_gguf.merging.forecast import STEADY_BYTES, expected, expected_seconds, scales_of, scratch_bytes, thinned
 from lora_gguf.merging.importance import weigher
+from lora_gguf.merging.loss import harm_of
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.retention import Retention, kind_of, layer_of, total
@@ -150,22 +151,24 @@ def foresee(report: DoctorReport, model: Base, plan: Plan, threads: int | None, 
         if progress:
             progress(1, n_samples, tensor.target.name)
 
+    scales = {tensor.target.name: scales_of(model, tensor, local) for tensor in sampled}
     for name, tensors in options.items():
         found[name] = expected(model, tensors, weigh if name == "auto" else None, threads, local, done)
+        for tensor in tensors:
+            step, weight = scales[tensor.target.name]
+            found[name][tensor.target.name].measure(step or 0.0, weight, harm_of(tensor))
     for name in options:
         words, change = OPTIONS[name]
-        whole, types = (
-            total(found[name].values()),
-            {t.target.name: t.target for t in rechosen(merged, Policy(**change))},
-        )
-        report.outlooks.append(Outlook(name, words, whole.kept, whole.noise, file_bytes(model, plan, types)))
-    report.tensors = [outlook_of(tensor, model, weights, found) for tensor in sampled]
+        whole = total(found[name].values())
+        types = {tensor.target.name: tensor.target for tensor in rechosen(merged, Policy(**change))}
+        n_bytes = file_bytes(model, plan, types)
+        report.outlooks.append(Outlook(name, words, whole.kept, whole.expected_loss, whole.noise, n_bytes))
+    report.tensors = [outlook_of(tensor, scales[tensor.target.name][0], weights, found) for tensor in sampled]
     report.output_bytes = report.outlooks[0].n_bytes
     report.free_bytes = shutil.disk_usage(".").free
     report.memory_bytes = STEADY_BYTES + TENSORS_HELD * max(map(held_bytes, merged)) + scratch_bytes(threads)
     report.seconds = expected_seconds(model, plan.tensors, weigh, threads) if local else None
     whole = total(found["auto"].values())
-    whole.steps2 = sum((tensor.step or 0.0) ** 2 * weights[tensor.name] for tensor in report.tensors)
     report.recommendation = NOTHING if whole.is_nothing else recommend(report.outlooks)
     report.remarks += poor_remarks(sampled, found["auto"])
     report.remarks.append(disk_remark(report))
@@ -194,7 +197,7 @@ def is_other(tensors: Sequence[TensorPlan], default: Sequence[TensorPlan]) -> bo
 
 
 def outlook_of(
-    tensor: TensorPlan, model: Base, weights: dict[str, int], found: dict[str, dict[str, Retention]]
+    tensor: TensorPlan, step: float | None, weights: dict[str, int], found: dict[str, dict[str, Retention]]
 ) -> TensorOutlook:
     """Return what is expected of a tensor; ``found`` is by the name of the way to merge, then of the tensor."""
     name = tensor.target.name
@@ -209,7 +212,7 @@ def outlook_of(
         rank=sum(pair.rank for pair in tensor.pairs),
         delta_rms=rms,
         delta_norm=rms * weights[name] ** 0.5,
-        step=step_of(model, tensor, is_local(model)),
+        step=step,
         kept={option: part.kept for option, part in of.items()},
         noise={option: part.noise for option, part in of.items()},
     )

@@ -26,12 +26,13 @@ from lora_gguf.mapping.towers import CLIP
 from lora_gguf.merging.chunks import Weigh, whole
 from lora_gguf.merging.importance import weigher
 from lora_gguf.merging.layout import OutputPart, output_parts
+from lora_gguf.merging.loss import harm_of
 from lora_gguf.merging.modelfile import modelfile as modelfile_text
 from lora_gguf.merging.options import Policy, Resources, Writing
 from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.provenance import merged_key_values, names_of
 from lora_gguf.merging.retention import Retention, kind_of, layer_of, total
-from lora_gguf.merging.steps import planned_step
+from lora_gguf.merging.steps import planned_step, weight_rms
 from lora_gguf.merging.tasks import in_executor, tasks_of
 from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.merging.work import Done, merge_ranges
@@ -80,6 +81,11 @@ class MergeReport:
         return total(self.retention.values())
 
     @property
+    def expected_loss(self) -> float | None:
+        """The share of the fine-tune's effect that is lost, within a factor of two; None where it is not known."""
+        return self.whole.expected_loss
+
+    @property
     def verdict(self) -> str:
         """How much was kept and whether that is good, in one sentence; empty where nothing was measured."""
         return sentence(self.whole, self.policy)
@@ -122,9 +128,9 @@ class MergeReport:
         outputs = [{"path": str(path), "size": size_of(path)} for path in self.written]
         return {
             "outputs": outputs, "inputs": inputs, "versions": versions(), "rounding": self.policy.rounding,
-            "seed": self.policy.seed, "verdict": self.verdict, "all": self.whole.as_dict(), "kinds": kinds,
-            "merged": tensors, "copied": copied, "accounts": accounts, "warnings": self.warnings,
-            **({"mmproj": self.mmproj.as_dict()} if self.mmproj else {}),
+            "seed": self.policy.seed, "verdict": self.verdict, "expected_loss": self.expected_loss,
+            "all": self.whole.as_dict(), "kinds": kinds, "merged": tensors, "copied": copied, "accounts": accounts,
+            "warnings": self.warnings, **({"mmproj": self.mmproj.as_dict()} if self.mmproj else {}),
         }  # fmt: skip
 
 
@@ -283,7 +289,8 @@ def carry_out(job: Job, opened: ExitStack, resources: Resources, progress: Progr
         write_part(job, part, opened.enter_context(writer), weigh, resources, progress)
     for tensor in job.plan.merged:
         if found := job.report.retention.get(tensor.target.name):
-            found.steps2 = found.n_weights * planned_step(tensor, job.model) ** 2
+            step, weight = planned_step(tensor, job.model), weight_rms(job.model, tensor.source)
+            found.measure(step, weight, harm_of(tensor))
     job.plan.warnings += judged(job.report.by_kind(), job.plan, job.model, job.policy)
 
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_gguf.commands.card import MARK, card
+from lora_gguf.commands.card import MARK, Told, card
 from lora_gguf.files.base import Base
 from lora_gguf.hub.repository import Repo, download
 from lora_gguf.hub.uploads import upload
@@ -31,11 +31,10 @@ class PushReport:
         return {"repo": self.repo_id, "url": self.url, "files": list(self.files), "own_card": self.own_card}
 
 
-def push(merged: str | os.PathLike[str], repo: Repo, kept: float | None = None, *, bars: bool = False) -> PushReport:
+def push(merged: str | os.PathLike[str], repo: Repo, told: Told = Told(), *, bars: bool = False) -> PushReport:
     """Upload the GGUF ``merged`` (of a split one all shards), its Modelfile and its card to ``repo``.
 
-    ``kept`` is the share of the adapters that the file keeps, where it is known. A card that somebody wrote there is
-    left as it is.
+    ``told`` is what the merge has just measured. A card that somebody wrote there is left as it is.
     """
     with Base(merged) as model:
         files: dict[str, Path | bytes] = {path.name: path for path in model.paths}
@@ -43,7 +42,7 @@ def push(merged: str | os.PathLike[str], repo: Repo, kept: float | None = None, 
             files[MODELFILE] = modelfile(model, model.paths[0].name).encode()
         own_card = has_own_card(repo)
         if not own_card:
-            files[CARD] = card(model, repo.id, kept).encode()
+            files[CARD] = card(model, repo.id, told).encode()
         url = upload(repo, files, f"Add {model.paths[0].name}", bars=bars)
         model.check_unchanged()
     return PushReport(repo.id, url, tuple(files), own_card)

@@ -44,10 +44,11 @@ from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.accounts import Account
 from lora_gguf.mapping.reading import AsFound, Reading
 from lora_gguf.mapping.sources import placement_of
+from lora_gguf.merging.loss import harm
 from lora_gguf.merging.options import Policy
 from lora_gguf.merging.plan import Plan, make_plan
-from lora_gguf.merging.retention import WARN_BELOW, kind_of
-from lora_gguf.merging.steps import has_steps, stored_step
+from lora_gguf.merging.retention import WARN_BELOW, kind_of, total
+from lora_gguf.merging.steps import has_steps, stored_step, weight_rms
 from lora_gguf.progress import Progress
 from lora_gguf.quants.table import CODECS
 
@@ -62,7 +63,8 @@ class VerifyReport:
     what is ``missing`` of a proof.
 
     ``inputs`` are the role (merged, base, adapter) and path of what was read. ``remade`` says that the merge was made
-    again.
+    again, ``expected_loss`` is the share of the fine-tune's effect that is lost, within a factor of two; None where it
+    is not known.
     """
 
     label: str
@@ -71,6 +73,7 @@ class VerifyReport:
     findings: list[Finding] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     remade: bool = False
+    expected_loss: float | None = None
     notes: list[str] = field(default_factory=list)
     accounts: list[Account] = field(default_factory=list)
 
@@ -117,6 +120,7 @@ class VerifyReport:
             "findings": [finding.as_dict() for finding in self.findings],
             "notes": self.notes,
             "kept": self.whole.kept,
+            "expected_loss": self.expected_loss,
             "all": _kind_as_dict("all adapted", "", "", self.adapted),
             "kinds": [_kind_as_dict(*key, checks) for key, checks in self.by_kind().items()],
             "tensors": [check.as_dict() for check in self.adapted],
@@ -170,6 +174,8 @@ def verify(
             compare(report, evidence, origin, imatrix, (threads, progress))
         for check in report.adapted:
             check.step = stored_step(result, result.tensors[check.name])
+        if not report.findings:
+            report.expected_loss = loss_of(report, model, again or evidence.plan)
         report.notes = notes(report)
         model.check_unchanged()
         result.check_unchanged()
@@ -181,6 +187,21 @@ def evidence_of(model: Base, result: Base, placements: Placements, names: list[s
     alone = placements if len(placements) > 1 else []
     parts = [make_plan(model, [placement], PLAIN) for placement in alone]
     return Evidence(model, result, make_plan(model, placements, PLAIN), names, parts)
+
+
+def loss_of(report: VerifyReport, model: Base, plan: Plan) -> float | None:
+    """Return what share of the effect of a file's updates is lost, of one that was not made again as by rounding that
+    moved no grid; None where it is not known.
+    """
+    by_name = {tensor.target.name: tensor for tensor in plan.tensors}
+    parts = []
+    for check in report.adapted:
+        tensor, part = by_name[check.name], check.comparison.as_kept()
+        moved = report.remade and tensor.wanted.moves_grid
+        caused = harm(tensor.wanted.source, CODECS[check.type], moved)
+        part.measure(check.step, weight_rms(model, tensor.source), caused)
+        parts.append(part)
+    return total(parts).expected_loss
 
 
 Work = tuple[int | None, Progress | None]

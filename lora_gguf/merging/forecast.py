@@ -24,7 +24,7 @@ from lora_gguf.merging.chunks import (
     whole,
 )
 from lora_gguf.merging.retention import Retention, kind_of
-from lora_gguf.merging.steps import has_steps, step_rms
+from lora_gguf.merging.steps import has_steps, rms, step_rms
 from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.merging.work import in_threads, merged
 
@@ -100,15 +100,16 @@ def changing_rows(tensor: TensorPlan) -> np.ndarray:
     return np.flatnonzero(changes) if changes.any() else np.arange(n_rows)
 
 
-def step_of(base: Base, tensor: TensorPlan, near: bool = True) -> float | None:
-    """Return the rms step of the tensor's type, from the sampled rows; None where it has no steps."""
+def scales_of(base: Base, tensor: TensorPlan, near: bool = True) -> tuple[float | None, float]:
+    """Return from the sampled rows the rms distance between two values that the tensor's type can tell apart, None
+    where it has no such steps, and the rms of the weights.
+    """
     info, quant = tensor.source, tensor.wanted.source
-    if not has_steps(quant):
-        return None
-    chunks = some_chunks(tensor, MIN_ROWS, N_PLACES if near else 1)
     reader = base.reader_of(info.name)
-    step = step_rms(quant, np.concatenate([reader.read(info, chunk.first, chunk.n_rows) for chunk in chunks]))
-    return step if step > 0 else None
+    chunks = some_chunks(tensor, MIN_ROWS, N_PLACES if near else 1)
+    blocks = np.concatenate([reader.read(info, chunk.first, chunk.n_rows) for chunk in chunks])
+    step = step_rms(quant, blocks) if has_steps(quant) else 0.0
+    return step if step > 0 else None, rms(quant.decoded(blocks))
 
 
 def scaled(part: Retention, tensor: TensorPlan) -> Retention:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lora_gguf.merging.loss import expected_loss
+
 WARN_BELOW = 0.8  # of an adapter kept
 FAINT = 0.5  # of the update kept, below which it is not in the file
 LOG_ODDS = math.log(2e9)  # of a bound that chance exceeds once in 10**9
@@ -36,17 +38,24 @@ def layer_of(name: str) -> int | None:
 class Retention:
     """Sums over some weights; ``sums`` (4,) f64: Σ delta·achieved, Σ delta², Σ achieved², number of changed codes.
 
-    ``steps2`` is Σ step², as far as a sample of the rows tells it: NaN where the type has no steps.
+    ``steps2`` is Σ step² and ``weights2`` Σ weight², as far as a sample of the rows tells them: NaN where the type has
+    no steps. ``harm2`` is the energy of the noise, weighed by the harm that it does.
     """
 
     n_weights: int = 0
     sums: np.ndarray = field(default_factory=lambda: np.zeros(4))
     steps2: float = 0.0
+    weights2: float = 0.0
+    harm2: float = 0.0
 
-    def add(self, n_weights: int, sums: np.ndarray, steps2: float = 0.0) -> None:
+    def add(self, n_weights: int, sums: np.ndarray) -> None:
         self.n_weights += n_weights
         self.sums = self.sums + sums
-        self.steps2 += steps2
+
+    def measure(self, step: float, weight: float, harm: float) -> None:
+        """Note the rms ``step`` of the type and ``weight`` of the base, and the ``harm`` that noise does here."""
+        self.steps2, self.weights2 = self.n_weights * step**2, self.n_weights * weight**2
+        self.harm2 = harm * self.noise2
 
     @property
     def kept(self) -> float:
@@ -72,6 +81,18 @@ class Retention:
         """The rms of what rounding added, relative to the rms of the delta."""
         error = self.sums[2] - 2 * self.sums[0] + self.sums[1]
         return float(np.sqrt(max(error, 0.0) / self.sums[1])) if self.sums[1] > 0 else 0.0
+
+    @property
+    def noise2(self) -> float:
+        """Σ noise², noise being what rounding added but for its part along the delta."""
+        return max(float(self.sums[2] - self.sums[0] ** 2 / self.sums[1]), 0.0) if self.sums[1] > 0 else 0.0
+
+    @property
+    def expected_loss(self) -> float | None:
+        """The share of the fine-tune's effect that is lost, within a factor of two; None where it is not known."""
+        if self.is_nothing or not self.weights2 > 0 or math.isnan(self.harm2):
+            return None
+        return expected_loss(self.kept, self.harm2 / self.weights2, float(self.sums[1]) / self.weights2)
 
     @property
     def delta_norm(self) -> float:
@@ -106,5 +127,8 @@ def chance(noise: float, n_weights: int) -> float:
 def total(parts: Iterable[Retention]) -> Retention:
     whole = Retention()
     for part in parts:
-        whole.add(part.n_weights, part.sums, part.steps2)
+        whole.add(part.n_weights, part.sums)
+        whole.steps2 += part.steps2
+        whole.weights2 += part.weights2
+        whole.harm2 += part.harm2
     return whole

@@ -28,6 +28,16 @@ def stored_step(base: Base, info: TensorInfo) -> float:
     return step_rms(quant, sample(base, info)) if quant and has_steps(quant) else float("nan")
 
 
+def weight_rms(base: Base, info: TensorInfo) -> float:
+    """Return the rms of a tensor's weights, from some rows; NaN where its type cannot be read."""
+    quant = CODECS.get(info.type.name)
+    return rms(quant.decoded(sample(base, info))) if quant else float("nan")
+
+
+def rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
 def has_steps(codec: Codec) -> bool:
     """Tell whether a type has steps: a grid, or the values of a half."""
     return codec.grid is not None or codec.half is not None
@@ -35,7 +45,7 @@ def has_steps(codec: Codec) -> bool:
 
 def step_rms(codec: Codec, blocks: np.ndarray) -> float:
     """Return the rms of ``steps_of``."""
-    return float(np.sqrt(np.mean(np.square(steps_of(codec, blocks), dtype=np.float64))))
+    return rms(steps_of(codec, blocks))
 
 
 def sample(base: Base, info: TensorInfo, n_rows: int = STEP_ROWS) -> np.ndarray:

@@ -12,11 +12,12 @@ from pathlib import Path
 from lora_gguf.adapters.adapter import adapter_name
 from lora_gguf.checks.checkup import WARNING, DoctorReport
 from lora_gguf.checks.closeness import CompareReport
-from lora_gguf.checks.keeping import GOOD
+from lora_gguf.checks.keeping import judgement
 from lora_gguf.commands.merge import MergeReport
 from lora_gguf.commands.next_steps import next_steps
 from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.errors import printable
+from lora_gguf.merging.loss import loss_text
 from lora_gguf.merging.retention import WARN_BELOW
 from lora_gguf.text import size_of
 
@@ -61,7 +62,8 @@ VERIFIED_KINDS = [
     Column("noise", "noise / delta", ".1f"), Column("noise_expected", "of rounding", ".1f", minor=True),
 ]  # fmt: skip
 WAYS = [
-    Column("options", "merge with"), _KEPT, Column("noise", "noise / delta", ".1f"), Column("n_bytes", "file", "bytes"),
+    Column("options", "merge with"), _KEPT, Column("expected_loss", "effect lost, about", ".1%"),
+    Column("n_bytes", "file", "bytes"), Column("noise", "noise / delta", ".1f", minor=True),
 ]  # fmt: skip
 ANSWERS = [
     Column("prompt", "prompt"), Column("base", "the base"), Column("adapter", "with the adapter at run time"),
@@ -115,8 +117,8 @@ def of_merge(report: MergeReport, base: str | os.PathLike, adapters: Adapters, r
     n_merged, n_copied = len(data["merged"]), len(data["copied"])
     figure = {
         "value": percent_text(whole.kept),
-        "label": "of the fine-tune is kept",
-        "badge": judgement(whole.kept),
+        "label": f"of the fine-tune is kept{lost(report.expected_loss)}",
+        "badge": badge(whole.kept, report.expected_loss),
         "bad": not whole.kept >= WARN_BELOW,
     }
     if not whole.n_weights:
@@ -154,8 +156,8 @@ def of_verify(report: VerifyReport, merged: str | os.PathLike, base: str | os.Pa
     changed = f", {len(untouched['changed'])} changed" if untouched["changed"] else ""
     return Content(
         title=f"{Path(merged).name} {verdict}",
-        figure={"value": percent_text(data["kept"]), "label": f"of the update is in the file{error}",
-                "badge": report.verdict,
+        figure={"value": percent_text(data["kept"]),
+                "label": f"of the update is in the file{error}{lost(report.expected_loss)}", "badge": report.verdict,
                 "bad": not report.ok or data["kept"] < WARN_BELOW},
         lines=[
             f"Compared with {Path(base).name} and {_names(adapters)}: {n_adapted} adapted tensors, {whole['wrong']} "
@@ -178,8 +180,8 @@ def of_doctor(report: DoctorReport, base: str | os.PathLike, adapters: Adapters)
         kept = report.outlooks[0].kept
         figure = {
             "value": percent_text(kept),
-            "label": "of the fine-tune would be kept",
-            "badge": judgement(kept),
+            "label": f"of the fine-tune would be kept{lost(report.outlooks[0].expected_loss)}",
+            "badge": badge(kept, report.outlooks[0].expected_loss),
             "bad": not kept >= WARN_BELOW,
         }
     else:
@@ -206,11 +208,14 @@ def best_way(report: DoctorReport) -> str:
     return max(named, key=len, default="")
 
 
-def judgement(kept: float) -> str:
-    """Return in a word whether that much of an adapter is good."""
-    if not math.isfinite(kept):
-        return ""
-    return "good" if kept >= GOOD else "fair" if kept >= WARN_BELOW else "poor"
+def badge(kept: float, loss: float | None) -> str:
+    """Return in a word whether what a merge keeps and loses is good; nothing where there is nothing to keep."""
+    return judgement(kept, loss) if math.isfinite(kept) else ""
+
+
+def lost(loss: float | None) -> str:
+    """Return as a part of a sentence what is expected to be lost of the fine-tune's effect; nothing if not known."""
+    return "" if loss is None else f"; {loss_text(loss)} of its effect lost (within a factor of 2)"
 
 
 def percent_text(share: float) -> str:
