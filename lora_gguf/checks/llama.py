@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lora_gguf.errors import UnsupportedError, UsageError, not_installed, printable
+from lora_gguf.merging.chunks import n_cores
 
 N_TOP = 64  # tokens of which llama.cpp tells the probability
 Logprobs = dict[int, float]
@@ -53,7 +54,7 @@ class Llama:
         params = xllamacpp.CommonParams()
         params.model.path = os.fspath(model)
         params.n_ctx, params.n_parallel, params.verbosity = n_ctx, 1, -1
-        params.cpuparams.n_threads = threads or os.cpu_count() or 1
+        params.cpuparams.n_threads = threads or n_cores()
         loras = []
         for path, scale in adapters:
             lora = xllamacpp.CommonAdapterLoraInfo()
