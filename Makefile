@@ -3,7 +3,8 @@
 # make lint     ruff and mypy
 # make docs     what docs/ says of commands and tables, from the code
 # make chaos    faults, kills and hostile files: a quarter of an hour
-# make bench-speed, make bench-fidelity, make bench-scale    the figures of docs/benchmarks.md
+# make bench-speed, make bench-fidelity    the figures of docs/benchmarks.md
+# make bench-scale    those of docs/cluster.md
 # make clients  other people's programs over our files: Node, a browser, transformers, parsers
 # make clean    remove what the others made
 

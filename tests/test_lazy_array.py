@@ -95,7 +95,9 @@ def test_it_is_what_numpy_makes(tmp_path, lazy, way, kind):
     np.testing.assert_array_equal(np.concatenate([block for _, block in blocks_of(found)]), expected)
 
 
-def test_large_halves_widen_alike(tmp_path, lazy):
+@pytest.mark.parametrize("block_bytes", [8 << 20, 1 << 19])
+def test_large_halves_widen_alike(tmp_path, lazy, monkeypatch, block_bytes):
+    monkeypatch.setattr(lazy_array, "BLOCK_BYTES", block_bytes)
     bits = np.resize(np.arange(1 << 16, dtype=np.uint16), (4, 1 << 17))
     finite = bits[(bits & 0x7C00) != 0x7C00][: 1 << 18].reshape(4, -1)
     found = stored(tmp_path / "a", finite, "F16").astype(np.float32)

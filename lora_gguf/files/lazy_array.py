@@ -168,6 +168,11 @@ class Stored(LazyArray):
     def read_from(self, file: InputFile) -> np.ndarray:
         """Return the array, out of its file that is open. Raises ``IntegrityError`` where that changes meanwhile."""
         stored = DTYPES[self.kind]
+        if self.nbytes > BLOCK_BYTES and self.dtype != stored.stored and len(self) > 1:
+            wide, n = np.empty(self.shape, self.dtype), max(1, BLOCK_BYTES * len(self) // self.nbytes)
+            for first in range(0, len(self), n):
+                wide[first : first + n] = self[first : first + n].read_from(file)
+            return wide
         array = file.read_array(self.position, stored.stored, self.shape)
         file.check_unchanged()
         return _as_type(stored.widen(array) if stored.widen else array, self.dtype)
