@@ -280,3 +280,13 @@ def test_halves_do_not_hide_another_scale(tmp_path, type_name, scale):
         bare = tmp_path / "bare.gguf"
         bare.write_bytes(packed(*unpacked(tmp_path / "merged.gguf"), ours=False))
         assert verify(bare, tmp_path / "base.gguf", [(adapter, 1.0)]).verdict == verdict
+
+
+@pytest.mark.parametrize("row", [0, 5, -1])
+def test_a_strong_update_does_not_hide_one_bit(tmp_path, row):
+    case = Merge(tmp_path, "F16", 2e-2, "fresh")
+    keys, tensors = unpacked(case.merged)
+    tensors["blk.1.ffn_up.weight"][2][row, ::64] ^= 1
+    path = tmp_path / "wrong.gguf"
+    path.write_bytes(packed(keys, tensors, ours=False))
+    assert verify(path, case.base, [(case.adapter, 1.0)]).verdict != "right"

@@ -31,7 +31,7 @@ ROUTES = (
     ("F32", "F16", "F32"),
     ("F32", "F16", "F16"),
 )
-N_SAMPLE = 8  # rows that tell which way it was
+N_SAMPLE, FEW_ROWS = 8, 2  # rows that tell which way it was, and that may be damaged instead
 MOST_DIFFER = 0.1  # of the blocks, on the right way
 N_TRIES = 16
 SUMMED, HALVED = np.float32(2.0**-21), np.float32(2.0**-8)  # how far sums in another order, or in halves, are off
@@ -85,18 +85,23 @@ def n_unexplained(codec: Codec, rows: Rows, importance: np.ndarray, fresh: np.nd
 
 
 def _route(codec: Codec, rows: Rows, importance: np.ndarray, differs: np.ndarray) -> tuple[str, str, str] | None:
-    """Return the way that gives the most of some rows; among equals one with an exact update, in halves it hides more,
-    that gives the most of the rows that the plainest way does not. None where none gives nearly all.
+    """Return the way that gives the most of some rows; among equals that which gives the most of the rows that the
+    plainest way does not. None where none gives nearly all.
+
+    An update in halves hides more than an exact one: it is the way only where some rows more than a few ask for it.
     """
     at_odds = np.flatnonzero(differs.reshape(len(rows.before), -1).any(1))
     sample, odd = (rows.some(some) for some in (evenly(len(rows.before), N_SAMPLE), at_odds[:N_SAMPLE]))
     counts = {route: _count(codec, route, sample, importance) for route in ROUTES}
-    least = min(counts.values())
-    if least > 2 + MOST_DIFFER * sample.stored.size // codec.type.block_bytes:
+    if min(counts.values()) > 2 + MOST_DIFFER * sample.stored.size // codec.type.block_bytes:
         return None
-    equals = [route for route, count in counts.items() if count == least]
-    exact = [route for route in equals if route[1] == "F32"] or equals
-    return min(exact, key=lambda route: _count(codec, route, odd, importance)) if len(exact) > 1 else exact[0]
+    exact = {route: count for route, count in counts.items() if route[1] == "F32"}
+    plainest = min(exact, key=lambda route: exact[route])
+    alone = [sample.some(np.array([i])) for i in range(len(sample.before))]
+    if sum(_count(codec, plainest, row, importance) > 0 for row in alone) <= FEW_ROWS:
+        counts = exact
+    equals = [route for route, count in counts.items() if count == min(counts.values())]
+    return min(equals, key=lambda route: _count(codec, route, odd, importance)) if len(equals) > 1 else equals[0]
 
 
 def differing(codec: Codec, stored: np.ndarray, other: np.ndarray) -> np.ndarray:
