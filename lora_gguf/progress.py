@@ -23,7 +23,7 @@ FileProgress = Callable[[str, int, int], None]
 WIDTH = 32  # of the words
 WIDE = 110  # columns that a bar with all its figures takes
 NARROW = 24  # columns of what stands behind the words where there are fewer
-SILENT = 3.0, 30.0  # seconds until the first line where there is no terminal, and between the others
+SILENT = 5.0, 30.0  # seconds until the first line where there is no terminal, and between the others
 
 
 class _Bar:
@@ -73,7 +73,7 @@ class _Lines:
         while not self._hidden.wait(pause):
             share = f"{min(1, self._done / self._all):.0%}, {self._what}" if self._all else "…"
             with contextlib.suppress(OSError, ValueError):
-                print(f"{self.verb}: {share}", file=sys.stderr, flush=True)
+                print(f"  {self.verb}: {share}", file=sys.stderr, flush=True)
             pause = later
 
 

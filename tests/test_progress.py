@@ -77,7 +77,7 @@ def test_downloads_have_one_too(local_hub, tmp_path):
 
 
 def test_no_bar_where_there_is_no_terminal_but_a_line_where_work_lasts(capsys, monkeypatch):
-    for silent, said in ((60.0, ""), (0.05, "merging: 30%, blk.0.attn_q.weight\n")):
+    for silent, said in ((60.0, ""), (0.05, "  merging: 30%, blk.0.attn_q.weight\n")):
         monkeypatch.setattr(progress, "SILENT", (silent, 60.0))
         with bars("merging") as (_, advance):
             advance(20, 100, "token_embd.weight")
@@ -92,7 +92,7 @@ def test_what_tells_nothing_yet_says_what_it_does(capsys, monkeypatch):
     monkeypatch.setattr(progress, "SILENT", (0.05, 60.0))
     with bars("asking"):
         time.sleep(0.2)
-    assert capsys.readouterr() == ("", "asking: …\n")
+    assert capsys.readouterr() == ("", "  asking: …\n")
 
 
 def test_files_count_as_one_download():
