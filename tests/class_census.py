@@ -13,10 +13,12 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lora_gguf.mapping.architectures import ARCHITECTURES, REFUSED
+from lora_gguf.mapping.towers import REFUSED as REFUSED_TOWERS
+from lora_gguf.mapping.towers import TOWERS
 from tests.common import FIXTURES
 
 CLASSES = FIXTURES / "llama-cpp-classes.json"
@@ -78,15 +80,28 @@ def judged(classes: dict[str, str]) -> dict[str, list[str]]:
     return found
 
 
+def judged_towers(classes: Iterable[str]) -> dict[str, list[str]]:
+    """Return outcome -> classes with a tower, as ``judged``: merged where any of a class's towers is."""
+    known = {name.partition(" ")[0] for row in TOWERS.values() for name in row.hf}
+    refused = {name: why for names, why in REFUSED_TOWERS.values() for name in names}
+    found: dict[str, list[str]] = {}
+    for name in classes:
+        outcome = "merged" if name in known else f"refused: {refused[name]}" if name in refused else "unknown"
+        found.setdefault(outcome, []).append(name)
+    return found
+
+
 def main() -> int:
     if len(sys.argv) > 1:
         CLASSES.write_text(json.dumps({"source": SOURCE, **registered(Path(sys.argv[1]))}, indent=1) + "\n")
     census = json.loads(CLASSES.read_text())
-    outcomes = judged(census["text"])
-    print(f"{census['source']}: {len(census['text'])} text classes, {len(census['towers'])} classes of towers")
-    for outcome, names in outcomes.items():
-        print(f"{len(names)} {outcome}" + ("" if outcome == "merged" else f": {', '.join(names)}"))
-    return 1 if "unknown" in outcomes else 0
+    print(census["source"])
+    outcomes = {"text classes": judged(census["text"]), "classes with a tower": judged_towers(census["towers"])}
+    for kind, found in outcomes.items():
+        print(f"{len(census['text' if kind == 'text classes' else 'towers'])} {kind}")
+        for outcome, names in found.items():
+            print(f"  {len(names)} {outcome}" + ("" if outcome == "merged" else f": {', '.join(names)}"))
+    return 1 if any("unknown" in found for found in outcomes.values()) else 0
 
 
 if __name__ == "__main__":

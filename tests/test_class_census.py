@@ -9,7 +9,10 @@ import pytest
 from lora_gguf.errors import UnsupportedError
 from lora_gguf.mapping.architectures import ARCHITECTURES, REFUSED
 from lora_gguf.mapping.hparams import architecture_of
-from tests.class_census import CLASSES, judged, registered
+from lora_gguf.mapping.tower_names import projectors
+from lora_gguf.mapping.towers import REFUSED as REFUSED_TOWERS
+from lora_gguf.mapping.towers import TOWERS
+from tests.class_census import CLASSES, judged, judged_towers, registered
 
 CENSUS = json.loads(CLASSES.read_text())
 TREE = {
@@ -32,6 +35,19 @@ class Tower(MmprojModel):
 def test_no_text_class_is_unknown():
     assert len(CENSUS["text"]) == 267 and len(CENSUS["towers"]) == 67
     assert "unknown" not in judged(CENSUS["text"])
+
+
+def test_no_class_with_a_tower_is_unknown():
+    outcomes = judged_towers(CENSUS["towers"])
+    assert "unknown" not in outcomes and len(outcomes["merged"]) >= 55
+    assert judged_towers(["NextForConditionalGeneration"]) == {"unknown": ["NextForConditionalGeneration"]}
+
+
+@pytest.mark.parametrize("name", REFUSED_TOWERS)
+def test_projectors_refused_by_name_say_what_to_do(tmp_path, name):
+    assert name not in TOWERS
+    with pytest.raises(UnsupportedError, match=rf"m.gguf: projector {name}: .*: (merge with PEFT|name the GGUF)"):
+        projectors({"projector_type": name}, "m.gguf")
 
 
 @pytest.mark.parametrize("name", sorted(CENSUS["text"]))

@@ -19,7 +19,7 @@ from lora_gguf.mapping.tower_names import NOWHERE, WAITING, file_name, projector
 # modules of the towers that stand beside a text model, and go into another GGUF (mmproj) or into none
 OTHER_TOWERS_START = (
     "mlp", "vit.", "vpm.", "siglip2.", "conformer.", "merger.", "resampler.", "sound_encoder.", "sound_projection.",
-    "speech_embeddings.",
+    "speech_embeddings.", "linear_proj.",
 )  # fmt: skip
 OTHER_TOWERS = (
     "visual.", "vision.", "audio.", "talker.", "vision_", "audio_", "token2wav.", "code2wav.", "projector.",

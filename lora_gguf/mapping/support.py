@@ -7,6 +7,7 @@ from lora_gguf.mapping.architectures import ARCHITECTURES, Architecture, Out
 from lora_gguf.mapping.architectures import REFUSED as REFUSED_MODELS
 from lora_gguf.mapping.names import has_head
 from lora_gguf.mapping.towers import CLIP, TOWERS
+from lora_gguf.mapping.towers import REFUSED as REFUSED_TOWERS
 from lora_gguf.mapping.transforms import rwkv6_rescaled
 
 EXACT, APPROXIMATE, NO = "exact", "`--rank N`", "refused"
@@ -64,7 +65,9 @@ def architectures_table() -> str:
 def towers_table() -> str:
     """Return projectors of mmproj files, and the Hugging Face classes that have them."""
     rows = [f"| {name} | {', '.join(row.hf) or 'as above'} |" for name, row in TOWERS.items()]
-    return "\n".join(["| `clip.projector_type` | Hugging Face classes |", "|---|---|", *rows])
+    refused = [f"{name} ({', '.join(classes)})" for name, (classes, _) in REFUSED_TOWERS.items()]
+    count = f"{len(TOWERS)} projectors. Refused by name: {'; '.join(refused)}."
+    return "\n".join([count, "", "| `clip.projector_type` | Hugging Face classes |", "|---|---|", *rows])
 
 
 def cells(name: str, row: Architecture) -> tuple[str, ...]:

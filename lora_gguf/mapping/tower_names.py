@@ -10,7 +10,7 @@ from typing import Any
 from lora_gguf.errors import UnsupportedError, printable
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.mapping.architectures import Out, Rule
-from lora_gguf.mapping.towers import TOWERS
+from lora_gguf.mapping.towers import REFUSED, TOWERS, UNKNOWN_LAYOUT
 
 PROJECTORS = ("projector_type", "vision.projector_type", "audio.projector_type")
 LEGACY = "mlp"  # files from before there was a key are LLaVA's
@@ -26,10 +26,8 @@ def projectors(values: dict[str, Any], label: str) -> tuple[str, ...]:
     found = tuple(dict.fromkeys(str(values[key]) for key in PROJECTORS if values.get(key))) or (LEGACY,)
     for name in found:
         if name not in TOWERS:
-            raise UnsupportedError(
-                f"{label}: projector {printable(name, 40)}: the layout of its weights is not known to us: merge with "
-                "PEFT, then convert the merged model with llama.cpp's convert_hf_to_gguf.py --mmproj"
-            )
+            _, why = REFUSED.get(name, ((), UNKNOWN_LAYOUT))
+            raise UnsupportedError(f"{label}: projector {printable(name, 40)}: {why}")
     return found
 
 

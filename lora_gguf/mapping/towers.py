@@ -124,6 +124,7 @@ QWEN3VL = (
     + under(rf"{VISUAL}deepstack_merger_list\.", {f"#.{module}": tensor for module, tensor in DEEPSTACK.items()})
     + under(rf"{VISUAL}merger_list\.", {f"#.{old}": DEEPSTACK[new] for old, new in OMNI_NAMES.items()})
 )
+LING3VL = QWEN_BLOCKS + under(rf"{VISUAL}merger\.", {"norm": "mm.input_norm"}) + under(r"linear_proj\.", {"#": "mm.#"})
 GLM4V = QWEN_BLOCKS + under(
     VISUAL,
     {
@@ -386,16 +387,19 @@ TOWERS: dict[str, Tower] = {
     "ldpv2": Tower((), LLAVA),
     "resampler": Tower(("MiniCPMV", "MiniCPMO"), RESAMPLER),
     "minicpmv4_6": Tower(("MiniCPMV4_6ForConditionalGeneration",), MINICPMV46),
-    "qwen2vl_merger": Tower(("Qwen2VLForConditionalGeneration",), QWEN2VL),
+    "qwen2vl_merger": Tower(
+        ("Qwen2VLForConditionalGeneration", "Qwen2VLModel", "Sarashina2VisionForCausalLM"), QWEN2VL
+    ),
     "qwen2.5vl_merger": Tower(("Qwen2_5_VLForConditionalGeneration",), QWEN2VL),
     "qwen2.5o": Tower(("Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniModel"), QWEN2VL + QWEN2A),
     "qwen3vl_merger": Tower(
         (
             "Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration",
-            "Qwen3_5MoeForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration",
+            "Qwen3_5MoeForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration", "Qwen4ExpForConditionalGeneration",
         ),
         QWEN3VL,
     ),
+    "ling3vl": Tower(("BailingMoeV3VLForConditionalGeneration",), LING3VL),
     "glm4v": Tower(
         ("Glm4vForConditionalGeneration", "Glm4vMoeForConditionalGeneration", "GlmOcrForConditionalGeneration"), GLM4V
     ),
@@ -428,7 +432,7 @@ TOWERS: dict[str, Tower] = {
     "janus_pro": Tower(("JanusForConditionalGeneration",), JANUS),
     "cogvlm": Tower(("CogVLMForCausalLM",), COGVLM),
     "dots_ocr": Tower(("DotsOCRForCausalLM",), DOTS_OCR),
-    "paddleocr": Tower(("PaddleOCRVLForConditionalGeneration",), PADDLEOCR),
+    "paddleocr": Tower(("PaddleOCRVLForConditionalGeneration", "PaddleOCRVisionModel"), PADDLEOCR),
     "youtuvl": Tower(("YoutuVLForConditionalGeneration",), YOUTUVL),
     "hunyuanvl": Tower(("HunYuanVLForConditionalGeneration",), HUNYUANVL),
     "step3vl": Tower(("StepVLForConditionalGeneration", "Step3p7ForConditionalGeneration"), STEP3VL),
@@ -439,3 +443,24 @@ TOWERS: dict[str, Tower] = {
     "deepseekocr2": Tower(("DeepseekOCR2ForCausalLM",), DEEPSEEK_OCR),
     "muse-glimmer": Tower(("MuseGlimmerForConditionalGeneration",), MUSE),
 }  # fmt: skip
+UNKNOWN_LAYOUT = (
+    "the layout of its weights is not known to us: merge with PEFT, then convert the merged model with llama.cpp's "
+    "convert_hf_to_gguf.py --mmproj"
+)
+SPEECH = "a part that makes speech, which is not fine-tuned with adapters: name the GGUF of the language model"
+# what llama.cpp's converter makes and no adapter is merged into: clip.projector_type -> (the classes, why)
+REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "deepseek4v": (("DeepseekV4ForCausalLM",), UNKNOWN_LAYOUT),
+    "dots3note_v": (("Dots3NoteForCausalLM", "Dots3NoteForConditionalGeneration"), UNKNOWN_LAYOUT),
+    "dots3note_a": (("Dots3NoteForCausalLM", "Dots3NoteForConditionalGeneration"), UNKNOWN_LAYOUT),
+    "gemma3nv": (("Gemma3nForConditionalGeneration",), UNKNOWN_LAYOUT),
+    "gemma3na": (("Gemma3nForConditionalGeneration",), UNKNOWN_LAYOUT),
+    "granite4_vision": (("Granite4VisionForConditionalGeneration",), UNKNOWN_LAYOUT),
+    "mimovl": (("MiMoV2ForCausalLM",), UNKNOWN_LAYOUT),
+    "mimo_audio": (("MiMoV2ForCausalLM",), UNKNOWN_LAYOUT),
+    "parakeet": (("NemotronH_Nano_VL_V2",), UNKNOWN_LAYOUT),
+    "pockettts_spkenc": (("PocketTTSModel",), SPEECH),
+    "pockettts_gen": (("PocketTTSModel",), SPEECH),
+    "qwen3tts_spkenc": (("Qwen3TTSForConditionalGeneration",), SPEECH),
+    "qwen3tts_gen": (("Qwen3TTSForConditionalGeneration",), SPEECH),
+}
