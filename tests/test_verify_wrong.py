@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
@@ -9,7 +11,9 @@ from ml_dtypes import bfloat16
 from lora_gguf.api import verify
 from lora_gguf.errors import MismatchError, UnprovedError
 from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.gguf_writer import key_value
 from lora_gguf.merging.options import Policy
+from lora_gguf.merging.provenance import SEAL, sealed
 from lora_gguf.quants.ggml import BY_NAME
 from tests import tiny
 from tests.calls import merge
@@ -290,3 +294,28 @@ def test_a_strong_update_does_not_hide_one_bit(tmp_path, row):
     path = tmp_path / "wrong.gguf"
     path.write_bytes(packed(keys, tensors, ours=False))
     assert verify(path, case.base, [(case.adapter, 1.0)]).verdict != "right"
+
+
+def resealed(pairs):
+    """Key/value pairs with a seal that fits them."""
+    raw = sealed([pair for key, pair in pairs.items() if key != SEAL])
+    return {str(number): pair for number, pair in enumerate(raw)}
+
+
+def test_a_seal_that_fits_proves_no_more_than_the_rest(tmp_path):
+    case = Merge(tmp_path, "Q8_0", SIZES["Q8_0"], "auto")
+    pairs, tensors = unpacked(case.merged)
+    true = hashlib.sha256(case.base.read_bytes()).hexdigest()
+    key, last = "lora_gguf.base.sha256", "lora_gguf.metadata_sha256"
+    files = {digest: key_value(key, [digest], "str") for digest in (true, "0" * 64)}
+    before = dict(list(pairs.items())[: list(pairs).index("lora_gguf.rounding")])
+    after = {name: pair for name, pair in pairs.items() if name not in before and name != last}
+    edited = {
+        "right": [pairs, {**before, key: files[true], **after}],
+        "wrong": [{**before, key: files["0" * 64], **after}, dict(reversed(pairs.items()))],
+    }
+    path = tmp_path / "edited.gguf"
+    for verdict, edits in edited.items():
+        for edit in edits:
+            path.write_bytes(packed(resealed(edit), tensors, ours=True))
+            assert verify(path, case.base, [(case.adapter, 1.0)]).verdict == verdict, list(edit)

@@ -18,8 +18,9 @@ from lora_gguf.files.base import SPLIT_KEYS, Base
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import header, layout, raw_key_values
 from lora_gguf.files.imatrix import Imatrix
+from lora_gguf.hub.hashes import digests
 from lora_gguf.mapping.accounts import Placement
-from lora_gguf.merging.identity import adapter_sha256, header_sha256, n_file_bytes
+from lora_gguf.merging.identity import adapter_sha256, header_sha256, known_sha256, n_file_bytes
 from lora_gguf.merging.layout import OutputPart
 from lora_gguf.merging.options import ROUNDINGS, Policy
 from lora_gguf.merging.plan import Plan, make_plan
@@ -88,6 +89,11 @@ def _recorded(found: dict, model: Base, placements: Placements, imatrix: Imatrix
         return Origin(why=f"its keys {PREFIX}* are incomplete")
     if (found.get("base.header_sha256"), found.get("base.size")) != (header_sha256(model), n_file_bytes(model)):
         return Origin(why="it says that it was made of another base, or of this one with another header")
+    if files and files != _sha256_of_files(model, files):
+        wrong = Finding(
+            "metadata", (), "the sha256 of the base's files", ", ".join(printable(one, 64) for one in files)
+        )
+        return Origin(why="it says that it was made of other files than the base's", finding=wrong)
     hashes, scales = _strings(found.get("adapter.sha256")), _numbers(found.get("adapter.scales"))
     asked = [(adapter_sha256(placement), scale) for placement, scale in placements]
     if not hashes or scales is None or not len(hashes) == len(scales) == len(names):
@@ -95,8 +101,8 @@ def _recorded(found: dict, model: Base, placements: Placements, imatrix: Imatrix
     if set(hashes) != {key for key, _ in asked}:
         why = "it says that it holds other adapters, or these in another precision"
         return Origin(why=why, finding=_other_adapters(list(zip(hashes, names, scales, strict=True)), asked))
-    recorded = [(digest, as_given(scale, asked)) for digest, scale in zip(hashes, scales, strict=True)]
-    if not same_sum(recorded, asked, all(not (one.updates or one.new_rows) for one, _ in placements)):
+    merged = [(digest, as_given(scale, asked)) for digest, scale in zip(hashes, scales, strict=True)]
+    if not same_sum(merged, asked, all(not (one.updates or one.new_rows) for one, _ in placements)):
         given = _listed([scale for _, scale in asked])
         wrong = Finding("scale", (), f"the adapters times {given}", _listed(scales))
         return Origin(why="it says that it was merged with other scales", finding=wrong)
@@ -105,7 +111,18 @@ def _recorded(found: dict, model: Base, placements: Placements, imatrix: Imatrix
         return Origin(why=f"it was merged with the importance matrix {used}: name it with --imatrix to merge again")
     by_hash = dict(zip([key for key, _ in asked], [placement for placement, _ in placements], strict=True))
     policy = Policy(rounding, seed, imatrix=imatrix if label else None)
-    return Origin(policy, Names(names, label, files), [(by_hash[digest], scale) for digest, scale in recorded])
+    return Origin(policy, Names(names, label, files), [(by_hash[digest], scale) for digest, scale in merged])
+
+
+def _sha256_of_files(model: Base, recorded: list[str]) -> list[str]:
+    """Return the sha256 of each of the base's files, of local ones by reading them; what is ``recorded`` where neither
+    the disk nor the Hub's cache has them.
+    """
+    if known := known_sha256(model.paths):
+        return known
+    if not all(path.is_file() for path in model.paths):
+        return recorded
+    return [next(iter(digests(path, {64}))) for path in model.paths]
 
 
 def _other_adapters(recorded: list[tuple[str, str, float]], asked: list[tuple[str, float]]) -> Finding | None:
@@ -196,6 +213,8 @@ def _unlike(reader: GgufReader, model: Base, wanted: list[bytes], tensors: list[
             yield _of_key(key, model, key in reader.kv)
     for key in of_key:
         yield Finding("metadata", (), f"no key {printable(key)}", "one")
+    if [pair for pair in wanted if pair in stored] != [pair for pair in stored if pair in wanted]:
+        yield Finding("metadata", (), "the keys in the order of the merge's", "another order")
     placed = layout([tensor.target for tensor in tensors], model.alignment)
     whole = header(wanted, placed, model.alignment)
     if sorted(stored) == sorted(wanted) and len(tensors) == len(reader.tensors):
