@@ -210,6 +210,25 @@ def test_a_base_that_changes_meanwhile(tmp_path):
     failed(tmp_path, Failing(lambda: os.utime(base, (1, 1))), IntegrityError, "changed")
 
 
+def test_an_adapter_that_changes_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setattr(lazy_array, "AT_ONCE", -1)
+    _, adapter, _ = base_and_adapter(tmp_path, "Q4_K")
+    failed(tmp_path, Failing(lambda: os.utime(adapter, (1, 1))), IntegrityError, "adapter.gguf: .*changed")
+
+
+def test_a_task_names_places_and_holds_no_factors(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(tasks, "TASK_BYTES", 8 << 20)
+    sizes = []
+
+    class Weighing(Executor):
+        def submit(self, function, raw):
+            sizes.append(len(raw))
+            return processes.submit(function, raw)
+
+    api.merge(smollm2_path(), PERL, tmp_path / "out.gguf", executor=Weighing())
+    assert (PERL / "adapter_model.safetensors").stat().st_size > 2e6 and max(sizes) < 200_000, sizes
+
+
 def test_an_output_that_workers_do_not_see(tmp_path):
     base_and_adapter(tmp_path, "Q4_K")
 

@@ -128,7 +128,8 @@ class MergeReport:
         outputs = [{"path": str(path), "size": size_of(path)} for path in self.written]
         return {
             "outputs": outputs, "inputs": inputs, "versions": versions(), "rounding": self.policy.rounding,
-            "seed": self.policy.seed, "verdict": self.verdict, "expected_loss": self.expected_loss,
+            "seed": self.policy.seed, "skipped": self.skipped, "verdict": self.verdict,
+            "expected_loss": self.expected_loss,
             "all": self.whole.as_dict(), "kinds": kinds, "merged": tensors, "copied": copied, "accounts": accounts,
             "warnings": self.warnings, **({"mmproj": self.mmproj.as_dict()} if self.mmproj else {}),
         }  # fmt: skip
