@@ -21,16 +21,20 @@ QUESTION = "What should I eat for breakfast?"
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory):
-    path = tmp_path_factory.mktemp("merged") / "merged.gguf"
-    api.merge(smollm2_path(), DEMO_ADAPTER, path)
-    return path
+def report_of_merge(tmp_path_factory):
+    return api.merge(smollm2_path(), DEMO_ADAPTER, tmp_path_factory.mktemp("merged") / "merged.gguf")
 
 
-def test_the_merged_file_answers_as_the_adapter_at_run_time(merged):
+@pytest.fixture(scope="module")
+def merged(report_of_merge):
+    return report_of_merge.written[0]
+
+
+def test_the_merged_file_answers_as_the_adapter_at_run_time(merged, report_of_merge):
     report = api.compare(smollm2_path(), DEMO_ADAPTER, merged, threads=1)
     assert report.ok and report.verdict.startswith("yes: merged.gguf")
     assert report.merged.agreement >= 0.9 > 0.5 > report.base.agreement and report.lost < 0.1
+    assert report.lost / 2 <= report_of_merge.expected_loss <= report.lost * 2  # told from the weights alone
 
 
 def test_the_answers_are_those_of_llama_cpp_itself(merged):
