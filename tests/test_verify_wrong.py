@@ -313,6 +313,7 @@ def test_a_seal_that_fits_proves_no_more_than_the_rest(tmp_path):
     edited = {
         "right": [pairs, {**before, key: files[true], **after}],
         "wrong": [{**before, key: files["0" * 64], **after}, dict(reversed(pairs.items()))],
+        "unproved": [{**pairs, "lora_gguf.seed": key_value("lora_gguf.seed", -1, "i64")}],
     }
     path = tmp_path / "edited.gguf"
     for verdict, edits in edited.items():

@@ -85,7 +85,9 @@ def _recorded(found: dict, model: Base, placements: Placements, imatrix: Imatrix
     """The origin that well-formed keys tell."""
     rounding, seed, label = found.get("rounding"), found.get("seed"), found.get("imatrix", "")
     names, files = _strings(found.get("adapter.names")), _strings(found.get("base.sha256", []))
-    if rounding not in ROUNDINGS or type(seed) is not int or names is None or files is None or type(label) is not str:
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        return Origin(why=f"its keys {PREFIX}* are incomplete")
+    if rounding not in ROUNDINGS or names is None or files is None or type(label) is not str:
         return Origin(why=f"its keys {PREFIX}* are incomplete")
     if (found.get("base.header_sha256"), found.get("base.size")) != (header_sha256(model), n_file_bytes(model)):
         return Origin(why="it says that it was made of another base, or of this one with another header")
