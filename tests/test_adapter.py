@@ -259,3 +259,19 @@ def test_an_option_of_a_newer_peft_is_asked_about(tmp_path, option):
 )
 def test_options_that_are_off_or_of_the_training_are_none_to_ask_about(tmp_path, options):
     assert not read_adapter(directory(tmp_path, **options)).warnings
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"r": "8"}', 'r: expected a whole number up to 65536, found "8": correct the file'),
+        ('{"lora_alpha": true}', "lora_alpha: expected a finite number, found true: correct the file"),
+        ('{"target_modules": {"a": null}}', 'target_modules: .*, found {"a": null}: correct the file'),
+        ("[1, 2]", r"expected a JSON object, found \[1, 2\]: download it again"),
+        ("<!DOCTYPE html><html>", "a web page instead of the file: download it again"),
+    ],
+)
+def test_what_is_found_is_shown_as_the_file_has_it(tmp_path, text, says):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(MalformedError, match=says):
+        read_adapter(tmp_path)

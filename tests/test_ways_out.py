@@ -192,3 +192,11 @@ def test_what_has_no_way_back_is_merged(tmp_path, monkeypatch):
         api.convert(tmp_path / "a.gguf", tmp_path / "back", base, to="peft")
     assert not (tmp_path / "back").exists()
     assert merge(base, [(tmp_path / "a.gguf", 1.0)], None).plan.merged
+
+
+def test_patterns_that_are_not_read_become_plain_names(tmp_path):
+    base = tiny.base_gguf(tmp_path, "llama")
+    rank = json.loads((tiny.TINY / "llama" / "adapter" / "adapter_config.json").read_text())["r"]
+    with pytest.raises(UnsupportedError, match="write plain module names instead"):
+        merge(base, [(adapter(tmp_path / "a", rank_pattern={r"(?=q)q_proj": rank}), 1.0)], None)
+    assert merge(base, [(adapter(tmp_path / "b", rank_pattern={"q_proj": rank}), 1.0)], None).plan.merged

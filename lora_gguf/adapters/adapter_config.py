@@ -131,12 +131,16 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict:
         raise FileError(f"{printable(path)}: cannot read: {error.strerror}: check the path") from error
     if len(raw) > max_bytes:
         raise MalformedError(f"{label}: expected at most {max_bytes >> 20} MiB: this is no configuration")
+    if raw.lstrip()[:1] == b"<":
+        raise MalformedError(f"{label}: a web page instead of the file: download it again")
     try:
         value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"{label}: not valid JSON: {printable(error, 100)}: download it again") from None
     if not isinstance(value, dict):
-        raise MalformedError(f"{label}: expected a JSON object, found a {type(value).__name__}: download it again")
+        raise MalformedError(
+            f"{label}: expected a JSON object, found {printable(json.dumps(value), 40)}: download it again"
+        )
     return value
 
 
@@ -157,9 +161,8 @@ def read_config(directory: Path) -> dict:
     for field, kind in FIELDS.items():
         test, description = TYPES[kind]
         if field in config and not test(config[field]):
-            raise MalformedError(
-                f"{NAME}: {field}: expected {description}, found {printable(repr(config[field]), 60)}: correct the file"
-            )
+            found = printable(json.dumps(config[field]), 60)
+            raise MalformedError(f"{NAME}: {field}: expected {description}, found {found}: correct the file")
     return config
 
 
