@@ -59,7 +59,7 @@ def keep_update(chunk: Changed, grid: Grid, renewed: np.ndarray, before: np.ndar
         gap = 1.0 if grid.levels is None else float(np.diff(grid.levels).mean())
         chosen &= np.abs(delta).mean(axis=1) < LARGE * gap * np.abs(steps).mean(axis=1)
     left = np.where(chosen[:, None], before - target.decoded(renewed), np.float32(0))
-    unwatched = Watched(NO_GRID, np.empty((0, 0), np.float32), np.zeros(4))
+    unwatched = Watched(NO_GRID, np.zeros((len(delta), 1), np.float32), np.zeros(4))
     round_on(chunk, grid, codes, steps, left, 0.0, unwatched)
     if not always:
         chosen &= erases(target, grid, stored(grid, codes, renewed), before)

@@ -56,6 +56,9 @@ _UNIT = np.float32(2.0**-24)
 _DOUBTFUL, _CERTAIN = 0.4, np.float32(0.55)
 _PER_DOUBT = np.float32(1 / (0.55 - _DOUBTFUL))
 _PER_SIZE = np.float32((np.pi / 2) ** 0.5)  # of a normal number: its deviation, per mean magnitude
+# a block whose weights lie outside its codes' range by more than this mean square, in steps, gets a new grid
+OUTSIDE = np.float32(1 / 12)
+_WITHIN = np.zeros(1, np.float32)
 _EASING = np.float32(0.1)  # mean move of a row in steps from which on its groups are looked at one by one
 
 
@@ -120,13 +123,19 @@ def _offsets(column: Any, base: Any, unit: np.ndarray) -> Any:
 
 
 @part
-def _count(delta: np.ndarray, left: np.ndarray, sums: np.ndarray) -> None:
-    """Add a row's Σ delta·moved, Σ delta² and Σ moved² to ``sums``, moved being what ``left`` has not."""
+def _count(delta: np.ndarray, left: np.ndarray, outside: np.ndarray, sums: np.ndarray) -> None:
+    """Add a row's Σ delta·moved, Σ delta² and Σ moved² to ``sums``, moved being what ``left`` has not; but not
+    of blocks that get a new grid.
+    """
     both = wanted = got = splat(np.float32(0.0))
-    for j in range(0, len(delta), N):
-        whole = load(delta, j)
-        moved = whole - load(left, j)
-        both, wanted, got = fma(whole, moved, both), fma(whole, whole, wanted), fma(moved, moved, got)
+    size = len(delta) // len(outside)
+    for b in range(len(outside)):
+        if outside[b] > OUTSIDE:
+            continue
+        for j in range(b * size, (b + 1) * size, N):
+            whole = load(delta, j)
+            moved = whole - load(left, j)
+            both, wanted, got = fma(whole, moved, both), fma(whole, whole, wanted), fma(moved, moved, got)
     sums[0] += total(both)
     sums[1] += total(wanted)
     sums[2] += total(got)
@@ -187,8 +196,8 @@ def _move(codes: np.ndarray, steps: np.ndarray, left: np.ndarray, rule: Rule, ea
 
 @kernel
 def _measure_outside(left: np.ndarray, steps: np.ndarray, outside: np.ndarray) -> None:
-    """How far each block's weights lie beyond the range of their codes: Σ distance², in steps, into ``outside`` f32
-    (blocks,). Within the range rounding leaves less than a step.
+    """How far each block's weights lie beyond the range of their codes: the mean distance², in steps, into ``outside``
+    f32 (blocks,). Within the range rounding leaves less than a step.
     """
     group, per_block, one, zero = (
         len(left) // len(steps),
@@ -196,6 +205,7 @@ def _measure_outside(left: np.ndarray, steps: np.ndarray, outside: np.ndarray) -
         splat(np.float32(1.0)),
         splat(np.float32(0.0)),
     )
+    per_weight = np.float32(1.0) / np.float32(per_block * group)
     for b in range(len(outside)):
         squares = zero
         for g in range(b * per_block, (b + 1) * per_block):
@@ -203,7 +213,7 @@ def _measure_outside(left: np.ndarray, steps: np.ndarray, outside: np.ndarray) -
             for j in range(g * group, (g + 1) * group, N):
                 beyond = most(magnitude(load(left, j) * inverse) - one, zero)
                 squares = fma(beyond, beyond, squares)
-        outside[b] = total(squares)
+        outside[b] = total(squares) * per_weight
 
 
 @kernel
@@ -239,7 +249,7 @@ def round_codes(
             if largest > np.float32(0.5):
                 _measure_outside(left, steps[i], outside[i])
             refit_row(movable, last, i, codes[i], rule.zero, steps[i], left)
-        _count(delta[i], left, sums)
+        _count(delta[i], left, outside[i], sums)
 
 
 @part
@@ -328,7 +338,7 @@ def round_levels(
         sums[3] += _move_levels(codes[i], unit, levels, steps[i], left, rule, row_key)
         if refits:
             refit_row(movable, last, i, unit, np.float32(0.0), steps[i], left)
-        _count(delta[i], left, sums)
+        _count(delta[i], left, _WITHIN, sums)
 
 
 @kernel

@@ -10,13 +10,11 @@ from lora_gguf.merging.chunks import Changed, update_of
 from lora_gguf.merging.importance import weighting_of
 from lora_gguf.merging.refit import NO_GRID, MovingGrid
 from lora_gguf.merging.regrid import Watched, halves_of, keep_update, round_on
-from lora_gguf.merging.rounding import round_bf16, round_f16, tally_rows
+from lora_gguf.merging.rounding import OUTSIDE, round_bf16, round_f16, tally_rows
 from lora_gguf.merging.scratch import copied, scratch
 from lora_gguf.merging.tensor import NO_IMPORTANCE, SPREADS
-from lora_gguf.quants.codec import Codec, Grid, Half
+from lora_gguf.quants.codec import Grid, Half
 
-# a block whose weights lie outside its codes' range by more than this mean square, in steps, gets a new grid
-OUTSIDE = 1 / 12
 HALVES = {"F16": round_f16, "BF16": round_bf16}
 
 
@@ -95,10 +93,9 @@ def move_codes(chunk: Changed, grid: Grid, blocks: np.ndarray, delta: np.ndarray
     outside = np.zeros((len(delta), delta.shape[1] // codec.type.block_size), np.float32)
     round_on(chunk, grid, codes, steps, delta, SPREADS[chunk.recipe.rounding], Watched(moving, outside, sums))
     grid.pack(codes, blocks)
-    left = outside > OUTSIDE * codec.type.block_size
+    left = outside > OUTSIDE
     if left.any():
-        renew_blocks(chunk, blocks, before, delta, left)
-        sums[:3] = tallied(codec, before, blocks, delta)[:3]
+        sums[:3] += renew_blocks(chunk, blocks, before, delta, left)[:3]
 
 
 def moving_grid(chunk: Changed, grid: Grid, blocks: np.ndarray, steps: np.ndarray) -> MovingGrid:
@@ -134,7 +131,7 @@ def renew(chunk: Changed, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.nda
         renewed = recipe.target.encoded(before + delta, recipe.importance_of(chunk.matrix))
         if by_chance and recipe.target.grid:
             keep_update(chunk, recipe.target.grid, renewed, before, delta)
-    return renewed, tallied(recipe.source, blocks, renewed, delta, recipe.target)
+    return renewed, tallied(recipe.source.decoded(blocks), recipe.target.decoded(renewed), delta)
 
 
 def refined(chunk: Changed, blocks: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -149,20 +146,27 @@ def of_target(chunk: Changed) -> Changed:
     return replace(chunk, recipe=replace(chunk.recipe, source=chunk.recipe.target))
 
 
-def renew_blocks(chunk: Changed, blocks: np.ndarray, before: np.ndarray, delta: np.ndarray, chosen: np.ndarray) -> None:
-    """Give the blocks ``chosen`` bool (rows, blocks) of the rows ``blocks`` a fresh grid, in place."""
-    recipe, of_block = chunk.recipe, (*chosen.shape, -1)
-    wanted = recipe.source.decoded(before.reshape(of_block)[chosen]) + delta.reshape(of_block)[chosen]
+def renew_blocks(
+    chunk: Changed, blocks: np.ndarray, before: np.ndarray, delta: np.ndarray, chosen: np.ndarray
+) -> np.ndarray:
+    """Give the blocks ``chosen`` bool (rows, blocks) of the rows ``blocks``, which were ``before``, a fresh grid, in
+    place; return their sums (4,).
+    """
+    recipe, numbers, per_row = chunk.recipe, np.flatnonzero(chosen), chosen.shape[1]
+    by_block = blocks.reshape(chosen.size, -1)
+    weights, change = (
+        recipe.source.decoded(before.reshape(by_block.shape)[numbers]),
+        delta.reshape(chosen.size, -1)[numbers],
+    )
     importance = recipe.importance_of(chunk.matrix)
     if importance.size:
-        importance = importance.reshape(chosen.shape[1], -1)[np.nonzero(chosen)[1]]
-    blocks.reshape(of_block)[chosen] = recipe.target.encoded(wanted, importance)
+        importance = importance.reshape(per_row, -1)[numbers % per_row]
+    by_block[numbers] = renewed = recipe.target.encoded(weights + change, importance)
+    return tallied(weights, recipe.target.decoded(renewed), change)
 
 
-def tallied(
-    source: Codec, before: np.ndarray, after: np.ndarray, delta: np.ndarray, target: Codec | None = None
-) -> np.ndarray:
-    """Return the sums (4,) of rows stored as ``before`` that are now ``after``, of type ``target`` if another."""
+def tallied(before: np.ndarray, after: np.ndarray, delta: np.ndarray) -> np.ndarray:
+    """Return the sums (4,) of weights that were ``before`` and are ``after``."""
     sums = np.zeros(4)
-    tally_rows(source.decoded(before), (target or source).decoded(after), delta, sums)
+    tally_rows(before, after, delta, sums)
     return sums
