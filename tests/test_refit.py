@@ -7,7 +7,7 @@ import pytest
 from libgguf import dequantize_rows, quantize_rows
 
 from lora_gguf.merging.importance import weighting_of
-from lora_gguf.merging.refit import refit_row, refit_work
+from lora_gguf.merging.refit import refit_row
 from lora_gguf.merging.rows import moving_grid
 from lora_gguf.merging.tensor import tensor_key
 from lora_gguf.quants.ggml import BY_NAME
@@ -50,7 +50,7 @@ def refitted(type_name, importance, seed=0):
     )
     left = delta.copy()
     for i in range(len(delta)):
-        refit_row(grid, refit_work(grid.before), i, unit[i], np.float32(0), steps[i], left[i])
+        refit_row(grid, grid.before, i, unit[i], np.float32(0), steps[i], left[i])
     return blocks, before, delta, left, delta - left, steps
 
 

@@ -4,8 +4,18 @@ import numpy as np
 import pytest
 
 from lora_gguf.kernels.low_rank import low_rank
-from lora_gguf.merging.refit import NO_GRID, refit_row, refit_work
-from lora_gguf.merging.rounding import OUTSIDE, Rule, round_bf16, round_codes, round_f16, round_levels, tally_rows
+from lora_gguf.merging.refit import NO_GRID, refit_row
+from lora_gguf.merging.rounding import (
+    OUTSIDE,
+    Rule,
+    Watched,
+    codebook,
+    round_bf16,
+    round_codes,
+    round_f16,
+    round_levels,
+    tally_rows,
+)
 from lora_gguf.merging.rows import moving_grid
 from lora_gguf.merging.tensor import tensor_key
 from lora_gguf.quants.table import CODECS
@@ -31,6 +41,11 @@ def rule(spread, key):
     return Rule(np.float32(spread), key, 0, np.float32(0), np.float32(15))
 
 
+def watched(codes, sums):
+    """No grid that moves."""
+    return Watched(NO_GRID, np.zeros((len(codes), 1), np.float32), np.empty((2, codes.shape[1]), np.float32), sums)
+
+
 def rounded(codes, steps, delta, spread=1.0, key=KEY, first_row=0):
     codes, sums = codes.copy(), np.zeros(4)
     limits = np.float32(0), np.float32(15)
@@ -39,9 +54,7 @@ def rounded(codes, steps, delta, spread=1.0, key=KEY, first_row=0):
         steps,
         delta,
         Rule(np.float32(spread), key, first_row, *limits),
-        NO_GRID,
-        np.zeros((len(codes), 1), np.float32),
-        sums,
+        watched(codes, sums),
     )
     return codes, sums
 
@@ -92,13 +105,12 @@ def test_codes_round_what_the_grid_has_left(type_name):
     limits = np.float32(quant.grid.code_min), np.float32(quant.grid.code_max)
     moved_first, before_steps = blocks.copy(), steps.copy()
     once = moving_grid(chunk_of(recipe(type_name), weights.shape), quant.grid, moved_first, before_steps)
-    turn = refit_work(once.before)
     for i in range(24):
         zero, unit = np.float32(quant.grid.zero), codes[i].astype(np.float32)
-        refit_row(once, turn, i, unit, zero, before_steps[i], delta[i].copy())
+        refit_row(once, once.before, i, unit, zero, before_steps[i], delta[i].copy())
     grid = moving_grid(chunk_of(recipe(type_name), weights.shape), quant.grid, blocks, steps)
     rule = Rule(np.float32(0), KEY, 0, *limits, np.float32(quant.grid.zero))
-    round_codes(codes, steps, delta, rule, grid, outside, sums)
+    round_codes(codes, steps, delta, rule, Watched(grid, outside, np.empty((2, 512), np.float32), sums))
     moved_grid, after, step = (
         np.empty_like(weights),
         np.empty_like(weights),
@@ -180,18 +192,18 @@ def test_a_codebook_rounds_between_uneven_levels():
     codes, steps, delta = grid(group=32, size=1.0)
     old = LEVELS[codes] * np.repeat(steps, 32, 1)
     got, sums = codes.copy(), np.zeros(4)
-    round_levels(got, steps, delta, LEVELS, rule(0, KEY), NO_GRID, sums)
+    round_levels(got, steps, delta, codebook(*LEVELS), rule(0, KEY), watched(got, sums))
     wanted = np.clip((old + delta) / np.repeat(steps, 32, 1), -12, 12)
     best = np.abs(LEVELS[None, None] - wanted[..., None]).min(-1)
     assert np.allclose(np.abs(LEVELS[got] - wanted), best, atol=1e-4)
     mean = np.zeros(codes.shape)
     for seed in range(400):
         got = codes.copy()
-        round_levels(got, steps, delta, LEVELS, rule(1, tensor_key(seed, "t")), NO_GRID, np.zeros(4))
+        round_levels(got, steps, delta, codebook(*LEVELS), rule(1, tensor_key(seed, "t")), watched(got, np.zeros(4)))
         mean += LEVELS[got] / 400
     assert abs((mean - wanted).mean()) < 0.01 and np.abs(mean - wanted).max() < 1.0
     still = codes.copy()
-    round_levels(still, steps, delta * 0, LEVELS, rule(1, KEY), NO_GRID, np.zeros(4))
+    round_levels(still, steps, delta * 0, codebook(*LEVELS), rule(1, KEY), watched(still, np.zeros(4)))
     assert (still == codes).all()
 
 

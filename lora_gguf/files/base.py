@@ -32,7 +32,7 @@ def split_name(path: str | os.PathLike) -> tuple[str, int, int] | None:
 
 def evenly(n: int, most: int) -> np.ndarray:
     """Return up to ``most`` of the numbers from 0 to ``n`` - 1, evenly spaced, ascending."""
-    return np.unique(np.linspace(0, n - 1, most).astype(int))
+    return np.linspace(0, n - 1, min(n, most)).astype(int)
 
 
 class Base:

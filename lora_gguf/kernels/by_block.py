@@ -21,11 +21,11 @@ def by_block(*views: Any) -> Callable[..., Callable[..., None]]:
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
-        compiled = kernel(function)
+        compiled = functools.cache(lambda: kernel(function))  # few of all the types are met in a run
 
         @functools.wraps(function)
         def over_blocks(*arrays: np.ndarray) -> None:
-            compiled(
+            compiled()(
                 *(
                     a.reshape(-1).view(dtype).reshape(-1, *shape)
                     for a, (dtype, *shape) in zip(arrays, views, strict=False)

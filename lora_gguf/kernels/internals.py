@@ -12,7 +12,7 @@ TRIED = "0.60 to 0.68"  # as in pyproject.toml
 try:
     import numba
     from llvmlite import ir
-    from numba.core import cgutils, types
+    from numba.core import cgutils, entrypoints, types
     from numba.core.caching import FunctionCache
     from numba.core.errors import TypingError
     from numba.core.imputils import lower_builtin
@@ -21,6 +21,8 @@ try:
     from numba.extending import intrinsic, models, register_model
 
     _ = FunctionCache._load_overload, rtsys.initialize
+    # extensions of Numba by others have no say here, and to look for them means to read the metadata of every package
+    entrypoints._already_initialized = True
 except (ImportError, AttributeError) as error:
     raise UnsupportedError(
         f"numba: {printable(error)}: lora-gguf works with {TRIED}: pip install 'numba>=0.60,<0.69' in its environment"

@@ -149,6 +149,28 @@ def to_f32(typing: Any, lanes: Any) -> Any:
 
 
 @intrinsic
+def to_u32(typing: Any, lanes: Any) -> Any:
+    """Return whole f32 numbers from 0 to below 2**31 as uint32."""
+    return U32(F32), lambda context, builder, sig, args: builder.fptosi(args[0], _vector(ir.IntType(32)))
+
+
+@intrinsic
+def lookup(typing: Any, table: Any, lanes: Any) -> Any:
+    """Return the elements of ``table``, f32 or uint32, whose numbers ``lanes`` are: nothing checks them."""
+    kind = {types.float32: F32, types.uint32: U32}[table.dtype]
+
+    def emit(context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        scalar, data = _SCALARS[kind.kind], context.make_array(table)(context, builder, value=args[0]).data
+        found = ir.Constant(_vector(scalar), ir.Undefined)
+        for n in range(N):
+            number = builder.zext(builder.extract_element(args[1], ir.IntType(32)(n)), ir.IntType(64))
+            found = builder.insert_element(found, builder.load(builder.gep(data, [number])), ir.IntType(32)(n))
+        return found
+
+    return kind(table, lanes), emit
+
+
+@intrinsic
 def where_less(typing: Any, x: Any, y: Any, one: Any, other: Any) -> Any:
     """Return ``one`` where x < y, and ``other`` elsewhere."""
 

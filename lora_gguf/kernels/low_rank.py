@@ -31,10 +31,14 @@ def _three_rows(b: np.ndarray, tile: np.ndarray, i: int, j: int, delta: np.ndarr
     store(z2, delta, (i + 2, j + N))
 
 
-@kernel
 def low_rank(b: np.ndarray, a: np.ndarray, delta: np.ndarray) -> None:
     """Compute delta = b @ a in f32: b (rows, r), a (r, cols), delta (rows, cols). The sum over r runs in one order for
     every element, each step rounded once, whatever the chunk and the machine: BLAS does not promise that."""
+    _product(b, a, np.empty((len(a), 2 * N), np.float32), delta)
+
+
+@kernel
+def _product(b: np.ndarray, a: np.ndarray, tile: np.ndarray, delta: np.ndarray) -> None:
     n_rows, n_cols = delta.shape
     if n_rows < 3 or n_cols < 2 * N:
         delta[:] = np.float32(0.0)
@@ -43,7 +47,6 @@ def low_rank(b: np.ndarray, a: np.ndarray, delta: np.ndarray) -> None:
                 for j in range(n_cols):
                     delta[i, j] = fma(b[i, k], a[k, j], delta[i, j])
         return
-    tile = np.empty((len(a), 2 * N), np.float32)
     for top in range(0, n_rows, _ROWS):
         for column in range(0, n_cols, 2 * N):
             j = min(column, n_cols - 2 * N)  # the last tile may overlap the one before, and so may the last three rows

@@ -6,7 +6,7 @@ import numpy as np
 
 from lora_gguf.kernels.decorators import kernel, part
 
-_ROUNDING = np.float32(12582912)  # 1.5 * 2**23: a sum's lowest bit is worth one
+ROUNDING = np.float32(12582912)  # 1.5 * 2**23: a sum's lowest bit is worth one
 
 
 @part
@@ -14,7 +14,7 @@ def nearest_int(x: float) -> int:
     """Return the integer (int32) nearest to the f32 ``x``, ties to even; beyond 2**22 whatever ggml's bit trick gives:
     NaN becomes 0, infinity -2**22.
     """
-    return np.int32(np.int32(np.float32(x + _ROUNDING).view(np.int32) & 0x7FFFFF) - 0x400000)
+    return np.int32(np.int32(np.float32(x + ROUNDING).view(np.int32) & 0x7FFFFF) - 0x400000)
 
 
 @kernel

@@ -44,6 +44,7 @@ class MovingGrid(NamedTuple):
     heights: np.ndarray
     before: np.ndarray
     after: np.ndarray
+    work: np.ndarray
     block_bytes: int
     d_at: int
     m_at: int
@@ -51,7 +52,16 @@ class MovingGrid(NamedTuple):
 
 _NOTHING, _NONE = np.empty(0, np.float32), np.empty(0, np.int64)
 NO_GRID = MovingGrid(
-    np.empty((0, 0), np.uint8), np.empty((0, 0), np.float32), _NOTHING, _NOTHING, _NONE, _NONE, 0, 0, -1
+    np.empty((0, 0), np.uint8),
+    np.empty((0, 0), np.float32),
+    _NOTHING,
+    _NOTHING,
+    _NONE,
+    _NONE,
+    np.empty((8, 0), np.float32),
+    0,
+    0,
+    -1,
 )
 
 
@@ -130,16 +140,16 @@ def _small(x: np.ndarray) -> Any:
 
 
 @part
-def _solve(work: np.ndarray) -> None:
+def _solve(work: np.ndarray, n_blocks: int) -> None:
     """The changes of d and m that come nearest to the update, for many blocks side by side.
 
-    ``work`` is f32 (8, blocks, to a multiple of sixteen). Its rows are Σ h·s², Σ h·s·delta, Σ h·s·o, Σ h·o·delta, Σ
+    ``work`` is that of ``MovingGrid``. Its rows are Σ h·s², Σ h·s·delta, Σ h·s·o, Σ h·o·delta, Σ
     h·o², the ridge of the first, |d| and |m| as ``_take`` takes them; the first four become the new |d| and |m|, the
     same way, and the changes x and y, as parts of d and m. The error is Σ h (delta - x s + y o)². Both neighbours of
     the best d are tried, each with the m that goes with it best.
     """
     zero, one, two = splat(np.float32(0.0)), splat(np.float32(1.0)), splat(np.float32(2.0))
-    for b in range(0, work.shape[1], N):
+    for b in range(0, n_blocks, N):
         ss, sd, so, od = load(work, (0, b)), load(work, (1, b)), load(work, (2, b)), load(work, (3, b))
         oo, ridge = load(work, (4, b)), load(work, (5, b))
         d, m = _values(load(work, (6, b))), _values(load(work, (7, b)))
@@ -208,25 +218,24 @@ def _leave(columns: Any, left: np.ndarray, span: Any, steps: np.ndarray, lows: n
 
 
 @kernel
-def refit_work(numbers: Any) -> Any:
-    """Return the ``turn`` of ``refit_row`` for the blocks ``numbers``: their numbers, and room to work in."""
-    return numbers, np.zeros((8, (len(numbers) + N - 1) // N * N), np.float32)
-
-
-@kernel
 def refit_row(
-    movable: MovingGrid, turn: Any, row: np.ndarray, unit: np.ndarray, zero: Any, steps: np.ndarray, left: np.ndarray
+    movable: MovingGrid,
+    numbers: np.ndarray,
+    row: np.ndarray,
+    unit: np.ndarray,
+    zero: Any,
+    steps: np.ndarray,
+    left: np.ndarray,
 ) -> None:
     """Move the grid of some blocks of a row towards its update ``left`` f32 (cols,), which becomes what the codes
     would still have to move by.
 
     ``movable`` is a ``MovingGrid``. A weight is step * (unit - zero) - low: ``unit`` (cols,), int8 or f32, is what the
-    codes count; ``steps`` (groups,) and the grid's lows become those of the new grid. ``turn`` is that of
-    ``refit_work``.
+    codes count; ``steps`` (groups,) and the grid's lows become those of the new grid. ``numbers`` are the
+    blocks.
     """
-    blocks, all_lows, importance, heights, _, _, block_bytes, d_at, m_at = movable
+    blocks, all_lows, importance, heights, _, _, work, block_bytes, d_at, m_at = movable
     stored, lows, has_m = blocks[row], all_lows[row], m_at >= 0
-    numbers, work = turn
     columns, per_block = (unit, zero, importance), len(steps) // (len(stored) // block_bytes)
     for k in range(len(numbers)):
         first = numbers[k] * per_block
@@ -238,7 +247,7 @@ def refit_row(
         work[4, k], work[5, k] = oo, _RIDGE * steps[first] * steps[first] * height
         work[6, k] = _take(stored, at + np.uint64(d_at))
         work[7, k] = _take(stored, at + np.uint64(m_at)) if has_m else np.float32(0.0)
-    _solve(work)
+    _solve(work, len(numbers))
     for k in range(len(numbers)):
         first, at, x, y = numbers[k] * per_block, np.uint64(numbers[k] * block_bytes), work[2, k], work[3, k]
         _put(work[0, k], stored, at + np.uint64(d_at))

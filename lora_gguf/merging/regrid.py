@@ -10,26 +10,16 @@ alone, by chance.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from lora_gguf.merging.chunks import Changed
-from lora_gguf.merging.refit import NO_GRID, MovingGrid
-from lora_gguf.merging.rounding import Rule, round_codes, round_levels
+from lora_gguf.merging.refit import NO_GRID
+from lora_gguf.merging.rounding import Rule, Watched, codebook, round_codes, round_levels
 from lora_gguf.quants.codec import Codec, Grid
 
 MIDDLE = 0.125  # of the distance between two codes
 FAIR = 0.8, 1.3  # share of the weights in the middle, over what there is if they lie anywhere
 LARGE = 0.5  # mean move of a row in steps from which on nearest rounding erases nothing
-
-
-class Watched(NamedTuple):
-    """The grid that moves while codes are rounded, and what is counted: ``outside`` f32 (rows, blocks) and ``sums``."""
-
-    moving: MovingGrid
-    outside: np.ndarray
-    sums: np.ndarray
 
 
 def round_on(
@@ -41,9 +31,9 @@ def round_on(
     by, least, most, zero = map(np.float32, (spread, grid.code_min, grid.code_max, grid.zero))
     rule = Rule(by, chunk.recipe.key, chunk.first, least, most, zero)
     if grid.levels is not None:
-        round_levels(codes, steps, delta, grid.levels, rule, watched.moving, watched.sums)
+        round_levels(codes, steps, delta, codebook(*grid.levels), rule, watched)
     else:
-        round_codes(codes, steps, delta, rule, *watched)
+        round_codes(codes, steps, delta, rule, watched)
 
 
 def keep_update(chunk: Changed, grid: Grid, renewed: np.ndarray, before: np.ndarray, delta: np.ndarray) -> None:
@@ -59,7 +49,8 @@ def keep_update(chunk: Changed, grid: Grid, renewed: np.ndarray, before: np.ndar
         gap = 1.0 if grid.levels is None else float(np.diff(grid.levels).mean())
         chosen &= np.abs(delta).mean(axis=1) < LARGE * gap * np.abs(steps).mean(axis=1)
     left = np.where(chosen[:, None], before - target.decoded(renewed), np.float32(0))
-    unwatched = Watched(NO_GRID, np.zeros((len(delta), 1), np.float32), np.zeros(4))
+    room, unmeasured = np.empty((2, delta.shape[1]), np.float32), np.zeros((len(delta), 1), np.float32)
+    unwatched = Watched(NO_GRID, unmeasured, room, np.zeros(4))
     round_on(chunk, grid, codes, steps, left, 0.0, unwatched)
     if not always:
         chosen &= erases(target, grid, stored(grid, codes, renewed), before)

@@ -23,6 +23,7 @@ The random numbers are a hash of (seed, what is merged into what, tensor, row, c
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,16 +39,18 @@ from lora_gguf.kernels.lanes import (
     iota,
     least,
     load,
+    lookup,
     magnitude,
     most,
     nonzero,
     splat,
     store,
     to_f32,
+    to_u32,
     total,
     where_less,
 )  # fmt: skip
-from lora_gguf.merging.refit import MovingGrid, refit_row, refit_work
+from lora_gguf.merging.refit import MovingGrid, refit_row
 
 _GOLDEN = np.uint32(0x9E3779B9)
 _SIXTEEN = np.uint32(N * 0x9E3779B9 & 0xFFFFFFFF)  # columns further
@@ -58,7 +61,6 @@ _PER_DOUBT = np.float32(1 / (0.55 - _DOUBTFUL))
 _PER_SIZE = np.float32((np.pi / 2) ** 0.5)  # of a normal number: its deviation, per mean magnitude
 # a block whose weights lie outside its codes' range by more than this mean square, in steps, gets a new grid
 OUTSIDE = np.float32(1 / 12)
-_WITHIN = np.zeros(1, np.float32)
 _EASING = np.float32(0.1)  # mean move of a row in steps from which on its groups are looked at one by one
 
 
@@ -74,6 +76,18 @@ class Rule(NamedTuple):
     least: np.float32
     most: np.float32
     zero: np.float32 = np.float32(0)
+
+
+class Watched(NamedTuple):
+    """What else there is while codes are rounded: the grid that moves; ``outside`` f32 (rows, blocks), zeros, which
+    gets what ``_measure_outside`` finds; ``room`` f32 (2, cols) to work in; ``sums`` (4,) f64 of the rows, added to:
+    Σ wanted·achieved, Σ wanted², Σ achieved², the number of codes that changed.
+    """
+
+    moving: MovingGrid
+    outside: np.ndarray
+    room: np.ndarray
+    sums: np.ndarray
 
 
 @kernel
@@ -217,69 +231,71 @@ def _measure_outside(left: np.ndarray, steps: np.ndarray, outside: np.ndarray) -
 
 
 @kernel
-def round_codes(
-    codes: np.ndarray,
-    steps: np.ndarray,
-    delta: np.ndarray,
-    rule: Rule,
-    movable: MovingGrid,
-    outside: np.ndarray,
-    sums: np.ndarray,
-) -> None:
+def round_codes(codes: np.ndarray, steps: np.ndarray, delta: np.ndarray, rule: Rule, watched: Watched) -> None:
     """Move int8 ``codes`` (rows, cols), in place, by ``delta`` (rows, cols) on a grid of ``steps`` (rows, cols //
     group), as ``rule`` says.
 
-    ``sums`` (4,) f64 gains Σ wanted·achieved, Σ wanted², Σ achieved², and the number of codes that changed. ``movable``
-    is what ``refit_row`` moves first and last, where it has blocks; then the offset narrows where it may, and
-    ``outside`` f32 (rows, blocks) gets Σ distance², in steps, of the weights beyond the range of the codes.
+    The grid of ``watched`` is what ``refit_row`` moves first and last, where it has blocks; then the offset narrows
+    where it may, and it is measured what lies outside.
     """
-    n_rows, n_cols = codes.shape
-    refits = len(movable.blocks) > 0
-    first, last = refit_work(movable.before), refit_work(movable.after)
-    left = np.empty(n_cols, np.float32)
-    for i in range(n_rows):
+    movable, outside, room, sums = watched
+    refits, left = len(movable.blocks) > 0, room[0]
+    for i in range(len(codes)):
         copy(delta[i], left)
         eases = False
         if refits:
-            refit_row(movable, first, i, codes[i], rule.zero, steps[i], left)
+            refit_row(movable, movable.before, i, codes[i], rule.zero, steps[i], left)
             eases = _size(left) > _EASING * _mean_step(steps[i])
         largest, changed = _move(codes[i], steps[i], left, rule, eases, _row_key(rule.key, rule.first_row + i))
         sums[3] += changed
         if refits:
             if largest > np.float32(0.5):
                 _measure_outside(left, steps[i], outside[i])
-            refit_row(movable, last, i, codes[i], rule.zero, steps[i], left)
+            refit_row(movable, movable.after, i, codes[i], rule.zero, steps[i], left)
         _count(delta[i], left, outside[i], sums)
 
 
+class Codebook(NamedTuple):
+    """Whole ``levels`` f32, ascending, from -128 to 127, and between which two of them a number lies: for each whole
+    number from -128 on ``brackets`` uint32 (256,) holds in its bytes the number of the last level that is not above it,
+    that level and the next, both plus 128: the first two or the last two levels beyond them.
+    """
+
+    levels: np.ndarray
+    brackets: np.ndarray
+
+
+@functools.cache
+def codebook(*levels: float) -> Codebook:
+    """Return the ``Codebook`` of ``levels``."""
+    ascending = np.array(levels, np.float32)
+    last = np.clip(np.searchsorted(ascending, np.arange(-128, 128), "right") - 1, 0, len(levels) - 2)
+    low, high = (ascending[last + further].astype(np.int64) + 128 for further in (0, 1))
+    return Codebook(ascending, (last | low << 8 | high << 16).astype(np.uint32))
+
+
 @part
-def _units(codes: np.ndarray, levels: np.ndarray, code_min: Any, unit: np.ndarray) -> None:
+def _units(codes: np.ndarray, book: Codebook, code_min: Any, unit: np.ndarray) -> None:
     """What a row's int8 ``codes`` stand for, into ``unit`` f32 (cols,)."""
     for j in range(0, len(codes), N):
-        number, level = load(codes, j) - splat(code_min), splat(levels[0])
-        for c in range(1, len(levels)):
-            level = where_less(number, splat(np.float32(c)), level, splat(levels[c]))
-        store(level, unit, j)
+        store(lookup(book.levels, to_u32(load(codes, j) - splat(code_min))), unit, j)
 
 
 @part
-def _bracket(wanted: np.ndarray, levels: np.ndarray) -> Any:
-    """The number of the last level that is not above ``wanted``, that level and the next: the first two or the last two
-    beyond them.
-    """
-    number, low, high = splat(np.float32(0.0)), splat(levels[0]), splat(levels[1])
-    for c in range(1, len(levels) - 1):
-        level = splat(levels[c])
-        number = where_less(wanted, level, number, splat(np.float32(c)))
-        low, high = where_less(wanted, level, low, level), where_less(wanted, level, high, splat(levels[c + 1]))
-    return number, low, high
+def _bracket(wanted: np.ndarray, book: Codebook) -> Any:
+    """The number of the last level that is not above ``wanted``, that level and the next."""
+    offset, byte = splat(np.float32(128.0)), splat(np.uint32(255))
+    whole = least(most(floor(wanted), splat(np.float32(-128.0))), splat(np.float32(127.0)))
+    found = lookup(book.brackets, to_u32(whole + offset))
+    low, high = found >> splat(np.uint32(8)) & byte, found >> splat(np.uint32(16))
+    return to_f32(found & byte), to_f32(low) - offset, to_f32(high) - offset
 
 
 @part
 def _move_levels(
     codes: np.ndarray,
     unit: np.ndarray,
-    levels: np.ndarray,
+    book: Codebook,
     steps: np.ndarray,
     left: np.ndarray,
     rule: Rule,
@@ -302,7 +318,7 @@ def _move_levels(
         for j in range(g * group, (g + 1) * group, N):
             rest, old, value = load(left, j), load(codes, j) - least_code, load(unit, j)
             goal = value + rest * inverse
-            number, low, high = _bracket(goal, levels)
+            number, low, high = _bracket(goal, book)
             up = floor(most(least((goal - low) / (high - low), one), zero) + _offsets(column, base, width))
             touched = magnitude(rest * inverse)
             new = where_less(zero, touched, number + up, old)
@@ -316,29 +332,21 @@ def _move_levels(
 
 @kernel
 def round_levels(
-    codes: np.ndarray,
-    steps: np.ndarray,
-    delta: np.ndarray,
-    levels: np.ndarray,
-    rule: Rule,
-    movable: MovingGrid,
-    sums: np.ndarray,
+    codes: np.ndarray, steps: np.ndarray, delta: np.ndarray, book: Codebook, rule: Rule, watched: Watched
 ) -> None:
-    """Round as ``round_codes`` does, on a codebook: code c is ``levels[c - least] * step``, levels ascending."""
-    n_rows, n_cols = codes.shape
-    refits = len(movable.blocks) > 0
-    first, last = refit_work(movable.before), refit_work(movable.after)
-    unit, left = np.empty(n_cols, np.float32), np.empty(n_cols, np.float32)
-    for i in range(n_rows):
+    """Round as ``round_codes`` does, on a codebook: code c stands for ``levels[c - least] * step``."""
+    movable, outside, room, sums = watched
+    refits, left, unit = len(movable.blocks) > 0, room[0], room[1]
+    for i in range(len(codes)):
         copy(delta[i], left)
-        _units(codes[i], levels, rule.least, unit)
+        _units(codes[i], book, rule.least, unit)
         if refits:
-            refit_row(movable, first, i, unit, np.float32(0.0), steps[i], left)
+            refit_row(movable, movable.before, i, unit, np.float32(0.0), steps[i], left)
         row_key = _row_key(rule.key, rule.first_row + i)
-        sums[3] += _move_levels(codes[i], unit, levels, steps[i], left, rule, row_key)
+        sums[3] += _move_levels(codes[i], unit, book, steps[i], left, rule, row_key)
         if refits:
-            refit_row(movable, last, i, unit, np.float32(0.0), steps[i], left)
-        _count(delta[i], left, _WITHIN, sums)
+            refit_row(movable, movable.after, i, unit, np.float32(0.0), steps[i], left)
+        _count(delta[i], left, outside[i], sums)
 
 
 @kernel

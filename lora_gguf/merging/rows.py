@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from lora_gguf.kernels.lanes import N as LANES
 from lora_gguf.merging.chunks import Changed, update_of
 from lora_gguf.merging.importance import weighting_of
 from lora_gguf.merging.refit import NO_GRID, MovingGrid
-from lora_gguf.merging.regrid import Watched, halves_of, keep_update, round_on
-from lora_gguf.merging.rounding import OUTSIDE, round_bf16, round_f16, tally_rows
+from lora_gguf.merging.regrid import halves_of, keep_update, round_on
+from lora_gguf.merging.rounding import OUTSIDE, Watched, round_bf16, round_f16, tally_rows
 from lora_gguf.merging.scratch import copied, scratch
 from lora_gguf.merging.tensor import NO_IMPORTANCE, SPREADS
 from lora_gguf.quants.codec import Grid, Half
@@ -91,7 +92,8 @@ def move_codes(chunk: Changed, grid: Grid, blocks: np.ndarray, delta: np.ndarray
     grid.unpack(blocks, codes, steps)
     moving = moving_grid(chunk, grid, blocks, steps)
     outside = np.zeros((len(delta), delta.shape[1] // codec.type.block_size), np.float32)
-    round_on(chunk, grid, codes, steps, delta, SPREADS[chunk.recipe.rounding], Watched(moving, outside, sums))
+    room = scratch("room", (2, delta.shape[1]))
+    round_on(chunk, grid, codes, steps, delta, SPREADS[chunk.recipe.rounding], Watched(moving, outside, room, sums))
     grid.pack(codes, blocks)
     left = outside > OUTSIDE
     if left.any():
@@ -111,7 +113,9 @@ def moving_grid(chunk: Changed, grid: Grid, blocks: np.ndarray, steps: np.ndarra
     weighed = chunk.weighting or weighting_of(codec, np.ones(steps.shape[1] * grid.group, np.float32))
     d_at, m_at = (*codec.scales_at, -1)[:2]
     weights = weighed.importance, weighed.heights, weighed.before, weighed.after
-    return MovingGrid(blocks, lows, *weights, codec.type.block_bytes, d_at, m_at)
+    n_blocks = max(len(weighed.before), len(weighed.after))
+    work = scratch("work", (8, -(-n_blocks // LANES) * LANES))
+    return MovingGrid(blocks, lows, *weights, work, codec.type.block_bytes, d_at, m_at)
 
 
 def renew(chunk: Changed, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,10 +12,26 @@ group's range, or extreme, divided by a numerator; codes (groups, n) and scales 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from lora_gguf.kernels.decorators import kernel
-from lora_gguf.kernels.nearest import nearest_int
+from lora_gguf.kernels.decorators import kernel, part
+from lora_gguf.kernels.lanes import (
+    N,
+    bits,
+    greatest,
+    least,
+    load,
+    magnitude,
+    most,
+    splat,
+    store,
+    to_f32,
+    to_u32,
+    where_less,
+)
+from lora_gguf.kernels.nearest import ROUNDING, nearest_int
 
 LANES = 64
 F0, F1 = np.float32(0), np.float32(1)
@@ -62,7 +78,7 @@ def _scatter(s: np.ndarray, first: int, codes: np.ndarray) -> None:
 # Rows of the state: of every search; of ``fit_affine``; of the others, where sums and extremes have two rows each.
 BEST, SCALE, INVERSE, KEPT = range(4)
 LOW, HIGH, SUM_W, SUM_X, SUM_L, SUM_L2, SUM_XL, NEW_SCALE, NEW_LOW, KEPT_LOW = range(4, 14)
-EXPLAINED, NORM, EXTREME, MAGNITUDE, ERROR, MOVES = 4, 5, 8, 9, 12, 13
+EXPLAINED, NORM, EXTREME, MAGNITUDE, ERROR = 4, 5, 8, 9, 12
 X, W, LEVELS, N_ROWS = 14, 46, 78, 110  # the rows of the at most 32 weights, their importance and their levels
 
 
@@ -248,16 +264,30 @@ def _find_extremes(s: np.ndarray, n: int) -> None:
             s[MAGNITUDE + after, v] = magnitude if is_larger else largest
 
 
-@kernel
+@part
+def _levels(t: Any, lowest: int, highest: int) -> Any:
+    """``_level`` of lanes."""
+    whole = (bits(t + splat(ROUNDING)) & splat(np.uint32(0x7FFFFF))) + splat(np.uint32(0xFFC00000))
+    return least(most(to_f32(whole), splat(np.float32(lowest))), splat(np.float32(highest)))
+
+
+@part
 def _round(s: np.ndarray, n: int, lowest: int, highest: int, are_bytes: bool) -> None:
-    s[EXPLAINED] = F0
-    s[NORM] = F0
-    for j in range(n):
-        for v in range(LANES):
-            level = _level(s[INVERSE, v] * s[X + j, v], lowest, highest)
-            s[LEVELS + j, v] = _byte(level) if are_bytes else level
-            s[EXPLAINED, v] += s[W + j, v] * s[X + j, v] * level
-            s[NORM, v] += s[W + j, v] * level * level
+    for v in range(0, LANES, N):
+        explained = norm = splat(F0)
+        inverse = load(s, (INVERSE, v))
+        for j in range(n):
+            x, w = load(s, (X + j, v)), load(s, (W + j, v))
+            level = _levels(inverse * x, lowest, highest)
+            store(_bytes(level) if are_bytes else level, s, (LEVELS + j, v))
+            explained, norm = explained + w * x * level, norm + w * level * level
+        store(explained, s, (EXPLAINED, v))
+        store(norm, s, (NORM, v))
+
+
+@part
+def _bytes(levels: Any) -> Any:
+    return to_f32(to_u32(levels) & splat(np.uint32(255)))
 
 
 @kernel
@@ -293,27 +323,37 @@ def _positive_try(s: np.ndarray, n: int, numerator: float, highest: int, is_firs
         s[KEPT, v] = s[INVERSE, v] if better else s[KEPT, v]
 
 
-@kernel
+@part
 def _descend(s: np.ndarray, n: int, lowest: int, highest: int, are_bytes: bool) -> None:
+    """Each code waits for what became of the one before, so all lanes are in work at once."""
     for _ in range(5):
-        s[MOVES] = F0
+        moves = splat(F0)
         for j in range(n):
             now, after = 2 * (j & 1), 2 - 2 * (j & 1)
-            for v in range(LANES):
-                level, weight, wx = s[LEVELS + j, v], s[W + j, v], s[W + j, v] * s[X + j, v]
-                old_explained, old_norm = s[EXPLAINED + now, v], s[NORM + now, v]
-                explained, norm = old_explained - wx * level, old_norm - weight * level * level
-                moved = _level(s[X + j, v] * norm / explained, lowest, highest)
-                new_explained, new_norm = explained + wx * moved, norm + weight * moved * moved
-                gains = new_explained * new_explained * old_norm > old_explained * old_explained * new_norm
-                has_norm = norm > F0 if are_bytes else new_norm > F0
-                better = (explained > F0) & has_norm & (moved != level) & gains
-                s[LEVELS + j, v] = (_byte(moved) if are_bytes else moved) if better else level
-                s[EXPLAINED + after, v] = new_explained if better else old_explained
-                s[NORM + after, v] = new_norm if better else old_norm
-                s[MOVES, v] += F1 if better else F0
-        if not s[MOVES].any():
+            for v in range(0, LANES, N):
+                moves = moves + _move(s, j, v, (now, after), (lowest, highest, are_bytes))
+        if greatest(moves) == F0:
             return
+
+
+@part
+def _move(s: np.ndarray, j: int, v: int, turn: Any, limits: Any) -> Any:
+    """Move the codes of element ``j`` to where they explain more; return 1 in the lanes that moved."""
+    (now, after), (lowest, highest, are_bytes) = turn, limits
+    zero, one = splat(F0), splat(F1)
+    old_explained, old_norm = load(s, (EXPLAINED + now, v)), load(s, (NORM + now, v))
+    x, weight, level = load(s, (X + j, v)), load(s, (W + j, v)), load(s, (LEVELS + j, v))
+    wx = weight * x
+    explained, norm = old_explained - wx * level, old_norm - weight * level * level
+    moved = _levels(x * norm / explained, lowest, highest)
+    new_explained, new_norm = explained + wx * moved, norm + weight * moved * moved
+    less, more = old_explained * old_explained * new_norm, new_explained * new_explained * old_norm
+    better = where_less(zero, magnitude(moved - level), where_less(less, more, one, zero), zero)
+    better = where_less(zero, norm if are_bytes else new_norm, where_less(zero, explained, better, zero), zero)
+    store(where_less(zero, better, _bytes(moved) if are_bytes else moved, level), s, (LEVELS + j, v))
+    store(where_less(zero, better, new_explained, old_explained), s, (EXPLAINED + after, v))
+    store(where_less(zero, better, new_norm, old_norm), s, (NORM + after, v))
+    return better
 
 
 @kernel
@@ -329,13 +369,12 @@ def _write_symmetric(s: np.ndarray, first: int, lowest: int, scales: np.ndarray,
 def recode(x: np.ndarray, steps: np.ndarray, minima: np.ndarray, lowest: int, highest: int, codes: np.ndarray) -> None:
     """Compute code = round((x + minimum) / step) - lowest; where the step is 0 the code stays.
 
-    x, codes (m, 32); steps, minima (m, 1), or (m, 2) for groups of 16, as fewer than 32 lanes are not vectorised.
+    x, codes (m, 32); steps, minima (m, 1), or (m, 2) for groups of 16.
     """
     last = steps.shape[1] - 1
     for g in range(len(x)):
-        xg, group = x[g], codes[g]
-        step_a, step_b, minimum_a, minimum_b = steps[g, 0], steps[g, last], minima[g, 0], minima[g, last]
-        for j in range(group.size):
-            step, minimum = step_a if j < 16 else step_b, minimum_a if j < 16 else minimum_b
-            code = np.int8(np.int32(_level((xg[j] + minimum) / step, lowest, highest)) - lowest)
-            group[j] = code if step != F0 else group[j]
+        for half in range(2):
+            step, minimum = steps[g, half & last], minima[g, half & last]
+            if step != F0:
+                levels = _levels((load(x, (g, N * half)) + splat(minimum)) / splat(step), lowest, highest)
+                store(levels - splat(np.float32(lowest)), codes, (g, N * half))

@@ -1,6 +1,6 @@
 """IQ4_NL and IQ4_XS: four bits a weight into a codebook of sixteen levels (ggml).
 
-    IQ4_NL    18 bytes,  32 weights   d f16, then qs[16], weight j in the low half of byte j, j + 16 in the high half
+    IQ4_NL    18 bytes,  32 weights   d f16, then qs[16], weight j low in byte j, weight j + 16 high, as in Q4_0
     IQ4_XS   136 bytes, 256 weights   d f16; scales_h, 16 bits, two for each 32 weights; scales_l[4], four for each;
                                       then qs[128], 16 bytes for each 32 weights as in IQ4_NL
 
@@ -17,6 +17,7 @@ from lora_gguf.kernels.decorators import kernel
 from lora_gguf.kernels.half import f16_from_f32, f32_from_f16
 from lora_gguf.kernels.nearest import nearest_int
 from lora_gguf.quants.codec import Grid, codec
+from lora_gguf.quants.legacy_blocks import pack_q4_0, unpack_q4_0
 
 LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / 2
@@ -32,23 +33,6 @@ def decode_iq4_nl(blocks: np.ndarray, out: np.ndarray) -> None:
         for j in range(16):
             out[i, j] = d * LEVELS[block[2 + j] & 15]
             out[i, j + 16] = d * LEVELS[block[2 + j] >> 4]
-
-
-@by_block((U8, 18), (I8, 32), (F32,))
-def unpack_iq4_nl(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
-    for i in range(len(blocks)):
-        block = blocks[i]
-        steps[i] = f32_from_f16(block[0] | block[1] << 8)
-        for j in range(16):
-            codes[i, j] = block[2 + j] & 15
-            codes[i, j + 16] = block[2 + j] >> 4
-
-
-@by_block((I8, 32), (U8, 18))
-def pack_iq4_nl(codes: np.ndarray, blocks: np.ndarray) -> None:
-    for i in range(len(blocks)):
-        for j in range(16):
-            blocks[i, 2 + j] = codes[i, j] | codes[i, j + 16] << 4
 
 
 @kernel
@@ -243,7 +227,7 @@ def encode_iq4_xs(weights: np.ndarray, importance: np.ndarray, blocks: np.ndarra
 IQ4 = [
     codec(
         "IQ4_NL", decode_iq4_nl, encode_iq4_nl, scales_at=(0,),
-        grid=Grid(unpack_iq4_nl, pack_iq4_nl, group=32, code_max=15, levels=LEVELS),
+        grid=Grid(unpack_q4_0, pack_q4_0, group=32, code_max=15, levels=LEVELS),
     ),
     codec(
         "IQ4_XS", decode_iq4_xs, encode_iq4_xs, scales_at=(0,),

@@ -116,30 +116,49 @@ def pack_q3_k(codes: np.ndarray, blocks: np.ndarray) -> None:
 
 
 @part
-def _steps_and_lows(block: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> None:
-    d, dmin, s = f32_at(block, 0), f32_at(block, 2), block[4:16]
-    for k in range(4):
-        steps[k] = d * np.float32(s[k] & 63)
-        lows[k] = dmin * np.float32(s[k + 4] & 63)
-        steps[k + 4] = d * np.float32(s[k + 8] & 15 | s[k] >> 6 << 4)
-        lows[k + 4] = dmin * np.float32(s[k + 8] >> 4 | s[k + 4] >> 6 << 4)
+def _pair_k4(block: np.ndarray, k: int) -> tuple[int, int]:
+    """The scale and the minimum of a block's group ``k``."""
+    s = block[4:16]
+    if k < 4:
+        return s[k] & 63, s[k + 4] & 63
+    return s[k + 4] & 15 | s[k - 4] >> 6 << 4, s[k + 4] >> 4 | s[k] >> 6 << 4
+
+
+@part
+def _grid_k4(block: np.ndarray, k: int) -> tuple[float, float]:
+    """The step and the low of a block's group ``k``."""
+    scale, minimum = _pair_k4(block, k)
+    return f32_at(block, 0) * np.float32(scale), f32_at(block, 2) * np.float32(minimum)
+
+
+@part
+def _steps_k4(block: np.ndarray, steps: np.ndarray) -> None:
+    d = f32_at(block, 0)
+    for k in range(8):
+        steps[k] = d * np.float32(_pair_k4(block, k)[0])
+
+
+@part
+def _lows_k4(block: np.ndarray, lows: np.ndarray) -> None:
+    dmin = f32_at(block, 2)
+    for k in range(8):
+        lows[k] = dmin * np.float32(_pair_k4(block, k)[1])
 
 
 @kernel
 def steps_and_lows(blocks: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> None:
     """Read the grid of Q4_K or Q5_K: steps and lows f32 (blocks, 8) of blocks (blocks, block_bytes)."""
     for i in range(len(blocks)):
-        _steps_and_lows(blocks[i], steps[i], lows[i])
+        _steps_k4(blocks[i], steps[i])
+        _lows_k4(blocks[i], lows[i])
 
 
 @by_block((U8, 144), (F32, 8, 32))
 def decode_q4_k(blocks: np.ndarray, out: np.ndarray) -> None:
-    steps, lows = np.empty(8, np.float32), np.empty(8, np.float32)
     for i in range(len(blocks)):
-        _steps_and_lows(blocks[i], steps, lows)
         for k in range(0, 8, 2):
             qs, y, z = blocks[i, 16 + 16 * k :], out[i, k], out[i, k + 1]
-            step_y, low_y, step_z, low_z = steps[k], lows[k], steps[k + 1], lows[k + 1]
+            (step_y, low_y), (step_z, low_z) = _grid_k4(blocks[i], k), _grid_k4(blocks[i], k + 1)
             for j in range(y.size):
                 y[j] = step_y * np.float32(qs[j] & 15) - low_y
                 z[j] = step_z * np.float32(qs[j] >> 4) - low_z
@@ -147,9 +166,8 @@ def decode_q4_k(blocks: np.ndarray, out: np.ndarray) -> None:
 
 @by_block((U8, 144), (I8, 8, 32), (F32, 8))
 def unpack_q4_k(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
-    lows = np.empty(8, np.float32)
     for i in range(len(blocks)):
-        _steps_and_lows(blocks[i], steps[i], lows)
+        _steps_k4(blocks[i], steps[i])
         for k in range(0, 8, 2):
             qs, c, e = blocks[i, 16 + 16 * k :], codes[i, k], codes[i, k + 1]
             for j in range(c.size):
@@ -159,9 +177,8 @@ def unpack_q4_k(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> Non
 
 @by_block((U8, 144), (F32, 8))
 def lows_q4_k(blocks: np.ndarray, lows: np.ndarray) -> None:
-    steps = np.empty(8, np.float32)
     for i in range(len(blocks)):
-        _steps_and_lows(blocks[i], steps, lows[i])
+        _lows_k4(blocks[i], lows[i])
 
 
 @by_block((I8, 8, 32), (U8, 144))
@@ -178,22 +195,20 @@ def pack_q4_k(codes: np.ndarray, blocks: np.ndarray) -> None:
 
 @by_block((U8, 176), (F32, 8, 32))
 def decode_q5_k(blocks: np.ndarray, out: np.ndarray) -> None:
-    steps, lows = np.empty(8, np.float32), np.empty(8, np.float32)
     for i in range(len(blocks)):
-        _steps_and_lows(blocks[i], steps, lows)
         qh = blocks[i, 16:48]
         for k in range(8):
             qs, y = blocks[i, 48 + 32 * (k // 2) :], out[i, k]
-            step, low, shift, bit = steps[k], lows[k], np.uint8(4 * (k & 1)), np.uint8(k)
+            step, low = _grid_k4(blocks[i], k)
+            shift, bit = np.uint8(4 * (k & 1)), np.uint8(k)
             for j in range(y.size):
                 y[j] = step * np.float32(qs[j] >> shift & 15 | (qh[j] >> bit & 1) << 4) - low
 
 
 @by_block((U8, 176), (I8, 8, 32), (F32, 8))
 def unpack_q5_k(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> None:
-    lows = np.empty(8, np.float32)
     for i in range(len(blocks)):
-        _steps_and_lows(blocks[i], steps[i], lows)
+        _steps_k4(blocks[i], steps[i])
         qh = blocks[i, 16:48]
         for k in range(8):
             qs, c = blocks[i, 48 + 32 * (k // 2) :], codes[i, k]
@@ -204,9 +219,8 @@ def unpack_q5_k(blocks: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> Non
 
 @by_block((U8, 176), (F32, 8))
 def lows_q5_k(blocks: np.ndarray, lows: np.ndarray) -> None:
-    steps = np.empty(8, np.float32)
     for i in range(len(blocks)):
-        _steps_and_lows(blocks[i], steps, lows[i])
+        _lows_k4(blocks[i], lows[i])
 
 
 @by_block((I8, 8, 32), (U8, 176))
