@@ -2,7 +2,8 @@
 
     python -m tests.bench.speed [--shapes 1B,7B] [--json FILE]
 
-Prints tables; --json writes the same figures. Bases are generated (random weights, real shapes) in a temporary folder
+Prints tables; --json writes the same figures. On a processor with AVX-512 the kernels' rates and the merges of 1B are
+measured with AVX2 too. Bases are generated (random weights, real shapes) in a temporary folder
 here. The 70B's base is a sparse file, its merged file and the copy of it (40 GB each, one after the other) are not.
 """
 
@@ -11,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,8 +50,40 @@ KEPT = (
     "IQ4_XS",
     "MXFP4",
 )
-WAYS = (("auto", 1), ("auto", 2), ("dither", 1), ("dither", 2))
-FEWER = {"7B": {"repeat": 2}, "70B": {"repeat": 1, "ways": [("auto", 2)]}}  # minutes each
+AVX2 = {"NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": ""}
+LARGE = 20.0  # times the adapter's own scale: its update is then 0.4 of a 4-bit step
+
+
+class Way(NamedTuple):
+    """A way to merge: with which rounding, in how many threads, with AVX2 only, at which scale of the adapter."""
+
+    rounding: str
+    threads: int
+    narrow: bool = False
+    scale: float = 1.0
+
+
+WAYS = [Way("auto", 1), Way("auto", 2), Way("dither", 1), Way("dither", 2)]
+FEWER = {"7B": {"repeat": 2}, "70B": {"repeat": 1, "ways": [Way("auto", 2)]}}  # minutes each
+
+
+def processor() -> str:
+    """What the figures were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {os.cpu_count()} cores, {vectors()}"
+
+
+def vectors() -> str:
+    """The widest vectors that kernels here are compiled for."""
+    from numba import config
+    from numba.core.registry import cpu_target
+
+    features = config.CPU_FEATURES
+    if features is None:
+        features = cpu_target.target_context.codegen()._get_host_cpu_features()
+    wide = "+avx512f" in features
+    return "AVX-512" if wide else "AVX2" if config.CPU_NAME or "+avx2" in features else "neither AVX-512 nor AVX2"
 
 
 def timed(function, repeat: int = 3) -> float:
@@ -138,7 +173,7 @@ def tiny(folder: Path) -> tuple[Path, Path]:
 
 def start_seconds(folder: Path) -> float:
     """The CPU time of a merge of next to nothing: what every merge spends on Python's and Numba's start."""
-    return min(merged(folder, *tiny(folder), "auto", 1)[1] for _ in range(3))
+    return min(merged(folder, *tiny(folder), Way("auto", 1))[1] for _ in range(3))
 
 
 def merge_rows(
@@ -152,7 +187,7 @@ def merge_rows(
     ways=WAYS,
     repeat: int = 3,
 ) -> list[dict]:
-    """Merges by each of ``ways``, (rounding, threads), and copies of the base between them: the fastest of ``repeat``
+    """Merges by each of ``ways``, and copies of the base between them: the fastest of ``repeat``
     runs each, with the base in memory; then one of each that reads it from the disk.
     """
     runs: dict[object, list[tuple[float, float, float]]] = {}
@@ -163,16 +198,17 @@ def merge_rows(
             run = (
                 (copy_and_sync(base, folder / "out.gguf"), 0.0, 0.0)
                 if way is None
-                else merged(folder, base, adapter, *way)
+                else merged(folder, base, adapter, way)
             )
             runs.setdefault((from_disk, way), []).append(run)
     fastest = {key: min(found) for key, found in runs.items()}
     copied, copied_cold = fastest[False, None][0], fastest[True, None][0]
     rows = []
-    for rounding, n in ways:
-        (wall, used, rss), (wall_cold, *_) = fastest[False, (rounding, n)], fastest[True, (rounding, n)]
+    for way in ways:
+        (wall, used, rss), (wall_cold, *_), n = fastest[False, way], fastest[True, way], way.threads
         rows.append({
-            "base": name, "rounding": rounding, "threads": n, "seconds": wall, "cp_fsync_seconds": copied, "times_cp": wall / copied,
+            "base": name, "rounding": way.rounding, "threads": n, "vectors": "AVX2" if way.narrow else vectors(),
+            "scale": way.scale, "seconds": wall, "cp_fsync_seconds": copied, "times_cp": wall / copied,
             "from_disk_seconds": wall_cold, "from_disk_cp_fsync_seconds": copied_cold, "from_disk_times_cp": wall_cold / copied_cold,
             "mw_s_core": n_weights / wall / n / 1e6, "mw_cpu_s": n_weights / used / 1e6,
             "mw_cpu_s_after_start": n_weights / (used - start) / 1e6, "rss_above_interpreter_mb": rss - own,
@@ -180,10 +216,11 @@ def merge_rows(
     return rows
 
 
-def merged(folder: Path, base: Path, adapter: Path, rounding: str, n_threads: int) -> tuple[float, float, float]:
+def merged(folder: Path, base: Path, adapter: Path, way: Way) -> tuple[float, float, float]:
     """``measured`` of a merge, whose output is removed again."""
-    out = folder / "out.gguf"
-    figures = run_cli("merge", base, adapter, "-o", out, "-t", n_threads, "--rounding", rounding)
+    out, env = folder / "out.gguf", AVX2 if way.narrow else None
+    options = ("--rounding", way.rounding, "-t", way.threads, "--scale", way.scale)
+    figures = run_cli("merge", base, adapter, "-o", out, *options, env=env)
     out.unlink()
     return figures
 
@@ -203,15 +240,22 @@ def merges(folder: Path, shapes: list[str]) -> list[dict]:
         shape, base, adapter = SHAPES[label], folder / f"{label}.gguf", folder / "adapter.gguf"
         write_base(base, shape, sparse=label == "70B")
         write_adapter(adapter, shape)
-        rows += merge_rows(
-            folder, f"{label} Q4_K_M", base, adapter, shape.n_linear_weights, own, start, **FEWER.get(label, {})
+        how = {"ways": ways_of_1b()} if label == "1B" else FEWER.get(label, {})
+        rows += (
+            found := merge_rows(folder, f"{label} Q4_K_M", base, adapter, shape.n_linear_weights, own, start, **how)
         )
         if label == "1B":
             rate = straightforward(base, adapter, n_layers=3)
-            for row in rows[-len(WAYS) :]:
+            for row in found:
                 row["times_faster_than_straightforward"] = row["mw_cpu_s"] * 1e6 / rate
         base.unlink()
     return rows
+
+
+def ways_of_1b() -> list[Way]:
+    """Also an adapter whose updates are nearly as large as a step, and all of it with AVX2 where there is AVX-512."""
+    ways = [*WAYS, Way("auto", 2, scale=LARGE), Way("dither", 2, scale=LARGE)]
+    return ways + ([way._replace(narrow=True) for way in ways if way.threads == 2] if vectors() == "AVX-512" else [])
 
 
 def _linears(reader: GgufReader) -> list:
@@ -323,16 +367,38 @@ def show(title: str, rows: list[dict]) -> None:
     print(f"\n{title}\n{text_table(keys, cells)}", flush=True)
 
 
+def kernels() -> dict[str, list[dict]]:
+    """What kernels do a second, one core."""
+    return {"fresh": fresh_rates(), "kept": kept_rates()}
+
+
+def narrow_kernels() -> dict[str, list[dict]]:
+    """The same with AVX2 only: Numba asks for the processor when it is imported, so in a process of its own."""
+    code = "import json; from tests.bench.speed import kernels; print(json.dumps(kernels()))"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env={**os.environ, **AVX2})
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def show_kernels(found: dict[str, list[dict]], width: str) -> None:
+    show(f"quantizers (fresh), one core, {width}, million weights a second", found["fresh"])
+    show(f"kept grid, rank 16, one core, {width}, million weights a second", found["kept"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="1B,7B", help="generated bases: 1B, 7B, 70B")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    figures: dict[str, object] = {"processor": processor()}
+    print(figures["processor"])
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        figures = {"starts": [starts(Path(folder))], "fresh": fresh_rates(), "kept": kept_rates()}
+        figures["starts"] = [starts(Path(folder))]
         show("start-up, s", figures["starts"])
-        show("quantizers (fresh), one core, million weights a second", figures["fresh"])
-        show("kept grid, rank 16, one core, million weights a second", figures["kept"])
+        figures |= (found := kernels())
+        show_kernels(found, vectors())
+        if vectors() == "AVX-512":
+            figures["AVX2"] = narrow_kernels()
+            show_kernels(figures["AVX2"], "AVX2")
         figures["merges"] = merges(Path(folder), [shape for shape in options.shapes.split(",") if shape])
         show("merges of all linear layers, rank 16", figures["merges"])
     if options.json:
