@@ -157,15 +157,15 @@ def renew_blocks(
     place; return their sums (4,).
     """
     recipe, numbers, per_row = chunk.recipe, np.flatnonzero(chosen), chosen.shape[1]
-    by_block = blocks.reshape(chosen.size, -1)
-    weights, change = (
-        recipe.source.decoded(before.reshape(by_block.shape)[numbers]),
-        delta.reshape(chosen.size, -1)[numbers],
-    )
+    by_block, of_block = blocks.reshape(chosen.size, -1), delta.reshape(chosen.size, -1)
+    weights = recipe.source.decoded(before.reshape(by_block.shape)[numbers])
+    change = scratch("change", weights.shape)
+    of_block.take(numbers, 0, change, "clip")
     importance = recipe.importance_of(chunk.matrix)
     if importance.size:
         importance = importance.reshape(per_row, -1)[numbers % per_row]
-    by_block[numbers] = renewed = recipe.target.encoded(weights + change, importance)
+    wanted = np.add(weights, change, scratch("wanted", weights.shape))
+    by_block[numbers] = renewed = recipe.target.encoded(wanted, importance)
     return tallied(weights, recipe.target.decoded(renewed), change)
 
 
