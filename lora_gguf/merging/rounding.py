@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_gguf.kernels.chance import GOLDEN, SIXTEEN, UNIT, key_of_row, offsets, uniform
 from lora_gguf.kernels.decorators import kernel, part, report_kernel
 from lora_gguf.kernels.half import f32_from_f16
 from lora_gguf.kernels.lanes import (
@@ -52,9 +53,6 @@ from lora_gguf.kernels.lanes import (
 )  # fmt: skip
 from lora_gguf.merging.refit import MovingGrid, refit_row
 
-_GOLDEN = np.uint32(0x9E3779B9)
-_SIXTEEN = np.uint32(N * 0x9E3779B9 & 0xFFFFFFFF)  # columns further
-_UNIT = np.float32(2.0**-24)
 # the deviation of a group's moves, in steps, at which the offset begins to narrow, and at which it is none
 _DOUBTFUL, _CERTAIN = 0.4, np.float32(0.55)
 _PER_DOUBT = np.float32(1 / (0.55 - _DOUBTFUL))
@@ -90,30 +88,6 @@ class Watched(NamedTuple):
     sums: np.ndarray
 
 
-@kernel
-def _row_key(key: Any, row: np.ndarray) -> Any:
-    """The 32-bit key of one row: a 64-bit finalizer (splitmix64) of the tensor's key and the row's number."""
-    x = np.uint64(key) + np.uint64(row + 1) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.uint32((x ^ (x >> np.uint64(31))) & np.uint64(0xFFFFFFFF))
-
-
-@kernel
-def _bits(row_key: Any, column: Any) -> Any:
-    """A whole number in [0, 2**24) as f32: a 32-bit mixing of the row's key and the column (two rounds)."""
-    x = np.uint32(row_key + np.uint32(column) * _GOLDEN)
-    x = np.uint32((x ^ np.uint32(x >> 16)) * np.uint32(0x21F0AAAD))
-    x = np.uint32((x ^ np.uint32(x >> 15)) * np.uint32(0x735A2D97))
-    return np.float32(np.int32(x >> 8))
-
-
-@kernel
-def _uniform(row_key: Any, column: Any) -> Any:
-    """A number in [0, 1), a multiple of 2**-24."""
-    return _bits(row_key, column) * _UNIT
-
-
 @report_kernel
 def _tally(delta: np.ndarray, moved: np.ndarray, changed: Any, sums: np.ndarray) -> None:
     """Add a row's Σ delta·moved, Σ delta², Σ moved² and its number of changed codes to ``sums`` (4,)."""
@@ -126,14 +100,6 @@ def _tally(delta: np.ndarray, moved: np.ndarray, changed: Any, sums: np.ndarray)
     sums[1] += wanted
     sums[2] += got
     sums[3] += changed
-
-
-@kernel
-def _offsets(column: Any, base: Any, unit: np.ndarray) -> Any:
-    """The random offsets of sixteen columns; ``column`` holds row_key + column * _GOLDEN. See ``_bits``."""
-    x = (column ^ (column >> splat(np.uint32(16)))) * splat(np.uint32(0x21F0AAAD))
-    x = (x ^ (x >> splat(np.uint32(15)))) * splat(np.uint32(0x735A2D97))
-    return fma(unit, to_f32(x >> splat(np.uint32(8))), base)
 
 
 @part
@@ -188,19 +154,19 @@ def _move(codes: np.ndarray, steps: np.ndarray, left: np.ndarray, rule: Rule, ea
     Returns the largest move in steps, before it is rounded, and the number of codes that changed.
     """
     group, lowest, highest, spread = len(codes) // len(steps), splat(rule.least), splat(rule.most), rule.spread
-    base, unit = splat(np.float32(0.5) - np.float32(0.5) * spread), splat(spread * _UNIT)
-    column, sixteen = splat(row_key) + iota() * splat(_GOLDEN), splat(_SIXTEEN)
+    base, unit = splat(np.float32(0.5) - np.float32(0.5) * spread), splat(spread * UNIT)
+    column, sixteen = splat(row_key) + iota() * splat(GOLDEN), splat(SIXTEEN)
     changed = largest = splat(np.float32(0.0))
     for g in range(len(steps)):
         per_step = np.float32(0.0) if steps[g] == 0 else np.float32(1.0) / steps[g]
         step, inverse = splat(steps[g]), splat(per_step)
         if eases:
             width = spread * _width(left[g * group : (g + 1) * group], per_step)
-            base, unit = splat(np.float32(0.5) - np.float32(0.5) * width), splat(width * _UNIT)
+            base, unit = splat(np.float32(0.5) - np.float32(0.5) * width), splat(width * UNIT)
         for j in range(g * group, (g + 1) * group, N):
             rest, old = load(left, j), load(codes, j)
             steps_moved = rest * inverse
-            new = least(most(old + floor(steps_moved + _offsets(column, base, unit)), lowest), highest)
+            new = least(most(old + floor(steps_moved + offsets(column, base, unit)), lowest), highest)
             store(new, codes, j)
             store(fma(old - new, step, rest), left, j)
             changed, largest = changed + nonzero(new - old), most(magnitude(steps_moved), largest)
@@ -246,7 +212,7 @@ def round_codes(codes: np.ndarray, steps: np.ndarray, delta: np.ndarray, rule: R
         if refits:
             refit_row(movable, movable.before, i, codes[i], rule.zero, steps[i], left)
             eases = _size(left) > _EASING * _mean_step(steps[i])
-        largest, changed = _move(codes[i], steps[i], left, rule, eases, _row_key(rule.key, rule.first_row + i))
+        largest, changed = _move(codes[i], steps[i], left, rule, eases, key_of_row(rule.key, rule.first_row + i))
         sums[3] += changed
         if refits:
             if largest > np.float32(0.5):
@@ -310,8 +276,8 @@ def _move_levels(
         splat(np.float32(1.0)),
         splat(rule.least),
     )
-    base, width = splat(np.float32(0.5) - np.float32(0.5) * rule.spread), splat(rule.spread * _UNIT)
-    column, sixteen = splat(row_key) + iota() * splat(_GOLDEN), splat(_SIXTEEN)
+    base, width = splat(np.float32(0.5) - np.float32(0.5) * rule.spread), splat(rule.spread * UNIT)
+    column, sixteen = splat(row_key) + iota() * splat(GOLDEN), splat(SIXTEEN)
     changed = zero
     for g in range(len(steps)):
         step, inverse = splat(steps[g]), splat(np.float32(0.0) if steps[g] == 0 else np.float32(1.0) / steps[g])
@@ -319,7 +285,7 @@ def _move_levels(
             rest, old, value = load(left, j), load(codes, j) - least_code, load(unit, j)
             goal = value + rest * inverse
             number, low, high = _bracket(goal, book)
-            up = floor(most(least((goal - low) / (high - low), one), zero) + _offsets(column, base, width))
+            up = floor(most(least((goal - low) / (high - low), one), zero) + offsets(column, base, width))
             touched = magnitude(rest * inverse)
             new = where_less(zero, touched, number + up, old)
             new_value = where_less(zero, touched, where_less(zero, up, high, low), value)
@@ -342,7 +308,7 @@ def round_levels(
         _units(codes[i], book, rule.least, unit)
         if refits:
             refit_row(movable, movable.before, i, unit, np.float32(0.0), steps[i], left)
-        row_key = _row_key(rule.key, rule.first_row + i)
+        row_key = key_of_row(rule.key, rule.first_row + i)
         sums[3] += _move_levels(codes[i], unit, book, steps[i], left, rule, row_key)
         if refits:
             refit_row(movable, movable.after, i, unit, np.float32(0.0), steps[i], left)
@@ -356,12 +322,12 @@ def round_bf16(halves: np.ndarray, delta: np.ndarray, spread: Any, key: Any, fir
     moved = np.empty(n_cols, np.float32)
     base = np.float32(0.5) - np.float32(0.5) * np.float32(spread)
     for i in range(n_rows):
-        row_key = _row_key(key, first_row + i)
+        row_key = key_of_row(key, first_row + i)
         changed = 0
         for j in range(n_cols):
             old = np.uint32(np.uint32(halves[i, j]) << 16)
             wanted = np.float32(old.view(np.float32) + delta[i, j])
-            offset = base + np.float32(spread) * _uniform(row_key, j)
+            offset = base + np.float32(spread) * uniform(row_key, j)
             carried = wanted.view(np.uint32) + np.uint32(offset * np.float32(65536.0))
             new = np.uint32(old if delta[i, j] == 0 else carried & 0xFFFF0000)
             halves[i, j] = np.uint16(new >> 16)
@@ -389,14 +355,14 @@ def round_f16(halves: np.ndarray, delta: np.ndarray, spread: Any, key: Any, firs
     moved = np.empty(n_cols, np.float32)
     base = np.float32(0.5) - np.float32(0.5) * np.float32(spread)
     for i in range(n_rows):
-        row_key = _row_key(key, first_row + i)
+        row_key = key_of_row(key, first_row + i)
         changed = 0
         for j in range(n_cols):
             old = halves[i, j]
             value = f32_from_f16(old)
             new = old
             if delta[i, j] != 0:
-                new = _f16_offset(np.float32(value + delta[i, j]), base + np.float32(spread) * _uniform(row_key, j))
+                new = _f16_offset(np.float32(value + delta[i, j]), base + np.float32(spread) * uniform(row_key, j))
             halves[i, j] = new
             moved[j] = f32_from_f16(new) - value
             changed += new != old
