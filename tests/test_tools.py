@@ -219,6 +219,22 @@ def test_tinkers_head_and_the_enums_own_name(tmp_path):
         assert_holds(base, source, tmp_path, wanted | {"output.weight": old + scale * (b @ a)})
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3moe", "gpt-oss"])
+def test_tinker(tmp_path, name):
+    """As its cookbook merges: a head of its own name, all experts in one tensor, one factor shared by them."""
+    folder = FIXTURES / "tinker" / name
+    wanted = tiny.tensors_from(folder / "merged.safetensors", model_of(name))
+    assert_holds(tiny.base_gguf(tmp_path, name), folder, tmp_path, wanted)
+
+
+def test_tinkers_experts_that_do_not_multiply(tmp_path):
+    a, b = np.ones((3, 4, 32), np.float32), np.ones((2, 24, 4), np.float32)
+    names = [f"{PREFIX}model.layers.0.mlp.experts.w1.lora_{half}.weight" for half in "AB"]
+    for shapes in ((a, b), (a, b[:, :, :2]), (a, b[0])):
+        with pytest.raises(MalformedError, match="do not multiply, expert by expert"):
+            read_adapter(written(tmp_path / "a", dict(zip(names, shapes, strict=True)), r=4, lora_alpha=4))
+
+
 def test_a_missing_rank_is_said_once(tmp_path):
     tensors, config, _ = peft("llama")
     with pytest.raises(MalformedError, match="adapter_config.json: r: expected a number") as refusal:

@@ -117,6 +117,8 @@ def lora(module: Module) -> Found:
     """Return the updates of LoRA and rsLoRA, on linear layers and embeddings, with DoRA's magnitudes and a bias beside
     B.
     """
+    if ".experts." in module.path and any(factor.ndim == 3 for factor in module.factors.values()):
+        return [stacked(module)]
     module.flatten()
     try:
         module.factors |= unpacked(module.path, module.factors, module.config)
@@ -138,6 +140,18 @@ def lora(module: Module) -> Found:
     if bias is not None:
         found.append(added_bias(module, bias * np.float32(scale), len(b)))
     return found
+
+
+def stacked(module: Module) -> LoraPair:
+    """Return the update of all experts in one, as Tinker saves it: A (E, r, in) and B (E, out, r), one of them perhaps
+    (1, …) and shared by all."""
+    a, b = (module.factors.get(name, np.empty(0, np.float32)) for name in ("lora_A", "lora_B"))
+    n = max(len(a), len(b))
+    if not a.ndim == b.ndim == 3 or {len(a), len(b)} - {1, n} or a.shape[1] != b.shape[2] or not a.size * b.size:
+        raise module.malformed(f"lora_A {a.shape} and lora_B {b.shape} do not multiply, expert by expert")
+    scale = scale_of(module.path, a.shape[1], module.config)
+    a, b = (np.ascontiguousarray(np.broadcast_to(factor, (n, *factor.shape[1:]))) for factor in (a, b))
+    return LoraPair(module.path, a, b, scale, module.sources)
 
 
 def dora(module: Module, pair: LoraPair, magnitude: np.ndarray, embedding: bool) -> Dora | DoraOfColumns:

@@ -220,6 +220,7 @@ VARIANTS = {
     ("nemotron_h", "num_experts_per_tok"): "nemotron_h_moe",
     ("nomic-bert", "moe_every_n_layers"): "nomic-bert-moe",
 }
+ATTENTION_PARTS = (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))
 DRAFT = "a draft model, which an adapter of the model that it drafts for is not made for: name that model's GGUF"
 CODEC = "an audio codec, which is not fine-tuned with adapters: name the GGUF of the language model that it speaks for"
 # what llama.cpp converts and no adapter is merged into: GGUF's general.architecture, or a class -> why
@@ -492,7 +493,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "exaone-moe": Architecture(("ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM")),
     "gpt-oss": Architecture(
         ("GptOssForCausalLM",),
-        (split(r"experts\.gate_up_proj", ffn_gate_exps=(t.every(0, 2),), ffn_up_exps=(t.every(1, 2),)),),
+        (
+            split(r"experts\.gate_up_proj", ffn_gate_exps=(t.every(0, 2),), ffn_up_exps=(t.every(1, 2),)),
+            *(Rule(rf"attn\.{part}_proj", (Out(f"attn_{name}"),)) for part, name in ATTENTION_PARTS),  # Tinker's names
+        ),
         packed_experts=(Stored(in_out=True, declared=True), Stored(in_out=True)),
     ),
     "lfm2": Architecture(("Lfm2ForCausalLM", "LFM2ForCausalLM", "Lfm2Model", "Lfm2BidirectionalModel"), (), r"\.shortconv\.conv\.weight$"),
