@@ -64,7 +64,7 @@ def test_one_two_and_four_workers(tmp_path, plain):
             )  # fmt: skip
             assert (tmp_path / f"{n}.gguf").read_bytes() == plain and report.whole.kept > 0.9
             assert sum(done for done, *_ in seen) == seen[0][1]
-        assert all(n > 2 for n in client.run(lambda dask_worker: dask_worker.state.executed_count).values())
+        assert all(n > 0 for n in client.run(lambda dask_worker: dask_worker.state.executed_count).values())
 
 
 def test_the_command_line(tmp_path, plain):
