@@ -36,6 +36,14 @@ MODELS = {
     "SmolLM2": (smollm2_path, {"perl": FIXTURES / "perl-adapter", "pirate": DEMO_ADAPTER}),
     "Gemma": (gemma3_path, {"perl": FIXTURES / "gemma-perl-adapter"}),
 }
+# way -> how it rounds, and how many seeds are merged
+MERGES: dict[str, tuple[dict, int]] = {
+    "fresh": ({"rounding": "fresh"}, 1),
+    "dither": ({"rounding": "dither"}, 3),
+    "auto": ({}, 3),
+    "auto --imatrix": ({}, 3),
+}
+UNWEIGHED = ("Q8_0",)  # its quantizer takes no importance matrix
 KINDS = {module: kind for kind, module in MODULES.items()}
 
 
@@ -83,13 +91,17 @@ def added(weights: dict[str, torch.Tensor], deltas: dict[str, torch.Tensor]) -> 
     return {name: weight + deltas[name] for name, weight in weights.items()}
 
 
-def merges(oracle: Oracle, base: Path, adapter: Path, policy: dict, seeds: int, folder: Path) -> list[float]:
-    """The KL of a merge by each seed."""
-    found = []
-    for seed in range(seeds):
-        merge(base, [(adapter, 1.0)], folder / "merged.gguf", Policy(seed=seed, **policy), force=True)
-        found.append(oracle.judge(linear_weights(folder / "merged.gguf"))["kl"])
+def merged(base: Path, adapter: Path, way: dict, seeds: int, folder: Path) -> list[Path]:
+    """A merge by each seed."""
+    found = [folder / f"merged-{seed}.gguf" for seed in range(seeds)]
+    for seed, path in enumerate(found):
+        merge(base, [(adapter, 1.0)], path, Policy(seed=seed, **way), force=True)
     return found
+
+
+def divergences(oracle: Oracle, paths: list[Path]) -> np.ndarray:
+    """The KL of each merged file."""
+    return np.array([oracle.judge(linear_weights(path))["kl"] for path in paths])
 
 
 def proper_rows(oracle: Oracle, options, folder: Path) -> Iterator[str]:
@@ -99,7 +111,7 @@ def proper_rows(oracle: Oracle, options, folder: Path) -> Iterator[str]:
     original = linear_weights(requantized(source, folder / "original.gguf", "F32"))
     oracle.remember(added(original, deltas))
     for type_name in options.types:
-        for used in (None, imatrix):
+        for used in (None,) if type_name in UNWEIGHED else (None, imatrix):
             base = requantized(source, folder / "base.gguf", type_name, used)
             plain = linear_weights(base)
             at_run_time = oracle.judge(added(plain, deltas))["kl"]
@@ -107,11 +119,10 @@ def proper_rows(oracle: Oracle, options, folder: Path) -> Iterator[str]:
                 "base": [oracle.judge(plain)["kl"]],
                 "original merged": [oracle.judge(quantized(added(original, deltas), type_name, used))["kl"]],
                 "adapter at run time": [at_run_time],
-                "fresh": merges(oracle, base, adapter, {"rounding": "fresh"}, 1, folder),
-                "dither": merges(oracle, base, adapter, {"rounding": "dither"}, options.seeds, folder),
-                "auto": merges(oracle, base, adapter, {}, options.seeds, folder),
-                "auto --imatrix": merges(oracle, base, adapter, {"imatrix": imatrix}, options.seeds, folder),
             }
+            for way, (policy, seeds) in MERGES.items():
+                policy = {**policy, "imatrix": imatrix} if "imatrix" in way else policy
+                ways[way] = divergences(oracle, merged(base, adapter, policy, min(seeds, options.seeds), folder))
             for way, kl in ways.items():
                 made = "with" if used else "without"
                 figures = f"{np.mean(kl):8.5f} {np.std(kl):8.5f} {np.mean(kl) / at_run_time:6.2f}"
@@ -125,12 +136,15 @@ def text_rows(model: str, oracle: Oracle, options, folder: Path) -> Iterator[str
     plain = linear_weights(base)
     for name, adapter in adapters.items():
         with_adapter = added(plain, peft_deltas(adapter))
+        files = []
+        for number, way in enumerate(({"rounding": "dither"}, {}, {"imatrix": imatrix})):
+            (folder / str(number)).mkdir(exist_ok=True)
+            files.append(merged(base, adapter, way, options.seeds, folder / str(number)))
         for text, path in TEXTS.items():
             oracle.tokens = oracle.windows_of(path.read_text())[: options.windows]
             oracle.remember(with_adapter)
             untouched = oracle.judge(plain)["kl"]
-            ways = ({"rounding": "dither"}, {}, {"imatrix": imatrix})
-            shares = [np.array(merges(oracle, base, adapter, way, options.seeds, folder)) / untouched for way in ways]
+            shares = [divergences(oracle, paths) / untouched for paths in files]
             figures = "  ".join(f"{share.mean():.4f} ± {share.std():.4f}" for share in shares)
             yield f"{model:8} {name:7} {text:8} {untouched:8.4f}  {figures}"
 
