@@ -16,6 +16,7 @@ from lora_gguf import api
 from lora_gguf.merging.loss import expected_loss, harm, loss_text
 from lora_gguf.quants.table import CODECS
 from tests.common import DEMO_ADAPTER, FIXTURES, ROOT, smollm2_path
+from tests.test_cli import run
 from tests.test_merge import base_and_adapter
 
 CELLS = json.loads((FIXTURES / "expected-loss.json").read_text())
@@ -91,3 +92,15 @@ def test_much_that_is_lost_is_not_good(tmp_path):
     assert merged.whole.kept > 0.8 and merged.expected_loss > 0.25
     assert re.search(r": (fair|poor); --type Q8_0 loses less, in a larger file$", merged.verdict)
     assert "merge with --type " in api.doctor(smollm2_path(), (FIXTURES / "perl-adapter", 0.01)).recommendation
+
+
+@pytest.mark.parametrize("command", ["doctor", "verify"])
+def test_the_noise_is_for_those_who_ask_for_all(tmp_path, capsys, command):
+    base, adapter, _ = base_and_adapter(tmp_path, "Q4_0", size=2e-3)
+    out = tmp_path / "out.gguf"
+    api.merge(base, adapter, out)
+    words = [base, adapter] if command == "doctor" else [out, "--base", base, "--lora", adapter]
+    brief, whole = (run(capsys, command, *words, *more) for more in ([], ["--verbose"]))
+    assert "noise/delta" not in brief[1] and "noise/delta" in whole[1]
+    assert ("effect lost" in brief[1]) == (command == "doctor")
+    assert command == "doctor" or "of the fine-tune's effect is lost" in brief[2]
