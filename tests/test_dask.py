@@ -16,6 +16,7 @@ from lora_gguf import api
 from lora_gguf.errors import ExecutorError, NumericError
 from lora_gguf.files.output import SUFFIX
 from lora_gguf.merging import tasks
+from tests import tiny
 from tests.cluster import ENVIRONMENT, Cluster, cluster
 from tests.common import FIXTURES, ROOT, smollm2_path
 from tests.test_executor import broken_scale
@@ -241,3 +242,31 @@ def test_many_adapters_and_many_bases(tmp_path, monkeypatch, capsys):
         exec(compile(code, "cluster.md", "exec"), {})
         second = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()}
     assert {name for name in first if first[name] != second[name]} == {removed.name} and removed.read_bytes() == content
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_the_pipeline_over_a_cluster(tmp_path):
+    folder = tmp_path / "pipeline"
+    assert run_cli("init-pipeline", folder).wait() == 0
+    for i, name in enumerate(("one", "two")):
+        shutil.copytree(tiny.TINY / "llama" / "adapter", folder / "adapters" / name)
+        (folder / "models").mkdir(exist_ok=True)
+        shutil.copy(tiny.base_gguf(tmp_path, "llama"), folder / "models" / f"Q{i}.gguf")
+    with cluster(tmp_path / "cluster", 2) as found:
+        variables = ["ADAPTERS=one two", "QUANTS=Q0 Q1", f"MERGE_FLAGS=--dask {found.address} -q"]
+        command = [
+            "make",
+            "-C",
+            str(folder),
+            "-j2",
+            f"LORA_GGUF={sys.executable} -m lora_gguf",
+            *variables,
+            "merged-files",
+        ]
+        env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")} | ENVIRONMENT
+        for expected in (4, 0):  # the second time there is nothing to do
+            done = subprocess.run(command, env=env, capture_output=True, text=True)
+            assert done.returncode == 0 and done.stdout.count("lora_gguf merge") == expected, done.stderr
+    api.merge(folder / "models" / "Q0.gguf", folder / "adapters" / "one", tmp_path / "plain.gguf")
+    assert (folder / "merged" / "one--Q0.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+    assert len(list((folder / "merged").glob("*.gguf"))) == 4

@@ -7,6 +7,7 @@
     rows        one chunk from bytes to bytes: add, decide, move the grid (refit) and round (rounding), or find another
                 grid (regrid), encode, count
     work        many chunks in threads (limits, scratch): read, rows, write
+    tasks       the same in other processes, by an executor
     retention   what was kept, with steps; forecast is the same on a sample of rows
     layout, naming, provenance, identity, modelfile, chat     what is written, where, and what the file says of itself
 
