@@ -98,7 +98,7 @@ def test_replicated_layers_are_refused(tmp_path, command):
     config = tmp_path / "a" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"layer_replication": [[0, 2], [1, 2]]}))
     base, out = tiny.base_gguf(tmp_path, "llama"), tmp_path / "no.gguf"
-    with pytest.raises(UnsupportedError, match="layer_replication.*merge it with PEFT"):
+    with pytest.raises(UnsupportedError, match="layer_replication.*in PEFT, give each weights of its own.*then merge"):
         merge(base, [(tmp_path / "a", 1.0)], out) if command == "merge" else convert(tmp_path / "a", out, base)
 
 
