@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.names import is_other_tower
 from lora_gguf.mapping.reading import Reading
 from lora_gguf.mapping.towers import TOWERS
-from lora_gguf.merging.options import Policy, Writing
+from lora_gguf.merging.options import Policy, Resources, Writing
 from tests import tiny
 from tests.common import FIXTURES, pack_gguf, text_kv
 from tests.test_cli import run
@@ -166,6 +167,18 @@ def test_a_model_and_its_mmproj_are_merged_as_if_one_by_one(tmp_path, whole):
     assert {account.tensor for account in report.accounts} == saved.keys() and len(report.accounts) == len(saved)
     assert {account.outcome for account in report.accounts} == {"applied"}
     assert report.as_dict()["mmproj"]["all"]["kept"] == pytest.approx(1)
+
+
+def test_an_executor_does_both(tmp_path, whole):
+    base, mmproj, source = whole
+    call, reading = (base, [(source, 1.0)]), Reading(mmproj=mmproj)
+    merge(*call, Writing(tmp_path / "here.gguf"), reading=reading)
+    with ThreadPoolExecutor(2) as pool:
+        merge(*call, Writing(tmp_path / "there.gguf"), reading=reading, resources=Resources(executor=pool))
+    for name in ("{}.gguf", "mmproj-{}.gguf"):
+        assert (tmp_path / name.format("here")).read_bytes() == (tmp_path / name.format("there")).read_bytes()
+    again = merge(*call, Writing(tmp_path / "here.gguf", skip_existing=True), reading=reading)
+    assert again.skipped and again.written == [tmp_path / "here.gguf", tmp_path / "mmproj-here.gguf"]
 
 
 def test_in_a_folder_both_have_their_conventional_names(tmp_path, whole):
