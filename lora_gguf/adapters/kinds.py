@@ -29,7 +29,7 @@ from lora_gguf.adapters.updates import (
 )
 from lora_gguf.adapters.variants import unpacked
 from lora_gguf.errors import MalformedError, UnsupportedError
-from lora_gguf.files.lazy_array import contiguous, made
+from lora_gguf.files.lazy_array import contiguous, made, stack
 
 
 @dataclass
@@ -150,7 +150,7 @@ def stacked(module: Module) -> LoraPair:
     if not a.ndim == b.ndim == 3 or {len(a), len(b)} - {1, n} or a.shape[1] != b.shape[2] or not a.size * b.size:
         raise module.malformed(f"lora_A {a.shape} and lora_B {b.shape} do not multiply, expert by expert")
     scale = scale_of(module.path, a.shape[1], module.config)
-    a, b = (np.ascontiguousarray(np.broadcast_to(factor, (n, *factor.shape[1:]))) for factor in (a, b))
+    a, b = (x if len(x) == n else stack([x[0]] * n, (n, *x.shape[1:])) for x in (a, b))
     return LoraPair(module.path, a, b, scale, module.sources)
 
 
