@@ -81,7 +81,7 @@ def check_path(name: str, value: object, expected: str = "a path") -> None:
 def check_gguf_name(path: str | os.PathLike[str]) -> None:
     """Raise where a GGUF is to be written at a ``path`` that says it is something else."""
     stem, suffix = os.path.splitext(os.fspath(path))
-    if suffix.lower() in OTHER_FORMATS and not os.path.isdir(path):
+    if suffix.lower() in OTHER_FORMATS and not os.path.lexists(path):  # what is there is judged by what it is
         raise UsageError(f"{printable(path)}: a GGUF is written: call it {printable(stem)}.gguf")
 
 
