@@ -29,6 +29,17 @@ DEFAULT = {
     "ffn_gate_exps ffn_up_exps": "model.layers.{bid}.mlp.experts.gate_up_proj",
     "attn_k_b attn_v_b": "model.layers.{bid}.self_attn.kv_b_proj",
 }
+# a text model inside a model that sees
+LANGUAGE_MODEL = {
+    "token_embd": "model.language_model.embed_tokens",
+    "attn_q": "model.language_model.layers.{bid}.self_attn.q_proj",
+    "attn_k": "model.language_model.layers.{bid}.self_attn.k_proj",
+    "attn_v": "model.language_model.layers.{bid}.self_attn.v_proj",
+    "attn_output": "model.language_model.layers.{bid}.self_attn.o_proj",
+    "ffn_gate": "model.language_model.layers.{bid}.mlp.gate_proj",
+    "ffn_up": "model.language_model.layers.{bid}.mlp.up_proj",
+    "ffn_down": "model.language_model.layers.{bid}.mlp.down_proj",
+}
 OTHERS: dict[str, dict[str, str]] = {
     "afmoe": {
         "ffn_gate_inp": "model.layers.{bid}.mlp.router.gate",
@@ -160,14 +171,7 @@ OTHERS: dict[str, dict[str, str]] = {
         "per_layer_model_proj": "model.per_layer_model_projection",
     },
     "gemma4": {
-        "token_embd": "model.language_model.embed_tokens",
-        "attn_q": "model.language_model.layers.{bid}.self_attn.q_proj",
-        "attn_k": "model.language_model.layers.{bid}.self_attn.k_proj",
-        "attn_v": "model.language_model.layers.{bid}.self_attn.v_proj",
-        "attn_output": "model.language_model.layers.{bid}.self_attn.o_proj",
-        "ffn_gate": "model.language_model.layers.{bid}.mlp.gate_proj",
-        "ffn_up": "model.language_model.layers.{bid}.mlp.up_proj",
-        "ffn_down": "model.language_model.layers.{bid}.mlp.down_proj",
+        **LANGUAGE_MODEL,
         "inp_gate": "model.language_model.layers.{bid}.per_layer_input_gate",
         "proj": "model.language_model.layers.{bid}.per_layer_projection",
         "per_layer_token_embd": "model.language_model.embed_tokens_per_layer",
@@ -468,16 +472,7 @@ OTHERS: dict[str, dict[str, str]] = {
         "ffn_up_shexp": "model.layers.{bid}.mlp.shared_expert.up_proj",
         "ffn_gate_inp_shexp": "model.layers.{bid}.mlp.shared_expert_gate",
     },
-    "qwen2vl": {
-        "token_embd": "model.language_model.embed_tokens",
-        "attn_q": "model.language_model.layers.{bid}.self_attn.q_proj",
-        "attn_k": "model.language_model.layers.{bid}.self_attn.k_proj",
-        "attn_v": "model.language_model.layers.{bid}.self_attn.v_proj",
-        "attn_output": "model.language_model.layers.{bid}.self_attn.o_proj",
-        "ffn_gate": "model.language_model.layers.{bid}.mlp.gate_proj",
-        "ffn_up": "model.language_model.layers.{bid}.mlp.up_proj",
-        "ffn_down": "model.language_model.layers.{bid}.mlp.down_proj",
-    },
+    "qwen2vl": LANGUAGE_MODEL,
     "qwen35": {
         "ssm_alpha": "model.layers.{bid}.linear_attn.in_proj_a",
         "ssm_beta": "model.layers.{bid}.linear_attn.in_proj_b",
@@ -505,16 +500,7 @@ OTHERS: dict[str, dict[str, str]] = {
         "ffn_up_shexp": "model.layers.{bid}.mlp.shared_expert.up_proj",
         "ffn_down_shexp": "model.layers.{bid}.mlp.shared_expert.down_proj",
     },
-    "qwen3vl": {
-        "token_embd": "model.language_model.embed_tokens",
-        "attn_q": "model.language_model.layers.{bid}.self_attn.q_proj",
-        "attn_k": "model.language_model.layers.{bid}.self_attn.k_proj",
-        "attn_v": "model.language_model.layers.{bid}.self_attn.v_proj",
-        "attn_output": "model.language_model.layers.{bid}.self_attn.o_proj",
-        "ffn_gate": "model.language_model.layers.{bid}.mlp.gate_proj",
-        "ffn_up": "model.language_model.layers.{bid}.mlp.up_proj",
-        "ffn_down": "model.language_model.layers.{bid}.mlp.down_proj",
-    },
+    "qwen3vl": LANGUAGE_MODEL,
     "qwen3vlmoe": {
         "token_embd": "model.language_model.embed_tokens",
         "attn_q": "model.language_model.layers.{bid}.self_attn.q_proj",
