@@ -103,6 +103,8 @@ def _how_to_add(package: str) -> str:
 
 def printable(text: object, limit: int = 200) -> str:
     """Return ``text`` on one line with no control characters, cut at ``limit`` characters: safe for a terminal."""
-    line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text)[: limit + 1])
+    line = str(text)[: limit + 1]
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
     line = line.encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
-from lora_gguf.checks.checkup import NOTE, OK, WARNING
 from lora_gguf.checks.kinship import architectures_of, by_class, by_name
+from lora_gguf.checks.remarks import NOTE, OK, WARNING
 from lora_gguf.commands.doctor import doctor
 from lora_gguf.files.gguf_writer import key_value
 from tests import tiny

@@ -6,19 +6,9 @@ import os
 from dataclasses import asdict, dataclass, field
 
 from lora_gguf.checks.keeping import GOOD, judgement
+from lora_gguf.checks.remarks import Remark
 from lora_gguf.errors import LoraGgufError, printable
 from lora_gguf.merging.loss import loss_text
-
-OK, NOTE, WARNING, REFUSAL = "ok", "note", "warning", "refusal"
-
-
-@dataclass(frozen=True)
-class Remark:
-    """One thing that was looked at: ``level`` is ok, note, warning or refusal."""
-
-    topic: str
-    level: str
-    text: str
 
 
 @dataclass(frozen=True)

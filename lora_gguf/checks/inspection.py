@@ -14,9 +14,9 @@ from lora_gguf.adapters.adapter import sort_tensors
 from lora_gguf.adapters.adapter_config import check_supported, kind_of
 from lora_gguf.adapters.kinds import KINDS, Module, scale_of
 from lora_gguf.adapters.lora import EMBEDDING, HEAD
+from lora_gguf.checks.kinship import base_model_of, text
 from lora_gguf.errors import LoraGgufError, MalformedError, printable
 from lora_gguf.files.base import Base
-from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.weights import Entry
 from lora_gguf.mapping.towers import CLIP
 from lora_gguf.merging.provenance import merges_of
@@ -34,7 +34,6 @@ GGUF_KINDS = {
 VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "alora_invocation_tokens": "aLoRA", "lora_bias": "with biases"}
 # the factor of a module whose smaller side is the rank
 RANKED = ("lora_A", "lora_embedding_A", "lora_a", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
-TEXT = 200  # characters of a text from a file that are shown
 
 
 @dataclass(frozen=True)
@@ -163,10 +162,6 @@ def inspect_gguf(base: Base, source: str) -> Inspection:
     return adapter_gguf(base, common) if kind == "adapter" else model(base, common)
 
 
-def text(value: object) -> str:
-    return printable(value, TEXT) if isinstance(value, str) else ""
-
-
 def by_type(tensors: Iterable[tuple[str, int, int]]) -> dict[str, TypeShare]:
     """Return the shares of (type, weights, bytes), the largest first."""
     found: dict[str, list[int]] = {}
@@ -174,13 +169,6 @@ def by_type(tensors: Iterable[tuple[str, int, int]]) -> dict[str, TypeShare]:
         sums = found.setdefault(name, [0, 0, 0])
         sums[:] = [sums[0] + 1, sums[1] + n_parameters, sums[2] + n_bytes]
     return {name: TypeShare(*sums) for name, sums in sorted(found.items(), key=lambda item: -item[1][2])}
-
-
-def base_model_of(base: Base | GgufReader) -> str:
-    """Return OWNER/NAME or the name of the first model that the file says it was made of."""
-    owner, name = (text(base.get(f"general.base_model.0.{key}", "")) for key in ("organization", "name"))
-    address = text(base.get("general.base_model.0.repo_url", ""))
-    return address.removeprefix("https://huggingface.co/") or (f"{owner}/{name}" if owner and name else name)
 
 
 def model(base: Base, common: dict) -> ModelInspection:

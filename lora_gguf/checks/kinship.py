@@ -16,8 +16,7 @@ from pathlib import Path
 
 from lora_gguf.adapters.adapter import adapter_directory, adapter_name
 from lora_gguf.adapters.adapter_config import read_config
-from lora_gguf.checks.checkup import NOTE, OK, WARNING, Remark
-from lora_gguf.checks.inspection import base_model_of
+from lora_gguf.checks.remarks import NOTE, OK, WARNING, Remark
 from lora_gguf.checks.tokenizer import tokens_differ
 from lora_gguf.errors import printable
 from lora_gguf.files.base import Base, split_name
@@ -25,6 +24,8 @@ from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.mapping.architectures import ARCHITECTURES, VARIANTS
 from lora_gguf.mapping.towers import CLIP
 from lora_gguf.text import count_text
+
+TEXT = 200  # characters of a text from a file that are shown
 
 # a family's word in a name -> the GGUF architectures of its models
 FAMILIES = {
@@ -141,6 +142,17 @@ def stated_base(path: str | os.PathLike[str]) -> tuple[str, dict]:
             return base_model_of(reader), {}
     config = read_config(adapter_directory(path))
     return str(config.get("base_model_name_or_path", ""))[:1000], config
+
+
+def base_model_of(base: Base | GgufReader) -> str:
+    """Return OWNER/NAME or the name of the first model that the file says it was made of."""
+    owner, name = (text(base.get(f"general.base_model.0.{key}", "")) for key in ("organization", "name"))
+    address = text(base.get("general.base_model.0.repo_url", ""))
+    return address.removeprefix("https://huggingface.co/") or (f"{owner}/{name}" if owner and name else name)
+
+
+def text(value: object) -> str:
+    return printable(value, TEXT) if isinstance(value, str) else ""
 
 
 def kinship(path: str | os.PathLike[str], base: Base) -> list[Remark]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_gguf.adapters.adapter_config import read_json
-from lora_gguf.checks.checkup import NOTE, OK, WARNING, Remark
+from lora_gguf.checks.remarks import NOTE, OK, WARNING, Remark
 from lora_gguf.errors import MalformedError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.mapping.vocabulary import FILLER, MAX_JSON, added_tokens

@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_gguf.adapters.adapter import adapter_directory, adapter_name
-from lora_gguf.checks.checkup import NOTE, OK, REFUSAL, WARNING, DoctorReport, Outlook, Remark, TensorOutlook, recommend
+from lora_gguf.checks.checkup import DoctorReport, Outlook, TensorOutlook, recommend
 from lora_gguf.checks.earlier import earlier_merges
 from lora_gguf.checks.inspection import AdapterInspection
 from lora_gguf.checks.keeping import NOTHING, idle, listed, poorly_kept
 from lora_gguf.checks.kinship import kinship
+from lora_gguf.checks.remarks import NOTE, OK, REFUSAL, WARNING, Remark
 from lora_gguf.checks.tokenizer import compare_tokenizer
 from lora_gguf.commands.inspect import inspect
 from lora_gguf.errors import LoraGgufError, printable

@@ -32,7 +32,7 @@ from lora_gguf.merging.options import Policy, Resources, Writing
 from lora_gguf.merging.plan import Plan, make_plan
 from lora_gguf.merging.provenance import merged_key_values, names_of
 from lora_gguf.merging.retention import Retention, kind_of, layer_of, total
-from lora_gguf.merging.steps import planned_step, weight_rms
+from lora_gguf.merging.steps import planned_step
 from lora_gguf.merging.tasks import in_executor, tasks_of
 from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.merging.work import Done, merge_ranges
@@ -290,8 +290,7 @@ def carry_out(job: Job, opened: ExitStack, resources: Resources, progress: Progr
         write_part(job, part, opened.enter_context(writer), weigh, resources, progress)
     for tensor in job.plan.merged:
         if found := job.report.retention.get(tensor.target.name):
-            step, weight = planned_step(tensor, job.model), weight_rms(job.model, tensor.source)
-            found.measure(step, weight, harm_of(tensor))
+            found.measure(*planned_step(tensor, job.model), harm_of(tensor))
     job.plan.warnings += judged(job.report.by_kind(), job.plan, job.model, job.policy)
 
 

@@ -25,7 +25,7 @@ from lora_gguf.files.tensor_file import DTYPES
 FILES = 16  # that a process holds open
 AT_ONCE = 1 << 20  # a file of at most so many bytes is read at once
 VECTOR_BYTES = 1 << 20  # and so is a vector
-LARGE = 1 << 18  # from so many bytes on a kernel is worth its loading
+LARGE = 1 << 16  # from so many bytes on a kernel is worth its loading
 BLOCK_BYTES = 8 << 20  # that are looked at, at a time
 
 
@@ -373,9 +373,15 @@ def gathered(array: Any, index: np.ndarray | None, axis: int = 0) -> Any:
     return array[index] if axis == 0 else array[(slice(None),) * axis + (index,)]
 
 
-def at_hand(array: Any) -> Any:
-    """Return an array that is there, unless some rows of it can be read alone."""
-    return np.asarray(array) if isinstance(array, LazyArray) and not array.by_row else array
+def at_hand(array: Any, n_bytes: int = 0) -> Any:
+    """Return an array that is there, unless it has more than ``n_bytes`` and some rows of it can be read alone."""
+    stays = not isinstance(array, LazyArray) or (array.by_row and array.nbytes > n_bytes)
+    return array if stays else np.asarray(array)
+
+
+def as_stored(array: Any) -> Any:
+    """Return an array of f16 in a file as such, not widened: finite where it is finite in f32. Others as they are."""
+    return array.astype(np.float16) if isinstance(array, Stored) and array.kind == "F16" else array
 
 
 def blocks_of(array: Any) -> Iterator[tuple[int, np.ndarray]]:

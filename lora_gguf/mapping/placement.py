@@ -18,7 +18,7 @@ from typing import cast
 import numpy as np
 
 from lora_gguf.adapters.adapter import Adapter, allowed
-from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair, Piece, decode_rows, read_adapter_gguf
+from lora_gguf.adapters.lora import EMBEDDING, HEAD, LoraPair, Piece, decode_rows, pairs_of
 from lora_gguf.adapters.updates import Computed, DoraOfColumns, Replaced, Update
 from lora_gguf.errors import MalformedError, MismatchError, UnsupportedError, printable
 from lora_gguf.files.base import Base
@@ -138,7 +138,8 @@ def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader | Base, reading
     """Return the pairs of the adapter GGUF at ``path`` as they fit the open ``base``. Errors as of
     ``gguf_pairs``.
     """
-    pairs, architecture = read_adapter_gguf(path)
+    with GgufReader(path) as reader:
+        pairs, placement, architecture = pairs_of(reader), unplaced(reader), reader.architecture
     hparams = from_base(base, layout_of=reading.layout_of)
     label = printable(Path(path).name)
     if architecture != hparams.stated:
@@ -146,7 +147,6 @@ def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader | Base, reading
             f"{label}: expected an adapter for {hparams.stated} ({base.label}), found one for "
             f"{printable(architecture, 40)}: is it for another base model?"
         )
-    placement = unplaced(path)
     placement.warnings += borrowed_layout(hparams)
     parts: dict[str, list[Part]] = {}
     errors: list[str] = []
@@ -168,15 +168,14 @@ def adapter_gguf_pairs(path: str | os.PathLike, base: GgufReader | Base, reading
     return placement
 
 
-def unplaced(path: str | os.PathLike) -> Placement:
+def unplaced(reader: GgufReader) -> Placement:
     """Return a placement of an adapter GGUF without its pairs: the tokens that activate it, and what llama.cpp
     ignores.
     """
-    with GgufReader(path) as reader:
-        reason = "llama.cpp ignores norms in adapters"
-        ignored = [name for name in reader.tensors if not name.endswith((".lora_a", ".lora_b"))]
-        tokens = reader.get("adapter.alora.invocation_tokens") or []
-        return Placement(accounts=[Account(name, "ignored", "", reason) for name in ignored], invocation_tokens=tokens)
+    reason = "llama.cpp ignores norms in adapters"
+    ignored = [name for name in reader.tensors if not name.endswith((".lora_a", ".lora_b"))]
+    tokens = reader.get("adapter.alora.invocation_tokens") or []
+    return Placement(accounts=[Account(name, "ignored", "", reason) for name in ignored], invocation_tokens=tokens)
 
 
 def place(update: LoraPair | Update, hparams: Hparams, parts: dict[str, list[Part]], placement: Placement) -> list[str]:

@@ -18,6 +18,7 @@ from lora_gguf.merging.tensor import Recipe, TensorPlan
 CHUNK_WEIGHTS = 1 << 20  # of a chunk: enough that Python's part in it, 0.2 ms, does not count
 WORKING_BYTES = 40  # of memory for each weight of a chunk in work: update, weights, codes, a quantizer's search
 COPY_BYTES = 16 << 20
+WHOLE_B = 4 << 20  # a B of so many bytes is read at once: row by row takes longer
 TENSORS_HELD = 2  # the one whose chunks are in work, and the next
 
 # the weighting of each matrix of a tensor
@@ -112,7 +113,7 @@ def chunks_of(tensor: TensorPlan, runs: Iterable[tuple[int, int]], weigh: Weigh 
         matrix, row = divmod(first, n_out)
         if matrix != held_matrix:
             a, held_matrix = a_of(pairs, matrix, n_cols), matrix
-            b = [(at_hand(pair.b[matrix]), np.float32(pair.scale)) for pair in pairs]
+            b = [(at_hand(pair.b[matrix], WHOLE_B), np.float32(pair.scale)) for pair in pairs]
         factor, weighting = b_of(b, row, min(n_rows, n_out - row)), weightings[matrix] if weightings else None
         yield Changed(tensor, first, len(factor), recipe, matrix, a, factor, weighting)
 

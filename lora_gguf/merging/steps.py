@@ -13,13 +13,15 @@ from lora_gguf.quants.table import CODECS
 STEP_ROWS = 16
 
 
-def planned_step(tensor: TensorPlan, base: Base) -> float:
-    """Return the rms step of the type that a changed tensor gets, from some rows; NaN where it has no steps."""
-    target = tensor.wanted.target
+def planned_step(tensor: TensorPlan, base: Base) -> tuple[float, float]:
+    """Return the rms step of the type that a changed tensor gets, NaN where it has no steps, and the rms of its weights
+    in the base, from some rows.
+    """
+    blocks, source, target = sample(base, tensor.source), tensor.wanted.source, tensor.wanted.target
+    weight = rms(source.decoded(blocks))
     if not has_steps(target):
-        return float("nan")
-    blocks = sample(base, tensor.source)
-    return step_rms(target, blocks if tensor.wanted.source is target else _encoded(tensor, blocks))
+        return float("nan"), weight
+    return step_rms(target, blocks if source is target else _encoded(tensor, blocks)), weight
 
 
 def stored_step(base: Base, info: TensorInfo) -> float:
@@ -57,14 +59,15 @@ def steps_of(codec: Codec, blocks: np.ndarray) -> np.ndarray:
     """Return the steps of ``blocks`` uint8 (rows, row_bytes) of a type that has some: f32, one for each group of
     weights, or for each weight of a half.
     """
-    weights, steps = codec.decoded(blocks), np.empty(0, np.float32)
+    steps = np.empty(0, np.float32)
     if codec.half:
-        least = codec.half.least_exponent
+        weights, least = codec.decoded(blocks), codec.half.least_exponent
         exponents = np.where(weights == 0, least, np.frexp(weights)[1] - 1)
         steps = np.ldexp(np.float32(1), np.maximum(exponents, least) - codec.half.bits)
     elif grid := codec.grid:
-        steps = np.empty((len(blocks), weights.shape[1] // grid.group), np.float32)
-        grid.unpack(blocks, np.empty(weights.shape, np.int8), steps)
+        n_cols = blocks.shape[1] // codec.type.block_bytes * codec.type.block_size
+        steps = np.empty((len(blocks), n_cols // grid.group), np.float32)
+        grid.unpack(blocks, np.empty((len(blocks), n_cols), np.int8), steps)
         if grid.levels is not None:
             steps = steps * np.sqrt(np.mean(np.square(np.diff(grid.levels.astype(np.float32)))))
     return steps

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_gguf.adapters.adapter import adapter_name
-from lora_gguf.checks.checkup import WARNING, DoctorReport
+from lora_gguf.checks.checkup import DoctorReport
 from lora_gguf.checks.closeness import CompareReport
 from lora_gguf.checks.keeping import judgement
+from lora_gguf.checks.remarks import WARNING
 from lora_gguf.commands.merge import MergeReport
 from lora_gguf.commands.next_steps import next_steps
 from lora_gguf.commands.verify import VerifyReport
