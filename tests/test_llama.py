@@ -167,3 +167,27 @@ def said(server, prompts) -> list[dict[int, float]]:
 def distance(reference, other) -> float:
     """The mean difference in log-probability of the ten tokens that ``reference`` holds likeliest."""
     return np.mean([abs(a[token] - b[token]) for a, b in zip(reference, other) for token in list(a)[:10] if token in b])
+
+
+def test_a_base_on_a_grid_is_quantized_onto_it_with_its_update(tmp_path, converted):
+    """As QAT checkpoints are. What llama.cpp says along an answer with the adapter at run time is the reference."""
+    base, out = as_type(smollm2_path(), tmp_path / "f16.gguf", "F16"), tmp_path / "merged.gguf"
+    report = merge(base, [(DEMO_ADAPTER, 1.0)], out, Policy(mix="Q4_1"))
+    kinds = {name.split(".")[2] for name in report.retention}
+    for kind in kinds:
+        assert np.mean([part.kept for name, part in report.retention.items() if kind in name]) > 0.93
+    answer = complete(llama_server(base, converted), PROMPT, 48, n_probs=1)["logprobs"]["content"]
+    prompts = [[PROMPT, *(token["id"] for token in answer[:n])] for n in range(1, len(answer))]
+    with_adapter, alone, merged = (
+        [next_logprobs(server, prompt) for prompt in prompts]
+        for server in (llama_server(base, converted), llama_server(base), llama_server(out))
+    )
+    assert divergence(with_adapter, merged) < 0.04 * divergence(with_adapter, alone)
+
+
+def divergence(reference, other):
+    """Mean KL, over the tokens that the reference lists; what ``other`` does not list gets its least."""
+    rows = zip(reference, other, strict=True)
+    return np.mean(
+        [sum(np.exp(lp) * (lp - of.get(token, min(of.values()))) for token, lp in ref.items()) for ref, of in rows]
+    )

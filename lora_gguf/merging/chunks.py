@@ -108,7 +108,7 @@ def chunks_of(tensor: TensorPlan, runs: Iterable[tuple[int, int]], weigh: Weigh 
     if tensor.updates:
         tensor = replace(tensor, updates=[(update.loaded(), scale) for update, scale in tensor.updates])
     recipe, held_matrix = tensor.wanted, -1
-    weightings = weigh(tensor) if weigh and tensor.changes and recipe.moves_grid else None
+    weightings = weigh(tensor) if weigh and tensor.changes and recipe.weighs_columns else None
     for first, n_rows in runs:
         matrix, row = divmod(first, n_out)
         if matrix != held_matrix:

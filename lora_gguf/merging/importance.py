@@ -47,7 +47,7 @@ def weigher(base: Base) -> Weigh:
 
     def weigh(tensor: TensorPlan) -> list[Weighting]:
         importances = importance_of(base, tensor.source.name, tensor.wanted.importance, energies)
-        return [weighting_of(CODECS[tensor.source.type.name], importance) for importance in importances]
+        return [weighting_of(tensor.wanted.target, importance) for importance in importances]
 
     return weigh
 

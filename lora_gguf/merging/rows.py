@@ -10,7 +10,7 @@ from lora_gguf.kernels.lanes import N as LANES
 from lora_gguf.merging.chunks import Changed, update_of
 from lora_gguf.merging.importance import weighting_of
 from lora_gguf.merging.refit import NO_GRID, MovingGrid
-from lora_gguf.merging.regrid import halves_of, keep_update, round_on
+from lora_gguf.merging.regrid import erased, halves_of, round_on
 from lora_gguf.merging.rounding import OUTSIDE, Watched, round_bf16, round_f16, tally_rows
 from lora_gguf.merging.scratch import copied, scratch
 from lora_gguf.merging.tensor import NO_IMPORTANCE, SPREADS
@@ -121,8 +121,9 @@ def moving_grid(chunk: Changed, grid: Grid, blocks: np.ndarray, steps: np.ndarra
 def renew(chunk: Changed, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows with ``delta`` added on another grid than theirs, and their sums.
 
-    It is that which the target type's own quantizer finds, or theirs with the values in between. Where a row has a new
-    type, all rows of the chunk are given: their random numbers go by their place in it.
+    It is that which the target type's own quantizer finds, where it erases the update that of the row without it, or
+    theirs with the values in between. Where a row has a new type, all rows of the chunk are given: their random numbers
+    go by their place in it.
     """
     recipe = chunk.recipe
     before = recipe.source.decoded(blocks)
@@ -136,6 +137,19 @@ def renew(chunk: Changed, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.nda
         if by_chance and recipe.target.grid:
             keep_update(chunk, recipe.target.grid, renewed, before, delta)
     return renewed, tallied(recipe.source.decoded(blocks), recipe.target.decoded(renewed), delta)
+
+
+def keep_update(chunk: Changed, grid: Grid, renewed: np.ndarray, before: np.ndarray, delta: np.ndarray) -> None:
+    """Merge anew, in place, the rows ``renewed`` uint8 (rows, row_bytes) in which the update is erased: into ``before``
+    f32 (rows, cols) as stored in the target type. ``dither`` merges all of them so.
+    """
+    recipe, all_rows = chunk.recipe, chunk.recipe.rounding == "dither"
+    chosen = np.asarray(delta.any(axis=1)) if all_rows else erased(chunk, grid, renewed, before, delta)
+    if chosen.any():
+        merged = renewed.copy()
+        merged[chosen] = recipe.target.encoded(before[chosen], recipe.importance_of(chunk.matrix))
+        move(of_target(chunk), merged, delta * chosen[:, None])
+        renewed[chosen] = merged[chosen]
 
 
 def refined(chunk: Changed, blocks: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -51,6 +51,11 @@ class Recipe:
         keeps = self.keeps_grid or self.refines_grid
         return self.rounding == "auto" and keeps and self.source.grid is not None and bool(self.source.scales_at)
 
+    @property
+    def weighs_columns(self) -> bool:
+        """Whether the rounding asks how much each column matters."""
+        return self.rounding == "auto" and self.target.grid is not None and bool(self.target.scales_at)
+
     def importance_of(self, matrix: int) -> np.ndarray:
         """Return the importance of a matrix's columns as a quantizer takes it: f32 (cols,), or (0,) for none."""
         return NO_IMPORTANCE if self.importance is None else self.importance[matrix]

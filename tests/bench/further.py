@@ -160,7 +160,7 @@ def main() -> None:
         folder = Path(name)
         if options.types:
             print("type   imatrix  way                        KL        ±  ratio", flush=True)
-            oracle = Oracle(smollm2_path(), TEXTS["perl"].read_text(), min(options.windows, 2))
+            oracle = Oracle(smollm2_path(), TEXTS["perl"].read_text(), options.windows)
             for row in proper_rows(oracle, options, folder):
                 print(row, flush=True)
         if options.models:
