@@ -10,7 +10,7 @@ from libgguf import dequantize_rows, quantize_rows
 
 from lora_gguf.errors import UsageError
 from lora_gguf.merging.options import parse_growth
-from lora_gguf.merging.regrid import halves_of
+from lora_gguf.merging.regrid import on_finer_grid
 from lora_gguf.quants.ggml import BY_NAME
 from lora_gguf.quants.table import CODECS
 from tests.calls import merge
@@ -33,7 +33,7 @@ def test_budget_is_kept_and_the_small_tensors_that_carry_most_go_first(tmp_path)
 def test_the_type_with_a_bit_more_holds_every_weight_of_the_coarser_one(source, target):
     weights = (np.random.default_rng(0).normal(size=(24, 1024)) * 3).astype(np.float32)
     blocks = np.frombuffer(bytes(quantize_rows(weights, BY_NAME[source].id)), np.uint8).reshape(24, -1)
-    halved = halves_of(CODECS[source], CODECS[target], blocks)
+    halved = on_finer_grid(CODECS[source], CODECS[target], blocks)
     old, new = (
         np.asarray(dequantize_rows(raw, BY_NAME[name].id, n_per_row=1024)).reshape(weights.shape)
         for name, raw in ((source, blocks), (target, halved))

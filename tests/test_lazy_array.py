@@ -28,8 +28,6 @@ from tests.test_reference import NAMES as REFERENCES
 from tests.test_reference import REFERENCE
 from tests.test_reference import base_gguf as reference_base
 
-KINDS = sorted(path.name for path in (FIXTURES / "kinds").iterdir())
-
 
 @pytest.fixture
 def lazy(monkeypatch):
@@ -146,14 +144,9 @@ def assert_lazy(monkeypatch, folder, *call, **options):
     assert (folder / "late.gguf").read_bytes() == (folder / "at-once.gguf").read_bytes()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", tiny.KINDS)
 def test_every_kind_of_adapter(tmp_path, lazy, monkeypatch, name):
-    folder = FIXTURES / "kinds" / name
-    base = tiny.base_gguf(tmp_path, (folder / "base").read_text().strip())
-    try:
-        api.merge(base, folder, None)
-    except LoraGgufError as error:
-        pytest.skip(f"refused: {error}")
+    base, folder = tiny.base_of_kind(tmp_path, name)
     assert_lazy(monkeypatch, tmp_path, base, folder)
 
 

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
+from lora_gguf import api
+from lora_gguf.errors import LoraGgufError
 from lora_gguf.files.gguf_writer import GgufWriter, TensorSpec, key_value
 from lora_gguf.mapping.architectures import ARCHITECTURES
 from lora_gguf.mapping.hparams import Hparams, from_config
@@ -22,6 +25,7 @@ from lora_gguf.quants.ggml import BY_NAME
 from tests.common import FIXTURES
 
 TINY = FIXTURES / "tiny"
+KINDS = sorted(path.name for path in (FIXTURES / "kinds").iterdir())
 NAMES = sorted(path.name for path in TINY.iterdir()) if TINY.is_dir() else []
 PROMPT = [1, 80, 120, 99, 200, 45, 260, 77]
 CONV1D = ("c_attn", "c_proj", "c_fc")
@@ -251,6 +255,17 @@ def write_gguf(path: Path, name: str, tensors: dict[str, np.ndarray], extra: Seq
 def base_gguf(folder: Path, name: str, extra: Sequence[bytes] = ()) -> Path:
     """The model ``name`` of ``fixtures/tiny`` as a GGUF in ``folder``, with key/value pairs ``extra``."""
     return write_gguf(Path(folder) / f"{name}.gguf", name, tensors_of(name, from_config(config_of(name))), extra)
+
+
+def base_of_kind(folder: Path, name: str) -> tuple[Path, Path]:
+    """The base and the adapter of a fixture of ``KINDS``; the test is skipped where a merge refuses them."""
+    adapter = FIXTURES / "kinds" / name
+    base = base_gguf(folder, (adapter / "base").read_text().strip())
+    try:
+        api.merge(base, adapter, None)
+    except LoraGgufError as error:
+        pytest.skip(f"refused: {error}")
+    return base, adapter
 
 
 def server(model: Path, adapter: Path | None = None, embedding: bool = False):

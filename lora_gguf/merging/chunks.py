@@ -54,7 +54,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Changed(Chunk):
-    """Rows that are rewritten by a recipe, all in the matrix (expert) number ``matrix``.
+    """Rows that a recipe writes anew, all in the matrix (expert) number ``matrix``, whether an adapter changes them or
+    only their type.
 
     ``a`` (R, cols) and ``b`` (n_rows, R) are the factors of their update, R 0 where none of it is low rank;
     ``weighting`` is that of the matrix's columns, None where all count alike.
@@ -141,7 +142,7 @@ def _cut_new(part: Range, new_rows: np.ndarray, n_rows: int) -> Iterator[New]:
 
 
 def held(pair: LoraPair, n_matrices: int) -> LoraPair:
-    """Return a pair with its matrices along one axis; in memory, unless each can be read when its turn comes."""
+    """Return a pair with its matrices along one axis; read, unless its file lets one matrix be read alone."""
     a, b = (at_hand(array.reshape(n_matrices, *array.shape[-2:])) for array in (pair.a, pair.b))
     return replace(pair, a=a, b=b)
 
@@ -182,9 +183,7 @@ def weights_within(memory: int | None, n_threads: int | None, tensors: Iterable[
 
 
 def held_bytes(tensor: TensorPlan) -> int:
-    """Return the bytes in memory of what is added to a tensor, while its rows are in work: A, and what has no rows that
-    could be read alone.
-    """
+    """Return the most bytes in memory of what is added to a tensor, while its rows are in work."""
     pairs = sum(4 * pair.rank * (pair.shape[-1] + pair.shape[-2]) for pair in tensor.pairs)
     return pairs + sum(update.held_bytes for update, _ in tensor.updates)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from lora_gguf.files.base import Base, evenly
+from lora_gguf.files.lazy_array import blocks_of
 from lora_gguf.merging.chunks import (
     CHUNK_WEIGHTS,
     COPY_BYTES,
@@ -94,7 +95,8 @@ def changing_rows(tensor: TensorPlan) -> np.ndarray:
     n_rows = tensor.source.n_rows
     changes = np.zeros(n_rows, bool)
     for pair in tensor.pairs:
-        changes |= np.asarray(pair.b).reshape(n_rows, -1).any(axis=1)
+        for first, block in blocks_of(pair.b.reshape(n_rows, -1)):
+            changes[first : first + len(block)] |= block.any(axis=1)
     for update, _ in tensor.updates:
         changes |= update.touches(0, n_rows)
     return np.flatnonzero(changes) if changes.any() else np.arange(n_rows)

@@ -127,8 +127,8 @@ def _target(name: str, source: TensorInfo, new_rows: np.ndarray | None) -> Tenso
 
 
 def _targets(name: str, placement: Placement, has_head: bool) -> tuple[str, ...]:
-    """The tensors that an update of ``name`` changes: the head too, where only another adapter tells it from the
-    embedding.
+    """The tensors that an update of ``name`` changes. An embedding that is the head too (tied) is two of them where
+    another adapter of this merge parts them.
     """
     return (name, HEAD) if name == EMBEDDING and has_head and placement.tied else (name,)
 

@@ -57,7 +57,7 @@ def erased(chunk: Changed, grid: Grid, renewed: np.ndarray, before: np.ndarray, 
     return chosen & erases(target, grid, stored(grid, codes, renewed), before)
 
 
-def halves_of(source: Codec, target: Codec, blocks: np.ndarray) -> np.ndarray:
+def on_finer_grid(source: Codec, target: Codec, blocks: np.ndarray) -> np.ndarray:
     """Return the rows ``blocks`` as stored in a type of ``FINER``: uint8 (rows, row_bytes), half the step, twice the
     code.
 

@@ -10,7 +10,7 @@ from lora_gguf.kernels.lanes import N as LANES
 from lora_gguf.merging.chunks import Changed, update_of
 from lora_gguf.merging.importance import weighting_of
 from lora_gguf.merging.refit import NO_GRID, MovingGrid
-from lora_gguf.merging.regrid import erased, halves_of, round_on
+from lora_gguf.merging.regrid import erased, on_finer_grid, round_on
 from lora_gguf.merging.rounding import OUTSIDE, Watched, round_bf16, round_f16, tally_rows
 from lora_gguf.merging.scratch import copied, scratch
 from lora_gguf.merging.tensor import NO_IMPORTANCE, SPREADS
@@ -43,9 +43,9 @@ def merge_rows(chunk: Changed, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def decide(chunk: Changed) -> tuple[np.ndarray, np.ndarray]:
-    """Return which rows keep their grid, and which get a fresh one: bool (rows,) twice. The others keep their bytes.
+    """Return which rows move on their grid, and which are renewed: bool (rows,) twice. The others keep their bytes.
 
-    A new type asks for a fresh grid, and so do rows that an adapter replaces and roundings that know no grid.
+    Renewed is what gets a new type, what an adapter replaces, and what is rounded in a way that knows no grid.
     """
     recipe = chunk.recipe
     if recipe.source is not recipe.target:
@@ -155,8 +155,8 @@ def keep_update(chunk: Changed, grid: Grid, renewed: np.ndarray, before: np.ndar
 def refined(chunk: Changed, blocks: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Return the rows ``wanted`` f32 (rows, cols) on the grid of ``blocks``, with the values in between."""
     target = chunk.recipe.target
-    halved = halves_of(chunk.recipe.source, target, blocks)
-    return move(of_target(chunk), halved, wanted - target.decoded(halved))[0]
+    finer = on_finer_grid(chunk.recipe.source, target, blocks)
+    return move(of_target(chunk), finer, wanted - target.decoded(finer))[0]
 
 
 def of_target(chunk: Changed) -> Changed:

@@ -14,7 +14,7 @@ from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.quants.codec import Codec
 
 NO_IMPORTANCE = np.empty(0, np.float32)
-# the width of the random offset that rounding on a grid adds before the floor; what is not here finds a new grid
+# the width of the random offset that rounding on a grid adds before the floor; `fresh` is not here: it knows no grid
 SPREADS = {"auto": 1.0, "dither": 1.0, "nearest": 0.0}
 # the types with the same scales and a bit more in each code: every second of their values is one of the coarser type
 FINER = {"Q4_0": "Q5_0", "Q4_1": "Q5_1", "Q4_K": "Q5_K"}
