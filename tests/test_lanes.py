@@ -91,6 +91,39 @@ def test_rows_columns_and_codes():
     assert np.array_equal(target[0], [0, 0, *range(35, 51), 0, 0]) and np.array_equal(taken, [*range(-7, 9), 0])
 
 
+def test_bytes():
+    @kernel
+    def combined(x, y, table, out):
+        a, b, t = lanes.load_i8(x, 0), lanes.load_i8(y, 0), lanes.load_i8(table, 1)
+        lanes.store(a + b, out, (0, 0))
+        lanes.store(a - b, out, (1, 0))
+        lanes.store(a & b, out, (2, 0))
+        lanes.store(a ^ b, out, (3, 0))
+        lanes.store(lanes.is_less(a, b), out, (4, 0))
+        lanes.store(lanes.is_other(a, b), out, (5, 0))
+        lanes.store(lanes.pick(t, b & lanes.splat(np.int8(15))), out, (6, 0))
+        lanes.store(lanes.to_f32(a), out, (7, 0))
+        lanes.store(lanes.to_i8(lanes.to_f32(a)), out, (8, 0))
+
+    rng = np.random.default_rng(0)
+    x, y, table = (rng.integers(-128, 128, 17).astype(np.int8) for _ in range(3))
+    y[3], out = x[3], np.empty((9, 16), np.int8)
+    combined(x, y, table, out)
+    x, y = x[:16], y[:16]
+    picked = table[1 + (y & 15)]
+    assert np.array_equal(out, [x + y, x - y, x & y, x ^ y, -(x < y).astype(int), -(x != y).astype(int), picked, x, x])
+
+
+def test_bytes_that_tell_where_numbers_are_less():
+    @kernel
+    def compared(x, y, out):
+        lanes.store(lanes.is_less(lanes.load(x, 0), lanes.load(y, 0)), out, 0)
+
+    out = np.empty(16, np.int8)
+    compared(X, Y, out)
+    assert np.array_equal(out, -(X < Y).astype(np.int8)) and out.any()
+
+
 REFUSED = {
     "every second": np.zeros(40, np.float32)[::2],
     "columns": np.zeros((20, 20), np.float32)[:, 2:18],
@@ -119,6 +152,15 @@ def test_refuses_what_it_would_read_or_write_wrongly(name):
         loaded(array, at, np.zeros(16, np.float32))
     with pytest.raises(TypingError, match="C-contiguous arrays of f32 or int8, found"):
         stored(array, at)
+
+
+def test_refuses_other_bytes():
+    @kernel
+    def loaded(array, out):
+        lanes.store(lanes.load_i8(array, 0), out, 0)
+
+    with pytest.raises(TypingError, match="expected an array of int8"):
+        loaded(np.zeros(16, np.float32), np.zeros(16, np.int8))
 
 
 def test_takes_a_part_of_a_row():

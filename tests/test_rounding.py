@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lora_gguf.kernels.chance import key_of_row, uniform
 from lora_gguf.kernels.low_rank import low_rank
 from lora_gguf.merging.refit import NO_GRID, refit_row
 from lora_gguf.merging.rounding import (
@@ -205,6 +206,15 @@ def test_a_codebook_rounds_between_uneven_levels():
     still = codes.copy()
     round_levels(still, steps, delta * 0, codebook(*LEVELS), rule(1, KEY), watched(still, np.zeros(4)))
     assert (still == codes).all()
+
+
+def test_the_largest_random_number_leads_to_no_code_beyond_the_last():
+    row, column = 1621, 3252
+    assert uniform(key_of_row(np.uint64(0), row), column) == 1 - 2.0**-24
+    codes, steps, delta = np.full((1, 4096), 15, np.int8), np.ones((1, 128), np.float32), np.full((1, 4096), 0.1)
+    always = Rule(np.float32(1), np.uint64(0), row, np.float32(0), np.float32(15))
+    round_levels(codes, steps, delta.astype(np.float32), codebook(*LEVELS), always, watched(codes, np.zeros(4)))
+    assert (codes == 15).all()
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), [(round_f16, np.float16), (round_bf16, None)])

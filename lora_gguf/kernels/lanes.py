@@ -1,4 +1,5 @@
-"""Sixteen numbers side by side inside kernels: ``F32`` (f32) and ``U32`` (uint32) lanes, as vector registers hold them.
+"""Sixteen numbers side by side inside kernels: ``F32`` (f32), ``U32`` (uint32) and ``I8`` (int8) lanes, as vector
+registers hold them.
 
 LLVM turns loops into vector code by rules of its own, and leaves short loops scalar; code on lanes is vector code on
 every machine, two or four registers wide where there are no sixteen lanes, with the same results bit for bit: ``fma``
@@ -28,7 +29,7 @@ from lora_gguf.kernels.internals import (
 )
 
 N = 16
-_SCALARS = {"F32": ir.FloatType(), "U32": ir.IntType(32)}
+_SCALARS = {"F32": ir.FloatType(), "U32": ir.IntType(32), "I8": ir.IntType(8)}
 
 
 class Lanes(types.Type):
@@ -39,7 +40,7 @@ class Lanes(types.Type):
         super().__init__(name=f"Lanes({kind})")
 
 
-F32, U32 = Lanes("F32"), Lanes("U32")
+F32, U32, I8 = Lanes("F32"), Lanes("U32"), Lanes("I8")
 
 
 def _vector(scalar: Any) -> ir.VectorType:
@@ -73,6 +74,10 @@ for _op, _lanes, _emit in (
     (operator.and_, U32, "and_"),
     (operator.xor, U32, "xor"),
     (operator.rshift, U32, "lshr"),
+    (operator.add, I8, "add"),
+    (operator.sub, I8, "sub"),
+    (operator.and_, I8, "and_"),
+    (operator.xor, I8, "xor"),
 ):
     _operator(_op, _lanes, _emit)
 
@@ -131,8 +136,8 @@ def _splat(builder: Any, scalar: Any) -> Any:
 
 @intrinsic
 def splat(typing: Any, value: Any) -> Any:
-    """Return all lanes the one f32 or uint32 ``value``."""
-    lanes = {types.float32: F32, types.uint32: U32}[value]
+    """Return all lanes the one f32, uint32 or int8 ``value``."""
+    lanes = {types.float32: F32, types.uint32: U32, types.int8: I8}[value]
     return lanes(value), lambda context, builder, sig, args: _splat(builder, args[0])
 
 
@@ -144,8 +149,8 @@ def iota(typing: Any) -> Any:
 
 @intrinsic
 def to_f32(typing: Any, lanes: Any) -> Any:
-    """Return whole numbers below 2**31 as f32."""
-    return F32(U32), lambda context, builder, sig, args: builder.sitofp(args[0], _vector(ir.FloatType()))
+    """Return int8 numbers, or whole numbers below 2**31, as f32."""
+    return F32(lanes), lambda context, builder, sig, args: builder.sitofp(args[0], _vector(ir.FloatType()))
 
 
 @intrinsic
@@ -155,19 +160,46 @@ def to_u32(typing: Any, lanes: Any) -> Any:
 
 
 @intrinsic
-def lookup(typing: Any, table: Any, lanes: Any) -> Any:
-    """Return the elements of ``table``, f32 or uint32, whose numbers ``lanes`` are: nothing checks them."""
-    kind = {types.float32: F32, types.uint32: U32}[table.dtype]
+def to_i8(typing: Any, lanes: Any) -> Any:
+    """Return whole f32 numbers from -128 to 127 as int8."""
+    return I8(F32), lambda context, builder, sig, args: _as_i8(builder, args[0])
 
-    def emit(context: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        scalar, data = _SCALARS[kind.kind], context.make_array(table)(context, builder, value=args[0]).data
-        found = ir.Constant(_vector(scalar), ir.Undefined)
+
+def _as_i8(builder: Any, lanes: Any) -> Any:
+    return builder.trunc(builder.fptosi(lanes, _vector(ir.IntType(32))), _vector(ir.IntType(8)))
+
+
+def _mask(compare: Any) -> Any:
+    """What returns int8 lanes, -1 where two lanes compare so, and 0 elsewhere."""
+    return lambda context, builder, sig, args: builder.sext(compare(builder, *args), _vector(ir.IntType(8)))
+
+
+@intrinsic
+def is_less(typing: Any, x: Any, y: Any) -> Any:
+    """Return int8 lanes, -1 where x < y, and 0 elsewhere."""
+    if x == F32:
+        return I8(x, y), _mask(lambda builder, *args: builder.fcmp_ordered("<", *args))
+    return I8(x, y), _mask(lambda builder, *args: builder.icmp_signed("<", *args))
+
+
+@intrinsic
+def is_other(typing: Any, x: Any, y: Any) -> Any:
+    """Return int8 lanes, -1 where the int8 lanes x and y differ, and 0 elsewhere."""
+    return I8(I8, I8), _mask(lambda builder, *args: builder.icmp_signed("!=", *args))
+
+
+@intrinsic
+def pick(typing: Any, table: Any, numbers: Any) -> Any:
+    """Return the lanes of ``table`` of ``numbers`` 0 to 15, which nothing checks: all of them are int8."""
+
+    def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        found = ir.Constant(args[0].type, ir.Undefined)
         for n in range(N):
-            number = builder.zext(builder.extract_element(args[1], ir.IntType(32)(n)), ir.IntType(64))
-            found = builder.insert_element(found, builder.load(builder.gep(data, [number])), ir.IntType(32)(n))
+            number = builder.extract_element(args[1], ir.IntType(32)(n))
+            found = builder.insert_element(found, builder.extract_element(args[0], number), ir.IntType(32)(n))
         return found
 
-    return kind(table, lanes), emit
+    return I8(I8, I8), emit
 
 
 @intrinsic
@@ -257,17 +289,29 @@ def load(typing: Any, array: Any, at: int) -> Any:
 
 
 @intrinsic
+def load_i8(typing: Any, array: Any, at: int) -> Any:
+    """Load sixteen of the int8 ``array`` from ``at`` on, as they are."""
+    if _is_f32(array):
+        raise TypingError(f"expected an array of int8, found {array}")
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load(_pointer(context, builder, array, *args, ir.IntType(8)), align=1)
+
+    return I8(array, at), emit
+
+
+@intrinsic
 def store(typing: Any, lanes: Any, array: Any, at: int) -> Any:
-    """Put ``lanes`` into ``array`` from ``at`` on: f32, or whole numbers as int8. There must be room: nothing checks
-    it.
+    """Put ``lanes`` into ``array`` from ``at`` on: f32, int8, or whole f32 numbers as int8. There must be room: nothing
+    checks it.
     """
     is_f32 = _is_f32(array)
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        scalar, lanes = (ir.FloatType() if is_f32 else ir.IntType(8)), args[0]
-        if not is_f32:
-            lanes = builder.trunc(builder.fptosi(lanes, _vector(ir.IntType(32))), _vector(scalar))
-        builder.store(lanes, _pointer(context, builder, array, *args[1:], scalar), align=4 if is_f32 else 1)
+        scalar, found = (ir.FloatType() if is_f32 else ir.IntType(8)), args[0]
+        if lanes == F32 and not is_f32:
+            found = _as_i8(builder, found)
+        builder.store(found, _pointer(context, builder, array, *args[1:], scalar), align=4 if is_f32 else 1)
         return context.get_dummy_value()
 
     return types.void(lanes, array, at), emit

@@ -38,16 +38,19 @@ from lora_gguf.kernels.lanes import (
     fma,
     greatest,
     iota,
+    is_less,
+    is_other,
     least,
     load,
-    lookup,
+    load_i8,
     magnitude,
     most,
     nonzero,
+    pick,
     splat,
     store,
     to_f32,
-    to_u32,
+    to_i8,
     total,
     where_less,
 )  # fmt: skip
@@ -222,39 +225,43 @@ def round_codes(codes: np.ndarray, steps: np.ndarray, delta: np.ndarray, rule: R
 
 
 class Codebook(NamedTuple):
-    """Whole ``levels`` f32, ascending, from -128 to 127, and between which two of them a number lies: for each whole
-    number from -128 on ``brackets`` uint32 (256,) holds in its bytes the number of the last level that is not above it,
-    that level and the next, both plus 128: the first two or the last two levels beyond them.
+    """At most sixteen whole levels from -128 to 127, ascending, and what tells between which two a number lies.
+
+    ``levels`` int8 (16,) repeat the last one where there are fewer. Whole numbers above ``limits[k]``, int8 (14, 16)
+    of equal columns, do not lie below level k + 1; there is none for the first level and the last.
     """
 
     levels: np.ndarray
-    brackets: np.ndarray
+    limits: np.ndarray
 
 
 @functools.cache
 def codebook(*levels: float) -> Codebook:
     """Return the ``Codebook`` of ``levels``."""
-    ascending = np.array(levels, np.float32)
-    last = np.clip(np.searchsorted(ascending, np.arange(-128, 128), "right") - 1, 0, len(levels) - 2)
-    low, high = (ascending[last + further].astype(np.int64) + 128 for further in (0, 1))
-    return Codebook(ascending, (last | low << 8 | high << 16).astype(np.uint32))
+    found, limits = np.full(N, levels[-1], np.int8), np.full((N - 2, N), 127, np.int8)
+    found[: len(levels)] = levels
+    limits[: len(levels) - 2] = found[1 : len(levels) - 1, None] - np.int8(1)
+    return Codebook(found, limits)
 
 
 @part
 def _units(codes: np.ndarray, book: Codebook, code_min: Any, unit: np.ndarray) -> None:
     """What a row's int8 ``codes`` stand for, into ``unit`` f32 (cols,)."""
+    levels, least_code = load_i8(book.levels, 0), splat(np.int8(code_min))
     for j in range(0, len(codes), N):
-        store(lookup(book.levels, to_u32(load(codes, j) - splat(code_min))), unit, j)
+        store(to_f32(pick(levels, load_i8(codes, j) - least_code)), unit, j)
 
 
 @part
-def _bracket(wanted: np.ndarray, book: Codebook) -> Any:
-    """The number of the last level that is not above ``wanted``, that level and the next."""
-    offset, byte = splat(np.float32(128.0)), splat(np.uint32(255))
-    whole = least(most(floor(wanted), splat(np.float32(-128.0))), splat(np.float32(127.0)))
-    found = lookup(book.brackets, to_u32(whole + offset))
-    low, high = found >> splat(np.uint32(8)) & byte, found >> splat(np.uint32(16))
-    return to_f32(found & byte), to_f32(low) - offset, to_f32(high) - offset
+def _bracket(wanted: Any, book: Codebook) -> Any:
+    """The number of the last level that is not above ``wanted``, int8, that level and the next; the first two or the
+    last two levels beyond them.
+    """
+    whole = to_i8(least(most(floor(wanted), splat(np.float32(-128.0))), splat(np.float32(127.0))))
+    number, levels = splat(np.int8(0)), load_i8(book.levels, 0)
+    for k in range(N - 2):
+        number = number - is_less(load_i8(book.limits, (k, 0)), whole)
+    return number, to_f32(pick(levels, number)), to_f32(pick(levels, number + splat(np.int8(1))))
 
 
 @part
@@ -274,25 +281,28 @@ def _move_levels(
         len(codes) // len(steps),
         splat(np.float32(0.0)),
         splat(np.float32(1.0)),
-        splat(rule.least),
+        splat(np.int8(rule.least)),
     )
     base, width = splat(np.float32(0.5) - np.float32(0.5) * rule.spread), splat(rule.spread * UNIT)
     column, sixteen = splat(row_key) + iota() * splat(GOLDEN), splat(SIXTEEN)
     changed = zero
     for g in range(len(steps)):
         step, inverse = splat(steps[g]), splat(np.float32(0.0) if steps[g] == 0 else np.float32(1.0) / steps[g])
+        others = splat(np.int8(0))
         for j in range(g * group, (g + 1) * group, N):
-            rest, old, value = load(left, j), load(codes, j) - least_code, load(unit, j)
-            goal = value + rest * inverse
+            rest, old, value = load(left, j), load_i8(codes, j), load(unit, j)
+            wanted = rest * inverse
+            goal, size = value + wanted, magnitude(wanted)
             number, low, high = _bracket(goal, book)
             up = floor(most(least((goal - low) / (high - low), one), zero) + offsets(column, base, width))
-            touched = magnitude(rest * inverse)
-            new = where_less(zero, touched, number + up, old)
-            new_value = where_less(zero, touched, where_less(zero, up, high, low), value)
-            store(new + least_code, codes, j)
+            new = number - is_less(zero, up) + least_code
+            new = old ^ ((new ^ old) & is_less(zero, size))
+            new_value = where_less(zero, size, where_less(zero, up, high, low), value)
+            store(new, codes, j)
             store(new_value, unit, j)
             store(fma(value - new_value, step, rest), left, j)
-            changed, column = changed + nonzero(new - old), column + sixteen
+            others, column = others - is_other(new, old), column + sixteen
+        changed = changed + to_f32(others)
     return total(changed)
 
 
