@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lora_gguf.api import bases, compare, convert, doctor, extract, fetch, fetch_base, inspect, merge, push, verify
     from lora_gguf.checks.checkup import DoctorReport
-    from lora_gguf.checks.closeness import CompareReport
+    from lora_gguf.checks.compared import CompareReport
     from lora_gguf.checks.inspection import AdapterInspection, Inspection, ModelInspection
     from lora_gguf.commands.extract import Extraction
     from lora_gguf.commands.merge import MergeReport
@@ -40,7 +40,7 @@ _HOMES = {
         "bases", "compare", "convert", "doctor", "extract", "fetch", "fetch_base", "inspect", "merge", "push", "verify",
     ),
     "lora_gguf.checks.checkup": ("DoctorReport",),
-    "lora_gguf.checks.closeness": ("CompareReport",),
+    "lora_gguf.checks.compared": ("CompareReport",),
     "lora_gguf.commands.extract": ("Extraction",),
     "lora_gguf.commands.merge": ("MergeReport",),
     "lora_gguf.commands.push": ("PushReport",),

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from lora_gguf.checks.checkup import DoctorReport
-    from lora_gguf.checks.closeness import CompareReport
+    from lora_gguf.checks.compared import CompareReport
     from lora_gguf.checks.inspection import Inspection
     from lora_gguf.commands.extract import Extraction
     from lora_gguf.commands.merge import MergeReport

@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lora_gguf import api, errors
-from lora_gguf.checks.closeness import Closeness, CompareReport, Spoken, divergence
-from lora_gguf.checks.prompts import BEGINNINGS, Prompts, read_prompts
+from lora_gguf.checks.closeness import Closeness, divergence
+from lora_gguf.checks.compared import CompareReport, Spoken
+from lora_gguf.checks.prompts import Prompts, read_prompts
 from tests import tiny
 from tests.common import DEMO_ADAPTER, FIXTURES, complete, gemma3_path, llama_server, smollm2_path
 from tests.test_cli import run
@@ -33,7 +36,8 @@ def merged(report_of_merge):
 def test_the_merged_file_answers_as_the_adapter_at_run_time(merged, report_of_merge):
     report = api.compare(smollm2_path(), DEMO_ADAPTER, merged, threads=1)
     assert report.ok and report.verdict.startswith("yes: merged.gguf")
-    assert report.merged.agreement >= 0.9 > 0.5 > report.base.agreement and report.lost < 0.1
+    assert report.merged.same >= 0.9 > 0.5 > report.base.same and report.lost < 0.1
+    assert report.again.same > report.merged.same and 0.8 < report.merged.strength < 1.1
     assert report.lost / 2 <= report_of_merge.expected_loss <= report.lost * 2  # told from the weights alone
 
 
@@ -45,15 +49,60 @@ def test_the_answers_are_those_of_llama_cpp_itself(merged):
         assert report.spoken[0].answers[name] == complete(llama_server(path), system + turn, 12)["text"].strip()
 
 
-def test_a_k_quant_base_on_prompts_of_the_adapters_kind(tmp_path):
+@pytest.fixture(scope="module")
+def gemma_merges(tmp_path_factory):
+    """Gemma 3 270M in Q4_K_M with a right merge of an adapter, and wrong ones."""
+    adapter, out = FIXTURES / "gemma-perl-adapter", tmp_path_factory.mktemp("gemma")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    rng = np.random.default_rng(0)
+    other = {name: rng.permutation(values) if "lora_B" in name else values for name, values in weights.items()}
+    (out / "other").mkdir()
+    save_file(other, out / "other" / "adapter_model.safetensors")
+    shutil.copy(adapter / "adapter_config.json", out / "other")
+    for name, named in (
+        ("right", adapter),
+        ("half", (adapter, 0.5)),
+        ("more", (adapter, 2.0)),
+        ("other", out / "other"),
+    ):
+        api.merge(gemma3_path(), named, out / f"{name}.gguf")
+    return {path.stem: path for path in out.glob("*.gguf")} | {"base": gemma3_path()}
+
+
+@pytest.mark.parametrize(
+    ("name", "judgement", "words", "strength"),
+    [
+        ("right", "yes", "answers as the adapter at run time", (0.9, 1.1)),
+        ("base", "no", "answers as the base does, not as the adapter", (0, 0.01)),
+        ("half", "no", "of its strength, as of another --scale", (0.4, 0.65)),
+        ("more", "no", "of its strength, as of another --scale", (1.3, 2.2)),
+        ("other", "no", "answers neither as the base does nor as the adapter", (-0.2, 0.3)),
+    ],
+)
+def test_prompts_that_show_little_of_an_adapter_tell_right_from_wrong(gemma_merges, name, judgement, words, strength):
     adapter = FIXTURES / "gemma-perl-adapter"
-    api.merge(gemma3_path(), adapter, tmp_path / "merged.gguf")
+    n_predict = 32 if name == "right" else 12  # of English prose; the adapter is of Perl
+    report = api.compare(gemma3_path(), adapter, gemma_merges[name], n_predict=n_predict, threads=1)
+    assert report.judgement == judgement and words in report.verdict
+    assert strength[0] <= report.merged.strength <= strength[1]
+    assert report.again.same > 0.9 and 0.95 < report.again.strength < 1.05  # what the right file is held against
+    if name == "right":
+        assert report.merged.agreement >= 0.9 and report.merged.same > 0.9 * report.again.same
+        assert report.merged.same > report.base.same + 0.05
+
+
+def test_a_k_quant_base_on_prompts_of_the_adapters_kind(gemma_merges):
+    adapter = FIXTURES / "gemma-perl-adapter"
     text = (FIXTURES / "perl-eval.txt").read_text()
     prompts = [text[start : start + 300] for start in range(0, 40_000, 10_000)]
-    report = api.compare(gemma3_path(), adapter, tmp_path / "merged.gguf", prompts, threads=1)
-    assert report.ok and report.merged.agreement >= 0.9 and report.merged.kl < 0.25 * report.base.kl
-    none = api.compare(gemma3_path(), adapter, gemma3_path(), BEGINNINGS[:1], n_predict=16, threads=1)
-    assert none.judgement == "no" and none.lost > 0.9 and "answers as the base does, not as the adapter" in none.verdict
+    report = api.compare(gemma3_path(), adapter, gemma_merges["right"], prompts, threads=1)
+    assert report.judgement == "yes" and report.merged.agreement >= 0.9 and report.merged.kl < 0.25 * report.base.kl
+
+
+@pytest.mark.parametrize(("scale", "judgement"), [(0.5, "no"), (0.75, "partly"), (1.5, "no")])
+def test_another_scale_is_not_taken_for_the_adapters(tmp_path, scale, judgement):
+    api.merge(smollm2_path(), (DEMO_ADAPTER, scale), tmp_path / "scaled.gguf")
+    assert api.compare(smollm2_path(), DEMO_ADAPTER, tmp_path / "scaled.gguf", threads=1).judgement == judgement
 
 
 def test_a_base_given_as_merged_is_a_clear_no(tmp_path, capsys):
@@ -102,7 +151,7 @@ def test_tokens_that_the_adapter_holds_as_likely_are_told_from_others():
     adapter = {1: math.log(0.40), 2: math.log(0.35), 3: math.log(0.20)}
     found = Closeness()
     for chosen in (1, 2, 3, 4):
-        found.add(adapter, {chosen: math.log(0.9), 1: math.log(0.09)} if chosen > 1 else adapter)
+        found.add(adapter, {chosen: math.log(0.9), 1: math.log(0.09)} if chosen > 1 else adapter, adapter)
     assert (found.n_tokens, found.n_same, found.n_tied) == (4, 1, 1)
     assert found.same == 0.25 and found.agreement == 0.5
 
@@ -120,21 +169,47 @@ def test_divergence_is_kl_where_all_tokens_are_listed_and_no_larger_where_not():
     assert divergence(*apart) > 1
 
 
+def test_the_strength_of_an_effect_is_found_below_noise():
+    rng = np.random.default_rng(1)
+    found = {name: Closeness() for name in ("right", "half", "none", "unlike", "more")}
+    for _ in range(300):
+        plain = dict(enumerate(np.log(rng.dirichlet(np.ones(20)))))
+        effect, noise, unlike = rng.normal(size=(3, 20)) * [[0.3], [0.1], [0.3]]
+        changes = {"right": effect + noise, "half": effect / 2 + noise, "none": noise, "unlike": unlike}
+        changes["more"] = effect * 1.5 + noise
+        said = {token: p + effect[token] for token, p in plain.items()}
+        for name, change in changes.items():
+            found[name].add(said, {token: p + change[token] for token, p in plain.items()}, plain)
+    strengths = {name: closeness.strength for name, closeness in found.items()}
+    assert strengths == pytest.approx({"right": 1, "half": 0.5, "none": 0, "unlike": 0, "more": 1.5}, abs=0.05)
+    assert found["right"].likeness > 0.9 > 0.1 > abs(found["unlike"].likeness)
+    assert found["right"].astray == pytest.approx(1 / 9, abs=0.03) and found["unlike"].astray > 1.5
+
+
+def closeness(n, same, kl, strength, astray):
+    """What 100% of effect would be 1 of; ``astray`` gives what else is changed."""
+    return Closeness(n, n * same, n * kl, 0, n, n * strength, n * (astray - 1 + 2 * strength))
+
+
 @pytest.mark.parametrize(
-    ("base", "merged", "word"),
+    ("base", "merged", "word", "told"),
     [
-        (1.0, 0.01, "yes: "),
-        (1.0, 0.3, "partly: "),
-        (1.0, 1.0, "no: "),
-        (1.0, 7.0, "no: "),
-        (0.001, 0.0, ""),
+        (1.0, (0.01, 1.0, 0.02), "yes: ", "answers as the adapter"),
+        (1.0, (0.3, 1.0, 0.3), "partly: ", "--max-growth"),
+        (1.0, (0.05, 0.8, 0.1), "partly: ", "80% of the strength"),
+        (1.0, (1.0, 0.0, 1.0), "no: ", "as the base does"),
+        (1.0, (0.2, 0.5, 0.3), "no: ", "at 50% of its strength"),
+        (1.0, (7.0, 1.0, 3.0), "no: ", "neither"),
+        (1.0, (0.1, 1.0, 0.6), "no: ", "neither"),
+        (0.001, (0.0, 0.3, 1.0), "", "so does the base"),
     ],
 )
-def test_the_verdict(base, merged, word):
+def test_the_verdict(base, merged, word, told):
     for n, sure in ((10, False), (200, True)):
-        part = Spoken("?", {}, Closeness(n, n // 2, n * base), Closeness(n, n * 9 // 10, n * merged))
-        report = CompareReport("base.gguf", "merged.gguf", [part])
+        near = [closeness(n, 0.5, base, 0, 1), closeness(n, 0.95, 0, 1, 0), closeness(n, 0.9, *merged)]
+        report = CompareReport("base.gguf", "merged.gguf", [Spoken("?", {}, *near)])
         assert word in report.verdict and report.ok == (word != "no: ") and report.judgement == word.partition(":")[0]
+        assert told in report.verdict
         assert ("of 10 tokens only: give more prompts" in report.verdict) != sure
 
 

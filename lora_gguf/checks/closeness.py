@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
-
-from lora_gguf.merging.loss import BAD_LOSS, GOOD_LOSS
+from dataclasses import astuple, dataclass
 
 LEAST = 1e-6  # of a probability that is told only by what it leaves
-TIE = 0.2  # nats between two tokens that are as likely: a fifth
-SURE = 100  # tokens, below which the figures are rough
-LITTLE = 0.005  # a divergence between base and adapter below which the prompts show nothing
+TIE = 0.2  # nats between two tokens that are as likely: as far apart as two right computations put them
+
+Logprobs = Mapping[int, float]
 
 
-def divergence(reference: Mapping[int, float], other: Mapping[int, float]) -> float:
+def divergence(reference: Logprobs, other: Logprobs) -> float:
     """Return the KL divergence of ``other`` from ``reference`` in nats, as far as the likeliest tokens, whose
     log-probabilities they are, tell: the true one is no smaller.
 
@@ -35,28 +33,51 @@ def _coarse(pairs: Sequence[tuple[float, float]], q_listed: float) -> float:
     return sum(math.exp(p) * (p - q) for p, q in pairs) + p_rest * math.log(p_rest / q_rest)
 
 
-def likeliest(logprobs: Mapping[int, float]) -> int:
+def likeliest(logprobs: Logprobs) -> int:
     """Return the token that is held likeliest."""
     return max(logprobs, key=lambda token: logprobs[token])
 
 
+def centred_product(reference: Logprobs, one: Logprobs, two: Logprobs) -> tuple[float, float, float]:
+    """Return the products one·one, one·two and two·two of changes of log-probabilities: their covariances over the
+    tokens that all three hold, each as often as ``reference`` says it.
+    """
+    weighed = [(math.exp(p), one[token], two[token]) for token, p in reference.items() if token in one and token in two]
+    total = sum(p for p, _, _ in weighed)
+    if not total:
+        return 0.0, 0.0, 0.0
+    means = [sum(p * pair[k] for p, *pair in weighed) / total for k in (0, 1)]
+    apart = [(p / total, x - means[0], y - means[1]) for p, x, y in weighed]
+    return sum(p * x * x for p, x, _ in apart), sum(p * x * y for p, x, y in apart), sum(p * y * y for p, _, y in apart)
+
+
 @dataclass
 class Closeness:
-    """Sums over tokens: how many there are, at how many the likeliest one is the same, the divergence, and at how many
-    it is another one that the reference holds as likely.
+    """Sums over tokens: how many there are, at how many the likeliest one is the same, the divergence, at how many it
+    is another one that the reference holds as likely; and the products of the changes that reference (``wanted``) and
+    other (``own``) make to what the plain model says.
     """
 
     n_tokens: int = 0
     n_same: int = 0
     total: float = 0.0
     n_tied: int = 0
+    wanted: float = 0.0
+    along: float = 0.0
+    own: float = 0.0
 
-    def add(self, reference: Mapping[int, float], other: Mapping[int, float]) -> None:
+    def add(self, reference: Logprobs, other: Logprobs, plain: Logprobs) -> None:
+        """Count one token: its log-probabilities by the reference, by the other, and by the plain model."""
         best, chosen = likeliest(reference), likeliest(other)
         self.n_tokens += 1
         self.n_same += best == chosen
         self.n_tied += best != chosen and reference.get(chosen, -math.inf) > reference[best] - TIE
         self.total += divergence(reference, other)
+        changes = [
+            {token: told[token] - p for token, p in plain.items() if token in told} for told in (reference, other)
+        ]
+        wanted, along, own = centred_product(reference, *changes)
+        self.wanted, self.along, self.own = self.wanted + wanted, self.along + along, self.own + own
 
     @property
     def same(self) -> float:
@@ -72,107 +93,34 @@ class Closeness:
     def kl(self) -> float:
         return self.total / self.n_tokens if self.n_tokens else math.nan
 
+    @property
+    def strength(self) -> float:
+        """How strong the reference's changes to the plain model are in the other: 1 as they are, 0 not at all."""
+        return self.along / self.wanted if self.wanted else math.nan
+
+    @property
+    def likeness(self) -> float:
+        """How much alike the two changes are, whatever their strength: the cosine between them."""
+        return self.along / math.sqrt(self.wanted * self.own) if self.wanted and self.own else 0.0
+
+    @property
+    def astray(self) -> float:
+        """How far the other's changes are from the reference's: the energy of the difference over that of these."""
+        return 1 - 2 * self.strength + self.own / self.wanted if self.wanted else math.nan
+
     def as_dict(self) -> dict:
-        return {"agreement": self.agreement, "same": self.same, "kl": self.kl}
+        return {
+            "same": self.same,
+            "agreement": self.agreement,
+            "kl": self.kl,
+            "strength": self.strength,
+            "astray": self.astray,
+        }
 
 
 def summed(parts: Iterable[Closeness]) -> Closeness:
+    """Return the sums over all parts."""
     whole = Closeness()
     for part in parts:
         whole = Closeness(*map(sum, zip(astuple(whole), astuple(part), strict=True)))
     return whole
-
-
-@dataclass
-class Spoken:
-    """One prompt: the answers of ``base``, ``adapter`` (the base with it at run time) and ``merged``, and how near base
-    and merged file are to the adapter on its own words.
-    """
-
-    prompt: str
-    answers: dict[str, str] = field(default_factory=dict)
-    base: Closeness = field(default_factory=Closeness)
-    merged: Closeness = field(default_factory=Closeness)
-
-    def as_dict(self) -> dict:
-        said = {"prompt": self.prompt, "n_tokens": self.merged.n_tokens, "answers": self.answers}
-        return said | {"base": self.base.as_dict(), "merged": self.merged.as_dict()}
-
-
-@dataclass
-class CompareReport:
-    """What llama.cpp said with base, adapter and merged file; ``ok`` unless the merged file does not do as the adapter.
-
-    ``lost`` is the share of the adapter's effect that the merged file lacks: its divergence from the adapter over the
-    base's.
-    """
-
-    base_name: str
-    merged_name: str
-    spoken: list[Spoken] = field(default_factory=list)
-
-    @property
-    def base(self) -> Closeness:
-        return summed(part.base for part in self.spoken)
-
-    @property
-    def merged(self) -> Closeness:
-        return summed(part.merged for part in self.spoken)
-
-    @property
-    def lost(self) -> float:
-        return self.merged.kl / max(self.base.kl, LITTLE)
-
-    @property
-    def ok(self) -> bool:
-        return self.lost < BAD_LOSS
-
-    @property
-    def judgement(self) -> str:
-        """Whether the merged file does as the adapter: ``yes``, ``partly`` or ``no``; empty where nothing shows it."""
-        if not self.ok:
-            return "no"
-        if not self.merged.n_tokens or self.base.kl < LITTLE:
-            return ""
-        return "partly" if self.lost > GOOD_LOSS else "yes"
-
-    @property
-    def verdict(self) -> str:
-        """The judgement in one sentence."""
-        n_tokens = self.merged.n_tokens
-        if not n_tokens:
-            return "the adapter answers these prompts with nothing, so nothing was compared: give others with --prompt"
-        found = f"{self.judgement}: {self._found()}" if self.judgement else self._found()
-        return f"{found} (of {n_tokens} tokens only: give more prompts to be sure)" if n_tokens < SURE else found
-
-    def _found(self) -> str:
-        name, lost = self.merged_name, self.lost
-        share, others = self.merged.agreement, self.base.agreement
-        same = f"the same next token, or one as likely, {share:.0%} of the time (the base: {others:.0%})"
-        if self.judgement == "no":
-            nearer = "as the base does, not" if lost < 1.05 else "neither as the base does nor"
-            return f"{name} answers {nearer} as the adapter at run time: {same}"
-        if self.judgement == "partly":
-            return (
-                f"{name} has lost {lost:.0%} of the adapter's effect, with {same}: --type Q8_0 or --max-growth 5% keep "
-                "more"
-            )
-        if self.judgement == "yes":
-            return f"{name} answers as the adapter at run time: {same}, {lost:.1%} of its effect lost"
-        return (
-            f"{name} answers as the adapter at run time, but so does the base: give prompts of the kind that the "
-            "adapter was trained on"
-        )
-
-    def as_dict(self) -> dict:
-        """Return the report as plain data for JSON; divergences are in nats."""
-        return {
-            "ok": self.ok,
-            "judgement": self.judgement,
-            "verdict": self.verdict,
-            "n_tokens": self.merged.n_tokens,
-            "lost": self.lost,
-            "base": self.base.as_dict(),
-            "merged": self.merged.as_dict(),
-            "prompts": [part.as_dict() for part in self.spoken],
-        }

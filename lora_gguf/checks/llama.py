@@ -87,17 +87,19 @@ class Llama:
         steps = found["logprobs"]["content"] if found["logprobs"] else []
         return Answer(found["text"], [step["id"] for step in steps], [_logprobs(step) for step in steps])
 
-    def next_logprobs(self, tokens: Sequence[int]) -> Logprobs:
-        """Return the log-probabilities of the likeliest tokens after ``tokens``."""
-        return _logprobs(self._complete(tokens, 1)["logprobs"]["content"][0])
+    def next_logprobs(self, tokens: Sequence[int], *, anew: bool = False) -> Logprobs:
+        """Return the log-probabilities of the likeliest tokens after ``tokens``, which are all read ``anew``, or as far
+        as they were not read just before.
+        """
+        return _logprobs(self._complete(tokens, 1, anew)["logprobs"]["content"][0])
 
-    def _complete(self, tokens: Sequence[int], n_tokens: int) -> dict:
+    def _complete(self, tokens: Sequence[int], n_tokens: int, anew: bool = False) -> dict:
         request = {
             "prompt": list(tokens),
             "n_predict": n_tokens,
             "temperature": 0,
             "n_probs": N_TOP,
-            "cache_prompt": True,
+            "cache_prompt": not anew,
         }
         found = self._server.handle_completions(request)
         if "error" in found:

@@ -15,7 +15,7 @@ from lora_gguf.progress import bars
 from lora_gguf.text import json_text
 
 if TYPE_CHECKING:
-    from lora_gguf.checks.closeness import CompareReport
+    from lora_gguf.checks.compared import CompareReport
 
 LABELS = {"base": "the base", "adapter": "the base with the adapter at run time", "merged": "the merged file"}
 
@@ -63,7 +63,10 @@ def compare(
 ) -> None:
     """Ask llama.cpp the same with base, adapter at run time, and merged file; exit code 5 if the merged file differs.
 
-    It needs the package xllamacpp, which is llama.cpp itself.
+    It needs the package xllamacpp, which is llama.cpp itself. At each word of the adapter's own answers it measures
+    how often the merged file holds the same next token likeliest, how much else it says (KL), and how strong the
+    adapter's effect on the base is in it (100%: as it should be). No two right computations agree at every token:
+    the adapter itself, asked again in another order, shows how near the merged file can come.
 
     lora-gguf compare model-Q4_K_M.gguf user/my-adapter merged.gguf --prompt 'How do I make tea?'
     """
@@ -111,9 +114,13 @@ def as_text(report: CompareReport) -> str:
         answers = [f"{label}:\n  " + said.answers[name].replace("\n", "\n  ") for name, label in LABELS.items()]
         parts.append("\n".join([f"> {said.prompt}", *answers]))
     rows = [
-        (label, f"{part.same:.1%}", f"{part.agreement:.1%}", f"{part.kl:.4f}")
-        for label, part in ((LABELS["base"], report.base), (LABELS["merged"], report.merged))
+        (label, f"{part.same:.1%}", f"{part.agreement:.1%}", f"{part.kl:.4f}", f"{part.strength:.0%}")
+        for label, part in (
+            (LABELS["base"], report.base),
+            ("the adapter, asked again", report.again),
+            (LABELS["merged"], report.merged),
+        )
     ]
-    head = (f"of {report.merged.n_tokens} tokens", "same next token", "or one as likely", "KL from the adapter")
+    head = (f"of {report.merged.n_tokens} tokens", "same next", "or as likely", "KL from adapter", "its effect")
     parts.append(text_table(head, rows))
     return "\n\n".join(parts)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lora_gguf.adapters.adapter_file import AdapterFile
-from lora_gguf.checks.closeness import CompareReport, Spoken
-from lora_gguf.checks.llama import Answer, Llama, check_installed
+from lora_gguf.checks.closeness import Closeness
+from lora_gguf.checks.compared import CompareReport, Spoken
+from lora_gguf.checks.llama import Answer, Llama, Logprobs, check_installed
 from lora_gguf.checks.prompts import BEGINNINGS, QUESTIONS, Prompts
 from lora_gguf.commands.convert import convert
 from lora_gguf.errors import UnsupportedError, printable
@@ -50,30 +52,55 @@ def compare(
         if progress:
             progress(1, 3 * len(spoken), what)
 
-    asked, said = [], []
     with run_time_adapters(adapters, before) as loras:
         llama = Llama(before, loras, threads=threads)
+        words = []
         for part in spoken:
-            asked.append(llama.prompt_tokens(part.prompt, chat=chat))
-            said.append(llama.answer(asked[-1], prompts.n_predict))
-            part.answers["adapter"] = said[-1].text.strip()
+            words.append(spoken_words(llama, llama.prompt_tokens(part.prompt, chat=chat), prompts.n_predict))
+            part.answers["adapter"] = words[-1].answer.text.strip()
             done("adapter")
         del llama
+    plain: list[list[Logprobs]] = []
     for name, path in (("base", before), ("merged", after)):
         llama = Llama(path, threads=threads)
-        for part, tokens, answer in zip(spoken, asked, said, strict=True):
-            listen(llama, name, part, tokens, answer, prompts.n_predict)
+        for k, (part, said) in enumerate(zip(spoken, words, strict=True)):
+            part.answers[name] = llama.answer(said.asked, prompts.n_predict).text.strip()
+            heard = listen(llama, said.asked, said.answer)
+            if name == "base":
+                plain.append(heard)
+                weigh(part.again, said.answer, said.again, heard)
+            weigh(getattr(part, name), said.answer, heard, plain[k])
             done(name)
         del llama
     return report
 
 
-def listen(llama: Llama, name: str, part: Spoken, tokens: list[int], answer: Answer, n_predict: int) -> None:
-    """Note what ``llama`` answers itself, and what it would say at each of the adapter's words."""
-    part.answers[name] = llama.answer(tokens, n_predict).text.strip()
-    closeness = getattr(part, name)
-    for k, reference in enumerate(answer.logprobs):
-        closeness.add(reference, llama.next_logprobs([*tokens, *answer.tokens[:k]]))
+@dataclass(frozen=True)
+class Words:
+    """What the adapter at run time says after ``asked``, and what it says ``again`` at each of these words."""
+
+    asked: list[int]
+    answer: Answer
+    again: list[Logprobs]
+
+
+def spoken_words(llama: Llama, asked: list[int], n_predict: int) -> Words:
+    """Let the adapter answer, then ask it at each of its own words after it has read them all at once."""
+    answer = llama.answer(asked, n_predict)
+    llama.next_logprobs([*asked, *answer.tokens], anew=True)
+    backwards = [llama.next_logprobs([*asked, *answer.tokens[:k]]) for k in reversed(range(len(answer.logprobs)))]
+    return Words(asked, answer, backwards[::-1])
+
+
+def listen(llama: Llama, asked: list[int], answer: Answer) -> list[Logprobs]:
+    """Return what ``llama`` would say at each word of an answer."""
+    return [llama.next_logprobs([*asked, *answer.tokens[:k]]) for k in range(len(answer.logprobs))]
+
+
+def weigh(closeness: Closeness, answer: Answer, heard: Sequence[Logprobs], plain: Sequence[Logprobs]) -> None:
+    """Add the words of an answer as another model ``heard`` them, the base hearing ``plain``."""
+    for told in zip(answer.logprobs, heard, plain, strict=True):
+        closeness.add(*told)
 
 
 def _first_shard(path: str | os.PathLike[str]) -> tuple[Path, bool]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lora_gguf.adapters.adapter import adapter_name
 from lora_gguf.checks.checkup import DoctorReport
-from lora_gguf.checks.closeness import CompareReport
+from lora_gguf.checks.compared import CompareReport
 from lora_gguf.checks.keeping import judgement
 from lora_gguf.checks.remarks import WARNING
 from lora_gguf.commands.merge import MergeReport
@@ -75,6 +75,7 @@ NEAR = [
     Column("same", "same next token", ".1%"),
     Column("agreement", "or one as likely", ".1%"),
     Column("kl", "KL from the adapter", ".4f"),
+    Column("strength", "the adapter's effect", ".0%"),
 ]
 REMARKS = [Column("topic", "about"), Column("level", "level"), Column("text", "found")]
 
@@ -230,12 +231,14 @@ def of_compare(
     """Return the page of a comparison: no charts, but the answers."""
     data = report.as_dict()
     answers = [{"prompt": part["prompt"], **part["answers"]} for part in data["prompts"]]
-    near = [{"model": "the base", **data["base"]}, {"model": "the merged file", **data["merged"]}]
+    rows = (("base", "the base"), ("again", "the adapter, asked again"), ("merged", "the merged file"))
+    near = [{"model": label, **data[name]} for name, label in rows]
     return Content(
         title=f"{report.merged_name} beside {_names(adapters)} at run time",
         figure={
-            "value": f"{report.merged.agreement:.0%}",
-            "label": f"of {report.merged.n_tokens} next tokens are the adapter's, or as likely",
+            "value": f"{report.merged.same:.0%}",
+            "label": f"of {report.merged.n_tokens} next tokens are the adapter's (its own, asked again: "
+            f"{report.again.same:.0%})",
             "badge": report.judgement,
             "bad": not report.ok,
         },
