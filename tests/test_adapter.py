@@ -248,6 +248,20 @@ def test_packed_factors_that_cannot_be_unpacked(tmp_path, fields):
         read_adapter(directory(tmp_path, weights, r=8, **fields))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "both"),
+    [
+        ({"k_proj": 1, "q_proj": 32, "self_attn.q_proj": 2}, ("'q_proj'", "'self_attn.q_proj'")),
+        ({".*_proj": 1, "q_proj": 1, r"layers\.0\..*": 4}, ("'.*_proj'", r"'layers\.0\..*'")),
+        ({"self_attn.q_proj": 2, "q_proj": 2}, None),
+        ({"k_proj": 1, "q_proj": 32}, None),
+    ],
+)
+def test_overlapping_entries_of_alpha_pattern_are_asked_about(tmp_path, pattern, both):
+    found = read_adapter(directory(tmp_path, alpha_pattern=pattern)).warnings
+    assert len(found) == bool(both) and all(key in found[0] for key in both or ())
+
+
 @pytest.mark.parametrize("option", [{"use_foo": True}, {"foo_config": {"beta": 2}}, {"enable_lora": [True, False]}])
 def test_an_option_of_a_newer_peft_is_asked_about(tmp_path, option):
     (warning,) = read_adapter(directory(tmp_path, **option)).warnings

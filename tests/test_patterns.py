@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lora_gguf.adapters.patterns import first_match, matcher
+from lora_gguf.adapters.patterns import all_matches, first_match, matcher
 from lora_gguf.errors import MalformedError, UnsupportedError
 
 KEYS = (
@@ -73,8 +73,19 @@ def test_many_keys_answer_as_the_first_of_them_that_matches():
     for n_keys in (1, 3, 30, 300):
         keys = dict.fromkeys(rng.choices([*names, ".*a", "b+$", "(a|b).", "a*b*"], k=n_keys))
         for module in names:
-            expected = next((key for key in keys if re.match(rf"(.*\.)?({key})$", module)), None)
-            assert first_match(keys, module) == expected, (module, n_keys)
+            expected = [key for key in keys if re.match(rf"(.*\.)?({key})$", module)]
+            assert all_matches(keys, module) == expected, (module, n_keys)
+            assert first_match(keys, module) == (expected[0] if expected else None), (module, n_keys)
+
+
+def test_overlapping_keys_answer_as_pefts_own_function():
+    other = pytest.importorskip("peft.utils.other")
+    keys = {".*_proj": 1, "q_proj": 2, "self_attn.q_proj": 3, r"layers\.0\..*": 4, "k_proj": 5}
+    for order in (list(keys), sorted(keys), sorted(keys, reverse=True)):
+        pattern = {key: keys[key] for key in order}
+        for module in MODULES:
+            found = first_match(pattern, module)
+            assert pattern.get(other.get_pattern_key(pattern.keys(), module)) == pattern.get(found), (order, module)
 
 
 def test_tens_of_thousands_of_plain_names_cost_little():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_gguf.adapters.adapter_config import FIELDS, kind_of
 from lora_gguf.adapters.lora import LoraPair
+from lora_gguf.adapters.patterns import all_matches
 from lora_gguf.adapters.updates import Update
 from lora_gguf.errors import printable
 
@@ -15,6 +16,8 @@ from lora_gguf.errors import printable
 INITS = re.compile(r"true|false|gaussian|eva|orthogonal|mica")
 # how PEFT calls an option that makes another kind of LoRA, and those of that form that only train it
 OPTIONS = re.compile(r"(use|enable)_\w+|\w+_config")
+# entries of alpha_pattern: more are names that a program wrote, which do not overlap
+MANY = 64
 OF_TRAINING = {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}
 
 
@@ -23,7 +26,8 @@ def doubts(
 ) -> list[str]:
     """Return warnings on an adapter before it meets a base."""
     layout = layout_doubt(directory, updates, config, expert_b_layout)
-    return [*layout, *init_doubt(config), *option_doubt(config), *scale_doubt(config)]
+    names = [update.name for update in updates]
+    return [*layout, *init_doubt(config), *option_doubt(config), *scale_doubt(config), *pattern_doubt(names, config)]
 
 
 def layout_doubt(
@@ -85,3 +89,22 @@ def scale_doubt(config: dict) -> list[str]:
         "saved by mlx-vlm before 0.6: read with its alpha as the factor; mlx-vlm 0.5.0 alone divided that by the rank: "
         f"if that trained it, give --scale {1 / rank:.6g}"
     ]
+
+
+def pattern_doubt(modules: Sequence[str], config: dict) -> list[str]:
+    """Return a warning where two entries of ``alpha_pattern`` give a module different values: the first one counts, and
+    PEFT sorts them when it saves, so that another one may have counted in training.
+    """
+    pattern = config.get("alpha_pattern") or {}
+    if not 1 < len(pattern) <= MANY:
+        return []
+    for module in modules:
+        first, *others = all_matches(pattern, module) or [""]
+        other = next((key for key in others if pattern[key] != pattern[first]), None)
+        if other is not None:
+            return [
+                f"adapter_config.json: alpha_pattern: '{printable(first, 40)}' and '{printable(other, 40)}' both match "
+                f"{printable(module, 80)}: the first counts, as in PEFT, which sorts them when it saves: if training "
+                "had them in another order, correct the file"
+            ]
+    return []

@@ -30,11 +30,22 @@ def first_match(keys: Iterable[str], module: str) -> str | None:
 
     The keys of one map are sorted once, so pass the same object for every module.
     """
+    return _index_of(keys).first(module)
+
+
+def all_matches(keys: Iterable[str], module: str) -> list[str]:
+    """Return all of ``keys`` that match ``module``, in their order; as ``first_match``."""
+    index = _index_of(keys)
+    found = {*index.matching_literals(module), *(i for i, matches in index.expressions if matches(module))}
+    return [index.order[i] for i in sorted(found)]
+
+
+def _index_of(keys: Iterable[str]) -> _Index:
     global _latest  # noqa: PLW0603
     index = _latest  # which another thread's merge may change
     if keys is not index.keys:
         index = _latest = _Index(keys)
-    return index.first(module)
+    return index
 
 
 class _Index:
