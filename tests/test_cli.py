@@ -48,6 +48,7 @@ def test_dry_run(tmp_path, capsys):
     base, adapter, _ = base_and_adapter(tmp_path, "Q4_0")
     before = sorted(os.listdir(tmp_path))
     code, out, err = run(capsys, "merge", base, adapter, "-o", tmp_path / "out.gguf", "--dry-run")
+    assert "would be applied" in out
     assert code == 0 and "ffn_up" in out and "kept" not in out and sorted(os.listdir(tmp_path)) == before
     assert err.startswith("nothing was written: the tensors would take ")
 

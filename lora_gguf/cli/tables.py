@@ -30,7 +30,7 @@ def retention_table(report: MergeReport, verbose: bool = False) -> str:
     ]
     measured = (len(HEAD) if verbose else SHORT) if report.retention else 3  # columns: a dry run measures nothing
     table = text_table(HEAD[:measured], [row[:measured] for row in rows], left=2)
-    return "\n".join([table, *summary(report.accounts)])
+    return "\n".join([table, *summary(report.accounts, "applied" if report.written else "would be applied")])
 
 
 def _merged_rows(report: MergeReport, whole: str) -> list[tuple]:

@@ -34,15 +34,15 @@ class ElsewhereError(MismatchError):
         self.accounts = list(accounts)
 
 
-def summary(accounts: Iterable[Account]) -> list[str]:
+def summary(accounts: Iterable[Account], done: str = "applied") -> list[str]:
     """Return what became of an adapter's tensors, a line for each outcome and reason, with the first tensor as an
-    example.
+    example; ``done`` is said of those that were applied.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for account in accounts:
         groups.setdefault((account.outcome, account.reason), []).append(account.tensor)
     return [
-        f"adapter tensors: {len(names)} {outcome}"
+        f"adapter tensors: {len(names)} {done if outcome == 'applied' else outcome}"
         + (f": {reason}, such as {printable(names[0], 120)}" if reason else "")
         for (outcome, reason), names in groups.items()
     ]
@@ -98,14 +98,14 @@ class Placement:
         """Return what became of the adapter, in a few lines."""
         errors = sorted(self.approximations.items(), key=lambda item: item[1])
         if not errors:
-            return summary(self.accounts)
+            return summary(self.accounts, "converted")
         (_, least), (worst, most) = errors[0], errors[-1]
         rank = max(pair.rank for pair in self.pairs if pair.name in self.approximations)
         line = (
             f"approximated at rank {rank}: {len(errors)} tensors, with relative errors from {least:.2g} to "
             f"{most:.2g} ({worst})"
         )
-        return [*summary(self.accounts), line]
+        return [*summary(self.accounts, "converted"), line]
 
     def as_dict(self) -> dict:
         """Return the same as plain data for JSON: of each tensor of the adapter, and the relative error of approximated
@@ -115,7 +115,7 @@ class Placement:
         return {"accounts": accounts, "approximations": self.approximations, "warnings": self.warnings}
 
     def __str__(self) -> str:
-        return f"{len({update.name for update in self.changes})} of the base's tensors are updated"
+        return f"it changes {len({update.name for update in self.changes})} tensors of the base"
 
 
 def base_shape(name: str, hparams: Hparams) -> tuple[int, ...] | None:
