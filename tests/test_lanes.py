@@ -70,12 +70,20 @@ def test_fma_rounds_once():
     assert (over(lambda x, y, z: lanes.fma(x, y, z))(x, x, z) == np.float32(2.0**-24)).all()
 
 
+@kernel
+def totals_of(w, x, y, z):
+    return lanes.totals(lanes.load(w, 0), lanes.load(x, 0), lanes.load(y, 0), lanes.load(z, 0))
+
+
 def test_sums_run_by_halves():
     x = np.random.default_rng(0).normal(size=16).astype(np.float32)
     sums = x
     while len(sums) > 1:
         sums = sums[: len(sums) // 2] + sums[len(sums) // 2 :]
     assert (over(lambda x, y, z: lanes.splat(lanes.total(x)))(x, x, x) == sums[0]).all()
+    four = [x, -x, x + 1, x * 3]
+    alone = over(lambda x, y, z: lanes.splat(lanes.total(x)))
+    assert totals_of(*four) == tuple(alone(one, one, one)[0] for one in four)
     assert (over(lambda x, y, z: lanes.splat(lanes.greatest(x)))(x, x, x) == x.max()).all()
 
 

@@ -5,17 +5,15 @@ import pytest
 
 from lora_gguf.kernels.chance import key_of_row, uniform
 from lora_gguf.kernels.low_rank import low_rank
+from lora_gguf.merging.halves import round_bf16, round_f16, tally_rows
 from lora_gguf.merging.refit import NO_GRID, refit_row
 from lora_gguf.merging.rounding import (
     OUTSIDE,
     Rule,
     Watched,
     codebook,
-    round_bf16,
     round_codes,
-    round_f16,
     round_levels,
-    tally_rows,
 )
 from lora_gguf.merging.rows import moving_grid
 from lora_gguf.merging.tensor import tensor_key

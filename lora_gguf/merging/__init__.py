@@ -3,8 +3,8 @@
     options     what the user asked for, checked
     plan        tensor by tensor: what is added (tensor, new_tokens), the type it gets (types), what grows (growth)
     chunks      runs of rows with all that they need; a tensor's weighting (importance) is attached when its turn comes
-    rows        one chunk from bytes to bytes: add, decide, move the grid (refit) and round (rounding), or find another
-                grid (regrid), encode, count
+    rows        one chunk from bytes to bytes: add, decide, move the grid (refit) and round (rounding, halves), or find
+                another grid (regrid), encode, count
     work        many chunks in threads (limits, scratch): read, rows, write
     tasks       the same in other processes, by an executor
     retention   what was kept, with steps, and what effect is lost (loss); forecast is the same on a sample of rows

@@ -12,6 +12,7 @@ tell it.
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
@@ -56,6 +57,12 @@ def weighting_of(codec: Codec, importance: np.ndarray) -> Weighting:
     """Return the weighting of columns of ``importance`` f32 (cols,) on the grid of a type."""
     group = codec.grid.group if codec.grid else codec.type.block_size
     return weighting(importance, codec.type.block_size, group, len(codec.scales_at))
+
+
+@functools.cache
+def even_weighting(type_name: str, n_cols: int) -> Weighting:
+    """Return the weighting of ``n_cols`` columns that all count alike."""
+    return weighting_of(CODECS[type_name], np.ones(n_cols, np.float32))
 
 
 def importance_of(base: Base, name: str, measured: np.ndarray | None, energies: dict[str, np.ndarray]) -> np.ndarray:

@@ -20,12 +20,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_gguf.kernels.decorators import kernel, part
-from lora_gguf.kernels.lanes import N, bits, floor, fma, least, load, magnitude, splat, store, to_f32, total, where_less
+from lora_gguf.kernels.lanes import (
+    N,
+    bits,
+    floor,
+    fma,
+    least,
+    load,
+    magnitude,
+    splat,
+    store,
+    to_f32,
+    totals,
+    where_less,
+)
 
 UNEVEN = 0.08  # share of a block's importance that its heaviest columns have where it is moved after rounding
 UNTOUCHED = 0.05  # share of all importance that the heaviest columns of the blocks left out before rounding may have
 _RIDGE = np.float32(1e-3)
 _LARGEST = np.float32(0.5)
+_ONE, _N = np.uint64(1), np.uint64(N)  # unsigned: a signed index could count from the end, which is looked up each time
 _EXACT = np.float32(2.0**23)  # a whole number below it, added to it, stands in the lowest bits
 # of f16: the least normal number, the least number, and the last before the largest
 _NORMAL, _UNIT, _PER_UNIT, _MOST = np.float32(2.0**-14), np.float32(2.0**-24), np.float32(2.0**24), np.float32(65472)
@@ -90,14 +104,14 @@ def weighting(importance: np.ndarray, block_size: int, group: int, n_free: int) 
 @part
 def _take(row: np.ndarray, at: Any) -> Any:
     """The magnitude of the f16 number at byte ``at`` of a row: its bit pattern, in an f32 of the same bits."""
-    return np.uint32(row[at] | (np.uint32(row[at + 1]) & np.uint32(0x7F)) << np.uint32(8)).view(np.float32)
+    return np.uint32(row[at] | (np.uint32(row[at + _ONE]) & np.uint32(0x7F)) << np.uint32(8)).view(np.float32)
 
 
 @part
 def _put(magnitude: Any, row: np.ndarray, at: Any) -> None:
     """Store what ``_take`` took; the sign stays."""
     half = np.float32(magnitude).view(np.uint32)
-    row[at], row[at + 1] = half & 255, half >> 8 | np.uint32(row[at + 1]) & 0x80
+    row[at], row[at + _ONE] = half & 255, half >> 8 | np.uint32(row[at + _ONE]) & 0x80
 
 
 @part
@@ -181,14 +195,14 @@ def _solve(work: np.ndarray, n_blocks: int) -> None:
 @part
 def _moments(columns: Any, delta: np.ndarray, span: Any, steps: np.ndarray, lows: np.ndarray, has_m: Any) -> Any:
     """Σ h·s², Σ h·s·delta, Σ h·s·o and Σ h·o·delta over the groups of ``span``; ``columns`` is (unit, zero,
-    importance).
+    importance, the size of a group).
     """
-    unit, zero, importance = columns
-    nothing, zeros, group = splat(np.float32(0.0)), splat(zero), len(unit) // len(steps)
+    unit, zero, importance, group = columns
+    nothing, zeros = splat(np.float32(0.0)), splat(zero)
     ss = sd = so = od = nothing
     for g in range(span[0], span[1]):
         uu = ud = u1 = d1 = nothing
-        for j in range(g * group, (g + 1) * group, N):
+        for j in range(g * group, (g + _ONE) * group, _N):
             h, u, d = load(importance, j), load(unit, j) - zeros, load(delta, j)
             hu = h * u
             uu = fma(hu, u, uu)
@@ -200,21 +214,23 @@ def _moments(columns: Any, delta: np.ndarray, span: Any, steps: np.ndarray, lows
         ss, sd = fma(uu, step * step, ss), fma(ud, step, sd)
         if has_m:
             so, od = fma(u1, step * low, so), fma(d1, low, od)
-    if has_m:
-        return total(ss), total(sd), total(so), total(od)
-    return total(ss), total(sd), np.float32(0.0), np.float32(0.0)
+    return totals(ss, sd, so, od)
 
 
 @part
 def _leave(columns: Any, left: np.ndarray, span: Any, steps: np.ndarray, lows: np.ndarray, change: Any) -> None:
-    """Take from ``left`` what the groups of ``span`` have moved by: ``change`` (x, y), parts of steps and lows."""
-    unit, zero, _ = columns
+    """Take from ``left`` what the groups of ``span`` have moved by: ``change`` (x, y), parts of steps and lows, which
+    change too.
+    """
+    unit, zero, _, group = columns
     x, y = change
-    zeros, group = splat(zero), len(unit) // len(steps)
+    zeros = splat(zero)
     for g in range(span[0], span[1]):
         moved, shifted = splat(-x * steps[g]), splat(y * lows[g])
-        for j in range(g * group, (g + 1) * group, N):
+        for j in range(g * group, (g + _ONE) * group, _N):
             store(fma(moved, load(unit, j) - zeros, load(left, j) + shifted), left, j)
+        steps[g] *= np.float32(1.0) + x
+        lows[g] *= np.float32(1.0) + y
 
 
 @kernel
@@ -236,24 +252,24 @@ def refit_row(
     """
     blocks, all_lows, importance, heights, _, _, work, block_bytes, d_at, m_at = movable
     stored, lows, has_m = blocks[row], all_lows[row], m_at >= 0
-    columns, per_block = (unit, zero, importance), len(steps) // (len(stored) // block_bytes)
-    for k in range(len(numbers)):
-        first = numbers[k] * per_block
-        end, at, oo, height = first + per_block, np.uint64(numbers[k] * block_bytes), np.float32(0.0), np.float32(0.0)
+    per_block, group = np.uint64(len(steps) // (len(stored) // block_bytes)), np.uint64(len(unit) // len(steps))
+    columns, d_byte, m_byte = (unit, zero, importance, group), np.uint64(d_at), np.uint64(m_at)
+    for k in range(np.uint64(len(numbers))):
+        number, oo, height = np.uint64(numbers[k]), np.float32(0.0), np.float32(0.0)
+        first, at = number * per_block, number * np.uint64(block_bytes)
+        end = first + per_block
         for g in range(first, end):
             oo += heights[g] * lows[g] * lows[g]
             height += heights[g]
         work[0, k], work[1, k], work[2, k], work[3, k] = _moments(columns, left, (first, end), steps, lows, has_m)
         work[4, k], work[5, k] = oo, _RIDGE * steps[first] * steps[first] * height
-        work[6, k] = _take(stored, at + np.uint64(d_at))
-        work[7, k] = _take(stored, at + np.uint64(m_at)) if has_m else np.float32(0.0)
+        work[6, k] = _take(stored, at + d_byte)
+        work[7, k] = _take(stored, at + m_byte) if has_m else np.float32(0.0)
     _solve(work, len(numbers))
-    for k in range(len(numbers)):
-        first, at, x, y = numbers[k] * per_block, np.uint64(numbers[k] * block_bytes), work[2, k], work[3, k]
-        _put(work[0, k], stored, at + np.uint64(d_at))
+    for k in range(np.uint64(len(numbers))):
+        number = np.uint64(numbers[k])
+        first, at = number * per_block, number * np.uint64(block_bytes)
+        _put(work[0, k], stored, at + d_byte)
         if has_m:
-            _put(work[1, k], stored, at + np.uint64(m_at))
-        _leave(columns, left, (first, first + per_block), steps, lows, (x, y))
-        for g in range(first, first + per_block):
-            steps[g] *= np.float32(1.0) + x
-            lows[g] *= np.float32(1.0) + y
+            _put(work[1, k], stored, at + m_byte)
+        _leave(columns, left, (first, first + per_block), steps, lows, (work[2, k], work[3, k]))

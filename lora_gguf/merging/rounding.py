@@ -28,9 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_gguf.kernels.chance import GOLDEN, SIXTEEN, UNIT, key_of_row, offsets, uniform
-from lora_gguf.kernels.decorators import kernel, part, report_kernel
-from lora_gguf.kernels.half import f32_from_f16
+from lora_gguf.kernels.chance import GOLDEN, SIXTEEN, UNIT, key_of_row, offsets
+from lora_gguf.kernels.decorators import kernel, part
 from lora_gguf.kernels.lanes import (
     N,
     copy,
@@ -52,6 +51,7 @@ from lora_gguf.kernels.lanes import (
     to_f32,
     to_i8,
     total,
+    totals,
     where_less,
 )  # fmt: skip
 from lora_gguf.merging.refit import MovingGrid, refit_row
@@ -62,6 +62,7 @@ _PER_DOUBT = np.float32(1 / (0.55 - _DOUBTFUL))
 _PER_SIZE = np.float32((np.pi / 2) ** 0.5)  # of a normal number: its deviation, per mean magnitude
 # a block whose weights lie outside its codes' range by more than this mean square, in steps, gets a new grid
 OUTSIDE = np.float32(1 / 12)
+_ONE, _N = np.uint64(1), np.uint64(N)  # unsigned: a signed index could count from the end, which is looked up each time
 _EASING = np.float32(0.1)  # mean move of a row in steps from which on its groups are looked at one by one
 
 
@@ -91,20 +92,6 @@ class Watched(NamedTuple):
     sums: np.ndarray
 
 
-@report_kernel
-def _tally(delta: np.ndarray, moved: np.ndarray, changed: Any, sums: np.ndarray) -> None:
-    """Add a row's Σ delta·moved, Σ delta², Σ moved² and its number of changed codes to ``sums`` (4,)."""
-    both = wanted = got = np.float32(0.0)
-    for j in range(len(delta)):
-        both += delta[j] * moved[j]
-        wanted += delta[j] * delta[j]
-        got += moved[j] * moved[j]
-    sums[0] += both
-    sums[1] += wanted
-    sums[2] += got
-    sums[3] += changed
-
-
 @part
 def _count(delta: np.ndarray, left: np.ndarray, outside: np.ndarray, sums: np.ndarray) -> None:
     """Add a row's Σ delta·moved, Σ delta² and Σ moved² to ``sums``, moved being what ``left`` has not; but not
@@ -125,12 +112,12 @@ def _count(delta: np.ndarray, left: np.ndarray, outside: np.ndarray, sums: np.nd
 
 
 @part
-def _size(left: np.ndarray) -> Any:
-    """The mean magnitude of ``left``."""
-    size = splat(np.float32(0.0))
-    for j in range(0, len(left), N):
-        size = size + magnitude(load(left, j))
-    return total(size) / np.float32(len(left))
+def _sizes(left: np.ndarray, first: Any, end: Any) -> Any:
+    """Lanes of sums of the magnitudes of ``left`` from ``first`` to ``end``."""
+    sizes = splat(np.float32(0.0))
+    for j in range(first, end, _N):
+        sizes = sizes + magnitude(load(left, j))
+    return sizes
 
 
 @part
@@ -142,31 +129,56 @@ def _mean_step(steps: np.ndarray) -> Any:
 
 
 @part
-def _width(left: np.ndarray, inverse: Any) -> Any:
-    """The width of the random offset that a group of weights needs to move by ``left`` without bias.
+def _inverse(step: Any) -> Any:
+    return np.float32(0.0) if step == 0 else np.float32(1.0) / step
+
+
+@part
+def _width(size: Any, step: Any) -> Any:
+    """The width of the random offset that a group of weights needs to move by the mean magnitude ``size`` without bias.
 
     Were its moves normal, of deviation s in steps, nearest rounding would lose 2 exp(-2 π² s²) of them: 8% at 0.4.
     """
-    deviation = magnitude(_size(left) * inverse) * _PER_SIZE
+    deviation = magnitude(size * _inverse(step)) * _PER_SIZE
     return most(least((_CERTAIN - deviation) * _PER_DOUBT, np.float32(1.0)), np.float32(0.0))
 
 
 @part
-def _move(codes: np.ndarray, steps: np.ndarray, left: np.ndarray, rule: Rule, eases: Any, row_key: Any) -> Any:
+def _ease(left: np.ndarray, steps: np.ndarray, widths: np.ndarray) -> None:
+    """``_width`` of each group of a row, into ``widths`` f32: four groups at a time, the last again where there are
+    fewer.
+    """
+    group, last = np.uint64(len(left) // len(steps)), np.uint64(len(steps) - 1)
+    per_weight = np.float32(1.0) / np.float32(group)  # exact: groups are powers of two
+    for g in range(np.uint64(0), last + _ONE, np.uint64(4)):
+        w, x, y, z = four = g, min(g + _ONE, last), min(g + np.uint64(2), last), min(g + np.uint64(3), last)
+        sums = totals(
+            _sizes(left, w * group, (w + _ONE) * group),
+            _sizes(left, x * group, (x + _ONE) * group),
+            _sizes(left, y * group, (y + _ONE) * group),
+            _sizes(left, z * group, (z + _ONE) * group),
+        )
+        for k in range(4):
+            widths[four[k]] = _width(sums[k] * per_weight, steps[four[k]])
+
+
+@part
+def _move(codes: np.ndarray, steps: np.ndarray, left: np.ndarray, rule: Rule, widths: np.ndarray, row_key: Any) -> Any:
     """Move a row's int8 ``codes`` by ``left`` f32 (cols,), rounded; ``left`` becomes what they have still to move by.
+    ``widths`` are those of the groups' random offsets, in those of the rule, or none.
     Returns the largest move in steps, before it is rounded, and the number of codes that changed.
     """
-    group, lowest, highest, spread = len(codes) // len(steps), splat(rule.least), splat(rule.most), rule.spread
+    group, lowest, highest = np.uint64(len(codes) // len(steps)), splat(rule.least), splat(rule.most)
+    spread, eases = rule.spread, len(widths) > 0
     base, unit = splat(np.float32(0.5) - np.float32(0.5) * spread), splat(spread * UNIT)
     column, sixteen = splat(row_key) + iota() * splat(GOLDEN), splat(SIXTEEN)
     changed = largest = splat(np.float32(0.0))
-    for g in range(len(steps)):
-        per_step = np.float32(0.0) if steps[g] == 0 else np.float32(1.0) / steps[g]
-        step, inverse = splat(steps[g]), splat(per_step)
+    for g in range(np.uint64(len(steps))):
+        step, inverse = splat(steps[g]), splat(_inverse(steps[g]))
         if eases:
-            width = spread * _width(left[g * group : (g + 1) * group], per_step)
+            width = spread * widths[g]
             base, unit = splat(np.float32(0.5) - np.float32(0.5) * width), splat(width * UNIT)
-        for j in range(g * group, (g + 1) * group, N):
+        for j in range(g * group, (g + _ONE) * group, _N):
             rest, old = load(left, j), load(codes, j)
             steps_moved = rest * inverse
             new = least(most(old + floor(steps_moved + offsets(column, base, unit)), lowest), highest)
@@ -182,21 +194,16 @@ def _measure_outside(left: np.ndarray, steps: np.ndarray, outside: np.ndarray) -
     """How far each block's weights lie beyond the range of their codes: the mean distance², in steps, into ``outside``
     f32 (blocks,). Within the range rounding leaves less than a step.
     """
-    group, per_block, one, zero = (
-        len(left) // len(steps),
-        len(steps) // len(outside),
-        splat(np.float32(1.0)),
-        splat(np.float32(0.0)),
-    )
-    per_weight = np.float32(1.0) / np.float32(per_block * group)
-    for b in range(len(outside)):
+    group, per_block = np.uint64(len(left) // len(steps)), np.uint64(len(steps) // len(outside))
+    one, zero, size = splat(np.float32(1.0)), splat(np.float32(0.0)), np.float32(per_block * group)
+    for b in range(np.uint64(len(outside))):
         squares = zero
-        for g in range(b * per_block, (b + 1) * per_block):
-            inverse = splat(np.float32(0.0) if steps[g] == 0 else np.float32(1.0) / steps[g])
-            for j in range(g * group, (g + 1) * group, N):
+        for g in range(b * per_block, (b + _ONE) * per_block):
+            inverse = splat(_inverse(steps[g]))
+            for j in range(g * group, (g + _ONE) * group, _N):
                 beyond = most(magnitude(load(left, j) * inverse) - one, zero)
                 squares = fma(beyond, beyond, squares)
-        outside[b] = total(squares) * per_weight
+        outside[b] = total(squares) * (np.float32(1.0) / size)
 
 
 @kernel
@@ -209,13 +216,16 @@ def round_codes(codes: np.ndarray, steps: np.ndarray, delta: np.ndarray, rule: R
     """
     movable, outside, room, sums = watched
     refits, left = len(movable.blocks) > 0, room[0]
+    n_cols = np.uint64(len(left))
     for i in range(len(codes)):
         copy(delta[i], left)
-        eases = False
+        widths = room[1][:0]
         if refits:
             refit_row(movable, movable.before, i, codes[i], rule.zero, steps[i], left)
-            eases = _size(left) > _EASING * _mean_step(steps[i])
-        largest, changed = _move(codes[i], steps[i], left, rule, eases, key_of_row(rule.key, rule.first_row + i))
+            if total(_sizes(left, np.uint64(0), n_cols)) / np.float32(n_cols) > _EASING * _mean_step(steps[i]):
+                widths = room[1]
+                _ease(left, steps[i], widths)
+        largest, changed = _move(codes[i], steps[i], left, rule, widths, key_of_row(rule.key, rule.first_row + i))
         sums[3] += changed
         if refits:
             if largest > np.float32(0.5):
@@ -323,72 +333,3 @@ def round_levels(
         if refits:
             refit_row(movable, movable.after, i, unit, np.float32(0.0), steps[i], left)
         _count(delta[i], left, outside[i], sums)
-
-
-@kernel
-def round_bf16(halves: np.ndarray, delta: np.ndarray, spread: Any, key: Any, first_row: Any, sums: np.ndarray) -> None:
-    """Move bf16 bit patterns ``halves`` uint16 (rows, cols), in place, by ``delta``; the rest as ``round_codes``."""
-    n_rows, n_cols = halves.shape
-    moved = np.empty(n_cols, np.float32)
-    base = np.float32(0.5) - np.float32(0.5) * np.float32(spread)
-    for i in range(n_rows):
-        row_key = key_of_row(key, first_row + i)
-        changed = 0
-        for j in range(n_cols):
-            old = np.uint32(np.uint32(halves[i, j]) << 16)
-            wanted = np.float32(old.view(np.float32) + delta[i, j])
-            offset = base + np.float32(spread) * uniform(row_key, j)
-            carried = wanted.view(np.uint32) + np.uint32(offset * np.float32(65536.0))
-            new = np.uint32(old if delta[i, j] == 0 else carried & 0xFFFF0000)
-            halves[i, j] = np.uint16(new >> 16)
-            moved[j] = np.uint32(new).view(np.float32) - old.view(np.float32)
-            changed += new != old
-        _tally(delta[i], moved, changed, sums)
-
-
-@kernel
-def _f16_offset(wanted: np.ndarray, offset: Any) -> Any:
-    """Return the f16 pattern below ``wanted``, or above where the dropped fraction plus ``offset`` reaches 1."""
-    bits = np.float32(wanted).view(np.uint32)
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    if magnitude < 0x38800000:  # denormal in f16, whose unit is 2**-24
-        pattern = np.uint32(np.floor(magnitude.view(np.float32) * np.float32(2.0**24) + offset))
-    else:
-        pattern = np.uint32((magnitude - 0x38000000 + np.uint32(offset * np.float32(8192.0))) >> 13)
-    return np.uint16(min(pattern, np.uint32(0x7C00)) | ((bits >> 16) & 0x8000))
-
-
-@kernel
-def round_f16(halves: np.ndarray, delta: np.ndarray, spread: Any, key: Any, first_row: Any, sums: np.ndarray) -> None:
-    """Round as ``round_bf16`` does, for f16 bit patterns."""
-    n_rows, n_cols = halves.shape
-    moved = np.empty(n_cols, np.float32)
-    base = np.float32(0.5) - np.float32(0.5) * np.float32(spread)
-    for i in range(n_rows):
-        row_key = key_of_row(key, first_row + i)
-        changed = 0
-        for j in range(n_cols):
-            old = halves[i, j]
-            value = f32_from_f16(old)
-            new = old
-            if delta[i, j] != 0:
-                new = _f16_offset(np.float32(value + delta[i, j]), base + np.float32(spread) * uniform(row_key, j))
-            halves[i, j] = new
-            moved[j] = f32_from_f16(new) - value
-            changed += new != old
-        _tally(delta[i], moved, changed, sums)
-
-
-@kernel
-def tally_rows(before: np.ndarray, after: np.ndarray, delta: np.ndarray, sums: np.ndarray) -> None:
-    """Add what became of ``delta`` when weights ``before`` turned into ``after`` (all f32, (rows, cols)) to
-    ``sums``.
-    """
-    n_rows, n_cols = before.shape
-    moved = np.empty(n_cols, np.float32)
-    for i in range(n_rows):
-        changed = 0
-        for j in range(n_cols):
-            moved[j] = after[i, j] - before[i, j]
-            changed += moved[j] != 0
-        _tally(delta[i], moved, changed, sums)

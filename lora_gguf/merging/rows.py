@@ -8,10 +8,11 @@ import numpy as np
 
 from lora_gguf.kernels.lanes import N as LANES
 from lora_gguf.merging.chunks import Changed, update_of
-from lora_gguf.merging.importance import weighting_of
+from lora_gguf.merging.halves import round_bf16, round_f16, tally_rows
+from lora_gguf.merging.importance import even_weighting
 from lora_gguf.merging.refit import NO_GRID, MovingGrid
 from lora_gguf.merging.regrid import erased, on_finer_grid, round_on
-from lora_gguf.merging.rounding import OUTSIDE, Watched, round_bf16, round_f16, tally_rows
+from lora_gguf.merging.rounding import OUTSIDE, Watched
 from lora_gguf.merging.scratch import copied, scratch
 from lora_gguf.merging.tensor import NO_IMPORTANCE, SPREADS
 from lora_gguf.quants.codec import Grid, Half
@@ -110,7 +111,7 @@ def moving_grid(chunk: Changed, grid: Grid, blocks: np.ndarray, steps: np.ndarra
         grid.lows(blocks, lows)
     else:
         lows[...] = 0
-    weighed = chunk.weighting or weighting_of(codec, np.ones(steps.shape[1] * grid.group, np.float32))
+    weighed = chunk.weighting or even_weighting(codec.type.name, steps.shape[1] * grid.group)
     d_at, m_at = (*codec.scales_at, -1)[:2]
     weights = weighed.importance, weighed.heights, weighed.before, weighed.after
     n_blocks = max(len(weighed.before), len(weighed.after))
