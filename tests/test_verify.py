@@ -9,11 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from lora_gguf.adapters.lora import LoraPair, write_adapter_gguf
 from lora_gguf.api import verify
-from lora_gguf.checks.routes import rounded
 from lora_gguf.cli import execute
 from lora_gguf.cli.tables import verify_table
 from lora_gguf.errors import MismatchError
@@ -23,7 +21,6 @@ from lora_gguf.files.gguf_writer import raw_key_values
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.hparams import from_config
 from lora_gguf.merging.options import ROUNDINGS, Policy
-from lora_gguf.quants.table import CODECS
 from tests import tiny
 from tests.calls import merge
 from tests.common import pack_gguf, smollm2_path, text_kv, u32_kv
@@ -203,51 +200,6 @@ def test_another_base(case):
     write_base(case.folder / "base2.gguf", case.type_name, seed=5)
     out = case.merge(case.adapter, out=case.folder / "merged2.gguf", base=case.folder / "base2.gguf")
     assert "of 8 changed" in only(case.verify(out), "other base").found
-
-
-@pytest.mark.parametrize("held", ["BF16", "F16"])
-def test_a_merge_of_the_model_before_it_was_quantized(tmp_path, held):
-    """Of the right adapter; the base is that model in Q8_0."""
-    write_base(tmp_path / "original.gguf", "F32")
-    write_base(tmp_path / "base.gguf", "Q8_0")
-    adapter = write_adapter(tmp_path / "adapter.gguf", some_pairs(2e-4))
-    out = tmp_path / "merged.gguf"
-    merge(tmp_path / "original.gguf", [(adapter, 1.0)], out, Policy(type=held))
-    assert only(verify(stripped(out), tmp_path / "base.gguf", [(adapter, 1.0)]), "unquantized")
-    merge(tmp_path / "original.gguf", [(adapter, 0.5)], out, Policy(type=held), force=True)
-    report = verify(stripped(out), tmp_path / "base.gguf", [(adapter, 1.0)])
-    assert report.findings and "unquantized" not in [finding.cause for finding in report.findings]
-
-
-def test_dora_merged_in_bf16_by_peft(tmp_path):
-    """Norm, factor and product each rounded to bf16, as PEFT does: a row's scale is off as a whole."""
-    base, folder, half = tmp_path / "base.gguf", tmp_path / "dora", lambda x: rounded(np.float32(x), "BF16")
-    write_base(base, "BF16")
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "use_dora": True, "target_modules": ["up_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    rng, tensors, merged = np.random.default_rng(2), {}, {}
-    with GgufReader(base) as reader:
-        for layer in range(N_LAYERS):
-            name, path = f"blk.{layer}.ffn_up.weight", f"base_model.model.model.layers.{layer}.mlp.up_proj"
-            weights = CODECS["BF16"].decoded(reader.read(reader.tensors[name]).reshape(256, -1))
-            a, b = (half(rng.normal(size=shape)) for shape in ((4, 256), (256, 4)))
-            b = half(b * np.float32(2e-4))
-            magnitude = half(np.linalg.norm(weights, axis=1, keepdims=True) * (1 + 0.02 * rng.normal(size=(256, 1))))
-            moved = half(weights + half(b @ a))
-            factor = half(magnitude / half(np.linalg.norm(moved, axis=1, keepdims=True)))
-            merged[name] = CODECS["BF16"].encoded(half(factor * moved), np.empty(0, np.float32))
-            tensors |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
-            tensors[f"{path}.lora_magnitude_vector"] = magnitude[:, 0]
-        found = [
-            (name, info.type.name, info.shape, merged.get(name, reader.read(info)))
-            for name, info in reader.tensors.items()
-        ]
-        (tmp_path / "merged.gguf").write_bytes(pack_gguf(raw_key_values(reader), found))
-    save_file(tensors, folder / "adapter_model.safetensors")
-    report = verify(tmp_path / "merged.gguf", base, [(folder, 1.0)])
-    assert not report.findings, report.findings
-    assert verify(tmp_path / "merged.gguf", base, [(folder, 0.5)]).findings
 
 
 def test_a_matrix_transposed(case):

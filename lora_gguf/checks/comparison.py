@@ -30,9 +30,9 @@ from lora_gguf.quants.codec import Codec
 # maxima
 (
     PROJECTION, UPDATE2, ACHIEVED2, DITHERED, NEAREST, VARIANCE, EXPECTED_NOISE2, EXPECTED_FAR, FAR,
-    DOUBTFUL, BEYOND, BEFORE2, BEFORE_ACHIEVED, FRESH, HALVED, HALF_VARIANCE, SCALED2, NOISE2, ALLOWED_NOISE2, ASTRAY,
+    DOUBTFUL, BEYOND, BEFORE2, BEFORE_ACHIEVED, FRESH, HALVED, HALF_VARIANCE, NOISE2, ALLOWED_NOISE2, ASTRAY,
     PEAK, PEAK_HALF, PEAK_NOISE2,
-) = range(23)  # fmt: skip
+) = range(22)  # fmt: skip
 N_SUMS, N_KERNEL, ROWS = PEAK_NOISE2 + 1, BEFORE_ACHIEVED + 1, 9
 MAXIMA = slice(PEAK, PEAK_NOISE2 + 1)
 # in steps: near the middle of two neighbours; at the farther one; beyond both
@@ -41,8 +41,6 @@ MOVED = np.float32(1.6)  # steps that a weight may be off where its grid moved a
 TINY = np.float32(1e-38)
 ALLOWED = 0.01  # share of the update that f32 sums in another order, or a rounding to nearest here and there, may cost
 WIDER = np.float32(2)  # than what base + update need, times which a step counts
-ROW_SCALE = np.float32(2.0**-9)  # by which a merge in bf16 may be off in the scale of a row, as DoRA has one
-SCALES = 6  # of them, that many rows together exceed once in 10**9
 NOISIER = 2.0  # than a grid's own noise, times which a search for another kind of error may be
 
 LOOSE_SHARE = 2e-3  # of the weights may be beyond: a search by importance, or a moved grid, leaves at most 1.3e-3 there
@@ -143,7 +141,7 @@ def off_share(sums: np.ndarray, *, mixed: bool = False) -> np.ndarray:
     """
     slack = bound(sums[..., VARIANCE], sums[..., PEAK])
     unsure = np.where(sums[..., DOUBTFUL] > 0, bound(sums[..., DOUBTFUL], sums[..., PEAK]), 0.0)
-    halved = slack + bound(sums[..., HALF_VARIANCE], sums[..., PEAK_HALF]) + SCALES * np.sqrt(sums[..., SCALED2])
+    halved = slack + bound(sums[..., HALF_VARIANCE], sums[..., PEAK_HALF])
     errors = np.stack([slack, unsure, slack, halved]) + ALLOWED * sums[..., UPDATE2]
     ways = sums[..., [DITHERED, NEAREST, FRESH, HALVED]]
     ways = np.moveaxis(ways, -1, 0)
@@ -248,17 +246,6 @@ class Comparison:
     @property
     def expected_noise(self) -> float:
         return math.sqrt(self._share(EXPECTED_NOISE2))
-
-    @property
-    def error_rms(self) -> float:
-        """Of the weights, as they are instead of base + update."""
-        return math.sqrt(self.sums[NOISE2] / self.n_weights) if self.n_weights else math.nan
-
-    @property
-    def leaning(self) -> float:
-        """The correlation of the errors with the update."""
-        product = self.sums[UPDATE2] * self.sums[NOISE2]
-        return float((self.sums[PROJECTION] - self.sums[UPDATE2]) / math.sqrt(product)) if product > 0 else 0.0
 
     @property
     def correlation(self) -> float:
@@ -377,7 +364,6 @@ def compare_rows(
         rows[:, [FAR, BEYOND]] = 0
     if target.type.block_size == 1:
         own_error = rounded(wanted, "BF16") - wanted
-        rows[:, SCALED2] = np.square(ROW_SCALE * np.einsum("ij,ij->i", delta, wanted, dtype=np.float64))
     rows[:, ASTRAY] = (np.abs(error) > farthest(target, own_error, steps)).sum(1)
     rows[:, FRESH] = np.einsum("ij,ij->i", delta, (own_error + delta).astype(np.float64))
     halves = rounded(rounded(before, "BF16") + delta, "BF16") - wanted

@@ -15,15 +15,11 @@ from lora_gguf.files.base import Base
 from lora_gguf.merging.chunks import Changed, cut, update_of, whole
 from lora_gguf.merging.plan import Plan
 from lora_gguf.merging.retention import LOG_ODDS, kind_of
-from lora_gguf.merging.steps import stored_step
 from lora_gguf.merging.tensor import TensorPlan
-from lora_gguf.quants.ggml import BY_NAME
 from lora_gguf.quants.table import CODECS
 
 # how many tensors are read again to find out what they hold
 N_EXAMPLES = 12
-BY_ROUNDING = 0.15, 0.6  # steps, rms, that quantizing puts weights off: 0.29 to nearest
-ALONG = 0.3  # correlation of errors with the update, from which on they are of the update
 
 
 @dataclass
@@ -44,9 +40,6 @@ def causes(evidence: Evidence, checks: Sequence[Check], others: Sequence[Finding
     """
     adapted, untouched = [c for c in checks if c.touched], [c for c in checks if not c.touched]
     findings = shape_findings(evidence)
-    if is_unquantized(evidence, [check for check in checks if not check.holds]):
-        told = "base + update, to the precision of its type", "the update on other weights, which the base's round"
-        return [Finding("unquantized", (), *told), *findings, *others]
     if finding := other_base(evidence, adapted, untouched):
         return [finding, *findings]
     findings += [*others, *(changed_finding(check) for check in untouched if not check.holds)]
@@ -55,19 +48,6 @@ def causes(evidence: Evidence, checks: Sequence[Check], others: Sequence[Finding
     broken = [check for check in adapted if not check.holds and not check.comparison.is_finite]
     findings += [Finding("damaged", (check.name,), "numbers", "NaN or infinity") for check in broken]
     return explain(evidence, [check for check in adapted if check not in broken]) + findings
-
-
-def is_unquantized(evidence: Evidence, failing: Sequence[Check]) -> bool:
-    """Tell whether the tensors that do not hold are floats, and as far from a quantized base + update as quantizing the
-    base has put it.
-    """
-    for check in failing:
-        step, found = stored_step(evidence.model, tensor_of(evidence.plan, check.name).source), check.comparison
-        floats = BY_NAME[check.type].block_size == 1 < BY_NAME[check.base_type].block_size
-        by_rounding = BY_ROUNDING[0] * step < found.error_rms < BY_ROUNDING[1] * step
-        if not floats or not by_rounding or abs(found.leaning) > ALONG:
-            return False
-    return bool(failing)
 
 
 def is_unmerged(evidence: Evidence, adapted: Sequence[Check]) -> bool:

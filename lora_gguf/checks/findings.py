@@ -13,7 +13,6 @@ from lora_gguf.merging.retention import FAINT, chance, kind_of, layer_of
 
 CAUSES = {
     "other base": "it was merged from another base model",
-    "unquantized": "it was merged into this model before that was quantized: give that one as the base",
     "not merged": "the merged file is the base: the adapter was never added",
     "sign": "the update was subtracted: is the scale's sign right?",
     "scale": "it was merged with another scale",
