@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from lora_gguf import api, errors
 from lora_gguf.checks.closeness import Closeness, divergence
 from lora_gguf.checks.compared import CompareReport, Spoken
-from lora_gguf.checks.prompts import Prompts, read_prompts
+from lora_gguf.checks.prompts import BEGINNINGS, Prompts, read_prompts
 from tests import tiny
 from tests.common import DEMO_ADAPTER, FIXTURES, complete, gemma3_path, llama_server, smollm2_path
 from tests.test_cli import run
@@ -74,18 +74,18 @@ def gemma_merges(tmp_path_factory):
     [
         ("right", "yes", "answers as the adapter at run time", (0.9, 1.1)),
         ("base", "no", "answers as the base does, not as the adapter", (0, 0.01)),
-        ("half", "no", "of its strength, as of another --scale", (0.4, 0.65)),
+        ("half", "no", "of its strength, as of another --scale", (0.3, 0.65)),
         ("more", "no", "of its strength, as of another --scale", (1.3, 2.2)),
         ("other", "no", "answers neither as the base does nor as the adapter", (-0.2, 0.3)),
     ],
 )
 def test_prompts_that_show_little_of_an_adapter_tell_right_from_wrong(gemma_merges, name, judgement, words, strength):
     adapter = FIXTURES / "gemma-perl-adapter"
-    n_predict = 32 if name == "right" else 12  # of English prose; the adapter is of Perl
-    report = api.compare(gemma3_path(), adapter, gemma_merges[name], n_predict=n_predict, threads=1)
+    asked = {} if name == "right" else {"prompts": BEGINNINGS[:2], "n_predict": 10}  # English prose, not Perl
+    report = api.compare(gemma3_path(), adapter, gemma_merges[name], threads=1, **asked)
     assert report.judgement == judgement and words in report.verdict
     assert strength[0] <= report.merged.strength <= strength[1]
-    assert report.again.same > 0.9 and 0.95 < report.again.strength < 1.05  # what the right file is held against
+    assert report.again.same > 0.8 and 0.9 < report.again.strength < 1.1  # what the right file is held against
     if name == "right":
         assert report.merged.agreement >= 0.9 and report.merged.same > 0.9 * report.again.same
         assert report.merged.same > report.base.same + 0.05
@@ -94,7 +94,7 @@ def test_prompts_that_show_little_of_an_adapter_tell_right_from_wrong(gemma_merg
 def test_a_k_quant_base_on_prompts_of_the_adapters_kind(gemma_merges):
     adapter = FIXTURES / "gemma-perl-adapter"
     text = (FIXTURES / "perl-eval.txt").read_text()
-    prompts = [text[start : start + 300] for start in range(0, 40_000, 10_000)]
+    prompts = [text[start : start + 300] for start in range(0, 20_000, 10_000)]
     report = api.compare(gemma3_path(), adapter, gemma_merges["right"], prompts, threads=1)
     assert report.judgement == "yes" and report.merged.agreement >= 0.9 and report.merged.kl < 0.25 * report.base.kl
 

@@ -43,6 +43,7 @@ ALLOWED = 0.01  # share of the update that f32 sums in another order, or a round
 WIDER = np.float32(2)  # than what base + update need, times which a step counts
 NOISIER = 2.0  # than a grid's own noise, times which a search for another kind of error may be
 
+ROW_UNIT = 2.0**-8  # of bf16: by how much a row's factor and length may be rounded
 LOOSE_SHARE = 2e-3  # of the weights may be beyond: a search by importance, or a moved grid, leaves at most 1.3e-3 there
 FEW_FAR = 10
 FEW = 0.3  # of the weights that dithering rounds to the farther value: rounding to nearest none, half an update half
@@ -163,6 +164,12 @@ def erased(sums: np.ndarray) -> np.ndarray:
     """Tell which rows of ``sums`` surely hold less than half of the update that dithering leaves: bool."""
     slack = bound(sums[..., VARIANCE], sums[..., PEAK]) + ALLOWED * sums[..., UPDATE2]
     return (sums[..., UPDATE2] > 0) & (sums[..., PROJECTION] + slack < FAINT * sums[..., DITHERED])
+
+
+def present(sums: np.ndarray) -> np.ndarray:
+    """Tell which rows of ``sums`` surely hold more than half of it: bool."""
+    slack = bound(sums[..., VARIANCE], sums[..., PEAK]) + ALLOWED * sums[..., UPDATE2]
+    return sums[..., PROJECTION] - slack > FAINT * sums[..., DITHERED]
 
 
 @dataclass
@@ -338,11 +345,17 @@ class Compared:
 
 
 def compare_rows(
-    quants: tuple[Codec, Codec], stored: tuple[np.ndarray, np.ndarray], delta: np.ndarray, fresh: np.ndarray
+    quants: tuple[Codec, Codec],
+    stored: tuple[np.ndarray, np.ndarray],
+    delta: np.ndarray,
+    fresh: np.ndarray,
+    *,
+    scaled: bool = False,
 ) -> Compared:
     """Compare rows as ``stored``, uint8 (rows, row_bytes), of the types ``quants``, in the base and in the merge.
 
-    ``fresh`` are base + delta as the merge's type's own quantizer stores them.
+    ``fresh`` are base + delta as the merge's type's own quantizer stores them. ``scaled``: each row was brought to a
+    length (DoRA), which in bf16 leaves all of it longer or shorter.
     """
     source, target = quants
     before, after, anew = (scratch(name, delta.shape) for name in ("before", "after", "anew"))
@@ -370,10 +383,13 @@ def compare_rows(
     rows[:, HALVED] = np.einsum("ij,ij->i", delta, (halves + delta).astype(np.float64))
     rows[:, HALF_VARIANCE] = np.square(delta * unit, dtype=np.float64).sum(1)
     rows[:, PEAK_HALF] = np.abs(delta * unit).max(1, initial=0)
+    if scaled and target.type.block_size == 1:
+        shift = ROW_UNIT * np.abs(np.einsum("ij,ij->i", delta, wanted, dtype=np.float64))
+        rows[:, HALF_VARIANCE] += np.square(shift)
+        rows[:, PEAK_HALF] = np.maximum(rows[:, PEAK_HALF], 2 * shift)
     rows[:, NOISE2] = np.square(error, dtype=np.float64).sum(1)
-    if steps is None:
-        own2, peak = np.square(own_error), 2 * np.abs(own_error)
-    else:
+    own2, peak = np.square(own_error), 2 * np.abs(own_error)
+    if steps is not None:
         own2, peak = np.square(steps) / 12 + np.minimum(np.abs(delta), steps / 4) * steps, steps
     rows[:, ALLOWED_NOISE2] = own2.sum(1, dtype=np.float64)
     rows[:, PEAK_NOISE2] = np.square(peak.max(1, initial=0), dtype=np.float64)

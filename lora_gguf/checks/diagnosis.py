@@ -15,11 +15,16 @@ from lora_gguf.files.base import Base
 from lora_gguf.merging.chunks import Changed, cut, update_of, whole
 from lora_gguf.merging.plan import Plan
 from lora_gguf.merging.retention import LOG_ODDS, kind_of
+from lora_gguf.merging.steps import rms, stored_step
 from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.quants.table import CODECS
 
 # how many tensors are read again to find out what they hold
 N_EXAMPLES = 12
+# what is between a base and its original is a step over the root of 12; once the latter is quantized nothing of it is
+# left, but that bf16 moves some weights to the next code; of other errors all is left
+LEAST_APART, NEARER = 0.22, 0.9
+NEARLY = 0.25  # so far from 1 may what is kept of the update be: noise of a step hides it
 
 
 @dataclass
@@ -121,9 +126,16 @@ def not_merged(adapted: Sequence[Check]) -> Finding:
 def explain(evidence: Evidence, adapted: Sequence[Check]) -> list[Finding]:
     """Return the causes of the adapted tensors that don't hold; one for all of them where it explains them."""
     failing = [check for check in adapted if not check.holds]
+    if failing and (finding := unquantized(evidence, failing)):
+        return [finding]
     if not failing and (all(check.proved for check in adapted) or holds_as_a_whole(adapted)):
         return []
     findings, left = misplaced(evidence, failing)
+    bare = [check for check in left if check.lacks_rows]
+    if 2 * len(bare) >= len(failing):
+        bare = [check for check in left if check.n_bare]
+    findings += [rows_left_out(check) for check in bare]
+    left = [check for check in left if check not in bare]
     if left or not failing:
         held = [check for check in adapted if check in left or check.holds]
         finding = by_adapter(evidence, left) if evidence.parts else common_scale(held)
@@ -150,11 +162,52 @@ def single_cause(check: Check) -> Finding:
         return scale_finding(name, found.kept / found.dithered, found.slack)
     if check.n_wrong:
         return Finding("damaged", name, "the bytes that the merge gives", f"{check.n_wrong} bytes that differ")
-    if check.n_erased and not check.n_odd and not found.is_damaged:
-        return Finding("skipped", name, "the update in all its rows", "rows without it")
     n_away = found.sums[BEYOND] + found.sums[ASTRAY]
     place = f"{n_away:.0f} weights more than a step away, {check.n_odd} slices of rows unlike it"
     return Finding("damaged", name, "weights within a step of base + update", place)
+
+
+def rows_left_out(check: Check) -> Finding:
+    """Return the finding of a tensor that lacks the update in some rows."""
+    return Finding(
+        "rows left out",
+        (check.name,),
+        "the update in all its rows",
+        f"about {check.n_bare} of {check.n_rows} rows without it",
+    )
+
+
+def unquantized(evidence: Evidence, failing: Sequence[Check]) -> Finding | None:
+    """Return the finding of floats that were made of the model before it was quantized: without the update, they are
+    what the base's types round to the base's weights.
+    """
+    told = [
+        check
+        for check in failing
+        if check.comparison.half
+        and CODECS[check.base_type].type.block_size > 1
+        and abs(check.comparison.kept - 1) < NEARLY
+    ]
+    if len(told) < len(failing) or not all(rounds_to_base(evidence, check.name) for check in told[:N_EXAMPLES]):
+        return None
+    found = "weights that the base's type rounds to the base's"
+    return Finding("unquantized", tuple(check.name for check in told), "base + update", found)
+
+
+def rounds_to_base(evidence: Evidence, name: str) -> bool:
+    """Tell whether the first rows of a tensor, less their update, come nearer to the base's when they are quantized."""
+    tensor = tensor_of(evidence.plan, name)
+    source, target = tensor.source, evidence.result.tensors[name]
+    chunk = next(changed(tensor), None)
+    if chunk is None or not tensor.recipe:
+        return False
+    stored = evidence.model.reader_of(source.name).read(source, chunk.first, chunk.n_rows)
+    after = CODECS[target.type.name].decoded(evidence.result.reader_of(name).read(target, chunk.first, chunk.n_rows))
+    codec = CODECS[source.type.name]
+    before, unmerged = codec.decoded(stored), after - update_of(chunk, stored)
+    importance = np.ones(unmerged.shape[1] if codec.needs_importance else 0, np.float32)
+    away, apart = rms(codec.decoded(codec.encoded(unmerged, importance)) - before), rms(unmerged - before)
+    return apart > LEAST_APART * stored_step(evidence.model, source) and away < NEARER * apart
 
 
 def scale_finding(names: tuple[str, ...], factor: float, error: float) -> Finding:

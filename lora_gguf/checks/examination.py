@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_gguf.checks.comparison import Compared, compare_rows, erased, off_share, too_noisy
+from lora_gguf.adapters.updates import Dora
+from lora_gguf.checks.comparison import Compared, compare_rows, erased, off_share, present, too_noisy
 from lora_gguf.checks.findings import Check
 from lora_gguf.checks.remade import make_again
 from lora_gguf.checks.routes import Rows, encoded_as, n_unexplained
@@ -22,6 +23,7 @@ from lora_gguf.merging.work import encoded, in_threads
 from lora_gguf.progress import Progress
 from lora_gguf.quants.table import CODECS
 
+INVISIBLE = 2.0**-24  # of the weights: half a unit in the last place of f32
 SLICES = (1, 16, 64)  # rows that are looked at together: a row, a few, a head
 
 
@@ -87,10 +89,18 @@ def _add(check: Check, matrix: int, seen: Inspected) -> None:
     whole = seen.found.whole
     check.comparison += whole
     check.matrices[matrix] = check.matrices[matrix] + whole if matrix in check.matrices else whole
+    bare = np.zeros(len(seen.found.rows), bool)
     for n_rows in SLICES:
         cells = seen.found.cells(n_rows)
         check.n_odd += int((off_share(cells, mixed=True) | too_noisy(cells)).sum())
-        check.n_erased += int(erased(cells).sum())
+        without = erased(cells)
+        check.n_erased += int(without.sum())
+        bare |= np.repeat(without, n_rows)[: len(bare)]
+    bare &= ~present(seen.found.rows)
+    check.n_bare, check.n_rows = check.n_bare + int(bare.sum()), check.n_rows + len(bare)
+    check.rest += replace(seen.found, rows=seen.found.rows[~bare]).whole if bare.any() else whole
+    if bare.any():
+        check.bare += replace(seen.found, rows=seen.found.rows[bare]).whole
 
 
 def inspect(chunk: Chunk, models: tuple[Base, Base], imatrix: Imatrix | None) -> Inspected:
@@ -111,6 +121,8 @@ def inspect(chunk: Chunk, models: tuple[Base, Base], imatrix: Imatrix | None) ->
     importance = _importance(chunk, imatrix)
     seen = Inspected(n_different)
     update = update_of(chunk, before).copy() if isinstance(chunk, Changed) and changes else None
+    if update is not None and not n_different and cancelled(update, before, source):
+        update = None
     parts = []
     for rows in row_slices(chunk.n_rows, source.n_cols):
         delta = np.zeros((rows.stop - rows.start, source.n_cols), np.float32) if update is None else update[rows]
@@ -121,6 +133,12 @@ def inspect(chunk: Chunk, models: tuple[Base, Base], imatrix: Imatrix | None) ->
     return seen
 
 
+def cancelled(update: np.ndarray, stored: np.ndarray, source: TensorInfo) -> bool:
+    """Tell whether an update is no more than what sums in f32 leave of ones that cancel: nothing that a file shows."""
+    codec = CODECS[source.type.name]
+    return float(np.abs(update).max(initial=0)) <= INVISIBLE * float(np.abs(codec.decoded(stored)).max(initial=0))
+
+
 def _judge(
     chunk: Chunk, stored: tuple[np.ndarray, np.ndarray], delta: np.ndarray, result: Base, importance: np.ndarray
 ) -> tuple[Compared, int]:
@@ -128,7 +146,8 @@ def _judge(
     weights = codecs[0].decoded(stored[0])
     fresh = encoded_as(codecs[1], weights + delta, importance)
     unexplained = n_unexplained(codecs[1], Rows(weights, delta, stored[1]), importance, fresh)
-    return compare_rows(codecs, stored, delta, fresh), unexplained
+    scaled = any(isinstance(update, Dora) for update, _ in chunk.tensor.updates)
+    return compare_rows(codecs, stored, delta, fresh, scaled=scaled), unexplained
 
 
 def _inspect_new(chunk: New, target: TensorInfo, after: np.ndarray) -> Inspected:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from lora_gguf.checks.comparison import UPDATE2, VARIANCE, Comparison
+from lora_gguf.checks.comparison import ACHIEVED2, ALLOWED_NOISE2, NOISIER, UPDATE2, VARIANCE, Comparison
 from lora_gguf.checks.remade import Remade
 from lora_gguf.errors import MismatchError, UnprovedError
 from lora_gguf.merging.retention import FAINT, chance, kind_of, layer_of
@@ -23,6 +23,8 @@ CAUSES = {
     "other tensor": "the update of one tensor was added to another: merge again",
     "transposed": "the update was added transposed: merge again",
     "skipped": "the merge left this tensor out",
+    "rows left out": "the merge left these rows out: merge again",
+    "unquantized": "it was made of the model before it was quantized: give that one as --base",
     "rounded away": "rounding erased the update here: merge again with --rounding auto",
     "changed": "no adapter touches it: it was changed afterwards, or the base is another one",
     "damaged": "the data are damaged: merge or download it again",
@@ -38,7 +40,8 @@ class Check:
 
     ``proved`` says that its bytes are those that a merge gives: the same one made again, of whose bytes ``n_wrong``
     differ, or another tool's, of whose blocks ``n_unexplained`` are none that it gives. ``n_odd`` slices of rows hold
-    what no rounding leaves, ``n_erased`` surely not the update. ``step`` is the rms step of its type.
+    what no rounding leaves, ``n_erased`` surely not the update: ``n_bare`` of ``n_rows`` rows are in these, which
+    ``bare`` compares, ``rest`` the others. ``step`` is the rms step of its type.
     """
 
     name: str
@@ -54,11 +57,23 @@ class Check:
     n_unexplained: int = 0
     n_odd: int = 0
     n_erased: int = 0
+    n_bare: int = 0
+    n_rows: int = 0
+    bare: Comparison = field(default_factory=Comparison)
+    rest: Comparison = field(default_factory=Comparison)
     step: float = math.nan
 
     @property
     def identical(self) -> bool:
         return self.n_different == 0
+
+    @property
+    def lacks_rows(self) -> bool:
+        """Whether some rows are as in the base, within rounding, and nothing speaks against the others."""
+        rest_holds = self.rest.sums[UPDATE2] > 0 and not (self.rest.is_off or self.rest.is_damaged)
+        bare = self.bare
+        unchanged = abs(bare.kept) <= bare.slack and bare.sums[ACHIEVED2] <= NOISIER * bare.sums[ALLOWED_NOISE2]
+        return self.n_bare > 0 and rest_holds and bool(unchanged)
 
     @property
     def is_faint(self) -> bool:
