@@ -103,6 +103,13 @@ def test_what_is_neither_here_nor_there(gguf_hub):
     assert "here" not in str(caught.value)
 
 
+def test_a_misspelt_folder_that_reads_like_a_name_on_the_hub(gguf_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapters" / "pirate").mkdir(parents=True)
+    with pytest.raises(HubError, match=r"nor is there a folder adapters/pirat here: did you mean adapters/pirate\?"):
+        fetch("adapters/pirat")
+
+
 MODELS = "maker/Real-GGUF"
 
 

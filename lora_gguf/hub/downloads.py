@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_gguf.adapters.weight_files import WEIGHTS, weights_among
 from lora_gguf.errors import FileError, HubError, UsageError, printable
+from lora_gguf.files.input_file import NO_HINT, path_hint
 from lora_gguf.files.output import copy_file
 from lora_gguf.files.weights import shard_names
 from lora_gguf.hub.quantizations import Quantization, choose, fetch_quantization, listed, quantizations
@@ -65,12 +66,7 @@ def find_model(source: Name) -> tuple[Repo, Quantization] | None:
     reference = model_reference(source)
     if reference is None:
         return None
-    try:
-        repo = open_repo(reference.repo, reference.revision)
-    except HubError as error:
-        if "://" in str(source):
-            raise
-        raise HubError(f"{error} (nor is there a file {printable(source)} here)") from None
+    repo = _opened(source, reference.repo, reference.revision, "file")
     if not reference.file:
         return repo, choose(quantizations(repo), reference.quant, repo.id)
     found = next((entry for entry in quantizations(repo, every=True) if reference.file in entry.files), None)
@@ -109,7 +105,7 @@ def fetch_adapter(
     if local is not None:
         return _local_adapter(local, revision, subfolder, output)
     repo_id, revision, subfolder = adapter_reference(str(source), revision, subfolder)
-    repo = open_repo(repo_id, revision)
+    repo = _opened(source, repo_id, revision, "folder")
     names = adapter_files(repo, subfolder)
     paths = [download(repo, name, progress) for name in names]
     if names[-1].endswith(".index.json"):
@@ -117,6 +113,18 @@ def fetch_adapter(
         paths += [download(repo, name, progress) for name in shards]
     remember(repo)
     return copy_to(Path(output), paths[1:] + paths[:1], force) if output is not None else paths[0].parent
+
+
+def _opened(source: Name, repo_id: str, revision: str | None, what: str) -> Repo:
+    """Return the repository that ``source`` names. Raises ``HubError``, which tells that it may be a misspelt path."""
+    try:
+        return open_repo(repo_id, revision)
+    except HubError as error:
+        if "://" in str(source):
+            raise
+        hint = path_hint(source)
+        meant = "" if hint == NO_HINT else f": {hint}"
+        raise HubError(f"{error} (nor is there a {what} {printable(source)} here{meant})") from None
 
 
 def adapter_files(repo: Repo, subfolder: str = "") -> list[str]:
