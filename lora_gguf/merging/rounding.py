@@ -51,7 +51,6 @@ from lora_gguf.kernels.lanes import (
     to_f32,
     to_i8,
     total,
-    totals,
     where_less,
 )  # fmt: skip
 from lora_gguf.merging.refit import MovingGrid, refit_row
@@ -145,21 +144,12 @@ def _width(size: Any, step: Any) -> Any:
 
 @part
 def _ease(left: np.ndarray, steps: np.ndarray, widths: np.ndarray) -> None:
-    """``_width`` of each group of a row, into ``widths`` f32: four groups at a time, the last again where there are
-    fewer.
-    """
-    group, last = np.uint64(len(left) // len(steps)), np.uint64(len(steps) - 1)
+    """``_width`` of each group of a row, into ``widths`` f32."""
+    group = np.uint64(len(left) // len(steps))
     per_weight = np.float32(1.0) / np.float32(group)  # exact: groups are powers of two
-    for g in range(np.uint64(0), last + _ONE, np.uint64(4)):
-        w, x, y, z = four = g, min(g + _ONE, last), min(g + np.uint64(2), last), min(g + np.uint64(3), last)
-        sums = totals(
-            _sizes(left, w * group, (w + _ONE) * group),
-            _sizes(left, x * group, (x + _ONE) * group),
-            _sizes(left, y * group, (y + _ONE) * group),
-            _sizes(left, z * group, (z + _ONE) * group),
-        )
-        for k in range(4):
-            widths[four[k]] = _width(sums[k] * per_weight, steps[four[k]])
+    for g in range(np.uint64(len(steps))):
+        size = total(_sizes(left, g * group, (g + _ONE) * group)) * per_weight
+        widths[g] = _width(size, steps[g])
 
 
 @part
