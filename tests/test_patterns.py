@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from lora_gguf.adapters import patterns
 from lora_gguf.adapters.patterns import all_matches, first_match, matcher
 from lora_gguf.errors import MalformedError, UnsupportedError
 
@@ -97,3 +98,10 @@ def test_tens_of_thousands_of_plain_names_cost_little():
     assert first_match(keys, "xmodel.layers.3.mlp.experts.0.up_proj") is None
     assert first_match(keys, "x.model_layers.3.mlp.experts.0.up_proj") == "model.layers.3.mlp.experts.0.up_proj"
     assert time.process_time() - start < 1
+
+
+def test_all_matches_of_a_map_have_a_time_together(monkeypatch):
+    monkeypatch.setattr(patterns, "MAX_SECONDS_OF_MAP", -1.0)
+    with pytest.raises(UnsupportedError, match="too many to match"):
+        patterns.all_matches(["q_proj", "(q|k)_proj"], "layers.0.k_proj")
+    assert patterns.first_match(["q_proj", "(q|k)_proj"], "layers.0.q_proj") == "q_proj"  # nothing else is tried

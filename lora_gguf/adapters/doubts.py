@@ -10,7 +10,7 @@ from lora_gguf.adapters.adapter_config import FIELDS, kind_of
 from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.adapters.patterns import all_matches
 from lora_gguf.adapters.updates import Update
-from lora_gguf.errors import printable
+from lora_gguf.errors import UnsupportedError, printable
 
 # PEFT's initialisations that leave the base's weights as they are; those that do not are refused
 INITS = re.compile(r"true|false|gaussian|eva|orthogonal|mica")
@@ -99,7 +99,10 @@ def pattern_doubt(modules: Sequence[str], config: dict) -> list[str]:
     if not 1 < len(pattern) <= MANY:
         return []
     for module in modules:
-        first, *others = all_matches(pattern, module) or [""]
+        try:
+            first, *others = all_matches(pattern, module) or [""]
+        except UnsupportedError:  # an expression takes too long: a doubt refuses nothing
+            return []
         other = next((key for key in others if pattern[key] != pattern[first]), None)
         if other is not None:
             return [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 from lora_gguf.errors import LoraGgufError, MalformedError, UnsupportedError, printable
@@ -36,8 +36,7 @@ def first_match(keys: Iterable[str], module: str) -> str | None:
 def all_matches(keys: Iterable[str], module: str) -> list[str]:
     """Return all of ``keys`` that match ``module``, in their order; as ``first_match``."""
     index = _index_of(keys)
-    found = {*index.matching_literals(module), *(i for i, matches in index.expressions if matches(module))}
-    return [index.order[i] for i in sorted(found)]
+    return [index.order[i] for i in index.matching(module)]
 
 
 def _index_of(keys: Iterable[str]) -> _Index:
@@ -73,18 +72,27 @@ class _Index:
 
     def first(self, module: str) -> str | None:
         """Return the first key that matches ``module``."""
-        best = min(self.matching_literals(module), default=len(self.order))
-        start = time.process_time()
+        found = next(self.matching(module), None)
+        return None if found is None else self.order[found]
+
+    def matching(self, module: str) -> Iterator[int]:
+        """Yield the places of the keys that match ``module``, in order; no expression is tried before its turn."""
+        literals = sorted({*self.matching_literals(module)})
         for i, matches in self.expressions:
-            if i > best:
-                break
-            if matches(module):
-                best = i
-                break
+            while literals and literals[0] < i:
+                yield literals.pop(0)
+            if self.in_time(matches, module):
+                yield i
+        yield from literals
+
+    def in_time(self, matches: Callable[[str], bool], module: str) -> bool:
+        """Return what an expression tells, unless all of the map's take too long."""
+        start = time.process_time()
+        found = matches(module)
         self.seconds_left -= time.process_time() - start
         if self.seconds_left < 0:
             raise self.too_many()
-        return self.order[best] if best < len(self.order) else None
+        return found
 
     def matching_literals(self, module: str) -> Iterable[int]:
         """Yield the places of the literals that match the end of a path, from a dot on; the key's own dots are wild."""

@@ -162,14 +162,17 @@ def too_noisy(sums: np.ndarray) -> np.ndarray:
 
 def erased(sums: np.ndarray) -> np.ndarray:
     """Tell which rows of ``sums`` surely hold less than half of the update that dithering leaves: bool."""
-    slack = bound(sums[..., VARIANCE], sums[..., PEAK]) + ALLOWED * sums[..., UPDATE2]
-    return (sums[..., UPDATE2] > 0) & (sums[..., PROJECTION] + slack < FAINT * sums[..., DITHERED])
+    return (sums[..., UPDATE2] > 0) & (sums[..., PROJECTION] + _by_chance(sums) < FAINT * sums[..., DITHERED])
 
 
 def present(sums: np.ndarray) -> np.ndarray:
     """Tell which rows of ``sums`` surely hold more than half of it: bool."""
-    slack = bound(sums[..., VARIANCE], sums[..., PEAK]) + ALLOWED * sums[..., UPDATE2]
-    return sums[..., PROJECTION] - slack > FAINT * sums[..., DITHERED]
+    return sums[..., PROJECTION] - _by_chance(sums) > FAINT * sums[..., DITHERED]
+
+
+def _by_chance(sums: np.ndarray) -> Any:
+    """How far from its expectation dithering may leave the projection of rows of ``sums``."""
+    return bound(sums[..., VARIANCE], sums[..., PEAK]) + ALLOWED * sums[..., UPDATE2]
 
 
 @dataclass
@@ -388,8 +391,9 @@ def compare_rows(
         rows[:, HALF_VARIANCE] += np.square(shift)
         rows[:, PEAK_HALF] = np.maximum(rows[:, PEAK_HALF], 2 * shift)
     rows[:, NOISE2] = np.square(error, dtype=np.float64).sum(1)
-    own2, peak = np.square(own_error), 2 * np.abs(own_error)
-    if steps is not None:
+    if steps is None:
+        own2, peak = np.square(own_error), 2 * np.abs(own_error)
+    else:
         own2, peak = np.square(steps) / 12 + np.minimum(np.abs(delta), steps / 4) * steps, steps
     rows[:, ALLOWED_NOISE2] = own2.sum(1, dtype=np.float64)
     rows[:, PEAK_NOISE2] = np.square(peak.max(1, initial=0), dtype=np.float64)

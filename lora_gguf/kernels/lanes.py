@@ -29,6 +29,8 @@ from lora_gguf.kernels.internals import (
 )
 
 N = 16
+# for indices, unsigned: a signed one could count from the end, which is looked up each time
+ONE, STRIDE = np.uint64(1), np.uint64(N)
 _SCALARS = {"F32": ir.FloatType(), "U32": ir.IntType(32), "I8": ir.IntType(8)}
 
 

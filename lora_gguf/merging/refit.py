@@ -21,6 +21,8 @@ import numpy as np
 
 from lora_gguf.kernels.decorators import kernel, part
 from lora_gguf.kernels.lanes import (
+    ONE,
+    STRIDE,
     N,
     bits,
     floor,
@@ -39,7 +41,6 @@ UNEVEN = 0.08  # share of a block's importance that its heaviest columns have wh
 UNTOUCHED = 0.05  # share of all importance that the heaviest columns of the blocks left out before rounding may have
 _RIDGE = np.float32(1e-3)
 _LARGEST = np.float32(0.5)
-_ONE, _N = np.uint64(1), np.uint64(N)  # unsigned: a signed index could count from the end, which is looked up each time
 _EXACT = np.float32(2.0**23)  # a whole number below it, added to it, stands in the lowest bits
 # of f16: the least normal number, the least number, and the last before the largest
 _NORMAL, _UNIT, _PER_UNIT, _MOST = np.float32(2.0**-14), np.float32(2.0**-24), np.float32(2.0**24), np.float32(65472)
@@ -104,14 +105,14 @@ def weighting(importance: np.ndarray, block_size: int, group: int, n_free: int) 
 @part
 def _take(row: np.ndarray, at: Any) -> Any:
     """The magnitude of the f16 number at byte ``at`` of a row: its bit pattern, in an f32 of the same bits."""
-    return np.uint32(row[at] | (np.uint32(row[at + _ONE]) & np.uint32(0x7F)) << np.uint32(8)).view(np.float32)
+    return np.uint32(row[at] | (np.uint32(row[at + ONE]) & np.uint32(0x7F)) << np.uint32(8)).view(np.float32)
 
 
 @part
 def _put(magnitude: Any, row: np.ndarray, at: Any) -> None:
     """Store what ``_take`` took; the sign stays."""
     half = np.float32(magnitude).view(np.uint32)
-    row[at], row[at + _ONE] = half & 255, half >> 8 | np.uint32(row[at + _ONE]) & 0x80
+    row[at], row[at + ONE] = half & 255, half >> 8 | np.uint32(row[at + ONE]) & 0x80
 
 
 @part
@@ -202,7 +203,7 @@ def _moments(columns: Any, delta: np.ndarray, span: Any, steps: np.ndarray, lows
     ss = sd = so = od = nothing
     for g in range(span[0], span[1]):
         uu = ud = u1 = d1 = nothing
-        for j in range(g * group, (g + _ONE) * group, _N):
+        for j in range(g * group, (g + ONE) * group, STRIDE):
             h, u, d = load(importance, j), load(unit, j) - zeros, load(delta, j)
             hu = h * u
             uu = fma(hu, u, uu)
@@ -227,7 +228,7 @@ def _leave(columns: Any, left: np.ndarray, span: Any, steps: np.ndarray, lows: n
     zeros = splat(zero)
     for g in range(span[0], span[1]):
         moved, shifted = splat(-x * steps[g]), splat(y * lows[g])
-        for j in range(g * group, (g + _ONE) * group, _N):
+        for j in range(g * group, (g + ONE) * group, STRIDE):
             store(fma(moved, load(unit, j) - zeros, load(left, j) + shifted), left, j)
         steps[g] *= np.float32(1.0) + x
         lows[g] *= np.float32(1.0) + y

@@ -31,6 +31,8 @@ import numpy as np
 from lora_gguf.kernels.chance import GOLDEN, SIXTEEN, UNIT, key_of_row, offsets
 from lora_gguf.kernels.decorators import kernel, part
 from lora_gguf.kernels.lanes import (
+    ONE,
+    STRIDE,
     N,
     copy,
     floor,
@@ -61,7 +63,6 @@ _PER_DOUBT = np.float32(1 / (0.55 - _DOUBTFUL))
 _PER_SIZE = np.float32((np.pi / 2) ** 0.5)  # of a normal number: its deviation, per mean magnitude
 # a block whose weights lie outside its codes' range by more than this mean square, in steps, gets a new grid
 OUTSIDE = np.float32(1 / 12)
-_ONE, _N = np.uint64(1), np.uint64(N)  # unsigned: a signed index could count from the end, which is looked up each time
 _EASING = np.float32(0.1)  # mean move of a row in steps from which on its groups are looked at one by one
 
 
@@ -114,7 +115,7 @@ def _count(delta: np.ndarray, left: np.ndarray, outside: np.ndarray, sums: np.nd
 def _sizes(left: np.ndarray, first: Any, end: Any) -> Any:
     """Lanes of sums of the magnitudes of ``left`` from ``first`` to ``end``."""
     sizes = splat(np.float32(0.0))
-    for j in range(first, end, _N):
+    for j in range(first, end, STRIDE):
         sizes = sizes + magnitude(load(left, j))
     return sizes
 
@@ -148,7 +149,7 @@ def _ease(left: np.ndarray, steps: np.ndarray, widths: np.ndarray) -> None:
     group = np.uint64(len(left) // len(steps))
     per_weight = np.float32(1.0) / np.float32(group)  # exact: groups are powers of two
     for g in range(np.uint64(len(steps))):
-        size = total(_sizes(left, g * group, (g + _ONE) * group)) * per_weight
+        size = total(_sizes(left, g * group, (g + ONE) * group)) * per_weight
         widths[g] = _width(size, steps[g])
 
 
@@ -168,7 +169,7 @@ def _move(codes: np.ndarray, steps: np.ndarray, left: np.ndarray, rule: Rule, wi
         if eases:
             width = spread * widths[g]
             base, unit = splat(np.float32(0.5) - np.float32(0.5) * width), splat(width * UNIT)
-        for j in range(g * group, (g + _ONE) * group, _N):
+        for j in range(g * group, (g + ONE) * group, STRIDE):
             rest, old = load(left, j), load(codes, j)
             steps_moved = rest * inverse
             new = least(most(old + floor(steps_moved + offsets(column, base, unit)), lowest), highest)
@@ -188,9 +189,9 @@ def _measure_outside(left: np.ndarray, steps: np.ndarray, outside: np.ndarray) -
     one, zero, size = splat(np.float32(1.0)), splat(np.float32(0.0)), np.float32(per_block * group)
     for b in range(np.uint64(len(outside))):
         squares = zero
-        for g in range(b * per_block, (b + _ONE) * per_block):
+        for g in range(b * per_block, (b + ONE) * per_block):
             inverse = splat(_inverse(steps[g]))
-            for j in range(g * group, (g + _ONE) * group, _N):
+            for j in range(g * group, (g + ONE) * group, STRIDE):
                 beyond = most(magnitude(load(left, j) * inverse) - one, zero)
                 squares = fma(beyond, beyond, squares)
         outside[b] = total(squares) * (np.float32(1.0) / size)
@@ -287,7 +288,7 @@ def _move_levels(
     column, sixteen = splat(row_key) + iota() * splat(GOLDEN), splat(SIXTEEN)
     changed = zero
     for g in range(len(steps)):
-        step, inverse = splat(steps[g]), splat(np.float32(0.0) if steps[g] == 0 else np.float32(1.0) / steps[g])
+        step, inverse = splat(steps[g]), splat(_inverse(steps[g]))
         others = splat(np.int8(0))
         for j in range(g * group, (g + 1) * group, N):
             rest, old, value = load(left, j), load_i8(codes, j), load(unit, j)
