@@ -23,6 +23,7 @@ FileProgress = Callable[[str, int, int], None]
 WIDTH = 32  # of the words
 WIDE = 110  # columns that a bar with all its figures takes
 NARROW = 24  # columns of what stands behind the words where there are fewer
+NO_BAR = "\r\x1b[K\x1b[?25h"  # takes a bar off the line, and shows the cursor again
 SILENT = 5.0, 30.0  # seconds until the first line where there is no terminal, and between the others
 
 

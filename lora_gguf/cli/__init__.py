@@ -26,7 +26,8 @@ from lora_gguf.cli.push import push
 from lora_gguf.cli.terms import COMMAND_LINE, joined_scales, say
 from lora_gguf.cli.verify import verify
 from lora_gguf.errors import LoraGgufError, UsageError, printable
-from lora_gguf.files.output import remove_live
+from lora_gguf.files.under_way import undo_all
+from lora_gguf.progress import NO_BAR, is_shown
 
 _ClickUsageError: Any = typer.BadParameter.__base__  # typer brings its own click
 SHOWN = 15  # offenders of an error
@@ -85,42 +86,27 @@ for command, summary in COMMANDS.items():
     app.command(cls=Grouped, short_help=summary)(command)
 
 
-class _Terminated(BaseException):
-    """SIGINT, SIGTERM or SIGHUP arrived; ``args[0]`` is its number."""
-
-
-_arrived: list[int] = []  # the signal: what it interrupts may turn the exception into another one
-
-
-def _terminate(number: int, _frame: object) -> None:
-    _arrived.append(number)
-    _on_signals(_leave_at_once)
-    raise _Terminated(number)
-
-
-def _leave_at_once(number: int, _frame: object) -> None:
-    """Leave, at a second signal, without waiting for the work in hand."""
-    remove_live()
-    os._exit(128 + number)
-
-
-def _on_signals(handler: Callable[[int, object], None]) -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
-
-
 def main() -> None:
     """Run the console script: turn every refusal into one line on stderr and its exit code."""
     _open_standard_streams()
-    _on_signals(_terminate)
-    try:
-        code = execute()
-    finally:
-        _on_signals(_leave_at_once)
-        remove_live()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _leave)
+    code = execute()
     _flush_or_drop_stdout()
     sys.exit(code)
+
+
+def _leave(number: int, _frame: object) -> None:
+    """End the process at once, and leave nothing half written.
+
+    An exception, raised wherever the main thread stands, may be lost in a callback, or leave a lock held for ever.
+    """
+    undo_all()
+    line = f"lora-gguf: error: {signal.Signals(number).name}: stopped, no output is half written\n"
+    with contextlib.suppress(OSError):
+        os.write(2, (NO_BAR * is_shown() + line).encode())
+    os._exit(128 + number)
 
 
 def _open_standard_streams() -> None:
@@ -156,7 +142,7 @@ def execute(arguments: list[str] | None = None) -> int:
         print(end="", flush=True)
         return code
     except BaseException as error:
-        return _report(_Terminated(*_arrived) if _arrived else error)
+        return _report(error)
 
 
 def _report(error: BaseException) -> int:
@@ -175,9 +161,6 @@ def _report(error: BaseException) -> int:
         return 2
     except typer.Exit as error:
         return error.exit_code
-    except _Terminated as error:
-        _complain(f"{signal.Signals(error.args[0]).name}: stopped, no output is half written")
-        return 128 + error.args[0]
     except BrokenPipeError:
         return 141
     except OSError as error:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from lora_gguf.adapters.adapter_file import AdapterFile
 from lora_gguf.checks.closeness import Closeness
@@ -17,6 +16,7 @@ from lora_gguf.checks.prompts import BEGINNINGS, QUESTIONS, Prompts
 from lora_gguf.commands.convert import convert
 from lora_gguf.errors import UnsupportedError, printable
 from lora_gguf.files.base import Base
+from lora_gguf.files.under_way import temporary_folder
 from lora_gguf.mapping.sources import is_gguf
 from lora_gguf.progress import Progress
 
@@ -114,8 +114,8 @@ def run_time_adapters(
     adapters: Sequence[tuple[str | os.PathLike[str], float]], base: Path
 ) -> Iterator[list[tuple[Path, float]]]:
     """Yield the adapters as GGUFs that llama.cpp loads beside ``base``; PEFT's are converted for the time."""
-    with TemporaryDirectory(prefix="lora-gguf-") as folder:
-        yield [(_as_gguf(path, base, Path(folder) / f"{i}.gguf"), scale) for i, (path, scale) in enumerate(adapters)]
+    with temporary_folder() as folder:
+        yield [(_as_gguf(path, base, folder / f"{i}.gguf"), scale) for i, (path, scale) in enumerate(adapters)]
 
 
 def _as_gguf(path: str | os.PathLike[str], base: Path, target: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.adapters.peft_folder import config_of, tensors_of, write_folder
 from lora_gguf.errors import LoraGgufError, UnsupportedError, UsageError, printable
 from lora_gguf.files.base import Base
+from lora_gguf.files.under_way import temporary_folder
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.hub.base_models import stated_by
 from lora_gguf.mapping.accounts import Account, Placement
@@ -77,7 +77,7 @@ def check_same(
     pairs: list[LoraPair], tensors: dict[str, np.ndarray], config: dict[str, object], model: Base, reading: Reading
 ) -> None:
     """Raise ``UnsupportedError`` unless a folder of ``tensors`` and ``config`` is the same update of ``model``."""
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         write_folder(folder, tensors, config)
         try:
             config_json = read_base_config(reading.base_config)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lora_gguf.errors import FileError, IntegrityError, printable
 from lora_gguf.files import positional
 from lora_gguf.files.input_file import open_input
+from lora_gguf.files.under_way import UNDO
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,6 @@ except ImportError:  # Windows: no advisory locks, so stale files stay
 SUFFIX = ".lora-gguf-tmp"
 _COPY_CHUNK = 8 << 20
 _SYNC_BYTES = 32 << 20  # after so many the disk is told to begin, and the end need not wait for all of them
-_LIVE: set[Path] = set()  # temporary files of this process
 
 
 def check_target(path: str | os.PathLike, *, force: bool = False, inputs: Iterable[os.PathLike | str] = ()) -> Path:
@@ -194,7 +194,7 @@ class OutputFile(OpenOutput):
         _remove_stale(self.target)
 
     def __enter__(self) -> OutputFile:
-        _LIVE.add(self.temporary)
+        UNDO[self] = self._remove
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         try:
             self.fd = os.open(self.temporary, flags, 0o666)
@@ -215,13 +215,18 @@ class OutputFile(OpenOutput):
             fd, self.fd = self.fd, -1
             with contextlib.suppress(OSError):
                 os.close(fd)
-        if self.temporary in _LIVE:
-            with contextlib.suppress(OSError):
-                os.unlink(self.temporary)
+        if self in UNDO:
+            self._remove()
             self._forget()
 
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            if not fcntl and self.fd >= 0:  # Windows removes no file that is open
+                os.close(self.fd)
+            os.unlink(self.temporary)
+
     def _forget(self) -> None:
-        _LIVE.discard(self.temporary)
+        UNDO.pop(self, None)
 
     def resize(self, n_bytes: int) -> None:
         """Make the file ``n_bytes`` long."""
@@ -298,14 +303,6 @@ class OutputFile(OpenOutput):
 def _prefix(target: Path) -> str:
     """How the temporary files of ``target`` begin; names may have 255 bytes, and shards differ at their ends."""
     return f".{os.fsdecode(os.fsencode(target.name)[-200:])}."
-
-
-def remove_live() -> None:
-    """Remove what this process has under way: a signal may come before a ``with`` block is entered."""
-    for temporary in list(_LIVE):
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        _LIVE.discard(temporary)
 
 
 def _remove_stale(target: Path) -> None:

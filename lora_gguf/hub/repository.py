@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_gguf.errors import HubError, LoraGgufError, printable
 from lora_gguf.files.output import check_space
+from lora_gguf.files.under_way import undone_by
 from lora_gguf.hub.failures import explained, host
 from lora_gguf.hub.hashes import check_hashes, hexadecimal
 from lora_gguf.progress import FileProgress
@@ -97,7 +98,7 @@ def download(repo: Repo, name: str, progress: FileProgress | None = None) -> Pat
     _remove_stale(repo, file)
     if not (repo.snapshot / name).exists():
         _check_space(file)
-    with client(repo, name):
+    with client(repo, name), undone_by(lambda: _remove_open(repo, file)):
         path = Path(
             hf_hub_download(
                 repo.id, name, revision=repo.commit, endpoint=constants.ENDPOINT, **_progress_option(name, progress)
@@ -229,18 +230,34 @@ def _check_space(file: RepoFile) -> None:
 
 def _remove_stale(repo: Repo, file: RepoFile) -> None:
     """Remove what killed downloads of this file left in the cache; one under way holds the client's lock."""
-    etag = file.sha256 or file.git_sha1
-    stale = list((repo.folder / "blobs").glob(f"{etag}.????????.incomplete")) if etag else []
+    stale = _partial(repo, file)
     if not stale:
         return
     from filelock import FileLock, Timeout
 
-    lock = _cache() / ".locks" / repo.folder.name / f"{etag}.lock"
+    lock = _cache() / ".locks" / repo.folder.name / f"{file.sha256 or file.git_sha1}.lock"
     with contextlib.suppress(OSError, Timeout, NotImplementedError):
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=0, mode=0o664):
             for path in stale:
                 path.unlink(missing_ok=True)
+
+
+def _remove_open(repo: Repo, file: RepoFile) -> None:
+    """Remove what this process, which a signal ends, has open of this file in the cache."""
+    for path in _partial(repo, file):
+        wanted = path.stat()
+        for fd in range(3, 1024):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(fd), wanted):
+                    path.unlink()
+                    break
+
+
+def _partial(repo: Repo, file: RepoFile) -> list[Path]:
+    """Return what lies in the cache of downloads of this file that did not end."""
+    etag = file.sha256 or file.git_sha1
+    return list((repo.folder / "blobs").glob(f"{etag}.????????.incomplete")) if etag else []
 
 
 def _progress_option(name: str, progress: FileProgress | None) -> dict[str, Any]:

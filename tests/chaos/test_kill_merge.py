@@ -60,3 +60,20 @@ def test_kill_9(tmp_path, whole, kind, seed):
     if seed % 10 == 0:
         subprocess.run(command(kind, out), check=True, capture_output=True)
         assert digest(out) == complete and not [p for p in tmp_path.iterdir() if p.name.endswith(SUFFIX)]
+
+
+@pytest.mark.campaign("signals")
+@pytest.mark.parametrize("seed", range(100))
+def test_signals(tmp_path, whole, seed):
+    sent = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[seed % 3]
+    process = subprocess.Popen(command("merge", tmp_path / "out.gguf"), stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.iterdir()) and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(random.Random(seed).uniform(0, whole["merge"][1] / 4))
+    process.send_signal(sent)
+    _, error = process.communicate(timeout=10)
+    if process.returncode == 0:  # it was done
+        assert digest(tmp_path / "out.gguf") == whole["merge"][0]
+    else:
+        assert process.returncode == 128 + sent and error.endswith("no output is half written\n"), error
+        assert error.count("\n") == 1 and not list(tmp_path.iterdir())
