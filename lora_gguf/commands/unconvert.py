@@ -12,8 +12,8 @@ from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.adapters.peft_folder import config_of, tensors_of, write_folder
 from lora_gguf.errors import LoraGgufError, UnsupportedError, UsageError, printable
 from lora_gguf.files.base import Base
-from lora_gguf.files.under_way import temporary_folder
 from lora_gguf.files.gguf_reader import GgufReader
+from lora_gguf.files.under_way import temporary_folder
 from lora_gguf.hub.base_models import stated_by
 from lora_gguf.mapping.accounts import Account, Placement
 from lora_gguf.mapping.architectures import ARCHITECTURES
