@@ -15,7 +15,7 @@ from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.files.imatrix import Imatrix
-from lora_gguf.merging.chunks import CHUNK_WEIGHTS, Changed, Chunk, New, cut, update_of, whole
+from lora_gguf.merging.chunks import CHUNK_BYTES, RENEWED, Changed, Chunk, New, cut, update_of, whole
 from lora_gguf.merging.importance import weigher
 from lora_gguf.merging.plan import Plan
 from lora_gguf.merging.tensor import NO_IMPORTANCE, TensorPlan
@@ -171,5 +171,5 @@ def _importance(chunk: Chunk, imatrix: Imatrix | None) -> np.ndarray:
 
 def row_slices(n_rows: int, n_cols: int) -> list[slice]:
     """Cut ``n_rows`` into pieces of about a chunk's weights, larger ones where a merge copies the tensor."""
-    n = max(1, CHUNK_WEIGHTS // n_cols)
+    n = max(1, CHUNK_BYTES // RENEWED // n_cols)
     return [slice(first, min(first + n, n_rows)) for first in range(0, n_rows, n)]

@@ -15,8 +15,8 @@ from lora_gguf.merging.refit import Weighting
 from lora_gguf.merging.scratch import scratch
 from lora_gguf.merging.tensor import Recipe, TensorPlan
 
-CHUNK_WEIGHTS = 1 << 20  # of a chunk: enough that Python's part in it, 0.2 ms, does not count
-WORKING_BYTES = 40  # of memory for each weight of a chunk in work: update, weights, codes, a quantizer's search
+CHUNK_BYTES = 40 << 20  # of memory that a chunk in work takes: so large that Python's part, 0.2 ms, does not count
+ROUNDED, RENEWED = 20, 40  # bytes of it for each weight: update, codes; weights and a quantizer's search as well
 COPY_BYTES = 16 << 20
 WHOLE_B = 4 << 20  # a B of so many bytes is read at once: row by row takes longer
 TENSORS_HELD = 2  # the one whose chunks are in work, and the next
@@ -84,15 +84,14 @@ def whole(tensor: TensorPlan) -> Range:
     return Range(tensor, 0, tensor.target.n_rows)
 
 
-def cut(ranges: Iterable[Range], weigh: Weigh | None = None, n_weights: int | None = None) -> Iterator[Chunk]:
-    """Yield the chunks of ``ranges``, in order; those that change have about ``n_weights``, whole rows.
+def cut(ranges: Iterable[Range], weigh: Weigh | None = None, n_bytes: int | None = None) -> Iterator[Chunk]:
+    """Yield the chunks of ``ranges``, in order; those that change take about ``n_bytes`` in work, whole rows.
 
     ``weigh`` is asked for a tensor's weighting when its turn comes.
     """
-    n_weights = n_weights or CHUNK_WEIGHTS
     for part in ranges:
         source = part.tensor.source
-        n_rows = max(1, n_weights // max(1, source.n_cols))
+        n_rows = max(1, (n_bytes or CHUNK_BYTES) // (working_bytes(part.tensor) * max(1, source.n_cols)))
         old = replace(part, n_rows=min(part.end, source.n_rows) - part.first)
         if part.tensor.recipe is None:
             yield from _cut_copied(old)
@@ -172,14 +171,19 @@ def update_of(chunk: Changed, blocks: np.ndarray) -> np.ndarray:
     return delta
 
 
-def weights_within(memory: int | None, n_threads: int | None, tensors: Iterable[TensorPlan] = ()) -> int:
-    """Return how many weights a chunk may have so that the chunks in work, and what is held for their ``tensors``, take
+def working_bytes(tensor: TensorPlan) -> int:
+    """Return how many bytes of memory each weight of a tensor takes while it is in work."""
+    return ROUNDED if tensor.recipe and tensor.recipe.keeps_grid and not tensor.updates else RENEWED
+
+
+def bytes_within(memory: int | None, n_threads: int | None, tensors: Iterable[TensorPlan] = ()) -> int:
+    """Return how many bytes a chunk may take so that the chunks in work, and what is held for their ``tensors``, take
     at most ``memory`` bytes in all, or as little as can be.
     """
     if memory is None:
-        return CHUNK_WEIGHTS
+        return CHUNK_BYTES
     left = memory - TENSORS_HELD * max(map(held_bytes, tensors), default=0)
-    return min(CHUNK_WEIGHTS, max(1, left // (WORKING_BYTES * (n_threads or n_cores()))))
+    return min(CHUNK_BYTES, max(1, left // (n_threads or n_cores())))
 
 
 def held_bytes(tensor: TensorPlan) -> int:

@@ -14,9 +14,8 @@ import numpy as np
 from lora_gguf.files.base import Base, evenly
 from lora_gguf.files.lazy_array import blocks_of
 from lora_gguf.merging.chunks import (
-    CHUNK_WEIGHTS,
+    CHUNK_BYTES,
     COPY_BYTES,
-    WORKING_BYTES,
     Changed,
     Weigh,
     chunks_of,
@@ -176,4 +175,4 @@ def timed(call: Callable[[], object]) -> float:
 
 def scratch_bytes(threads: int | None = None) -> int:
     """Estimate how many bytes the threads of a merge hold at once."""
-    return (threads or n_cores()) * CHUNK_WEIGHTS * WORKING_BYTES
+    return (threads or n_cores()) * CHUNK_BYTES
