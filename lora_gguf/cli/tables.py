@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from lora_gguf.checks.comparison import Comparison
-from lora_gguf.checks.findings import Check
-from lora_gguf.commands.extract import Extraction
-from lora_gguf.commands.merge import MergeReport
-from lora_gguf.commands.verify import VerifyReport
 from lora_gguf.mapping.accounts import summary
 from lora_gguf.merging.retention import Retention, kind_of, total
 from lora_gguf.text import share_text, text_table
+
+if TYPE_CHECKING:
+    from lora_gguf.checks.findings import Check
+    from lora_gguf.commands.extract import Extraction
+    from lora_gguf.commands.merge import MergeReport
+    from lora_gguf.commands.verify import VerifyReport
 
 HEAD = ("tensors", "type", "count", "kept", "codes changed", "rms(delta)", "noise/delta")
 SHORT = 4  # columns
@@ -71,6 +73,8 @@ def verify_table(report: VerifyReport, verbose: bool = False) -> str:
 
 
 def _verify_row(kind: str, types: str, checks: Sequence[Check]) -> tuple:
+    from lora_gguf.checks.comparison import Comparison
+
     found = sum((check.comparison for check in checks), Comparison())
     exact = math.isnan(found.standard_error)  # made again: nothing was left to chance
     kept = f"{found.kept:.3f}" + ("" if exact else f" ± {found.standard_error:.3f}")

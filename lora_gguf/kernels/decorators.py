@@ -53,8 +53,8 @@ class _Cache:
     damaged: anything that ``pickle`` does.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., Any], allocates: bool) -> None:
+        self._function, self._allocates = function, allocates
 
     @functools.cached_property
     def _files(self) -> FunctionCache:
@@ -65,7 +65,8 @@ class _Cache:
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         with contextlib.suppress(Exception):
-            rtsys.initialize(target_context)  # all that is needed here of what Numba's own does, in a tenth of the time
+            if self._allocates:
+                rtsys.initialize(target_context)  # all that is needed of what Numba's own does, in a tenth of the time
             return self._files._load_overload(sig, target_context)
         with contextlib.suppress(Exception):
             self._files.flush()
@@ -77,9 +78,11 @@ class _Cache:
 
 
 def _compiled(function: Callable[..., Any], **options: Any) -> Any:
-    dispatcher = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True, **options)(function)
+    # counting who uses an array is a tenth of what there is to compile: it is needed where a kernel makes some
+    allocates = not {"empty", "zeros"}.isdisjoint(function.__code__.co_names)
+    dispatcher = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True, _nrt=allocates, **options)(function)
     if CACHE:
-        dispatcher._cache = _Cache(function)
+        dispatcher._cache = _Cache(function, allocates)
     return dispatcher
 
 
