@@ -49,6 +49,12 @@ def test_the_answers_are_those_of_llama_cpp_itself(merged):
         assert report.spoken[0].answers[name] == complete(llama_server(path), system + turn, 12)["text"].strip()
 
 
+def test_a_merge_of_another_base_is_refused(merged, capsys):
+    code, out, err = run(capsys, "compare", gemma3_path(), DEMO_ADAPTER, merged)
+    assert code == errors.MismatchError.exit_code and not out and err.count("\n") == 1
+    assert "llama of 49152 tokens" in err and "gemma3 of 262144 tokens" in err
+
+
 @pytest.fixture(scope="module")
 def gemma_merges(tmp_path_factory):
     """Gemma 3 270M in Q4_K_M with a right merge of an adapter, and wrong ones."""

@@ -14,7 +14,7 @@ from lora_gguf.checks.compared import CompareReport, Spoken
 from lora_gguf.checks.llama import Answer, Llama, Logprobs, check_installed
 from lora_gguf.checks.prompts import BEGINNINGS, QUESTIONS, Prompts
 from lora_gguf.commands.convert import convert
-from lora_gguf.errors import UnsupportedError, printable
+from lora_gguf.errors import MismatchError, UnsupportedError, printable
 from lora_gguf.files.base import Base
 from lora_gguf.files.under_way import temporary_folder
 from lora_gguf.mapping.sources import is_gguf
@@ -42,9 +42,10 @@ def compare(
     ``UnsupportedError`` where llama.cpp is not installed, or cannot apply such an adapter.
     """
     check_installed("compare")
-    before, has_template = _first_shard(base)
-    after, _ = _first_shard(merged)
-    chat = has_template and not prompts.raw
+    with Base(base) as model, Base(merged) as other:
+        check_kin(model, other)
+        before, after = model.paths[0], other.paths[0]
+        chat = bool(model.get("tokenizer.chat_template")) and not prompts.raw
     spoken = [Spoken(prompt) for prompt in prompts.texts or (QUESTIONS if chat else BEGINNINGS)]
     report = CompareReport(printable(before.name), printable(after.name), spoken)
 
@@ -103,10 +104,15 @@ def weigh(closeness: Closeness, answer: Answer, heard: Sequence[Logprobs], plain
         closeness.add(*told)
 
 
-def _first_shard(path: str | os.PathLike[str]) -> tuple[Path, bool]:
-    """Return the file of a model that llama.cpp is given, and whether it has a chat template."""
-    with Base(path) as model:
-        return model.paths[0], bool(model.get("tokenizer.chat_template"))
+def check_kin(base: Base, merged: Base) -> None:
+    """Raise ``MismatchError`` where one file cannot have been made of the other; a merge may add tokens."""
+    theirs, ours = printable(base.architecture), printable(merged.architecture)
+    n_theirs, n_ours = (len(model.get("tokenizer.ggml.tokens") or ()) for model in (base, merged))
+    if ours != theirs or n_ours < n_theirs:
+        raise MismatchError(
+            f"{merged.label}: {ours} of {n_ours} tokens, not made of {base.label}, {theirs} of {n_theirs} tokens: give "
+            "its own base"
+        )
 
 
 @contextmanager
