@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -12,17 +13,21 @@ import pytest
 
 from lora_gguf import progress
 from lora_gguf.progress import WIDTH, bar, bars, by_file, shortened
+from tests.common import DEMO_ADAPTER, smollm2_path
 from tests.test_merge import base_and_adapter
 
 pty = pytest.importorskip("pty")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def on_a_terminal(folder, *arguments, of_stdout=False, **environment) -> str:
-    """What the command writes to its stderr, or its stdout, where that is a terminal of 120 columns."""
+def on_a_terminal(folder, *arguments, of_stdout=False, stopped_at=None, **environment) -> str:
+    """What the command writes to its stderr, or its stdout, where that is a terminal of 120 columns.
+
+    Once it has written ``stopped_at``, SIGINT stops it.
+    """
     ours, theirs = pty.openpty()
     variables = {**os.environ, "COLUMNS": "120", "TERM": "xterm-256color", **environment}
-    command = [sys.executable, "-m", "lora_gguf", *map(str, arguments)]
+    command, expected = [sys.executable, "-m", "lora_gguf", *map(str, arguments)], 130 if stopped_at else 0
     streams = {"stdout": theirs} if of_stdout else {"stdout": subprocess.DEVNULL, "stderr": theirs}
     process = subprocess.Popen(command, cwd=folder, env=variables, **streams)
     os.close(theirs)
@@ -35,8 +40,11 @@ def on_a_terminal(folder, *arguments, of_stdout=False, **environment) -> str:
         if not part:
             break
         said += part
+        if stopped_at and stopped_at.encode() in said:
+            process.send_signal(signal.SIGINT)
+            stopped_at = None
     os.close(ours)
-    assert process.wait(timeout=60) == 0, said
+    assert process.wait(timeout=60) == expected, said
     return said.decode()
 
 
@@ -51,6 +59,15 @@ def test_a_bar_tells_what_is_done_and_goes_away(merging):
     lines = ESCAPE.sub("", said).replace("\r", "\n").split("\n")
     assert any(re.match(r"merging blk\.\d+\.\S+\s.*━.*\d+(\.\d+)?/\d+(\.\d+)? [kMG]?B", line) for line in lines), lines
     assert "\x1b[?25h" in said and said.rindex("wrote") > said.rindex("━")  # the cursor is back, and the bar gone
+
+
+def test_a_stopped_run_gives_the_cursor_back(tmp_path):
+    said = on_a_terminal(
+        tmp_path, "merge", smollm2_path(), DEMO_ADAPTER, "-o", tmp_path / "out.gguf", stopped_at="\x1b[?25l"
+    )
+    bar_gone = said[said.rindex("\x1b[?25h") :]
+    assert bar_gone == "\x1b[?25hlora-gguf: error: SIGINT: stopped, no output is half written\r\n"
+    assert not os.listdir(tmp_path)
 
 
 def test_without_colour_where_none_is_wanted(merging):
