@@ -187,22 +187,24 @@ def test_rows_and_columns_are_uncorrelated():
     assert np.abs(codes.mean(0)).max() < 0.2 and np.abs(codes.mean(1)).max() < 0.2
 
 
-def test_a_codebook_rounds_between_uneven_levels():
+@pytest.mark.parametrize("levels", [LEVELS, CODECS["IQ4_NL"].grid.levels], ids=["E2M1", "IQ4"])
+def test_a_codebook_rounds_between_uneven_levels(levels):
     codes, steps, delta = grid(group=32, size=1.0)
-    old = LEVELS[codes] * np.repeat(steps, 32, 1)
+    book, gap, of_step = codebook(*levels), np.diff(levels).max(), np.repeat(steps, 32, 1)
+    delta *= gap / 4
     got, sums = codes.copy(), np.zeros(4)
-    round_levels(got, steps, delta, codebook(*LEVELS), rule(0, KEY), watched(got, sums))
-    wanted = np.clip((old + delta) / np.repeat(steps, 32, 1), -12, 12)
-    best = np.abs(LEVELS[None, None] - wanted[..., None]).min(-1)
-    assert np.allclose(np.abs(LEVELS[got] - wanted), best, atol=1e-4)
+    round_levels(got, steps, delta, book, rule(0, KEY), watched(got, sums))
+    wanted = np.clip((levels[codes] * of_step + delta) / of_step, levels[0], levels[-1])
+    best = np.abs(levels[None, None] - wanted[..., None]).min(-1)
+    assert np.allclose(np.abs(levels[got] - wanted), best, atol=2.5e-5 * gap)
     mean = np.zeros(codes.shape)
     for seed in range(400):
         got = codes.copy()
-        round_levels(got, steps, delta, codebook(*LEVELS), rule(1, tensor_key(seed, "t")), watched(got, np.zeros(4)))
-        mean += LEVELS[got] / 400
-    assert abs((mean - wanted).mean()) < 0.01 and np.abs(mean - wanted).max() < 1.0
+        round_levels(got, steps, delta, book, rule(1, tensor_key(seed, "t")), watched(got, np.zeros(4)))
+        mean += levels[got] / 400
+    assert abs((mean - wanted).mean()) < gap / 400 and np.abs(mean - wanted).max() < gap / 4
     still = codes.copy()
-    round_levels(still, steps, delta * 0, codebook(*LEVELS), rule(1, KEY), watched(still, np.zeros(4)))
+    round_levels(still, steps, delta * 0, book, rule(1, KEY), watched(still, np.zeros(4)))
     assert (still == codes).all()
 
 

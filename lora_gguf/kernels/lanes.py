@@ -191,6 +191,12 @@ def is_other(typing: Any, x: Any, y: Any) -> Any:
 
 
 @intrinsic
+def upper_half(typing: Any, numbers: Any) -> Any:
+    """Return the upper four bits of int8 ``numbers``, 0 to 15."""
+    return I8(I8), lambda context, builder, sig, args: builder.lshr(args[0], ir.Constant(args[0].type, [4] * N))
+
+
+@intrinsic
 def pick(typing: Any, table: Any, numbers: Any) -> Any:
     """Return the lanes of ``table`` of ``numbers`` 0 to 15, which nothing checks: all of them are int8."""
 

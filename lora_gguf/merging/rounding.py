@@ -53,6 +53,7 @@ from lora_gguf.kernels.lanes import (
     to_f32,
     to_i8,
     total,
+    upper_half,
     where_less,
 )  # fmt: skip
 from lora_gguf.merging.refit import MovingGrid, refit_row
@@ -63,6 +64,7 @@ _PER_DOUBT = np.float32(1 / (0.55 - _DOUBTFUL))
 _PER_SIZE = np.float32((np.pi / 2) ** 0.5)  # of a normal number: its deviation, per mean magnitude
 # a block whose weights lie outside its codes' range by more than this mean square, in steps, gets a new grid
 OUTSIDE = np.float32(1 / 12)
+_CROWD = 3  # levels in a bucket of a codebook
 _EASING = np.float32(0.1)  # mean move of a row in steps from which on its groups are looked at one by one
 
 
@@ -149,21 +151,22 @@ def _ease(left: np.ndarray, steps: np.ndarray, widths: np.ndarray) -> None:
     group = np.uint64(len(left) // len(steps))
     per_weight = np.float32(1.0) / np.float32(group)  # exact: groups are powers of two
     for g in range(np.uint64(len(steps))):
-        size = total(_sizes(left, g * group, (g + ONE) * group)) * per_weight
-        widths[g] = _width(size, steps[g])
+        widths[g] = total(_sizes(left, g * group, (g + ONE) * group))
+    for g in range(np.uint64(len(steps))):
+        widths[g] = _width(widths[g] * per_weight, steps[g])
 
 
 @part
 def _move(codes: np.ndarray, steps: np.ndarray, left: np.ndarray, rule: Rule, widths: np.ndarray, row_key: Any) -> Any:
     """Move a row's int8 ``codes`` by ``left`` f32 (cols,), rounded; ``left`` becomes what they have still to move by.
     ``widths`` are those of the groups' random offsets, in those of the rule, or none.
-    Returns the largest move in steps, before it is rounded, and the number of codes that changed.
+    Returns the most that one of them has, in steps, and the number of codes that changed.
     """
     group, lowest, highest = np.uint64(len(codes) // len(steps)), splat(rule.least), splat(rule.most)
     spread, eases = rule.spread, len(widths) > 0
     base, unit = splat(np.float32(0.5) - np.float32(0.5) * spread), splat(spread * UNIT)
     column, sixteen = splat(row_key) + iota() * splat(GOLDEN), splat(SIXTEEN)
-    changed = largest = splat(np.float32(0.0))
+    changed = farthest = splat(np.float32(0.0))
     for g in range(np.uint64(len(steps))):
         step, inverse = splat(steps[g]), splat(_inverse(steps[g]))
         if eases:
@@ -173,11 +176,12 @@ def _move(codes: np.ndarray, steps: np.ndarray, left: np.ndarray, rule: Rule, wi
             rest, old = load(left, j), load(codes, j)
             steps_moved = rest * inverse
             new = least(most(old + floor(steps_moved + offsets(column, base, unit)), lowest), highest)
+            back = old - new
             store(new, codes, j)
-            store(fma(old - new, step, rest), left, j)
-            changed, largest = changed + nonzero(new - old), most(magnitude(steps_moved), largest)
+            store(fma(back, step, rest), left, j)
+            changed, farthest = changed + nonzero(back), most(magnitude(steps_moved + back), farthest)
             column = column + sixteen
-    return greatest(largest), total(changed)
+    return greatest(farthest), total(changed)
 
 
 @kernel
@@ -216,10 +220,10 @@ def round_codes(codes: np.ndarray, steps: np.ndarray, delta: np.ndarray, rule: R
             if total(_sizes(left, np.uint64(0), n_cols)) / np.float32(n_cols) > _EASING * _mean_step(steps[i]):
                 widths = room[1]
                 _ease(left, steps[i], widths)
-        largest, changed = _move(codes[i], steps[i], left, rule, widths, key_of_row(rule.key, rule.first_row + i))
+        farthest, changed = _move(codes[i], steps[i], left, rule, widths, key_of_row(rule.key, rule.first_row + i))
         sums[3] += changed
         if refits:
-            if largest > np.float32(0.5):
+            if farthest > np.float32(1.0):
                 _measure_outside(left, steps[i], outside[i])
             refit_row(movable, movable.after, i, codes[i], rule.zero, steps[i], left)
         _count(delta[i], left, outside[i], sums)
@@ -228,21 +232,30 @@ def round_codes(codes: np.ndarray, steps: np.ndarray, delta: np.ndarray, rule: R
 class Codebook(NamedTuple):
     """At most sixteen whole levels from -128 to 127, ascending, and what tells between which two a number lies.
 
-    ``levels`` int8 (16,) repeat the last one where there are fewer. Whole numbers above ``limits[k]``, int8 (14, 16)
-    of equal columns, do not lie below level k + 1; there is none for the first level and the last.
+    ``levels`` int8 (16,) repeat the last one where there are fewer. Numbers times ``zoom``, a power of two, as int8 lie
+    in sixteen buckets, by their upper four bits. ``below`` (16,) are the numbers of the last levels before them, the
+    first level being before all; in them lie the levels after ``limits`` int8 (3, 16), which are 127 for none, but for
+    the last level.
     """
 
     levels: np.ndarray
+    zoom: np.float32
+    below: np.ndarray
     limits: np.ndarray
 
 
 @functools.cache
 def codebook(*levels: float) -> Codebook:
     """Return the ``Codebook`` of ``levels``."""
-    found, limits = np.full(N, levels[-1], np.int8), np.full((N - 2, N), 127, np.int8)
+    found, below, limits = np.full(N, levels[-1], np.int8), np.zeros(N, np.int8), np.full((_CROWD, N), 127, np.int8)
     found[: len(levels)] = levels
-    limits[: len(levels) - 2] = found[1 : len(levels) - 1, None] - np.int8(1)
-    return Codebook(found, limits)
+    zoom = 1 << max(0, int(np.log2(127 / max(map(abs, levels)))))
+    inner = zoom * found[1 : len(levels) - 1].astype(int)
+    for bucket in range(N):
+        start = bucket * 16 if bucket < 8 else bucket * 16 - 256
+        within = inner[(inner >= start) & (inner < start + 16)]
+        below[bucket], limits[: len(within), bucket] = (inner < start).sum(), within - 1
+    return Codebook(found, np.float32(zoom), below, limits)
 
 
 @part
@@ -258,10 +271,12 @@ def _bracket(wanted: Any, book: Codebook) -> Any:
     """The number of the last level that is not above ``wanted``, int8, that level and the next; the first two or the
     last two levels beyond them.
     """
-    whole = to_i8(least(most(floor(wanted), splat(np.float32(-128.0))), splat(np.float32(127.0))))
-    number, levels = splat(np.int8(0)), load_i8(book.levels, 0)
-    for k in range(N - 2):
-        number = number - is_less(load_i8(book.limits, (k, 0)), whole)
+    whole = floor(wanted * splat(book.zoom))
+    whole = to_i8(least(most(whole, splat(np.float32(-128.0))), splat(np.float32(127.0))))
+    bucket, levels = upper_half(whole), load_i8(book.levels, 0)
+    number = pick(load_i8(book.below, 0), bucket)
+    for k in range(_CROWD):
+        number = number - is_less(pick(load_i8(book.limits, (k, 0)), bucket), whole)
     return number, to_f32(pick(levels, number)), to_f32(pick(levels, number + splat(np.int8(1))))
 
 
@@ -298,7 +313,7 @@ def _move_levels(
             up = floor(most(least((goal - low) / (high - low), one), zero) + offsets(column, base, width))
             new = number - is_less(zero, up) + least_code
             new = old ^ ((new ^ old) & is_less(zero, size))
-            new_value = where_less(zero, size, where_less(zero, up, high, low), value)
+            new_value = where_less(zero, up, high, low)
             store(new, codes, j)
             store(new_value, unit, j)
             store(fma(value - new_value, step, rest), left, j)
