@@ -1,4 +1,4 @@
-"""Read the arrays of an ``.npz`` (``numpy.savez``, ``mlx.core.savez``): a zip of stored ``.npy`` files.
+"""Find the arrays of an ``.npz`` (``numpy.savez``, ``mlx.core.savez``): a zip of stored ``.npy`` files.
 
 No pickle is ever opened: an array of objects is refused.
 """
@@ -8,17 +8,20 @@ from __future__ import annotations
 import io
 import math
 import os
+import struct
 import zipfile
 from typing import Any
 
 import numpy as np
 
-from lora_gguf.errors import MalformedError, UnsupportedError
+from lora_gguf.errors import UnsupportedError
 from lora_gguf.files.input_file import InputFile
-from lora_gguf.files.tensor_file import MAX_DIMS, bf16_to_f32, check_name, damaged
+from lora_gguf.files.lazy_array import BLOCK_BYTES, Stored
+from lora_gguf.files.tensor_file import DTYPES, MAX_DIMS, check_name, damaged
 
 MAX_NPY_HEADER = 1 << 16
-KINDS = "fiub"
+KINDS = {dtype.stored: kind for kind, dtype in DTYPES.items() if dtype.widen is None}
+LOCAL_HEADER = 30  # bytes of an entry's own header; the lengths of its name and of what else follows end it
 
 
 class _View(io.RawIOBase):
@@ -49,8 +52,9 @@ class _View(io.RawIOBase):
         return n
 
 
-def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Return all arrays of ``path`` by name, in file order; BF16 (stored as void of two bytes) widened to f32.
+def find_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Return all arrays of ``path`` by name, in file order, read when they are asked for (``LazyArray``) where they are
+    large; BF16 (stored as void of two bytes) widened to f32. All of the file is checked.
 
     Raises ``MalformedError``, ``UnsupportedError`` (a compressed or object array), ``FileError``.
     """
@@ -66,7 +70,7 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return found
 
 
-def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file: InputFile) -> np.ndarray:
+def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file: InputFile) -> Any:
     check_name(entry.filename, file.label)
     if entry.compress_type != zipfile.ZIP_STORED:
         raise UnsupportedError(
@@ -78,15 +82,16 @@ def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file: InputFile) ->
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, by_column, dtype = read_header(stream, max_header_size=MAX_NPY_HEADER)
-        is_bf16 = dtype.kind == "V" and dtype.itemsize == 2 and not dtype.fields
-        if dtype.hasobject or (dtype.kind not in KINDS and not is_bf16):
-            raise UnsupportedError(
-                f"{file.label}: {entry.filename}: an array of {dtype}: save the adapter as F32, F16 or BF16"
-            )
-        if len(shape) > MAX_DIMS or math.prod(shape) * dtype.itemsize > entry.file_size:
-            raise damaged(file.label, f"{entry.filename}: shape {shape} does not fit into {entry.file_size} bytes")
-        raw = stream.read(math.prod(shape) * dtype.itemsize)
-    if len(raw) != math.prod(shape) * dtype.itemsize:
-        raise MalformedError(f"{file.label}: {entry.filename} is cut short: download it again")
-    array = np.frombuffer(raw, "<u2" if is_bf16 else dtype).reshape(shape, order="F" if by_column else "C")
-    return bf16_to_f32(array) if is_bf16 else array
+        first = stream.tell()
+        n_bytes = first + sum(iter(lambda: len(stream.read(BLOCK_BYTES)), 0))  # the end of the stream checks its CRC
+    is_bf16 = dtype.kind == "V" and dtype.itemsize == 2 and not dtype.fields
+    kind = "BF16" if is_bf16 else KINDS.get(dtype.newbyteorder("<"))
+    if kind is None or dtype.byteorder == ">":
+        raise UnsupportedError(
+            f"{file.label}: {entry.filename}: an array of {dtype}: save the adapter as F32, F16 or BF16"
+        )
+    if len(shape) > MAX_DIMS or min(shape, default=0) < 0 or first + math.prod(shape) * dtype.itemsize > n_bytes:
+        raise damaged(file.label, f"{entry.filename}: shape {shape} does not fit into {n_bytes} bytes")
+    n_name, n_extra = struct.unpack("<HH", file.read(entry.header_offset + LOCAL_HEADER - 4, 4))
+    position = entry.header_offset + LOCAL_HEADER + n_name + n_extra + first
+    return Stored.at(file, position, kind, shape[::-1]).T if by_column else Stored.at(file, position, kind, shape)

@@ -20,7 +20,7 @@ import numpy as np
 from lora_gguf.errors import MalformedError, UnsupportedError, printable
 from lora_gguf.files.input_file import InputFile, Source, impostor
 from lora_gguf.files.lazy_array import Stored
-from lora_gguf.files.npz_reader import read_npz
+from lora_gguf.files.npz_reader import find_npz
 from lora_gguf.files.tensor_file import DTYPES, MAX_DIMS, UNSUPPORTED_DTYPES, check_name, damaged
 from lora_gguf.files.torch_reader import find_torch
 
@@ -45,8 +45,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 def find_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Return all tensors of ``path`` by name, in file order; BF16 and F8 widened to f32, other types as they are
-    stored. They are read when they are asked for (``LazyArray``), but for those of an ``.npz`` and what is no plain
-    part of a PyTorch file.
+    stored. They are read when they are asked for (``LazyArray``), but for what is small or no plain part of a PyTorch
+    file.
 
     ``path`` is a ``.safetensors`` file, a ``*.index.json`` beside its shards, numpy's ``.npz``, or a PyTorch zip
     (``.bin``, ``.pt``).
@@ -58,7 +58,7 @@ def find_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
         return _find_safetensors(path)
     if path.suffix == ".npz":
-        return read_npz(path)
+        return find_npz(path)
     return find_torch(path)
 
 

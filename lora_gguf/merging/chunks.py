@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lora_gguf.adapters.held import n_held
 from lora_gguf.adapters.lora import LoraPair
 from lora_gguf.files.lazy_array import at_hand
 from lora_gguf.kernels.low_rank import low_rank
@@ -188,7 +190,9 @@ def bytes_within(memory: int | None, n_threads: int | None, tensors: Iterable[Te
 
 def held_bytes(tensor: TensorPlan) -> int:
     """Return the most bytes in memory of what is added to a tensor, while its rows are in work."""
-    pairs = sum(4 * pair.rank * (pair.shape[-1] + pair.shape[-2]) for pair in tensor.pairs)
+    factors = [factor for pair in tensor.pairs for factor in (pair.a, pair.b)]
+    # of those of which a matrix can be read alone one is held, of others all
+    pairs = sum(n_held(factor, by_row=True) or 4 * math.prod(factor.shape[-2:]) for factor in factors)
     return pairs + sum(update.held_bytes for update, _ in tensor.updates)
 
 
