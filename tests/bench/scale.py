@@ -2,8 +2,8 @@
 
     python -m tests.bench.scale [--shapes 7B,70B] [--json FILE]
 
-Prints tables; --json writes the same figures. Bases are sparse files of real shapes in a temporary folder here. Of the
-70B one shard of 2 GB is merged, its ranges as any. What each process reads, writes and is sent is measured, and compared
+Prints tables; --json writes the same figures. Bases of real shapes are made in a temporary folder here. That of 70B is a
+sparse file, of which one shard of 2 GB is merged, its ranges as any. What each process reads, writes and is sent is measured, and compared
 with what the model of cost says; the model then tells of 100 workers and a file of 400 GB.
 """
 
@@ -142,7 +142,7 @@ def main() -> None:
         folder = Path(name).resolve()
         for label in options.shapes.split(","):
             base, adapter = folder / f"{label}.gguf", folder / f"{label}-lora.gguf"
-            write_base(base, SHAPES[label], sparse=True)
+            write_base(base, SHAPES[label], sparse=label == "70B")
             write_adapter(adapter, SHAPES[label])
             for i, n in enumerate(map(int, options.workers.split(","))):
                 with cluster(folder / f"{label}-{i}", n) as found:
