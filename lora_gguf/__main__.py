@@ -12,8 +12,8 @@ import sys
 def main() -> None:
     """Run the command line; while it is imported, Ctrl-C ends the process without a word."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # imports make much that lasts: to look through it again and again takes a tenth of a second
-    gc.set_threshold(250_000)
+    # imports and compilers make much that lasts: to look through it again and again takes a tenth of a second, or more
+    gc.set_threshold(1_000_000)
     # work is spread over threads of ours: numpy's own would only wait, and to start them takes a twentieth of a second
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from lora_gguf.cli import main
