@@ -9,6 +9,7 @@ import pytest
 from libgguf import dequantize_rows, quantize_rows
 
 from lora_gguf.errors import UsageError
+from lora_gguf.merging.growth import harm_at
 from lora_gguf.merging.options import parse_growth
 from lora_gguf.merging.regrid import on_finer_grid
 from lora_gguf.quants.ggml import BY_NAME
@@ -27,6 +28,13 @@ def test_budget_is_kept_and_the_small_tensors_that_carry_most_go_first(tmp_path)
     assert len([name for name in larger if "attn_v" in name]) > 20
     assert {types[name] for name in larger} == {"Q5_1", "Q8_0"}
     assert np.mean([report.retention[name].kept for name in larger]) > 0.97
+
+
+def test_the_same_disturbance_counts_more_at_both_ends_and_less_in_attention():
+    inner, first, last = (harm_at(f"blk.{layer}.ffn_up.weight", 30) for layer in (7, 0, 29))
+    attention, first_attention = (harm_at(f"blk.{layer}.attn_v.weight", 30) for layer in (7, 1))
+    assert attention < inner == first_attention < first == last
+    assert harm_at("v.blk.29.ffn_up.weight", None) == harm_at("output.weight", 30) == inner
 
 
 @pytest.mark.parametrize(("source", "target"), [("Q4_0", "Q5_0"), ("Q4_1", "Q5_1"), ("Q4_K", "Q5_K")])
