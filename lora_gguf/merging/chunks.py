@@ -86,14 +86,15 @@ def whole(tensor: TensorPlan) -> Range:
     return Range(tensor, 0, tensor.target.n_rows)
 
 
-def cut(ranges: Iterable[Range], weigh: Weigh | None = None, n_bytes: int | None = None) -> Iterator[Chunk]:
-    """Yield the chunks of ``ranges``, in order; those that change take about ``n_bytes`` in work, whole rows.
+def cut(ranges: Iterable[Range], weigh: Weigh | None = None, n_weights: int | None = None) -> Iterator[Chunk]:
+    """Yield the chunks of ``ranges``, in order; those that change have about ``n_weights``, whole rows, by default as
+    many as take ``CHUNK_BYTES`` in work.
 
     ``weigh`` is asked for a tensor's weighting when its turn comes.
     """
     for part in ranges:
         source = part.tensor.source
-        n_rows = max(1, (n_bytes or CHUNK_BYTES) // (working_bytes(part.tensor) * max(1, source.n_cols)))
+        n_rows = max(1, (n_weights or CHUNK_BYTES // working_bytes(part.tensor)) // max(1, source.n_cols))
         old = replace(part, n_rows=min(part.end, source.n_rows) - part.first)
         if part.tensor.recipe is None:
             yield from _cut_copied(old)
@@ -174,18 +175,18 @@ def update_of(chunk: Changed, blocks: np.ndarray) -> np.ndarray:
 
 
 def working_bytes(tensor: TensorPlan) -> int:
-    """Return how many bytes of memory each weight of a tensor takes while it is in work."""
+    """Return how many bytes of memory each weight of a tensor usually takes while it is in work."""
     return ROUNDED if tensor.recipe and tensor.recipe.keeps_grid and not tensor.updates else RENEWED
 
 
-def bytes_within(memory: int | None, n_threads: int | None, tensors: Iterable[TensorPlan] = ()) -> int:
-    """Return how many bytes a chunk may take so that the chunks in work, and what is held for their ``tensors``, take
-    at most ``memory`` bytes in all, or as little as can be.
+def weights_within(memory: int | None, n_threads: int | None, tensors: Iterable[TensorPlan] = ()) -> int | None:
+    """Return how many weights a chunk may have so that the chunks in work, and what is held for their ``tensors``, take
+    at most ``memory`` bytes in all, or as little as can be; None for no limit.
     """
     if memory is None:
-        return CHUNK_BYTES
+        return None
     left = memory - TENSORS_HELD * max(map(held_bytes, tensors), default=0)
-    return min(CHUNK_BYTES, max(1, left // (n_threads or n_cores())))
+    return max(1, min(CHUNK_BYTES, left // (n_threads or n_cores())) // RENEWED)
 
 
 def held_bytes(tensor: TensorPlan) -> int:

@@ -13,7 +13,7 @@ from lora_gguf.errors import NumericError, UsageError
 from lora_gguf.files.base import Base
 from lora_gguf.files.gguf_reader import GgufReader
 from lora_gguf.files.gguf_writer import GgufPlaces
-from lora_gguf.merging.chunks import Changed, Chunk, New, Range, Weigh, bytes_within, cut, n_cores
+from lora_gguf.merging.chunks import Changed, Chunk, New, Range, Weigh, cut, n_cores, weights_within
 from lora_gguf.merging.limits import check_address_space
 from lora_gguf.merging.options import Resources
 from lora_gguf.merging.rows import merge_rows
@@ -47,8 +47,8 @@ def merge_ranges(
         return merge_chunk(chunk, base.reader_of(chunk.tensor.source.name), writer)
 
     ranges = list(ranges)
-    n_bytes = bytes_within(resources.memory, resources.threads, [part.tensor for part in ranges])
-    chunks = cut(ranges, weigh, n_bytes)
+    n_weights = weights_within(resources.memory, resources.threads, [part.tensor for part in ranges])
+    chunks = cut(ranges, weigh, n_weights)
     for chunk, sums in in_threads(work, chunks, resources.threads):
         merges = sums is not None and chunk.tensor.changes
         n_weights = chunk.n_rows * chunk.tensor.source.n_cols if merges else 0
