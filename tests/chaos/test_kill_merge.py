@@ -76,4 +76,4 @@ def test_signals(tmp_path, whole, seed):
         assert digest(tmp_path / "out.gguf") == whole["merge"][0]
     else:
         assert process.returncode == 128 + sent and error.endswith("no output is half written\n"), error
-        assert error.count("\n") == 1 and not list(tmp_path.iterdir())
+        assert "Traceback" not in error and not list(tmp_path.iterdir())
