@@ -23,6 +23,11 @@ from lora_gguf.hub.failures import explained, host
 from lora_gguf.hub.hashes import check_hashes, hexadecimal
 from lora_gguf.progress import FileProgress
 
+try:
+    import fcntl
+except ImportError:  # Windows removes no file that is open: the next run does
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from httpx import Response
     from huggingface_hub.hf_api import RepoSibling
@@ -98,7 +103,7 @@ def download(repo: Repo, name: str, progress: FileProgress | None = None) -> Pat
     _remove_stale(repo, file)
     if not (repo.snapshot / name).exists():
         _check_space(file)
-    with client(repo, name), undone_by(lambda: _remove_open(repo, file)):
+    with client(repo, name), undone_by(lambda: _remove_own(repo, file)):
         path = Path(
             hf_hub_download(
                 repo.id, name, revision=repo.commit, endpoint=constants.ENDPOINT, **_progress_option(name, progress)
@@ -235,7 +240,7 @@ def _remove_stale(repo: Repo, file: RepoFile) -> None:
         return
     from filelock import FileLock, Timeout
 
-    lock = _cache() / ".locks" / repo.folder.name / f"{file.sha256 or file.git_sha1}.lock"
+    lock = _lock(repo, file)
     with contextlib.suppress(OSError, Timeout, NotImplementedError):
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=0, mode=0o664):
@@ -243,15 +248,24 @@ def _remove_stale(repo: Repo, file: RepoFile) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _remove_open(repo: Repo, file: RepoFile) -> None:
-    """Remove what this process, which a signal ends, has open of this file in the cache."""
-    for path in _partial(repo, file):
-        wanted = path.stat()
-        for fd in range(3, 1024):
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(fd), wanted):
-                    path.unlink()
-                    break
+def _remove_own(repo: Repo, file: RepoFile) -> None:
+    """Remove what this process, which a signal ends, has under way of this file in the cache: what lies there is its
+    own, or nobody's, if it has the client's lock.
+    """
+    if not fcntl:
+        return
+    lock = _lock(repo, file).stat()
+    for fd in range(3, 1024):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(fd), lock):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for path in _partial(repo, file):
+                    path.unlink(missing_ok=True)
+
+
+def _lock(repo: Repo, file: RepoFile) -> Path:
+    """Return the file by which the client lets one process alone download this file."""
+    return _cache() / ".locks" / repo.folder.name / f"{file.sha256 or file.git_sha1}.lock"
 
 
 def _partial(repo: Repo, file: RepoFile) -> list[Path]:
