@@ -107,7 +107,7 @@ def weigh(closeness: Closeness, answer: Answer, heard: Sequence[Logprobs], plain
 def check_kin(base: Base, merged: Base) -> None:
     """Raise ``MismatchError`` where one file cannot have been made of the other; a merge may add tokens."""
     theirs, ours = printable(base.architecture), printable(merged.architecture)
-    n_theirs, n_ours = (len(model.get("tokenizer.ggml.tokens") or ()) for model in (base, merged))
+    n_theirs, n_ours = (model.length("tokenizer.ggml.tokens") for model in (base, merged))
     if ours != theirs or n_ours < n_theirs:
         raise MismatchError(
             f"{merged.label}: {ours} of {n_ours} tokens, not made of {base.label}, {theirs} of {n_theirs} tokens: give "

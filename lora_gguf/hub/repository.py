@@ -49,6 +49,11 @@ class RepoFile:
     sha256: str | None = None
     git_sha1: str | None = None
 
+    @property
+    def etag(self) -> str | None:
+        """The name of its content in the client's cache; None where it is not known."""
+        return self.sha256 or self.git_sha1
+
 
 @dataclass(frozen=True)
 class Repo:
@@ -265,13 +270,12 @@ def _remove_own(repo: Repo, file: RepoFile) -> None:
 
 def _lock(repo: Repo, file: RepoFile) -> Path:
     """Return the file by which the client lets one process alone download this file."""
-    return _cache() / ".locks" / repo.folder.name / f"{file.sha256 or file.git_sha1}.lock"
+    return _cache() / ".locks" / repo.folder.name / f"{file.etag}.lock"
 
 
 def _partial(repo: Repo, file: RepoFile) -> list[Path]:
     """Return what lies in the cache of downloads of this file that did not end."""
-    etag = file.sha256 or file.git_sha1
-    return list((repo.folder / "blobs").glob(f"{etag}.????????.incomplete")) if etag else []
+    return list((repo.folder / "blobs").glob(f"{file.etag}.????????.incomplete")) if file.etag else []
 
 
 def _progress_option(name: str, progress: FileProgress | None) -> dict[str, Any]:

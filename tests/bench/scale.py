@@ -2,9 +2,9 @@
 
     python -m tests.bench.scale [--shapes 7B,70B] [--json FILE]
 
-Prints tables; --json writes the same figures. Bases of real shapes are made in a temporary folder here. That of 70B is a
-sparse file, of which one shard of 2 GB is merged, its ranges as any. What each process reads, writes and is sent is measured, and compared
-with what the model of cost says; the model then tells of 100 workers and a file of 400 GB.
+Prints tables; --json writes the same figures. Bases of real shapes are made in a temporary folder here. That of 70B is
+a sparse file, of which one shard of 2 GB is merged, its ranges as any. What each process reads, writes and is sent is
+measured, and compared with what the model of cost says; the model then tells of 100 workers and a file of 400 GB.
 """
 
 from __future__ import annotations
