@@ -7,7 +7,7 @@ import pytest
 from libgguf import dequantize_rows, quantize_rows
 
 from lora_gguf.merging.importance import weighting_of
-from lora_gguf.merging.refit import refit_row
+from lora_gguf.merging.refit import FARTHEST, refit_row
 from lora_gguf.merging.rows import moving_grid
 from lora_gguf.merging.tensor import tensor_key
 from lora_gguf.quants.ggml import BY_NAME
@@ -31,12 +31,19 @@ def decoded(type_name, blocks, cols=512):
     return np.asarray(dequantize_rows(blocks, BY_NAME[type_name].id, n_per_row=cols)).reshape(len(blocks), cols)
 
 
-def refitted(type_name, importance, seed=0):
+def grid_of(type_name, blocks):
+    """The codes and steps of ``blocks``."""
+    grid, shape = CODECS[type_name].grid, (len(blocks), 512)
+    codes, steps = np.empty(shape, np.int8), np.empty((shape[0], shape[1] // grid.group), np.float32)
+    grid.unpack(blocks, codes, steps)
+    return codes, steps
+
+
+def refitted(type_name, importance, size=0.02):
     """The blocks after, the weights before, the update, what is left of it, what the grid moved by, the new steps."""
     quant = CODECS[type_name]
-    blocks, before, delta = blocks_of(type_name, seed=seed)
-    codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), 512 // quant.grid.group), np.float32)
-    quant.grid.unpack(blocks, codes, steps)
+    blocks, before, delta = blocks_of(type_name, size=size)
+    codes, steps = grid_of(type_name, blocks)
     grid = moving_grid(
         chunk_of(recipe(type_name), delta.shape, weighting=weighting_of(quant, importance)), quant.grid, blocks, steps
     )
@@ -60,9 +67,7 @@ def test_what_it_says_is_what_the_blocks_hold(type_name):
     blocks, before, delta, left, shift, steps = refitted(type_name, importance)
     after = decoded(type_name, blocks)
     assert np.allclose(after - before, shift, atol=2e-6) and np.allclose(left + shift, delta, atol=1e-6)
-    codes, again = np.empty(delta.shape, np.int8), np.empty_like(steps)
-    CODECS[type_name].grid.unpack(blocks, codes, again)
-    assert np.allclose(again, steps, rtol=1e-5)
+    assert np.allclose(grid_of(type_name, blocks)[1], steps, rtol=1e-5)
 
 
 @pytest.mark.parametrize("type_name", TYPES)
@@ -176,3 +181,30 @@ def test_an_update_as_large_as_the_step_needs_no_chance(type_name):
     error, error_by_chance = ((np.square((after - before - delta) / step)[inside]).mean() for after in (auto, dither))
     assert error < 0.65 * error_by_chance
     assert ((auto - before) * delta).sum() / np.square(delta).sum() > 0.9
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_a_move_takes_no_weight_far(type_name):
+    importance = np.full(512, 1e-3, np.float32)
+    importance[[77, 90, 400]] = 1e5
+    grid, size = CODECS[type_name].grid, CODECS[type_name].type.block_size
+    moved = refitted(type_name, importance, size=2.0)[4]
+    steps = grid_of(type_name, blocks_of(type_name, size=2.0)[0])[1]
+    largest = np.abs(steps).reshape(len(steps), -1, size // grid.group).max(2)
+    in_steps = np.abs(moved).reshape(len(moved), -1, size).max(2) / (largest * np.float32(grid.gap))
+    assert FARTHEST / 4 < in_steps.max() < 1.5 * FARTHEST
+
+
+@pytest.mark.parametrize("type_name", ["Q4_1", "Q5_1"])
+def test_what_the_grid_takes_of_all_weights_comes_back(type_name):
+    """A column that matters moves the minimum, and so all weights of its block: rounding must undo that by chance."""
+    rng, importance = np.random.default_rng(5), np.full(512, 1e-3, np.float32)
+    importance[77] = 1e5
+    blocks, before, _ = blocks_of(type_name, rows=256)
+    step = np.repeat(grid_of(type_name, blocks)[1], CODECS[type_name].grid.group, axis=1)
+    delta = (step * rng.normal(size=step.shape) * 0.15).astype(np.float32)
+    sign = np.where(rng.random(256) < 0.5, -1, 1).astype(np.float32)
+    delta[:, 77] = 0.45 * sign * step[:, 77]
+    new, _ = merged(recipe(type_name), blocks, delta, weighting=weighting_of(CODECS[type_name], importance))
+    error = ((decoded(type_name, new) - before - delta) / step)[:, 64:96]
+    assert abs((sign * error.mean(axis=1)).mean()) < 0.05

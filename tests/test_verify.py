@@ -21,9 +21,11 @@ from lora_gguf.files.gguf_writer import raw_key_values
 from lora_gguf.files.imatrix import Imatrix
 from lora_gguf.mapping.hparams import from_config
 from lora_gguf.merging.options import ROUNDINGS, Policy
+from lora_gguf.merging.tensor import NO_IMPORTANCE
+from lora_gguf.quants.table import CODECS
 from tests import tiny
 from tests.calls import merge
-from tests.common import pack_gguf, smollm2_path, text_kv, u32_kv
+from tests.common import FIXTURES, pack_gguf, smollm2_path, text_kv, u32_kv
 from tests.test_merge import stored
 
 TYPES = ("Q4_0", "Q4_K", "Q8_0", "F16")
@@ -462,6 +464,36 @@ def test_smollm2_holds(smollm2):
     bare = verify(stripped(folder / "merged.gguf"), smollm2_path(), [(adapter, 1.0)])
     assert bare.verdict == "unproved" and "does not say how it was made" in bare.missing[0]
     assert abs(bare.whole.kept - bare.whole.dithered) < 5 * bare.whole.standard_error
+
+
+@pytest.fixture(scope="module")
+def smollm2_of(tmp_path_factory):
+    """SmolLM2 with its linear layers in another type."""
+
+    def make(type_name):
+        path = tmp_path_factory.mktemp(type_name) / "base.gguf"
+        with GgufReader(smollm2_path()) as reader:
+            tensors = []
+            for name, info in reader.tensors.items():
+                data, codec = reader.read(info), CODECS[type_name if info.n_cols % 256 == 0 else "Q5_0"]
+                if info.type.name == "Q4_1":
+                    data = codec.encoded(CODECS["Q4_1"].decoded(data.reshape(info.n_rows, -1)), NO_IMPORTANCE)
+                tensors.append(
+                    (name, codec.type.name if info.type.name == "Q4_1" else info.type.name, info.shape, data)
+                )
+            path.write_bytes(pack_gguf(raw_key_values(reader), tensors))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(("type_name", "scale"), [("Q4_K", 1.0), ("Q4_K", 4.0), ("Q8_0", 1.0)])
+def test_a_merge_by_auto_that_says_nothing_is_not_called_wrong(smollm2_of, tmp_path, type_name, scale):
+    """A real adapter, and a grid that moves where single columns matter."""
+    base, adapters = smollm2_of(type_name), [(FIXTURES / "perl-adapter", scale)]
+    merge(base, adapters, tmp_path / "merged.gguf")
+    bare = verify(stripped(tmp_path / "merged.gguf"), base, adapters)
+    assert bare.verdict == "unproved", bare.findings
 
 
 @pytest.mark.parametrize(

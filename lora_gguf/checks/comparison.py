@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_gguf.checks.neighbours import brackets, farthest, own_steps
+from lora_gguf.checks.neighbours import brackets, farthest, moved_by_scales, own_steps
 from lora_gguf.checks.routes import rounded
 from lora_gguf.kernels.decorators import kernel
 from lora_gguf.merging.retention import FAINT, LOG_ODDS, Retention
@@ -372,9 +372,12 @@ def compare_rows(
     low, high = found or (wanted - np.abs(own_error), wanted + np.abs(own_error))
     rows = np.zeros((len(delta), N_SUMS))
     compare(before, after, delta, low, high, rows)
+    moved = None if steps is None else moved_by_scales(target, stored[1], after, error, steps)
+    if moved is not None:
+        error -= moved
     unit = (np.abs(before) + np.abs(wanted)) * np.float32(2.0**-9)  # of bf16, through which a merge may have gone
     if rows[:, BEYOND].any():
-        off = np.abs(after - np.clip(wanted, low, high))
+        off = np.abs(wanted + error - np.clip(wanted, low, high))
         rows[:, BEYOND] = (off > MOVED * (high - low) + 2 * unit).sum(1)
     if target.type.block_size == 1 or found is None:
         rows[:, [FAR, BEYOND]] = 0

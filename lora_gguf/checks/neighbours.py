@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 
 from lora_gguf.kernels.decorators import kernel
+from lora_gguf.merging.refit import FARTHEST
 from lora_gguf.merging.scratch import scratch
 from lora_gguf.quants.codec import Codec
+
+MOST_MOVED = np.float32(1.5 * FARTHEST)  # steps that moving a block's scales may take a weight, the smallest too
+ALIKE = 1e-6  # share of the product of two squares below which what is left of it is rounding
 
 
 @kernel
@@ -169,6 +173,36 @@ def _widest_steps(codec: Codec, blocks: np.ndarray, shape: tuple[int, ...]) -> n
     by_block = steps.reshape(len(steps), -1, codec.type.block_size // codec.known_grid.group)
     by_block = np.maximum(by_block, by_block.max(2, keepdims=True) / np.float32(15))
     return np.repeat(by_block.reshape(steps.shape), codec.known_grid.group, axis=1)
+
+
+def moved_by_scales(
+    codec: Codec, blocks: np.ndarray, after: np.ndarray, error: np.ndarray, steps: np.ndarray
+) -> np.ndarray | None:
+    """Return what moving the f16 scales of each block explains of ``error``, all f32 (rows, cols), by least squares.
+
+    ``after`` are the weights of ``blocks``. Nothing where it would take a weight more than ``MOST_MOVED`` ``steps``;
+    None where a type has no such scales.
+    """
+    if not codec.grid or not codec.scales_at:
+        return None
+    shape, of_block = after.shape, (*after.shape[:1], -1, codec.type.block_size)
+    lows = np.zeros((shape[0], shape[1] // codec.grid.group), np.float32)
+    if codec.grid.lows:
+        codec.grid.lows(blocks, lows)
+    low = np.repeat(lows, codec.grid.group, axis=1).reshape(of_block)
+    scaled, wanted = after.reshape(of_block) + low, error.reshape(of_block)
+    ss, sl, ll, se, le = (
+        np.einsum("ijk,ijk->ij", *pair)[..., None].astype(np.float64)
+        for pair in ((scaled, scaled), (scaled, low), (low, low), (scaled, wanted), (low, wanted))
+    )
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        det = ss * ll - sl * sl
+        both = det > ALIKE * ss * ll
+        x = np.where(both, (se * ll - le * sl) / det, se / ss).astype(np.float32)
+        y = np.where(both, (ss * le - sl * se) / det, 0).astype(np.float32)
+        found = x * scaled + y * low
+        fair = (np.abs(found) <= MOST_MOVED * steps.reshape(of_block)).all(axis=2, keepdims=True)
+    return np.asarray(np.where(fair, found, np.float32(0)).reshape(shape))
 
 
 def farthest(codec: Codec, error: np.ndarray, steps: np.ndarray | None) -> np.ndarray:

@@ -20,9 +20,7 @@ import numpy as np
 from lora_gguf.files.base import Base, evenly
 from lora_gguf.files.gguf_reader import TensorInfo
 from lora_gguf.merging.chunks import Weigh
-from lora_gguf.merging.loss import COARSE_BITS
 from lora_gguf.merging.refit import Weighting, weighting
-from lora_gguf.merging.retention import kind_of
 from lora_gguf.merging.tensor import TensorPlan
 from lora_gguf.quants.codec import Codec
 from lora_gguf.quants.table import CODECS
@@ -37,9 +35,8 @@ _RESIDUAL = (
 )  # fmt: skip
 _TELLING = (("attn_v", "attn_qkv"), ("ffn_up", "ffn_up_exps", "ffn_gate_up_exps"))
 _WRITES = ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
-# in the guess: it finds the heaviest columns and makes too much of them, most where the residual stream is written; but
-# below 3 bits a weight what a step too wide does there outweighs that
-TRUST, TRUST_WRITES = 0.98, 0.3
+# in the guess: it finds the heaviest columns and makes too much of them
+TRUST = 0.98
 HEAVIEST = 8  # columns of the residual stream
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
@@ -79,9 +76,7 @@ def importance_of(base: Base, name: str, measured: np.ndarray | None, energies: 
     )
     scaled = guess / np.maximum(guess.mean(axis=-1, keepdims=True), 1e-30)
     if measured is None:
-        fine = info.type.block_bytes * 8 >= COARSE_BITS * info.type.block_size
-        trust = TRUST_WRITES if fine and kind_of(name) in _WRITES else TRUST
-        scaled = 1 - trust + trust * scaled
+        scaled = 1 - TRUST + TRUST * scaled
     return np.ascontiguousarray(np.broadcast_to(scaled, (info.n_rows // (1, *info.shape)[-2], info.n_cols)), np.float32)
 
 

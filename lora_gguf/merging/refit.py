@@ -10,6 +10,9 @@ Before the codes are rounded that is the adapter's update; what it leaves is dit
 Two free numbers free two columns of a block from rounding, so it is done only in the blocks whose heaviest two are
 worth it. Afterwards it is what rounding has left: linear in errors whose mean is zero, so it is nearly unbiased too,
 and it repairs codes at an end of their range. In a block whose columns matter alike it gains nothing.
+
+What a column gains, the others of its block pay. Where its weight is near zero, no change of d would be too large: so a
+move takes no weight farther than ``FARTHEST`` steps.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from lora_gguf.kernels.lanes import (
     fma,
     least,
     load,
-    magnitude,
+    most,
     splat,
     store,
     to_f32,
@@ -39,6 +42,7 @@ from lora_gguf.kernels.lanes import (
 
 UNEVEN = 0.08  # share of a block's importance that its heaviest columns have where it is moved after rounding
 UNTOUCHED = 0.05  # share of all importance that the heaviest columns of the blocks left out before rounding may have
+FARTHEST = 2.0  # steps that a move may take a weight
 _RIDGE = np.float32(1e-3)
 _LARGEST = np.float32(0.5)
 _EXACT = np.float32(2.0**23)  # a whole number below it, added to it, stands in the lowest bits
@@ -51,6 +55,7 @@ class MovingGrid(NamedTuple):
 
     ``blocks`` uint8 (rows, row_bytes) are changed in place, and ``lows`` f32 (rows, groups) too; the next four are
     those of ``Weighting``. A block has ``block_bytes``; in it d is at ``d_at``, and m at ``m_at``, -1 if there is none.
+    Its weights are at most ``breadth`` apart, or that over two from zero, and move by ``farthest`` at most: in steps.
     """
 
     blocks: np.ndarray
@@ -63,6 +68,8 @@ class MovingGrid(NamedTuple):
     block_bytes: int
     d_at: int
     m_at: int
+    breadth: np.float32
+    farthest: np.float32
 
 
 _NOTHING, _NONE = np.empty(0, np.float32), np.empty(0, np.int64)
@@ -73,10 +80,12 @@ NO_GRID = MovingGrid(
     _NOTHING,
     _NONE,
     _NONE,
-    np.empty((8, 0), np.float32),
+    np.empty((9, 0), np.float32),
     0,
     0,
     -1,
+    np.float32(0),
+    np.float32(0),
 )
 
 
@@ -149,24 +158,27 @@ def _f16_above(x: np.ndarray) -> Any:
 
 
 @part
-def _small(x: np.ndarray) -> Any:
-    """``x``, or 0 where it is too large a change of a grid to be meant."""
-    return where_less(magnitude(x), splat(_LARGEST), x, splat(np.float32(0.0)))
+def _within(x: np.ndarray, limit: Any) -> Any:
+    """``x``, at most ``limit`` from 0."""
+    return least(most(x, splat(np.float32(0.0)) - limit), limit)
 
 
 @part
-def _solve(work: np.ndarray, n_blocks: int) -> None:
+def _solve(work: np.ndarray, n_blocks: int, breadth: Any, farthest: Any) -> None:
     """The changes of d and m that come nearest to the update, for many blocks side by side.
 
     ``work`` is that of ``MovingGrid``. Its rows are Σ h·s², Σ h·s·delta, Σ h·s·o, Σ h·o·delta, Σ
-    h·o², the ridge of the first, |d| and |m| as ``_take`` takes them; the first four become the new |d| and |m|, the
-    same way, and the changes x and y, as parts of d and m. The error is Σ h (delta - x s + y o)². Both neighbours of
-    the best d are tried, each with the m that goes with it best.
+    h·o², the ridge of the first, |d| and |m| as ``_take`` takes them, and the mean step over the mean low; the first
+    four become the new |d| and |m|, the same way, and the changes x and y, as parts of d and m. The error is
+    Σ h (delta - x s + y o)². Both neighbours of the best d are tried, each with the m that goes with it best. Neither
+    the lowest weight moves by more than ``farthest``, nor one that is ``breadth`` above it.
     """
     zero, one, two = splat(np.float32(0.0)), splat(np.float32(1.0)), splat(np.float32(2.0))
+    far, largest = splat(farthest), splat(_LARGEST)
+    most_x = splat(min(_LARGEST, np.float32(2.0) * farthest / breadth))
     for b in range(0, n_blocks, N):
         ss, sd, so, od = load(work, (0, b)), load(work, (1, b)), load(work, (2, b)), load(work, (3, b))
-        oo, ridge = load(work, (4, b)), load(work, (5, b))
+        oo, ridge, per_low = load(work, (4, b)), load(work, (5, b)), load(work, (8, b))
         d, m = _values(load(work, (6, b))), _values(load(work, (7, b)))
         per_oo, per_d, per_m = (
             where_less(zero, oo, one / oo, zero),
@@ -174,12 +186,14 @@ def _solve(work: np.ndarray, n_blocks: int) -> None:
             where_less(zero, m, one / m, zero),
         )
         det = ss + ridge - so * so * per_oo
-        x = _small(where_less(zero, det, (sd - so * od * per_oo) / det, zero))
+        x = _within(where_less(zero, det, (sd - so * od * per_oo) / det, zero), most_x)
         new_d = _f16_below(d * (one + x), 0)
         best, best_d, best_m, best_x, best_y = zero, d, m, zero, zero
         for _ in range(2):
             x = where_less(zero, d, new_d * per_d - one, zero)
-            y = _small((so * x - od) * per_oo)
+            stretch = x * splat(breadth)
+            lower, upper = (most(stretch, zero) - far) * per_low, (least(stretch, zero) + far) * per_low
+            y = _within(most(least((so * x - od) * per_oo, upper), lower), largest)
             new_m = _f16_below(m * (one + y), 0x1000)
             y = where_less(zero, m, new_m * per_m - one, zero)
             error = x * (ss * x - two * sd) + y * (oo * y + two * (od - so * x))
@@ -251,22 +265,26 @@ def refit_row(
     codes count; ``steps`` (groups,) and the grid's lows become those of the new grid. ``numbers`` are the
     blocks.
     """
-    blocks, all_lows, importance, heights, _, _, work, block_bytes, d_at, m_at = movable
+    blocks, all_lows, importance, heights, _, _, work, block_bytes, d_at, m_at, breadth, farthest = movable
     stored, lows, has_m = blocks[row], all_lows[row], m_at >= 0
     per_block, group = np.uint64(len(steps) // (len(stored) // block_bytes)), np.uint64(len(unit) // len(steps))
     columns, d_byte, m_byte = (unit, zero, importance, group), np.uint64(d_at), np.uint64(m_at)
     for k in range(np.uint64(len(numbers))):
         number, oo, height = np.uint64(numbers[k]), np.float32(0.0), np.float32(0.0)
+        step = low = np.float32(0.0)
         first, at = number * per_block, number * np.uint64(block_bytes)
         end = first + per_block
         for g in range(first, end):
             oo += heights[g] * lows[g] * lows[g]
             height += heights[g]
+            step += abs(steps[g])
+            low += abs(lows[g])
         work[0, k], work[1, k], work[2, k], work[3, k] = _moments(columns, left, (first, end), steps, lows, has_m)
         work[4, k], work[5, k] = oo, _RIDGE * steps[first] * steps[first] * height
         work[6, k] = _take(stored, at + d_byte)
         work[7, k] = _take(stored, at + m_byte) if has_m else np.float32(0.0)
-    _solve(work, len(numbers))
+        work[8, k] = step / low if low > 0 else np.float32(0.0)
+    _solve(work, len(numbers), breadth, farthest)
     for k in range(np.uint64(len(numbers))):
         number = np.uint64(numbers[k])
         first, at = number * per_block, number * np.uint64(block_bytes)

@@ -48,8 +48,7 @@ def erased(chunk: Changed, grid: Grid, renewed: np.ndarray, before: np.ndarray, 
     target = chunk.recipe.target
     codes, steps = np.empty(delta.shape, np.int8), np.empty((len(delta), delta.shape[1] // grid.group), np.float32)
     grid.unpack(renewed, codes, steps)
-    gap = 1.0 if grid.levels is None else float(np.diff(grid.levels).mean())
-    small = np.abs(delta).mean(axis=1) < LARGE * gap * np.abs(steps).mean(axis=1)
+    small = np.abs(delta).mean(axis=1) < LARGE * grid.gap * np.abs(steps).mean(axis=1)
     chosen = np.asarray(delta.any(axis=1) & small)
     left = np.where(chosen[:, None], before - target.decoded(renewed), np.float32(0))
     room, unmeasured = np.empty((2, delta.shape[1]), np.float32), np.zeros((len(delta), 1), np.float32)

@@ -114,11 +114,11 @@ def _count(delta: np.ndarray, left: np.ndarray, outside: np.ndarray, sums: np.nd
 
 
 @part
-def _sizes(left: np.ndarray, first: Any, end: Any) -> Any:
-    """Lanes of sums of the magnitudes of ``left`` from ``first`` to ``end``."""
+def _sizes(delta: np.ndarray, first: Any, end: Any) -> Any:
+    """Lanes of sums of the magnitudes of ``delta`` from ``first`` to ``end``."""
     sizes = splat(np.float32(0.0))
     for j in range(first, end, STRIDE):
-        sizes = sizes + magnitude(load(left, j))
+        sizes = sizes + magnitude(load(delta, j))
     return sizes
 
 
@@ -146,12 +146,14 @@ def _width(size: Any, step: Any) -> Any:
 
 
 @part
-def _ease(left: np.ndarray, steps: np.ndarray, widths: np.ndarray) -> None:
-    """``_width`` of each group of a row, into ``widths`` f32."""
-    group = np.uint64(len(left) // len(steps))
+def _ease(delta: np.ndarray, steps: np.ndarray, widths: np.ndarray) -> None:
+    """``_width`` of each group of a row's update, into ``widths`` f32. What the grid has taken of it is no matter: that
+    is the same for all weights of a group, and nearest rounding would lose all of it.
+    """
+    group = np.uint64(len(delta) // len(steps))
     per_weight = np.float32(1.0) / np.float32(group)  # exact: groups are powers of two
     for g in range(np.uint64(len(steps))):
-        widths[g] = total(_sizes(left, g * group, (g + ONE) * group))
+        widths[g] = total(_sizes(delta, g * group, (g + ONE) * group))
     for g in range(np.uint64(len(steps))):
         widths[g] = _width(widths[g] * per_weight, steps[g])
 
@@ -217,9 +219,9 @@ def round_codes(codes: np.ndarray, steps: np.ndarray, delta: np.ndarray, rule: R
         widths = room[1][:0]
         if refits:
             refit_row(movable, movable.before, i, codes[i], rule.zero, steps[i], left)
-            if total(_sizes(left, np.uint64(0), n_cols)) / np.float32(n_cols) > _EASING * _mean_step(steps[i]):
+            if total(_sizes(delta[i], np.uint64(0), n_cols)) / np.float32(n_cols) > _EASING * _mean_step(steps[i]):
                 widths = room[1]
-                _ease(left, steps[i], widths)
+                _ease(delta[i], steps[i], widths)
         farthest, changed = _move(codes[i], steps[i], left, rule, widths, key_of_row(rule.key, rule.first_row + i))
         sums[3] += changed
         if refits:

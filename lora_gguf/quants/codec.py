@@ -40,6 +40,22 @@ class Grid:
     lows: Callable[..., None] | None = None
     levels: np.ndarray | None = None
 
+    @property
+    def gap(self) -> float:
+        """The mean distance of two neighbours, over the step."""
+        return 1.0 if self.levels is None else float(np.diff(self.levels).mean())
+
+    @property
+    def breadth(self) -> float:
+        """The distance of the farthest weights, over the step, where a minimum can move along with it; without one,
+        twice the distance from zero.
+        """
+        if self.levels is not None:
+            return 2.0 * float(np.abs(self.levels.astype(int)).max())
+        if self.lows:
+            return float(self.code_max - self.code_min)
+        return 2.0 * max(self.code_max - self.zero, self.zero - self.code_min)
+
 
 @dataclass(frozen=True)
 class Half:
