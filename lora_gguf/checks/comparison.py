@@ -19,26 +19,40 @@ from typing import Any
 
 import numpy as np
 
-from lora_gguf.checks.neighbours import brackets, farthest, moved_by_scales, own_steps
+from lora_gguf.checks.neighbours import brackets, cut_off, farthest, moved_by_scales, own_steps
 from lora_gguf.checks.routes import rounded
-from lora_gguf.kernels.decorators import kernel
+from lora_gguf.checks.sums import (
+    ACHIEVED2,
+    ALLOWED_NOISE2,
+    ASTRAY,
+    BEFORE2,
+    BEFORE_ACHIEVED,
+    BEYOND,
+    DITHERED,
+    DOUBTFUL,
+    EXPECTED_FAR,
+    EXPECTED_NOISE2,
+    FAR,
+    FRESH,
+    HALF_VARIANCE,
+    HALVED,
+    MAXIMA,
+    N_SUMS,
+    NEAREST,
+    NOISE2,
+    PEAK,
+    PEAK_HALF,
+    PEAK_NOISE2,
+    PROJECTION,
+    UPDATE2,
+    VARIANCE,
+    count,
+)
 from lora_gguf.merging.retention import FAINT, LOG_ODDS, Retention
 from lora_gguf.merging.scratch import scratch
 from lora_gguf.quants.codec import Codec
 
-# the sums of a comparison, in the order that ``compare`` writes them; the others are added row by row, the last two are
-# maxima
-(
-    PROJECTION, UPDATE2, ACHIEVED2, DITHERED, NEAREST, VARIANCE, EXPECTED_NOISE2, EXPECTED_FAR, FAR,
-    DOUBTFUL, BEYOND, BEFORE2, BEFORE_ACHIEVED, FRESH, HALVED, HALF_VARIANCE, NOISE2, ALLOWED_NOISE2, ASTRAY,
-    PEAK, PEAK_HALF, PEAK_NOISE2,
-) = range(22)  # fmt: skip
-N_SUMS, N_KERNEL, ROWS = PEAK_NOISE2 + 1, BEFORE_ACHIEVED + 1, 9
-MAXIMA = slice(PEAK, PEAK_NOISE2 + 1)
-# in steps: near the middle of two neighbours; at the farther one; beyond both
-NEAR, FARTHER, EDGE = np.float32(0.48), np.float32(0.52), np.float32(1.05)
 MOVED = np.float32(1.6)  # steps that a weight may be off where its grid moved after it was rounded
-TINY = np.float32(1e-38)
 ALLOWED = 0.01  # share of the update that f32 sums in another order, or a rounding to nearest here and there, may cost
 WIDER = np.float32(2)  # than what base + update need, times which a step counts
 NOISIER = 2.0  # than a grid's own noise, times which a search for another kind of error may be
@@ -47,80 +61,6 @@ ROW_UNIT = 2.0**-8  # of bf16: by how much a row's factor and length may be roun
 LOOSE_SHARE = 2e-3  # of the weights may be beyond: a search by importance, or a moved grid, leaves at most 1.3e-3 there
 FEW_FAR = 10
 FEW = 0.3  # of the weights that dithering rounds to the farther value: rounding to nearest none, half an update half
-
-
-@kernel
-def _add_moves(w: Any) -> None:
-    """Add what 64 weights achieved; ``w`` f32 (ROWS + N_KERNEL + 1, 64) holds before, after, delta, low and gap, room
-    for four more, then one row a sum, and the peak. One array and short loops: so the compiler vectorises.
-    """
-    for k in range(64):
-        w[ROWS + PROJECTION, k] += w[2, k] * (w[1, k] - w[0, k])
-        w[ROWS + UPDATE2, k] += w[2, k] * w[2, k]
-        w[ROWS + ACHIEVED2, k] += (w[1, k] - w[0, k]) * (w[1, k] - w[0, k])
-    for k in range(64):
-        w[ROWS + BEFORE2, k] += w[0, k] * w[0, k]
-        w[ROWS + BEFORE_ACHIEVED, k] += w[0, k] * (w[1, k] - w[0, k])
-
-
-@kernel
-def _add_chances(w: Any) -> None:
-    """Add what each way of rounding should achieve; leaves the place between the neighbours in row 6."""
-    for k in range(64):
-        w[6, k] = min(max(w[0, k] + w[2, k] - w[3, k], np.float32(0)), w[4, k])
-        variance = w[6, k] * (w[4, k] - w[6, k])
-        w[ROWS + VARIANCE, k] += w[2, k] * w[2, k] * variance
-        w[ROWS + EXPECTED_NOISE2, k] += variance
-    for k in range(64):
-        w[7, k] = w[4, k] if w[6, k] + w[6, k] >= w[4, k] else np.float32(0)
-        w[ROWS + DITHERED, k] += w[2, k] * (w[3, k] + w[6, k] - w[0, k])
-        w[ROWS + NEAREST, k] += w[2, k] * (w[3, k] + w[7, k] - w[0, k])
-    for k in range(64):
-        closer = min(w[6, k], w[4, k] - w[6, k])
-        w[ROWS + EXPECTED_FAR, k] += (closer if closer < NEAR * w[4, k] else np.float32(0)) / max(w[4, k], TINY)
-
-
-@kernel
-def _add_errors(w: Any) -> None:
-    """Add where the weights are instead: at the farther neighbour, beyond both, or near the middle. Needs row 6."""
-    for k in range(64):
-        error = abs(w[1, k] - w[3, k] - w[6, k])
-        w[7, k] = (error if w[4, k] > 0 else np.float32(0)) / max(w[4, k], TINY)
-        w[8, k] = abs(w[2, k]) * w[4, k]
-    for k in range(64):
-        w[ROWS + FAR, k] += np.float32(w[7, k] > FARTHER)
-        w[ROWS + BEYOND, k] += np.float32(w[7, k] > EDGE)
-    for k in range(64):
-        w[ROWS + DOUBTFUL, k] += w[8, k] * w[8, k] * np.float32(w[7, k] > NEAR)
-        w[ROWS + N_KERNEL, k] = max(w[ROWS + N_KERNEL, k], w[8, k])
-
-
-@kernel
-def compare(
-    before: np.ndarray, after: np.ndarray, delta: np.ndarray, low: np.ndarray, high: np.ndarray, sums: np.ndarray
-) -> None:
-    """Write what became of each row's update ``delta`` (all f32, (rows, cols)) to ``sums`` f64 (rows, N_SUMS): the
-    first ``N_KERNEL`` and the peak.
-    """
-    n_rows, n_cols = before.shape
-    work = np.empty((ROWS + N_KERNEL + 1, 64), np.float32)
-    for i in range(n_rows):
-        work[:] = np.float32(0)
-        for start in range(0, n_cols, 64):
-            n = min(64, n_cols - start)
-            if n < 64:
-                work[:5] = np.float32(0)
-            for k in range(n):
-                work[0, k], work[1, k], work[2, k] = before[i, start + k], after[i, start + k], delta[i, start + k]
-            for k in range(n):
-                work[3, k], work[4, k] = low[i, start + k], high[i, start + k] - low[i, start + k]
-            _add_moves(work)
-            _add_chances(work)
-            _add_errors(work)
-        for s in range(N_KERNEL):
-            for k in range(64):
-                sums[i, s] += work[ROWS + s, k]
-        sums[i, PEAK] = work[ROWS + N_KERNEL].max()
 
 
 def bound(variance: Any, peak: Any) -> Any:
@@ -371,7 +311,7 @@ def compare_rows(
     own_error, error = anew - wanted, after - wanted
     low, high = found or (wanted - np.abs(own_error), wanted + np.abs(own_error))
     rows = np.zeros((len(delta), N_SUMS))
-    compare(before, after, delta, low, high, rows)
+    count(before, after, delta, low, high, rows)
     moved = None if steps is None else moved_by_scales(target, stored[1], after, error, steps)
     if moved is not None:
         error -= moved
@@ -383,7 +323,10 @@ def compare_rows(
         rows[:, [FAR, BEYOND]] = 0
     if target.type.block_size == 1:
         own_error = rounded(wanted, "BF16") - wanted
-    rows[:, ASTRAY] = (np.abs(error) > farthest(target, own_error, steps)).sum(1)
+    astray = np.abs(error) > farthest(target, own_error, steps)
+    if found is not None and steps is not None and astray.any():
+        astray &= ~cut_off(wanted, wanted + error, found, steps)
+    rows[:, ASTRAY] = astray.sum(1)
     rows[:, FRESH] = np.einsum("ij,ij->i", delta, (own_error + delta).astype(np.float64))
     halves = rounded(rounded(before, "BF16") + delta, "BF16") - wanted
     rows[:, HALVED] = np.einsum("ij,ij->i", delta, (halves + delta).astype(np.float64))

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_gguf.checks.comparison import ALLOWED, ASTRAY, BEYOND, UPDATE2, Comparison
+from lora_gguf.checks.comparison import ALLOWED, Comparison
 from lora_gguf.checks.findings import Check, Finding, nearest_only
+from lora_gguf.checks.sums import ASTRAY, BEYOND, UPDATE2
 from lora_gguf.files.base import Base
 from lora_gguf.merging.chunks import Changed, cut, update_of, whole
 from lora_gguf.merging.plan import Plan

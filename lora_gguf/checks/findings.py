@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from lora_gguf.checks.comparison import ACHIEVED2, ALLOWED_NOISE2, NOISIER, UPDATE2, VARIANCE, Comparison
+from lora_gguf.checks.comparison import NOISIER, Comparison
 from lora_gguf.checks.remade import Remade
+from lora_gguf.checks.sums import ACHIEVED2, ALLOWED_NOISE2, UPDATE2, VARIANCE
 from lora_gguf.errors import MismatchError, UnprovedError
 from lora_gguf.merging.retention import FAINT, chance, kind_of, layer_of
 

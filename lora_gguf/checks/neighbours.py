@@ -213,3 +213,15 @@ def farthest(codec: Codec, error: np.ndarray, steps: np.ndarray | None) -> np.nd
     largest = np.abs(error).reshape(len(error), -1, size).max(2)
     spread = np.repeat(largest, size, axis=1) * np.float32(4)
     return spread if steps is None else spread + 4 * steps
+
+
+def cut_off(
+    wanted: np.ndarray, after: np.ndarray, neighbours: tuple[np.ndarray, np.ndarray], steps: np.ndarray
+) -> np.ndarray:
+    """Tell which weights lie at the end of a sensible grid that they were to lie beyond: bool (rows, cols). A block's
+    own quantizer leaves them there where an importance matrix says that they count little.
+    """
+    low, high = neighbours
+    gap = high - low
+    beyond = ((wanted > high) & (np.abs(after - high) <= gap / 2)) | ((wanted < low) & (np.abs(after - low) <= gap / 2))
+    return np.asarray(beyond & (gap >= steps / 2))

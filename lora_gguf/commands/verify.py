@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from lora_gguf.adapters.adapter import adapter_name
 from lora_gguf.adapters.lora import HEAD
-from lora_gguf.checks.comparison import UPDATE2, Comparison
+from lora_gguf.checks.comparison import Comparison
 from lora_gguf.checks.diagnosis import Evidence, causes
 from lora_gguf.checks.examination import compared, remade
 from lora_gguf.checks.findings import (
@@ -38,6 +38,7 @@ from lora_gguf.checks.reproduction import (
     short_findings,
     tail_findings,
 )
+from lora_gguf.checks.sums import UPDATE2
 from lora_gguf.errors import LoraGgufError
 from lora_gguf.files.base import Base
 from lora_gguf.files.imatrix import Imatrix
