@@ -7,7 +7,7 @@ import pytest
 from libgguf import dequantize_rows, quantize_rows
 
 from lora_gguf.merging.importance import weighting_of
-from lora_gguf.merging.refit import FARTHEST, refit_row
+from lora_gguf.merging.refit import reach, refit_row
 from lora_gguf.merging.rows import moving_grid
 from lora_gguf.merging.tensor import tensor_key
 from lora_gguf.quants.ggml import BY_NAME
@@ -191,8 +191,8 @@ def test_a_move_takes_no_weight_far(type_name):
     moved = refitted(type_name, importance, size=2.0)[4]
     steps = grid_of(type_name, blocks_of(type_name, size=2.0)[0])[1]
     largest = np.abs(steps).reshape(len(steps), -1, size // grid.group).max(2)
-    in_steps = np.abs(moved).reshape(len(moved), -1, size).max(2) / (largest * np.float32(grid.gap))
-    assert FARTHEST / 4 < in_steps.max() < 1.5 * FARTHEST
+    farthest = (np.abs(moved).reshape(len(moved), -1, size).max(2) / largest).max()
+    assert reach(grid) / 4 < farthest < 1.5 * reach(grid)
 
 
 @pytest.mark.parametrize("type_name", ["Q4_1", "Q5_1"])

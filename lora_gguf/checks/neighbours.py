@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from lora_gguf.kernels.decorators import kernel
-from lora_gguf.merging.refit import FARTHEST
+from lora_gguf.merging.refit import reach
 from lora_gguf.merging.scratch import scratch
 from lora_gguf.quants.codec import Codec
 
-MOST_MOVED = np.float32(1.5 * FARTHEST)  # steps that moving a block's scales may take a weight, the smallest too
+MOST_MOVED = 1.5  # of ``reach``: it goes by a block's mean step
 ALIKE = 1e-6  # share of the product of two squares below which what is left of it is rounding
 
 
@@ -180,8 +180,8 @@ def moved_by_scales(
 ) -> np.ndarray | None:
     """Return what moving the f16 scales of each block explains of ``error``, all f32 (rows, cols), by least squares.
 
-    ``after`` are the weights of ``blocks``. Nothing where it would take a weight more than ``MOST_MOVED`` ``steps``;
-    None where a type has no such scales.
+    ``after`` are the weights of ``blocks``. Nothing where it would take a weight farther than a merge may, by its step
+    in ``steps`` (rows, cols). None where a type has no such scales.
     """
     if not codec.grid or not codec.scales_at:
         return None
@@ -201,7 +201,8 @@ def moved_by_scales(
         x = np.where(both, (se * ll - le * sl) / det, se / ss).astype(np.float32)
         y = np.where(both, (ss * le - sl * se) / det, 0).astype(np.float32)
         found = x * scaled + y * low
-        fair = (np.abs(found) <= MOST_MOVED * steps.reshape(of_block)).all(axis=2, keepdims=True)
+        limit = np.float32(MOST_MOVED * reach(codec.grid) / codec.grid.gap) * steps.reshape(of_block)
+        fair = (np.abs(found) <= limit).all(axis=2, keepdims=True)
     return np.asarray(np.where(fair, found, np.float32(0)).reshape(shape))
 
 

@@ -12,7 +12,7 @@ worth it. Afterwards it is what rounding has left: linear in errors whose mean i
 and it repairs codes at an end of their range. In a block whose columns matter alike it gains nothing.
 
 What a column gains, the others of its block pay. Where its weight is near zero, no change of d would be too large: so a
-move takes no weight farther than ``FARTHEST`` steps.
+move takes no weight farther than ``reach``.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ from lora_gguf.kernels.lanes import (
     totals,
     where_less,
 )
+from lora_gguf.quants.codec import Grid
 
 UNEVEN = 0.08  # share of a block's importance that its heaviest columns have where it is moved after rounding
 UNTOUCHED = 0.05  # share of all importance that the heaviest columns of the blocks left out before rounding may have
-FARTHEST = 2.0  # steps that a move may take a weight
+# how far a move may take a weight: so many steps, or so much of what the codes reach, if that is more
+FARTHEST, SHARE = 2.0, 1 / 8
 _RIDGE = np.float32(1e-3)
 _LARGEST = np.float32(0.5)
 _EXACT = np.float32(2.0**23)  # a whole number below it, added to it, stands in the lowest bits
@@ -99,6 +101,11 @@ class Weighting:
     heights: np.ndarray
     before: np.ndarray
     after: np.ndarray
+
+
+def reach(grid: Grid) -> float:
+    """Return how far a move may take a weight, over the step."""
+    return max(FARTHEST * grid.gap, SHARE * grid.breadth)
 
 
 def weighting(importance: np.ndarray, block_size: int, group: int, n_free: int) -> Weighting:

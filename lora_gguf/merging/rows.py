@@ -10,7 +10,7 @@ from lora_gguf.kernels.lanes import N as LANES
 from lora_gguf.merging.chunks import Changed, update_of
 from lora_gguf.merging.halves import round_bf16, round_f16, tally_rows
 from lora_gguf.merging.importance import even_weighting
-from lora_gguf.merging.refit import FARTHEST, NO_GRID, MovingGrid
+from lora_gguf.merging.refit import NO_GRID, MovingGrid, reach
 from lora_gguf.merging.regrid import erased, on_finer_grid, round_on
 from lora_gguf.merging.rounding import OUTSIDE, Watched
 from lora_gguf.merging.scratch import copied, scratch
@@ -116,8 +116,8 @@ def moving_grid(chunk: Changed, grid: Grid, blocks: np.ndarray, steps: np.ndarra
     weights = weighed.importance, weighed.heights, weighed.before, weighed.after
     n_blocks = max(len(weighed.before), len(weighed.after))
     work = scratch("work", (9, -(-n_blocks // LANES) * LANES))
-    reach = np.float32(grid.breadth), np.float32(FARTHEST * grid.gap)
-    return MovingGrid(blocks, lows, *weights, work, codec.type.block_bytes, d_at, m_at, *reach)
+    limits = np.float32(grid.breadth), np.float32(reach(grid))
+    return MovingGrid(blocks, lows, *weights, work, codec.type.block_bytes, d_at, m_at, *limits)
 
 
 def renew(chunk: Changed, blocks: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
