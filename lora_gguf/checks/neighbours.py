@@ -201,7 +201,7 @@ def moved_by_scales(
         x = np.where(both, (se * ll - le * sl) / det, se / ss).astype(np.float32)
         y = np.where(both, (ss * le - sl * se) / det, 0).astype(np.float32)
         found = x * scaled + y * low
-        limit = np.float32(MOST_MOVED * reach(codec.grid) / codec.grid.gap) * steps.reshape(of_block)
+        limit = np.float32(MOST_MOVED * reach(codec.grid, measured=True) / codec.grid.gap) * steps.reshape(of_block)
         fair = (np.abs(found) <= limit).all(axis=2, keepdims=True)
     return np.asarray(np.where(fair, found, np.float32(0)).reshape(shape))
 

@@ -43,7 +43,7 @@ from lora_gguf.quants.codec import Grid
 
 UNEVEN = 0.08  # share of a block's importance that its heaviest columns have where it is moved after rounding
 UNTOUCHED = 0.05  # share of all importance that the heaviest columns of the blocks left out before rounding may have
-# how far a move may take a weight: so many steps, or so much of what the codes reach, if that is more
+# how far a move may take a weight: so many steps, and so much of what the codes reach where the importance is measured
 FARTHEST, SHARE = 2.0, 1 / 8
 _RIDGE = np.float32(1e-3)
 _LARGEST = np.float32(0.5)
@@ -103,9 +103,11 @@ class Weighting:
     after: np.ndarray
 
 
-def reach(grid: Grid) -> float:
-    """Return how far a move may take a weight, over the step."""
-    return max(FARTHEST * grid.gap, SHARE * grid.breadth)
+def reach(grid: Grid, measured: bool) -> float:
+    """Return how far a move may take a weight, over the step; farther where the columns' importance is ``measured``
+    than where it is guessed.
+    """
+    return max(FARTHEST * grid.gap, SHARE * grid.breadth if measured else 0.0)
 
 
 def weighting(importance: np.ndarray, block_size: int, group: int, n_free: int) -> Weighting:

@@ -116,7 +116,7 @@ def moving_grid(chunk: Changed, grid: Grid, blocks: np.ndarray, steps: np.ndarra
     weights = weighed.importance, weighed.heights, weighed.before, weighed.after
     n_blocks = max(len(weighed.before), len(weighed.after))
     work = scratch("work", (9, -(-n_blocks // LANES) * LANES))
-    limits = np.float32(grid.breadth), np.float32(reach(grid))
+    limits = np.float32(grid.breadth), np.float32(reach(grid, recipe.importance is not None))
     return MovingGrid(blocks, lows, *weights, work, codec.type.block_bytes, d_at, m_at, *limits)
 
 
