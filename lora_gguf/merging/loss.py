@@ -29,9 +29,8 @@ def harm(before: Codec, after: Codec, moved: bool = False) -> float:
     n_before, n_after = (8 * codec.type.block_bytes / codec.type.block_size for codec in (before, after))
     if n_after < n_before:
         return float("nan")
-    if n_after < COARSE_BITS:
-        return COARSE
-    return MOVED ** len(after.scales_at) if moved else 1.0
+    coarse = COARSE if n_after < COARSE_BITS else 1.0
+    return coarse * MOVED ** len(after.scales_at) if moved else coarse
 
 
 def harm_of(tensor: TensorPlan) -> float:
