@@ -18,10 +18,10 @@ KEY = tensor_key(0, "t")
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
 
 
-def blocks_of(type_name, rows=8, cols=512, seed=0, size=0.02):
+def blocks_of(type_name, rows=8, cols=512, seed=0, size=0.02, mean=0.0):
     """Quantized rows, what they decode to, and an update of ``size`` times the weights."""
     rng = np.random.default_rng(seed)
-    weights = (rng.normal(size=(rows, cols)) * 0.02).astype(np.float32)
+    weights = (rng.normal(size=(rows, cols)) * 0.02 + mean).astype(np.float32)
     blocks = np.frombuffer(bytes(quantize_rows(weights, BY_NAME[type_name].id)), np.uint8).reshape(rows, -1).copy()
     delta = (rng.normal(size=(rows, cols)) * 0.02 * size).astype(np.float32)
     return blocks, decoded(type_name, blocks, cols), delta
@@ -39,14 +39,14 @@ def grid_of(type_name, blocks):
     return codes, steps
 
 
-def refitted(type_name, importance, size=0.02):
+def refitted(type_name, importance, size=0.02, mean=0.0, measured=False):
     """The blocks after, the weights before, the update, what is left of it, what the grid moved by, the new steps."""
     quant = CODECS[type_name]
-    blocks, before, delta = blocks_of(type_name, size=size)
+    blocks, before, delta = blocks_of(type_name, size=size, mean=mean)
     codes, steps = grid_of(type_name, blocks)
-    grid = moving_grid(
-        chunk_of(recipe(type_name), delta.shape, weighting=weighting_of(quant, importance)), quant.grid, blocks, steps
-    )
+    how = replace(recipe(type_name), importance=importance[None] if measured else None)
+    chunk = chunk_of(how, delta.shape, weighting=weighting_of(quant, importance))
+    grid = moving_grid(chunk, quant.grid, blocks, steps)
     unit = (
         codes.astype(np.float32) - quant.grid.zero
         if quant.grid.levels is None
@@ -183,16 +183,18 @@ def test_an_update_as_large_as_the_step_needs_no_chance(type_name):
     assert ((auto - before) * delta).sum() / np.square(delta).sum() > 0.9
 
 
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("mean", [0.0, 0.15, -0.15])
 @pytest.mark.parametrize("type_name", TYPES)
-def test_a_move_takes_no_weight_far(type_name):
+def test_a_move_takes_no_weight_far(type_name, mean, measured):
     importance = np.full(512, 1e-3, np.float32)
     importance[[77, 90, 400]] = 1e5
     grid, size = CODECS[type_name].grid, CODECS[type_name].type.block_size
-    moved = refitted(type_name, importance, size=2.0)[4]
-    steps = grid_of(type_name, blocks_of(type_name, size=2.0)[0])[1]
+    moved = refitted(type_name, importance, size=2.0, mean=mean, measured=measured)[4]
+    steps = grid_of(type_name, blocks_of(type_name, size=2.0, mean=mean)[0])[1]
     largest = np.abs(steps).reshape(len(steps), -1, size // grid.group).max(2)
     farthest = (np.abs(moved).reshape(len(moved), -1, size).max(2) / largest).max()
-    assert reach(grid, measured=False) / 4 < farthest < 1.5 * reach(grid, measured=False)
+    assert reach(grid, measured) / 4 < farthest < 1.5 * reach(grid, measured)
 
 
 @pytest.mark.parametrize("type_name", ["Q4_1", "Q5_1"])

@@ -235,6 +235,25 @@ def test_damaged_blocks_of_an_adapted_tensor(case):
     assert only(case.verify(out), "damaged").tensors == ("blk.0.ffn_up.weight",)
 
 
+@pytest.mark.parametrize("factor", [0.75, 1.25])
+def test_all_scales_of_a_tensor_wrong(case, factor):
+    """That auto moves scales where single columns matter excuses no tensor whose scales all moved."""
+    codec = CODECS[case.type_name]
+    if not codec.scales_at:
+        pytest.skip("has no scales")
+    out = stripped(case.graft([], case.base))
+    with GgufReader(out) as reader:
+        info = reader.tensors["blk.0.ffn_up.weight"]
+        blocks = reader.read(info).reshape(-1, codec.type.block_bytes).copy()
+        at = reader.data_position + info.offset
+    scales = slice(codec.scales_at[0], codec.scales_at[0] + 2)
+    blocks[:, scales] = (np.ascontiguousarray(blocks[:, scales]).view(np.float16) * np.float16(factor)).view(np.uint8)
+    raw = bytearray(out.read_bytes())
+    raw[at : at + blocks.size] = blocks.tobytes()
+    out.write_bytes(raw)
+    assert only(case.verify(out), "damaged").tensors == ("blk.0.ffn_up.weight",)
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "fresh"])
 def test_erased_by_rounding_is_neither_corrupt_nor_right(case, rounding):
     larger = write_adapter(case.folder / "larger.gguf", some_pairs(SIZE[case.type_name] * 3))
@@ -475,7 +494,8 @@ def smollm2_of(tmp_path_factory):
         with GgufReader(smollm2_path()) as reader:
             tensors = []
             for name, info in reader.tensors.items():
-                data, codec = reader.read(info), CODECS[type_name if info.n_cols % 256 == 0 else "Q5_0"]
+                fits = info.n_cols % CODECS[type_name].type.block_size == 0
+                data, codec = reader.read(info), CODECS[type_name if fits else "Q5_0"]
                 if info.type.name == "Q4_1":
                     data = codec.encoded(CODECS["Q4_1"].decoded(data.reshape(info.n_rows, -1)), NO_IMPORTANCE)
                 tensors.append(

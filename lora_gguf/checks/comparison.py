@@ -37,6 +37,7 @@ from lora_gguf.checks.sums import (
     HALF_VARIANCE,
     HALVED,
     MAXIMA,
+    MOVED2,
     N_SUMS,
     NEAREST,
     NOISE2,
@@ -93,11 +94,13 @@ def off_share(sums: np.ndarray, *, mixed: bool = False) -> np.ndarray:
     return (sums[..., UPDATE2] > 0) & ~((found >= low) & (found <= high)).any(0)
 
 
-def too_noisy(sums: np.ndarray) -> np.ndarray:
-    """Tell which rows of ``sums`` are farther from base + update than rounding on a sensible grid takes them: bool."""
+def too_noisy(sums: np.ndarray, *, moved: bool = False) -> np.ndarray:
+    """Tell which rows of ``sums`` are farther from base + update than rounding on a sensible grid takes them: bool.
+    ``moved``: but for what moved scales explain, as they may in a few blocks.
+    """
     peak = sums[..., PEAK_NOISE2]
     allowed = NOISIER * sums[..., ALLOWED_NOISE2] + bound(sums[..., ALLOWED_NOISE2] * peak, peak)
-    return sums[..., NOISE2] > allowed
+    return sums[..., NOISE2] - moved * sums[..., MOVED2] > allowed
 
 
 def erased(sums: np.ndarray) -> np.ndarray:
@@ -313,19 +316,19 @@ def compare_rows(
     rows = np.zeros((len(delta), N_SUMS))
     count(before, after, delta, low, high, rows)
     moved = None if steps is None else moved_by_scales(target, stored[1], after, error, steps)
-    if moved is not None:
-        error -= moved
+    settled = error if moved is None else error - moved
     unit = (np.abs(before) + np.abs(wanted)) * np.float32(2.0**-9)  # of bf16, through which a merge may have gone
     if rows[:, BEYOND].any():
-        off = np.abs(wanted + error - np.clip(wanted, low, high))
+        inner = np.clip(wanted, low, high) - wanted
+        off = np.minimum(np.abs(error - inner), np.abs(settled - inner))
         rows[:, BEYOND] = (off > MOVED * (high - low) + 2 * unit).sum(1)
     if target.type.block_size == 1 or found is None:
         rows[:, [FAR, BEYOND]] = 0
     if target.type.block_size == 1:
         own_error = rounded(wanted, "BF16") - wanted
-    astray = np.abs(error) > farthest(target, own_error, steps)
+    astray = np.minimum(np.abs(error), np.abs(settled)) > farthest(target, own_error, steps)
     if found is not None and steps is not None and astray.any():
-        astray &= ~cut_off(wanted, wanted + error, found, steps)
+        astray &= ~cut_off(target, (wanted, after), found, steps)
     rows[:, ASTRAY] = astray.sum(1)
     rows[:, FRESH] = np.einsum("ij,ij->i", delta, (own_error + delta).astype(np.float64))
     halves = rounded(rounded(before, "BF16") + delta, "BF16") - wanted
@@ -337,6 +340,7 @@ def compare_rows(
         rows[:, HALF_VARIANCE] += np.square(shift)
         rows[:, PEAK_HALF] = np.maximum(rows[:, PEAK_HALF], 2 * shift)
     rows[:, NOISE2] = np.square(error, dtype=np.float64).sum(1)
+    rows[:, MOVED2] = rows[:, NOISE2] - np.square(settled, dtype=np.float64).sum(1)
     if steps is None:
         own2, peak = np.square(own_error), 2 * np.abs(own_error)
     else:

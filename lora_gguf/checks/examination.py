@@ -92,7 +92,7 @@ def _add(check: Check, matrix: int, seen: Inspected) -> None:
     bare = np.zeros(len(seen.found.rows), bool)
     for n_rows in SLICES:
         cells = seen.found.cells(n_rows)
-        check.n_odd += int((off_share(cells, mixed=True) | too_noisy(cells)).sum())
+        check.n_odd += int((off_share(cells, mixed=True) | too_noisy(cells, moved=True)).sum())
         without = erased(cells)
         check.n_erased += int(without.sum())
         bare |= np.repeat(without, n_rows)[: len(bare)]

@@ -12,6 +12,7 @@ from lora_gguf.merging.scratch import scratch
 from lora_gguf.quants.codec import Codec
 
 MOST_MOVED = 1.5  # of ``reach``: it goes by a block's mean step
+MOST_CUT = 64  # codes of a type whose quantizer cuts weights off
 ALIKE = 1e-6  # share of the product of two squares below which what is left of it is rounding
 
 
@@ -181,7 +182,7 @@ def moved_by_scales(
     """Return what moving the f16 scales of each block explains of ``error``, all f32 (rows, cols), by least squares.
 
     ``after`` are the weights of ``blocks``. Nothing where it would take a weight farther than a merge may, by its step
-    in ``steps`` (rows, cols). None where a type has no such scales.
+    in ``steps`` (rows, cols), which may have known an importance matrix. None where a type has no such scales.
     """
     if not codec.grid or not codec.scales_at:
         return None
@@ -191,11 +192,11 @@ def moved_by_scales(
         codec.grid.lows(blocks, lows)
     low = np.repeat(lows, codec.grid.group, axis=1).reshape(of_block)
     scaled, wanted = after.reshape(of_block) + low, error.reshape(of_block)
-    ss, sl, ll, se, le = (
-        np.einsum("ijk,ijk->ij", *pair)[..., None].astype(np.float64)
-        for pair in ((scaled, scaled), (scaled, low), (low, low), (scaled, wanted), (low, wanted))
-    )
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ss, sl, ll, se, le = (
+            np.einsum("ijk,ijk->ij", *pair, dtype=np.float64)[..., None]
+            for pair in ((scaled, scaled), (scaled, low), (low, low), (scaled, wanted), (low, wanted))
+        )
         det = ss * ll - sl * sl
         both = det > ALIKE * ss * ll
         x = np.where(both, (se * ll - le * sl) / det, se / ss).astype(np.float32)
@@ -217,12 +218,18 @@ def farthest(codec: Codec, error: np.ndarray, steps: np.ndarray | None) -> np.nd
 
 
 def cut_off(
-    wanted: np.ndarray, after: np.ndarray, neighbours: tuple[np.ndarray, np.ndarray], steps: np.ndarray
+    codec: Codec,
+    weights: tuple[np.ndarray, np.ndarray],
+    neighbours: tuple[np.ndarray, np.ndarray],
+    steps: np.ndarray,
 ) -> np.ndarray:
     """Tell which weights lie at the end of a sensible grid that they were to lie beyond: bool (rows, cols). A block's
-    own quantizer leaves them there where an importance matrix says that they count little.
+    own quantizer leaves them there where an importance matrix says that they count little; not at 8 bits. ``weights``
+    are those that were wanted and those after.
     """
-    low, high = neighbours
+    (wanted, after), (low, high) = weights, neighbours
+    if not codec.scales_at or codec.known_grid.code_max - codec.known_grid.code_min > MOST_CUT:
+        return np.zeros(wanted.shape, bool)
     gap = high - low
     beyond = ((wanted > high) & (np.abs(after - high) <= gap / 2)) | ((wanted < low) & (np.abs(after - low) <= gap / 2))
-    return np.asarray(beyond & (gap >= steps / 2))
+    return np.asarray(beyond & (gap >= steps / 2) & (np.abs(wanted - after) <= np.abs(wanted) / 2))

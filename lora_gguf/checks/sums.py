@@ -8,13 +8,13 @@ import numpy as np
 
 from lora_gguf.kernels.decorators import kernel
 
-# the sums of a comparison, in the order that ``count`` writes them; the others are added row by row, the last two are
-# maxima
+# the sums of a comparison, in the order that ``count`` writes them; the others are added row by row, the last three
+# are maxima
 (
     PROJECTION, UPDATE2, ACHIEVED2, DITHERED, NEAREST, VARIANCE, EXPECTED_NOISE2, EXPECTED_FAR, FAR,
     DOUBTFUL, BEYOND, BEFORE2, BEFORE_ACHIEVED, FRESH, HALVED, HALF_VARIANCE, NOISE2, ALLOWED_NOISE2, ASTRAY,
-    PEAK, PEAK_HALF, PEAK_NOISE2,
-) = range(22)  # fmt: skip
+    MOVED2, PEAK, PEAK_HALF, PEAK_NOISE2,
+) = range(23)  # fmt: skip
 N_SUMS, N_KERNEL, ROWS = PEAK_NOISE2 + 1, BEFORE_ACHIEVED + 1, 9
 MAXIMA = slice(PEAK, PEAK_NOISE2 + 1)
 # in steps: near the middle of two neighbours; at the farther one; beyond both

@@ -12,7 +12,7 @@ worth it. Afterwards it is what rounding has left: linear in errors whose mean i
 and it repairs codes at an end of their range. In a block whose columns matter alike it gains nothing.
 
 What a column gains, the others of its block pay. Where its weight is near zero, no change of d would be too large: so a
-move takes no weight farther than ``reach``.
+move takes no weight farther than ``reach``, by its block's mean step.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ UNTOUCHED = 0.05  # share of all importance that the heaviest columns of the blo
 FARTHEST, SHARE = 2.0, 1 / 8
 _RIDGE = np.float32(1e-3)
 _LARGEST = np.float32(0.5)
+_UNBOUND = np.float32(1e20)
 _EXACT = np.float32(2.0**23)  # a whole number below it, added to it, stands in the lowest bits
 # of f16: the least normal number, the least number, and the last before the largest
 _NORMAL, _UNIT, _PER_UNIT, _MOST = np.float32(2.0**-14), np.float32(2.0**-24), np.float32(2.0**24), np.float32(65472)
@@ -82,7 +83,7 @@ NO_GRID = MovingGrid(
     _NOTHING,
     _NONE,
     _NONE,
-    np.empty((9, 0), np.float32),
+    np.empty((10, 0), np.float32),
     0,
     0,
     -1,
@@ -173,18 +174,30 @@ def _within(x: np.ndarray, limit: Any) -> Any:
 
 
 @part
+def _limits(all_steps: Any, all_lows: Any, breadth: Any, farthest: Any, has_m: Any) -> Any:
+    """The mean step of a block over its mean low, from the sums of both, and how much of d may be added: so much that
+    no weight moves farther than ``farthest`` where m moves along as it may.
+    """
+    if not has_m:
+        return np.float32(0.0), min(_LARGEST, np.float32(2.0) * farthest / breadth)
+    if all_steps == 0:  # codes move nothing, m all weights alike
+        return _UNBOUND, _LARGEST
+    along = min(farthest, _LARGEST * abs(all_lows / all_steps))
+    return all_steps / all_lows if all_lows != 0 else np.float32(0.0), min(_LARGEST, (farthest + along) / breadth)
+
+
+@part
 def _solve(work: np.ndarray, n_blocks: int, breadth: Any, farthest: Any) -> None:
     """The changes of d and m that come nearest to the update, for many blocks side by side.
 
     ``work`` is that of ``MovingGrid``. Its rows are Σ h·s², Σ h·s·delta, Σ h·s·o, Σ h·o·delta, Σ
-    h·o², the ridge of the first, |d| and |m| as ``_take`` takes them, and the mean step over the mean low; the first
+    h·o², the ridge of the first, |d| and |m| as ``_take`` takes them, and what ``_limits`` gives; the first
     four become the new |d| and |m|, the same way, and the changes x and y, as parts of d and m. The error is
     Σ h (delta - x s + y o)². Both neighbours of the best d are tried, each with the m that goes with it best. Neither
     the lowest weight moves by more than ``farthest``, nor one that is ``breadth`` above it.
     """
     zero, one, two = splat(np.float32(0.0)), splat(np.float32(1.0)), splat(np.float32(2.0))
     far, largest = splat(farthest), splat(_LARGEST)
-    most_x = splat(min(_LARGEST, np.float32(2.0) * farthest / breadth))
     for b in range(0, n_blocks, N):
         ss, sd, so, od = load(work, (0, b)), load(work, (1, b)), load(work, (2, b)), load(work, (3, b))
         oo, ridge, per_low = load(work, (4, b)), load(work, (5, b)), load(work, (8, b))
@@ -195,14 +208,14 @@ def _solve(work: np.ndarray, n_blocks: int, breadth: Any, farthest: Any) -> None
             where_less(zero, m, one / m, zero),
         )
         det = ss + ridge - so * so * per_oo
-        x = _within(where_less(zero, det, (sd - so * od * per_oo) / det, zero), most_x)
+        x = _within(where_less(zero, det, (sd - so * od * per_oo) / det, zero), load(work, (9, b)))
         new_d = _f16_below(d * (one + x), 0)
         best, best_d, best_m, best_x, best_y = zero, d, m, zero, zero
         for _ in range(2):
             x = where_less(zero, d, new_d * per_d - one, zero)
             stretch = x * splat(breadth)
-            lower, upper = (most(stretch, zero) - far) * per_low, (least(stretch, zero) + far) * per_low
-            y = _within(most(least((so * x - od) * per_oo, upper), lower), largest)
+            one_end, other = (most(stretch, zero) - far) * per_low, (least(stretch, zero) + far) * per_low
+            y = _within(most(least((so * x - od) * per_oo, most(one_end, other)), least(one_end, other)), largest)
             new_m = _f16_below(m * (one + y), 0x1000)
             y = where_less(zero, m, new_m * per_m - one, zero)
             error = x * (ss * x - two * sd) + y * (oo * y + two * (od - so * x))
@@ -280,19 +293,19 @@ def refit_row(
     columns, d_byte, m_byte = (unit, zero, importance, group), np.uint64(d_at), np.uint64(m_at)
     for k in range(np.uint64(len(numbers))):
         number, oo, height = np.uint64(numbers[k]), np.float32(0.0), np.float32(0.0)
-        step = low = np.float32(0.0)
+        all_steps = all_low = np.float32(0.0)
         first, at = number * per_block, number * np.uint64(block_bytes)
         end = first + per_block
         for g in range(first, end):
             oo += heights[g] * lows[g] * lows[g]
             height += heights[g]
-            step += abs(steps[g])
-            low += abs(lows[g])
+            all_steps += steps[g]
+            all_low += lows[g]
         work[0, k], work[1, k], work[2, k], work[3, k] = _moments(columns, left, (first, end), steps, lows, has_m)
         work[4, k], work[5, k] = oo, _RIDGE * steps[first] * steps[first] * height
         work[6, k] = _take(stored, at + d_byte)
         work[7, k] = _take(stored, at + m_byte) if has_m else np.float32(0.0)
-        work[8, k] = step / low if low > 0 else np.float32(0.0)
+        work[8, k], work[9, k] = _limits(all_steps, all_low, breadth, farthest, has_m)
     _solve(work, len(numbers), breadth, farthest)
     for k in range(np.uint64(len(numbers))):
         number = np.uint64(numbers[k])

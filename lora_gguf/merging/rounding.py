@@ -147,8 +147,8 @@ def _width(size: Any, step: Any) -> Any:
 
 @part
 def _ease(delta: np.ndarray, steps: np.ndarray, widths: np.ndarray) -> None:
-    """``_width`` of each group of a row's update, into ``widths`` f32. What the grid has taken of it is no matter: that
-    is the same for all weights of a group, and nearest rounding would lose all of it.
+    """``_width`` of each group of a row's update, into ``widths`` f32. What the grid took is not counted: a shift of m
+    is the same for all weights of a group, and rounding to nearest would lose all of it.
     """
     group = np.uint64(len(delta) // len(steps))
     per_weight = np.float32(1.0) / np.float32(group)  # exact: groups are powers of two

@@ -115,7 +115,7 @@ def moving_grid(chunk: Changed, grid: Grid, blocks: np.ndarray, steps: np.ndarra
     d_at, m_at = (*codec.scales_at, -1)[:2]
     weights = weighed.importance, weighed.heights, weighed.before, weighed.after
     n_blocks = max(len(weighed.before), len(weighed.after))
-    work = scratch("work", (9, -(-n_blocks // LANES) * LANES))
+    work = scratch("work", (10, -(-n_blocks // LANES) * LANES))
     limits = np.float32(grid.breadth), np.float32(reach(grid, recipe.importance is not None))
     return MovingGrid(blocks, lows, *weights, work, codec.type.block_bytes, d_at, m_at, *limits)
 

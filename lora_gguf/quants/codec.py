@@ -47,8 +47,8 @@ class Grid:
 
     @property
     def breadth(self) -> float:
-        """The distance of the farthest weights, over the step, where a minimum can move along with it; without one,
-        twice the distance from zero.
+        """Over the step: the distance of the two farthest weights in a type with a minimum, else twice the farthest
+        distance from zero.
         """
         if self.levels is not None:
             return 2.0 * float(np.abs(self.levels.astype(int)).max())
