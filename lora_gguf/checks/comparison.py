@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_gguf.checks.neighbours import brackets, cut_off, farthest, moved_by_scales, own_steps
+from lora_gguf.checks.neighbours import brackets, but_for_scales, cut_off, farthest, own_steps
 from lora_gguf.checks.routes import rounded
 from lora_gguf.checks.sums import (
     ACHIEVED2,
@@ -315,8 +315,7 @@ def compare_rows(
     low, high = found or (wanted - np.abs(own_error), wanted + np.abs(own_error))
     rows = np.zeros((len(delta), N_SUMS))
     count(before, after, delta, low, high, rows)
-    moved = None if steps is None else moved_by_scales(target, stored[1], after, error, steps)
-    settled = error if moved is None else error - moved
+    settled = but_for_scales(target, stored[1], after, error, steps)
     unit = (np.abs(before) + np.abs(wanted)) * np.float32(2.0**-9)  # of bf16, through which a merge may have gone
     if rows[:, BEYOND].any():
         inner = np.clip(wanted, low, high) - wanted

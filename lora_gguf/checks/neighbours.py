@@ -176,20 +176,20 @@ def _widest_steps(codec: Codec, blocks: np.ndarray, shape: tuple[int, ...]) -> n
     return np.repeat(by_block.reshape(steps.shape), codec.known_grid.group, axis=1)
 
 
-def moved_by_scales(
-    codec: Codec, blocks: np.ndarray, after: np.ndarray, error: np.ndarray, steps: np.ndarray
-) -> np.ndarray | None:
-    """Return what moving the f16 scales of each block explains of ``error``, all f32 (rows, cols), by least squares.
+def but_for_scales(
+    codec: Codec, blocks: np.ndarray, after: np.ndarray, error: np.ndarray, steps: np.ndarray | None
+) -> np.ndarray:
+    """Return ``error`` without what moving the f16 scales of each block explains of it, all f32 (rows, cols), by least
+    squares.
 
-    ``after`` are the weights of ``blocks``. Nothing where it would take a weight farther than a merge may, by its step
-    in ``steps`` (rows, cols), which may have known an importance matrix. None where a type has no such scales.
+    ``after`` are the weights of ``blocks``. All of it where that would take a weight farther than a merge may, which
+    may have known an importance matrix, by its step in ``steps`` (rows, cols); and in a type that has no such scales.
     """
-    if not codec.grid or not codec.scales_at:
-        return None
+    if steps is None or not codec.grid or not codec.scales_at:
+        return error
     shape, of_block = after.shape, (*after.shape[:1], -1, codec.type.block_size)
-    lows = np.zeros((shape[0], shape[1] // codec.grid.group), np.float32)
-    if codec.grid.lows:
-        codec.grid.lows(blocks, lows)
+    lows = np.empty((shape[0], shape[1] // codec.grid.group), np.float32)
+    codec.grid.read_lows(blocks, lows)
     low = np.repeat(lows, codec.grid.group, axis=1).reshape(of_block)
     scaled, wanted = after.reshape(of_block) + low, error.reshape(of_block)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -204,7 +204,7 @@ def moved_by_scales(
         found = x * scaled + y * low
         limit = np.float32(MOST_MOVED * reach(codec.grid, measured=True) / codec.grid.gap) * steps.reshape(of_block)
         fair = (np.abs(found) <= limit).all(axis=2, keepdims=True)
-    return np.asarray(np.where(fair, found, np.float32(0)).reshape(shape))
+    return np.asarray(error - np.where(fair, found, np.float32(0)).reshape(shape))
 
 
 def farthest(codec: Codec, error: np.ndarray, steps: np.ndarray | None) -> np.ndarray:

@@ -174,16 +174,16 @@ def _within(x: np.ndarray, limit: Any) -> Any:
 
 
 @part
-def _limits(all_steps: Any, all_lows: Any, breadth: Any, farthest: Any, has_m: Any) -> Any:
+def _limits(steps_sum: Any, lows_sum: Any, breadth: Any, farthest: Any, has_m: Any) -> Any:
     """The mean step of a block over its mean low, from the sums of both, and how much of d may be added: so much that
     no weight moves farther than ``farthest`` where m moves along as it may.
     """
     if not has_m:
         return np.float32(0.0), min(_LARGEST, np.float32(2.0) * farthest / breadth)
-    if all_steps == 0:  # codes move nothing, m all weights alike
+    if steps_sum == 0:  # codes move nothing, m all weights alike
         return _UNBOUND, _LARGEST
-    along = min(farthest, _LARGEST * abs(all_lows / all_steps))
-    return all_steps / all_lows if all_lows != 0 else np.float32(0.0), min(_LARGEST, (farthest + along) / breadth)
+    along = min(farthest, _LARGEST * abs(lows_sum / steps_sum))
+    return steps_sum / lows_sum if lows_sum != 0 else np.float32(0.0), min(_LARGEST, (farthest + along) / breadth)
 
 
 @part
@@ -293,19 +293,19 @@ def refit_row(
     columns, d_byte, m_byte = (unit, zero, importance, group), np.uint64(d_at), np.uint64(m_at)
     for k in range(np.uint64(len(numbers))):
         number, oo, height = np.uint64(numbers[k]), np.float32(0.0), np.float32(0.0)
-        all_steps = all_low = np.float32(0.0)
+        steps_sum = lows_sum = np.float32(0.0)
         first, at = number * per_block, number * np.uint64(block_bytes)
         end = first + per_block
         for g in range(first, end):
             oo += heights[g] * lows[g] * lows[g]
             height += heights[g]
-            all_steps += steps[g]
-            all_low += lows[g]
+            steps_sum += steps[g]
+            lows_sum += lows[g]
         work[0, k], work[1, k], work[2, k], work[3, k] = _moments(columns, left, (first, end), steps, lows, has_m)
         work[4, k], work[5, k] = oo, _RIDGE * steps[first] * steps[first] * height
         work[6, k] = _take(stored, at + d_byte)
         work[7, k] = _take(stored, at + m_byte) if has_m else np.float32(0.0)
-        work[8, k], work[9, k] = _limits(all_steps, all_low, breadth, farthest, has_m)
+        work[8, k], work[9, k] = _limits(steps_sum, lows_sum, breadth, farthest, has_m)
     _solve(work, len(numbers), breadth, farthest)
     for k in range(np.uint64(len(numbers))):
         number = np.uint64(numbers[k])

@@ -107,10 +107,7 @@ def moving_grid(chunk: Changed, grid: Grid, blocks: np.ndarray, steps: np.ndarra
     if not recipe.moves_grid:
         return NO_GRID
     codec, lows = recipe.source, scratch("lows", steps.shape)
-    if grid.lows:
-        grid.lows(blocks, lows)
-    else:
-        lows[...] = 0
+    grid.read_lows(blocks, lows)
     weighed = chunk.weighting or even_weighting(codec.type.name, steps.shape[1] * grid.group)
     d_at, m_at = (*codec.scales_at, -1)[:2]
     weights = weighed.importance, weighed.heights, weighed.before, weighed.after

@@ -40,6 +40,13 @@ class Grid:
     lows: Callable[..., None] | None = None
     levels: np.ndarray | None = None
 
+    def read_lows(self, blocks: np.ndarray, lows: np.ndarray) -> None:
+        """Write the lows of ``blocks`` to ``lows``, 0 in a type without a minimum; shapes are the module's."""
+        if self.lows:
+            self.lows(blocks, lows)
+        else:
+            lows[...] = 0
+
     @property
     def gap(self) -> float:
         """The mean distance of two neighbours, over the step."""

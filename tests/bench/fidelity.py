@@ -6,7 +6,7 @@ The reference is base + scale·B@A in f32, unrounded, as llama.cpp computes it w
 KL(reference ‖ merged) / KL(reference ‖ base): 0 is perfect, 1 means that nothing of the adapter acts. Logits come from
 transformers in f32 with the merged file's weights (``oracle.py``); the last line has llama.cpp itself judge one file.
 At other scales than 1, half of the windows are judged, and only the roundings of the table.
-Some 8 GB of memory and the better part of an hour on two cores; minutes with one base and ``--scales 1``.
+Some 8 GB of memory and a quarter of an hour on two cores; minutes with one base and ``--scales 1``.
 """
 
 from __future__ import annotations
